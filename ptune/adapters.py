@@ -1,0 +1,108 @@
+"""Adapters, and the one hook through which a network is changed.
+
+The network names its *sites*, the places where something may be changed, and
+calls `adapt` at each. A site is addressed by its path, for example
+`encoder/embed` or `encoder/layers_0/attention/key`; a `Placement` puts an
+adapter at every site that its pattern matches. An adapter is a Flax module
+`__call__(x, y) -> y`: x went into the site, y came out of it, and what is
+returned takes y's place.
+
+    soft prompt   encoder/embed                    concat(prompt, y)
+    IA3           */layers_*/attention/key         y * scale
+    LoRA          */layers_*/attention/query       y + x A B
+
+A parameter-efficient method is a `Method`: its placements, and which
+parameters it trains.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import fnmatch
+from typing import Any
+
+from flax import linen as nn
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """An adapter at every site that a pattern matches.
+
+  Attributes:
+    site: Path pattern; `*` stands for any text within one path component.
+    name: Name of the adapter's parameters below the module that owns the site.
+    adapter: Makes the adapter; called with `name=`. A fresh module is made at
+      each site, so that two sites never share parameters.
+  """
+
+  site: str
+  name: str
+  adapter: Callable[..., nn.Module]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """What is added to a network, and what of it is trained.
+
+  Attributes:
+    name: Stored with a run, which cannot be resumed with another method.
+    placements: The adapters, applied in this order where they share a site.
+    trainable: Path patterns of the parameters that are trained; here `*`
+      stands for any text, `/` included. All others are frozen.
+    prompt: Path of the [prompt, embed] parameter that is written as
+      `prompts/step_N.npy`, for methods that have one.
+    initial: Initialisers of `prompt_init`, by path, for parameters whose first
+      value is made on the host; the others have Flax's.
+  """
+
+  name: str
+  placements: tuple[Placement, ...]
+  trainable: tuple[str, ...]
+  prompt: str | None = None
+  initial: Mapping[str, Callable[..., Any]] = dataclasses.field(
+      default_factory=dict
+  )
+
+  def trains(self, path: str) -> bool:
+    """Whether the parameter at `path`, such as `encoder/prompt/...`, learns."""
+    return any(fnmatch.fnmatchcase(path, p) for p in self.trainable)
+
+
+def matches(pattern: str, path: str) -> bool:
+  """Whether a site pattern matches a path, component by component."""
+  patterns, parts = pattern.split('/'), path.split('/')
+  return len(patterns) == len(parts) and all(
+      map(fnmatch.fnmatchcase, parts, patterns)
+  )
+
+
+def adapt(
+    module: nn.Module,
+    placements: Iterable[Placement],
+    site: str,
+    x: jax.Array,
+    y: jax.Array,
+) -> jax.Array:
+  """Lets the adapters placed at a site change what comes out of it.
+
+  To be called in a compact method of `module`. What leaves the site is also
+  sown into the `intermediates` collection, under `<site>_site`, where
+  `network.sites` finds the names and an analysis finds the values.
+
+  Args:
+    module: The module that owns the site.
+    placements: All placements of the network; those that match are used.
+    site: Name of the site within the module.
+    x: What went into the site.
+    y: What came out of it.
+
+  Returns:
+    y, changed by the adapters. Its length may differ from the given one: masks
+    are made from array shapes afterwards.
+  """
+  path = '/'.join((*module.path, site))
+  for placement in placements:
+    if matches(placement.site, path):
+      y = placement.adapter(name=placement.name)(x, y)
+  module.sow('intermediates', f'{site}_site', y)
+  return y

@@ -1,0 +1,356 @@
+"""The layers of T5: dense, norm, embedding, relative bias, attention, MLP.
+
+Shapes: b batch, q and k query and key length, h heads, d kv (head size).
+Parameters carry the names and the logical axes of T5X checkpoints. Compute
+happens in `dtype`; layer norm, softmax and logits are float32 in any case.
+"""
+
+from collections.abc import Callable
+
+from flax import linen as nn
+from flax.linen import partitioning
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from ptune.adapters import Placement, adapt
+
+Initializer = Callable[..., jax.Array]
+
+# Added to the attention logits of masked keys. Finite, so that a row without
+# any real key (a filler row of the last evaluation batch) stays free of NaN.
+MASKED = -1e10
+
+ACTIVATIONS = {
+    'gelu': nn.gelu,  # The tanh approximation, as T5 1.1 was trained with.
+    'relu': nn.relu,
+    'silu': nn.silu,
+    'linear': lambda x: x,
+}
+
+kernel_init = nn.initializers.variance_scaling(
+    1.0, 'fan_in', 'truncated_normal'
+)
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+  """Shards an activation by its logical axes, where rules are in force."""
+  return nn.with_logical_constraint(x, axes)
+
+
+def grow(valid: jax.Array, length: int) -> jax.Array:
+  """Fits a token mask to an array that an adapter made longer or shorter.
+
+  Adapters add real positions, and padding stands last, so whatever was added
+  may be counted at the front, wherever it was put among the tokens:
+
+      valid [1, 1, 0], length 5 -> [1, 1, 1, 1, 0]
+
+  Args:
+    valid: [batch, tokens] True at real tokens.
+    length: Positions of the array that the mask is for.
+
+  Returns:
+    [batch, length].
+  """
+  added = length - valid.shape[1]
+  if added < 0:
+    return valid[:, -added:]
+  return jnp.pad(valid, ((0, 0), (added, 0)), constant_values=True)
+
+
+class Dense(nn.Module):
+  """A linear map of the last axis, without bias.
+
+  Attributes:
+    features: Size of the output's last axis.
+    axes: Logical axes of the kernel.
+    dtype: The operands' type. Products are summed in float32.
+    out_dtype: Type of the output; `dtype` if not given.
+    kernel_init: Initialiser of the [in, features] kernel.
+  """
+
+  features: int
+  axes: tuple[str, str]
+  dtype: jnp.dtype = jnp.float32
+  out_dtype: jnp.dtype | None = None
+  kernel_init: Initializer = kernel_init
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = partitioning.param_with_axes(
+        'kernel',
+        self.kernel_init,
+        (x.shape[-1], self.features),
+        jnp.float32,
+        axes=self.axes,
+    )
+    y = jnp.matmul(
+        x.astype(self.dtype),
+        kernel.astype(self.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(self.out_dtype or self.dtype)
+
+
+class LayerNorm(nn.Module):
+  """T5's layer norm: divides by the root mean square; no mean, no bias."""
+
+  dtype: jnp.dtype = jnp.float32
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = partitioning.param_with_axes(
+        'scale',
+        nn.initializers.ones,
+        (x.shape[-1],),
+        jnp.float32,
+        axes=('embed',),
+    )
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(lax.square(x), axis=-1, keepdims=True)
+    y = x * lax.rsqrt(mean_square + self.epsilon)
+    y = y * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return y.astype(self.dtype)
+
+
+class Embed(nn.Module):
+  """The token embedding, also the output layer of models that tie the two."""
+
+  vocab_size: int
+  features: int
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    self.embedding = partitioning.param_with_axes(
+        'embedding',
+        nn.initializers.normal(stddev=1.0),
+        (self.vocab_size, self.features),
+        jnp.float32,
+        axes=('vocab', 'embed'),
+    )
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Looks up rows: [batch, length] -> [batch, length, embed]."""
+    return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """Products with all rows: [..., embed] -> [..., vocab], float32."""
+    return jnp.matmul(
+        x.astype(self.dtype),
+        self.embedding.astype(self.dtype).T,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def relative_position_bucket(
+    relative_position: np.ndarray,
+    bidirectional: bool,
+    num_buckets: int,
+    max_distance: int,
+) -> np.ndarray:
+  """Sorts distances into buckets: exact when near, logarithmic when far.
+
+  In NumPy, when the program is traced: a logarithm that rounds differently on
+  another device would move a distance into the next bucket.
+
+  Args:
+    relative_position: Any shape, integers: key minus query position.
+    bidirectional: Whether keys after the query have buckets of their own (the
+      upper half); otherwise they share bucket 0.
+    num_buckets: Buckets in all.
+    max_distance: Distance from which the last bucket is used.
+
+  Returns:
+    The bucket of each distance, int32.
+
+  Source: T5 (arXiv 1910.10683), section 2.1.
+  """
+  distance = -np.asarray(relative_position)
+  offset = np.zeros_like(distance)
+  if bidirectional:
+    num_buckets //= 2
+    offset = np.where(distance < 0, num_buckets, 0)
+    distance = np.abs(distance)
+  distance = np.maximum(distance, 0)
+  exact = num_buckets // 2
+  # The maximum only keeps log(0) away; near distances do not use this branch.
+  ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
+  # T5's own epsilon: it lifts exact powers over the edge of their bucket.
+  ratio = ratio + np.finfo(np.float32).eps
+  scale = (num_buckets - exact) / np.log(max_distance / exact)
+  far = exact + (np.log(ratio) * scale).astype(np.int32)
+  far = np.minimum(far, num_buckets - 1)
+  return (offset + np.where(distance < exact, distance, far)).astype(np.int32)
+
+
+class RelativePositionBias(nn.Module):
+  """A learned number for each head and distance, shared by a stack's layers."""
+
+  num_heads: int
+  bidirectional: bool
+  num_buckets: int = 32
+  max_distance: int = 128
+
+  @nn.compact
+  def __call__(self, length: int) -> jax.Array:
+    """Returns the bias among `length` positions, [1, heads, q, k] float32."""
+    table = partitioning.param_with_axes(
+        'rel_embedding',
+        nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
+        (self.num_heads, self.num_buckets),
+        jnp.float32,
+        axes=('heads', 'relpos_buckets'),
+    )
+    buckets = relative_position_bucket(
+        np.arange(1 - length, length),
+        self.bidirectional,
+        self.num_buckets,
+        self.max_distance,
+    )
+    # [heads, 2 * length - 1] -> [heads, q, k]
+    by_distance = jnp.take(table.astype(jnp.float32), buckets, axis=1)
+    positions = jnp.arange(length)
+    distance = positions[None, :] - positions[:, None]
+    return jnp.take(by_distance, distance + length - 1, axis=1)[None]
+
+
+class Attention(nn.Module):
+  """Multi-head attention. T5 does not scale its logits by the head size.
+
+  Sites: `query`, `key`, `value` [batch, length, heads, kv], `out` [batch,
+  length, embed].
+  """
+
+  num_heads: int
+  head_dim: int
+  dtype: jnp.dtype = jnp.float32
+  dropout_rate: float = 0.0
+  placements: tuple[Placement, ...] = ()
+
+  @nn.compact
+  def __call__(
+      self,
+      inputs_q: jax.Array,
+      inputs_kv: jax.Array,
+      mask: jax.Array,
+      bias: jax.Array | None = None,
+      *,
+      cache_index: jax.Array | None = None,
+      enable_dropout: bool = False,
+  ) -> jax.Array:
+    """Attends from each query position to the keys that the mask allows.
+
+    Args:
+      inputs_q: [batch, q, embed].
+      inputs_kv: [batch, k, embed].
+      mask: Broadcasts to [batch, heads, q, k]; True where a query may look.
+      bias: Broadcasts to [batch, heads, q, k], added to the logits.
+      cache_index: When decoding, the position of the one query; the keys and
+        values of all positions are then kept in the `cache` collection, whose
+        length the first call (which makes the cache) sets.
+      enable_dropout: Whether attention weights are dropped.
+
+    Returns:
+      [batch, q, embed].
+    """
+    q = self._project('query', inputs_q)
+    k = self._project('key', inputs_kv)
+    v = self._project('value', inputs_kv)
+    if cache_index is not None:
+      k, v = self._cached(k, v, cache_index)
+
+    # [b, q, h, d], [b, k, h, d] -> [b, h, q, k]
+    logits = jnp.einsum(
+        'bqhd,bkhd->bhqk', q, k, preferred_element_type=jnp.float32
+    )
+    if bias is not None:
+      logits = logits + bias
+    logits = jnp.where(mask, logits, MASKED)
+    weights = nn.softmax(logits).astype(self.dtype)
+    # One mask for all queries, as T5X drops attention weights.
+    weights = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+        weights, deterministic=not enable_dropout
+    )
+    # -> [b, q, h, d]
+    y = jnp.einsum(
+        'bhqk,bkhd->bqhd', weights, v, preferred_element_type=jnp.float32
+    ).astype(self.dtype)
+    # -> [b, q, joined_kv] -> [b, q, embed]
+    y = y.reshape(*y.shape[:2], -1)
+    out = Dense(
+        inputs_q.shape[-1], ('joined_kv', 'embed'), self.dtype, name='out'
+    )(y)
+    return adapt(self, self.placements, 'out', y, out)
+
+  def _project(self, site: str, x: jax.Array) -> jax.Array:
+    """Makes queries, keys or values: [b, t, embed] -> [b, t, h, d]."""
+    init = kernel_init
+    if site == 'query':
+      # The head size that is not divided out of the logits stands here.
+      init = lambda *args: kernel_init(*args) * self.head_dim**-0.5
+    y = Dense(
+        self.num_heads * self.head_dim,
+        ('embed', 'joined_kv'),
+        self.dtype,
+        kernel_init=init,
+        name=site,
+    )(x)
+    y = y.reshape(*y.shape[:-1], self.num_heads, self.head_dim)
+    y = constrain(y, 'batch', 'length', 'heads', 'kv')
+    return adapt(self, self.placements, site, x, y)
+
+  def _cached(
+      self, k: jax.Array, v: jax.Array, index: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Writes one position into the cache, and returns all positions."""
+    filled = self.has_variable('cache', 'cached_key')
+    cached = []
+    for name, x in (('cached_key', k), ('cached_value', v)):
+      cache = self.variable('cache', name, jnp.zeros, x.shape, x.dtype)
+      if filled:
+        cache.value = lax.dynamic_update_slice(
+            cache.value, x.astype(cache.value.dtype), (0, index, 0, 0)
+        )
+      cached.append(cache.value)
+    return cached[0], cached[1]
+
+
+class Mlp(nn.Module):
+  """The feed-forward block, gated where it has two activations.
+
+  With ('gelu', 'linear'), T5 1.1's: wo(gelu(wi_0 x) * (wi_1 x)); with
+  ('relu',), T5 1.0's: wo(relu(wi x)).
+
+  Sites: `wi` or `wi_0`, `wi_1` (before the activation), `hidden` [batch,
+  length, mlp], `wo` [batch, length, embed].
+  """
+
+  hidden: int
+  activations: tuple[str, ...] = ('gelu', 'linear')
+  dtype: jnp.dtype = jnp.float32
+  dropout_rate: float = 0.0
+  placements: tuple[Placement, ...] = ()
+
+  @nn.compact
+  def __call__(
+      self, x: jax.Array, *, enable_dropout: bool = False
+  ) -> jax.Array:
+    """Maps [batch, length, embed] to the same shape."""
+    h = None
+    for i, activation in enumerate(self.activations):
+      name = 'wi' if len(self.activations) == 1 else f'wi_{i}'
+      y = Dense(self.hidden, ('embed', 'mlp'), self.dtype, name=name)(x)
+      y = constrain(y, 'batch', 'length', 'mlp')
+      y = adapt(self, self.placements, name, x, y)
+      y = ACTIVATIONS[activation](y)
+      h = y if h is None else h * y
+    assert h is not None, 'an MLP needs an activation'
+    h = adapt(self, self.placements, 'hidden', x, h)
+    h = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+        h, deterministic=not enable_dropout
+    )
+    out = Dense(x.shape[-1], ('mlp', 'embed'), self.dtype, name='wo')(h)
+    return adapt(self, self.placements, 'wo', h, out)

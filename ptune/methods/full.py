@@ -1,0 +1,14 @@
+"""Full tuning: every parameter is trained, nothing is frozen.
+
+The baseline that a parameter-efficient method is compared with ("model
+tuning" in Lester et al. 2021), and what pre-training uses.
+
+    --gin_file=methods/full.gin
+"""
+
+from ptune.adapters import Method
+
+
+def full() -> Method:
+  """Trains all parameters of the network as it is."""
+  return Method(name='full', placements=(), trainable=('*',))

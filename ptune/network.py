@@ -1,0 +1,584 @@
+"""T5 in Flax Linen: the published sizes, encoder, decoder, decoding cache.
+
+The parameter names are those of T5X checkpoints and the calls take what T5X
+passes, so that the module can be hosted by either program. The network knows
+no tuning method: it names its sites (`sites` lists them) and hands them to
+`adapters.adapt`.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import difflib
+import functools
+from typing import Any
+
+from flax import linen as nn
+from flax import traverse_util
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from ptune.adapters import Placement, adapt, matches
+from ptune.layers import (
+    Attention,
+    Dense,
+    Embed,
+    LayerNorm,
+    Mlp,
+    RelativePositionBias,
+    constrain,
+    grow,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """The sizes of a T5.
+
+  Attributes:
+    vocab_size: Rows of the embedding (a few more than the vocabulary has).
+    emb_dim: Width of the residual stream (d_model).
+    num_heads: Attention heads.
+    head_dim: Size of one head; num_heads * head_dim need not be emb_dim.
+    mlp_dim: Width of the MLP (d_ff).
+    num_encoder_layers: Encoder layers.
+    num_decoder_layers: Decoder layers.
+    mlp_activations: ('gelu', 'linear') in T5 1.1, ('relu',) in T5 1.0.
+    logits_via_embedding: T5 1.0's output layer: the embedding, scaled by
+      emb_dim**-0.5. Otherwise it has its own kernel.
+    dropout_rate: In training, on inputs, sublayers and attention weights.
+    dtype: 'float32' or 'bfloat16': what activations are computed in.
+    relative_attention_num_buckets: Buckets of the relative position bias.
+    relative_attention_max_distance: Where its last bucket starts.
+  """
+
+  vocab_size: int
+  emb_dim: int
+  num_heads: int
+  head_dim: int
+  mlp_dim: int
+  num_encoder_layers: int
+  num_decoder_layers: int
+  mlp_activations: tuple[str, ...] = ('gelu', 'linear')
+  logits_via_embedding: bool = False
+  dropout_rate: float = 0.0
+  dtype: str = 'float32'
+  relative_attention_num_buckets: int = 32
+  relative_attention_max_distance: int = 128
+
+  def __post_init__(self):
+    if self.dtype not in ('float32', 'bfloat16'):
+      raise ValueError(
+          f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'"
+      )
+    if not 0 <= self.dropout_rate < 1:
+      raise ValueError(
+          f'DROPOUT_RATE is {self.dropout_rate}; it must be in [0, 1)'
+      )
+
+
+def _sizes() -> dict[str, T5Config]:
+  """The published models: heads, head size, layers, d_model, d_ff."""
+  t5_1_1 = {
+      'small': (6, 64, 8, 8, 512, 1024),
+      'base': (12, 64, 12, 12, 768, 2048),
+      'large': (16, 64, 24, 24, 1024, 2816),
+      'xl': (32, 64, 24, 24, 2048, 5120),
+      'xxl': (64, 64, 24, 24, 4096, 10240),
+  }
+  t5_1_0 = {
+      'small': (8, 64, 6, 6, 512, 2048),
+      'base': (12, 64, 12, 12, 768, 3072),
+      'large': (16, 64, 24, 24, 1024, 4096),
+      '3b': (32, 128, 24, 24, 1024, 16384),
+      '11b': (128, 128, 24, 24, 1024, 65536),
+  }
+  # Bytes need a deep encoder and a shallow decoder (arXiv 2105.13626).
+  byt5 = {
+      'small': (6, 64, 12, 4, 1472, 3584),
+      'base': (12, 64, 18, 6, 1536, 3968),
+      'large': (16, 64, 36, 12, 1536, 3840),
+      'xl': (32, 64, 36, 12, 2560, 6720),
+      'xxl': (64, 64, 36, 12, 4672, 12352),
+  }
+  families: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
+      't5': (
+          t5_1_0,
+          {
+              'vocab_size': 32128,
+              'mlp_activations': ('relu',),
+              'logits_via_embedding': True,
+          },
+      ),
+      't5_1_1': (t5_1_1, {'vocab_size': 32128}),
+      'flan_t5': (t5_1_1, {'vocab_size': 32128}),
+      'mt5': (t5_1_1, {'vocab_size': 250112}),
+      'byt5': (byt5, {'vocab_size': 384}),
+  }
+  table = {}
+  for family, (sizes, common) in families.items():
+    for size, numbers in sizes.items():
+      heads, head_dim, encoder, decoder, embed, mlp = numbers
+      table[f'{family}_{size}'] = T5Config(
+          num_heads=heads,
+          head_dim=head_dim,
+          num_encoder_layers=encoder,
+          num_decoder_layers=decoder,
+          emb_dim=embed,
+          mlp_dim=mlp,
+          **common,
+      )
+  return table
+
+
+SIZES: Mapping[str, T5Config] = _sizes()
+
+
+def t5(size: str | None = None, **changes) -> T5Config:
+  """A published size by name, or one given in numbers.
+
+  Args:
+    size: A name in `SIZES`, such as 't5_1_1_base'.
+    **changes: Fields of `T5Config` that differ from the table's; all the
+      sizes if no name is given.
+
+  Raises:
+    ValueError: If the name is unknown (the nearest ones are listed), or
+      fields are unknown or missing.
+  """
+  fields = {f.name: f for f in dataclasses.fields(T5Config)}
+  unknown = sorted(set(changes) - set(fields))
+  if unknown:
+    raise ValueError(f'T5Config has no {unknown}; it has {sorted(fields)}')
+  if size is not None:
+    if size not in SIZES:
+      near = difflib.get_close_matches(size, SIZES, n=3) or sorted(SIZES)
+      raise ValueError(f'no model size {size!r}; did you mean {near}?')
+    return dataclasses.replace(SIZES[size], **changes)
+  missing = [
+      name
+      for name, field in fields.items()
+      if field.default is dataclasses.MISSING and name not in changes
+  ]
+  if missing:
+    raise ValueError(
+        f'a model without a size name needs {missing}; or name a size, such'
+        " as size='t5_1_1_small'"
+    )
+  return T5Config(**changes)
+
+
+class EncoderLayer(nn.Module):
+  """Self-attention and MLP, each behind a norm and around a residual.
+
+  Sites: `input` (the residual stream), `attention`, `mlp` (what the sublayer
+  adds to it), and those within.
+  """
+
+  config: T5Config
+  placements: tuple[Placement, ...] = ()
+
+  @nn.compact
+  def __call__(self, x, mask, bias, *, enable_dropout: bool = False):
+    """[batch, length, embed] -> the same shape."""
+    cfg, place = self.config, self.placements
+    dtype = jnp.dtype(cfg.dtype)
+    dropout = nn.Dropout(
+        cfg.dropout_rate,
+        broadcast_dims=(-2,),
+        deterministic=not enable_dropout,
+    )
+    x = adapt(self, place, 'input', x, x)
+
+    h = LayerNorm(dtype, name='pre_attention_layer_norm')(x)
+    y = Attention(
+        cfg.num_heads,
+        cfg.head_dim,
+        dtype,
+        cfg.dropout_rate,
+        place,
+        name='attention',
+    )(h, h, mask, bias, enable_dropout=enable_dropout)
+    x = x + dropout(adapt(self, place, 'attention', h, y))
+
+    h = LayerNorm(dtype, name='pre_mlp_layer_norm')(x)
+    y = Mlp(
+        cfg.mlp_dim,
+        cfg.mlp_activations,
+        dtype,
+        cfg.dropout_rate,
+        place,
+        name='mlp',
+    )(h, enable_dropout=enable_dropout)
+    x = x + dropout(adapt(self, place, 'mlp', h, y))
+    return constrain(x, 'batch', 'length', 'embed')
+
+
+class DecoderLayer(nn.Module):
+  """Self-attention, attention to the encoder, and MLP.
+
+  Sites: `input`, `self_attention`, `encoder_decoder_attention`, `mlp`, and
+  those within.
+  """
+
+  config: T5Config
+  placements: tuple[Placement, ...] = ()
+
+  @nn.compact
+  def __call__(
+      self,
+      x,
+      encoded,
+      mask,
+      encoder_mask,
+      bias,
+      *,
+      cache_index=None,
+      enable_dropout: bool = False,
+  ):
+    """[batch, length, embed] -> the same shape."""
+    cfg, place = self.config, self.placements
+    dtype = jnp.dtype(cfg.dtype)
+    dropout = nn.Dropout(
+        cfg.dropout_rate,
+        broadcast_dims=(-2,),
+        deterministic=not enable_dropout,
+    )
+
+    def attention(name, *inputs, **kwargs):
+      return Attention(
+          cfg.num_heads,
+          cfg.head_dim,
+          dtype,
+          cfg.dropout_rate,
+          place,
+          name=name,
+      )(*inputs, enable_dropout=enable_dropout, **kwargs)
+
+    x = adapt(self, place, 'input', x, x)
+
+    h = LayerNorm(dtype, name='pre_self_attention_layer_norm')(x)
+    y = attention(
+        'self_attention', h, h, mask, bias, cache_index=cache_index
+    )
+    x = x + dropout(adapt(self, place, 'self_attention', h, y))
+
+    h = LayerNorm(dtype, name='pre_cross_attention_layer_norm')(x)
+    y = attention('encoder_decoder_attention', h, encoded, encoder_mask)
+    x = x + dropout(adapt(self, place, 'encoder_decoder_attention', h, y))
+
+    h = LayerNorm(dtype, name='pre_mlp_layer_norm')(x)
+    y = Mlp(
+        cfg.mlp_dim,
+        cfg.mlp_activations,
+        dtype,
+        cfg.dropout_rate,
+        place,
+        name='mlp',
+    )(h, enable_dropout=enable_dropout)
+    x = x + dropout(adapt(self, place, 'mlp', h, y))
+    return constrain(x, 'batch', 'length', 'embed')
+
+
+class Encoder(nn.Module):
+  """The encoder. Site `embed`: tokens [batch, length] in, embeddings out."""
+
+  config: T5Config
+  token_embedder: Embed
+  placements: tuple[Placement, ...] = ()
+
+  @nn.compact
+  def __call__(self, tokens, segment_ids=None, *, enable_dropout=False):
+    """[batch, length] -> [batch, length + what adapters add, embed]."""
+    cfg = self.config
+    x = self.token_embedder(tokens)
+    # [batch, length, embed] -> [batch, prompt + length, embed]
+    x = adapt(self, self.placements, 'embed', tokens, x)
+    x = constrain(x, 'batch', 'length', 'embed')
+
+    length = x.shape[1]
+    mask = grow(tokens > 0, length)[:, None, None, :]
+    if segment_ids is not None:
+      _refuse_packing(tokens, length)
+      mask &= segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    bias = RelativePositionBias(
+        cfg.num_heads,
+        True,
+        cfg.relative_attention_num_buckets,
+        cfg.relative_attention_max_distance,
+        name='relpos_bias',
+    )(length)
+
+    dropout = nn.Dropout(
+        cfg.dropout_rate,
+        broadcast_dims=(-2,),
+        deterministic=not enable_dropout,
+    )
+    x = dropout(x)  # The prompt is dropped like any other position.
+    for i in range(cfg.num_encoder_layers):
+      x = EncoderLayer(cfg, self.placements, name=f'layers_{i}')(
+          x, mask, bias, enable_dropout=enable_dropout
+      )
+    x = LayerNorm(jnp.dtype(cfg.dtype), name='encoder_norm')(x)
+    return adapt(self, self.placements, 'output', tokens, dropout(x))
+
+
+class Decoder(nn.Module):
+  """The decoder and the output layer. Site `embed` as in the encoder."""
+
+  config: T5Config
+  token_embedder: Embed
+  placements: tuple[Placement, ...] = ()
+
+  @nn.compact
+  def __call__(
+      self,
+      tokens,
+      encoded,
+      mask,
+      encoder_mask,
+      *,
+      decode=False,
+      enable_dropout=False,
+  ):
+    """[batch, length] -> logits [batch, length, vocab], float32.
+
+    With decode, the first call makes the cache for `length` positions, and
+    each later one takes the token of the next position, [batch, 1].
+    """
+    cfg = self.config
+    dtype = jnp.dtype(cfg.dtype)
+    x = self.token_embedder(tokens)
+    x = adapt(self, self.placements, 'embed', tokens, x)
+    x = constrain(x, 'batch', 'length', 'embed')
+
+    cache_index = None
+    if decode and self.has_variable('cache', 'cache_index'):
+      bias = self.get_variable('cache', 'cached_bias')
+      cache_index = self.get_variable('cache', 'cache_index')
+      length = bias.shape[-1]
+      # [1, heads, length, length] -> [1, heads, 1, length]
+      bias = lax.dynamic_slice_in_dim(bias, cache_index, 1, axis=2)
+      mask = (jnp.arange(length) <= cache_index)[None, None, None, :]
+      self.put_variable('cache', 'cache_index', cache_index + 1)
+    else:
+      bias = RelativePositionBias(
+          cfg.num_heads,
+          False,
+          cfg.relative_attention_num_buckets,
+          cfg.relative_attention_max_distance,
+          name='relpos_bias',
+      )(x.shape[1])
+      if decode:
+        cache_index = jnp.zeros((), jnp.int32)
+        self.put_variable('cache', 'cached_bias', bias)
+        self.put_variable('cache', 'cache_index', cache_index)
+
+    dropout = nn.Dropout(
+        cfg.dropout_rate,
+        broadcast_dims=(-2,),
+        deterministic=not enable_dropout,
+    )
+    x = dropout(x)
+    for i in range(cfg.num_decoder_layers):
+      x = DecoderLayer(cfg, self.placements, name=f'layers_{i}')(
+          x,
+          encoded,
+          mask,
+          encoder_mask,
+          bias,
+          cache_index=cache_index,
+          enable_dropout=enable_dropout,
+      )
+    x = dropout(LayerNorm(dtype, name='decoder_norm')(x))
+    x = adapt(self, self.placements, 'output', tokens, x)
+    if cfg.logits_via_embedding:
+      logits = self.token_embedder.attend(x * cfg.emb_dim**-0.5)
+    else:
+      logits = Dense(
+          cfg.vocab_size,
+          ('embed', 'vocab'),
+          dtype,
+          out_dtype=jnp.float32,
+          name='logits_dense',
+      )(x)
+    return constrain(logits, 'batch', 'length', 'vocab')
+
+
+class Transformer(nn.Module):
+  """An encoder-decoder T5, with whatever its placements add.
+
+  Attributes:
+    config: Its sizes.
+    placements: The adapters of the tuning method, see `adapters`.
+  """
+
+  config: T5Config
+  placements: tuple[Placement, ...] = ()
+
+  def setup(self):
+    cfg = self.config
+    self.token_embedder = Embed(
+        cfg.vocab_size, cfg.emb_dim, jnp.dtype(cfg.dtype)
+    )
+    self.encoder = Encoder(cfg, self.token_embedder, self.placements)
+    self.decoder = Decoder(cfg, self.token_embedder, self.placements)
+
+  def encode(
+      self, encoder_input_tokens, encoder_segment_ids=None, enable_dropout=True
+  ):
+    """Runs the encoder.
+
+    Args:
+      encoder_input_tokens: [batch, length] int32, padded with 0.
+      encoder_segment_ids: [batch, length] which packed example a token is of.
+      enable_dropout: Whether to drop; needs a `dropout` rng.
+
+    Returns:
+      [batch, length + what adapters add, embed].
+    """
+    return self.encoder(
+        encoder_input_tokens,
+        encoder_segment_ids,
+        enable_dropout=enable_dropout,
+    )
+
+  def decode(
+      self,
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids=None,
+      decoder_segment_ids=None,
+      decoder_positions=None,
+      *,
+      enable_dropout=True,
+      decode=False,
+      max_decode_length=None,
+  ):
+    """Runs the decoder on what the encoder returned.
+
+    Args:
+      encoded: [batch, encoded length, embed].
+      encoder_input_tokens: [batch, length] as given to the encoder; tells
+        which encoded positions are padding.
+      decoder_input_tokens: [batch, target length], or [batch, 1] in a step of
+        cached decoding.
+      decoder_target_tokens: Like decoder_input_tokens; 0 marks padding.
+      encoder_segment_ids: [batch, length], with packed examples.
+      decoder_segment_ids: [batch, target length], with packed examples.
+      decoder_positions: Unused; distances follow from the order.
+      enable_dropout: Whether to drop; needs a `dropout` rng.
+      decode: Cached decoding, see `Decoder`.
+      max_decode_length: Unused; the cache has the length it was made with.
+
+    Returns:
+      Logits [batch, target length, vocab], float32.
+    """
+    del decoder_positions, max_decode_length
+    valid = grow(encoder_input_tokens > 0, encoded.shape[1])
+    encoder_mask = valid[:, None, None, :]
+    length = decoder_input_tokens.shape[1]
+    positions = jnp.arange(length)
+    # [1, 1, q, k] & [batch, 1, 1, k]
+    mask = (positions[:, None] >= positions[None, :])[None, None]
+    if not decode:
+      mask = mask & (decoder_target_tokens > 0)[:, None, None, :]
+    if decoder_segment_ids is not None:
+      _refuse_packing(encoder_input_tokens, encoded.shape[1])
+      queries = decoder_segment_ids[:, None, :, None]
+      mask = mask & (queries == decoder_segment_ids[:, None, None, :])
+      encoder_mask = encoder_mask & (
+          queries == encoder_segment_ids[:, None, None, :]
+      )
+    return self.decoder(
+        decoder_input_tokens,
+        encoded,
+        mask,
+        encoder_mask,
+        decode=decode,
+        enable_dropout=enable_dropout,
+    )
+
+  def __call__(
+      self,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids=None,
+      decoder_segment_ids=None,
+      encoder_positions=None,
+      decoder_positions=None,
+      *,
+      enable_dropout=True,
+      decode=False,
+  ):
+    """Logits [batch, target length, vocab]; arguments as in the two parts."""
+    del encoder_positions
+    encoded = self.encode(
+        encoder_input_tokens, encoder_segment_ids, enable_dropout
+    )
+    return self.decode(
+        encoded,
+        encoder_input_tokens,
+        decoder_input_tokens,
+        decoder_target_tokens,
+        encoder_segment_ids,
+        decoder_segment_ids,
+        decoder_positions,
+        enable_dropout=enable_dropout,
+        decode=decode,
+    )
+
+
+def _refuse_packing(tokens: jax.Array, length: int) -> None:
+  if length != tokens.shape[1]:
+    raise ValueError(
+        'an adapter changes the length of the encoder, so examples cannot be'
+        ' packed: each would need a prompt of its own. Turn packing off'
+    )
+
+
+def _abstract(network: Transformer, mutable) -> Mapping[str, Any]:
+  """Shapes of the variables that one call makes; computes nothing."""
+  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  init = functools.partial(
+      network.init, mutable=mutable, enable_dropout=False
+  )
+  return jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)
+
+
+def parameters(network: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shape and type of every parameter, by path.
+
+  Raises:
+    ValueError: If a placement matches no site of the network.
+  """
+  known = sites(network)
+  stray = [
+      p.site
+      for p in network.placements
+      if not any(matches(p.site, site) for site in known)
+  ]
+  if stray:
+    raise ValueError(
+        f'no site of the network matches {stray}; its sites are:\n  '
+        + '\n  '.join(known)
+    )
+  params = _abstract(network, ['params', 'params_axes'])['params']
+  return traverse_util.flatten_dict(params, sep='/')
+
+
+def parameter_axes(network: Transformer) -> dict[str, tuple[str, ...]]:
+  """Logical axis names of every parameter, by path."""
+  axes = _abstract(network, ['params', 'params_axes'])['params_axes']
+  flat = traverse_util.flatten_dict(axes, sep='/')
+  return {k.removesuffix('_axes'): tuple(v.names) for k, v in flat.items()}
+
+
+def sites(network: Transformer) -> list[str]:
+  """Every place where an adapter can stand, as a path."""
+  sown = _abstract(network, True)['intermediates']
+  flat = traverse_util.flatten_dict(sown, sep='/')
+  return sorted(path.removesuffix('_site') for path in flat)

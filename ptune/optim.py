@@ -1,0 +1,134 @@
+"""Optimizers and learning-rate schedules, from optax, in T5X's settings.
+
+An optimizer is a function of the step that the initial checkpoint was at, so
+that a run can go on where the base model's training ended.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[int], float]
+
+
+def schedule(
+    learning_rate: float = 0.3,
+    decay: str = 'constant',
+    warmup_steps: int = 0,
+    decay_steps: int | None = None,
+    end_factor: float = 0.0,
+) -> Schedule:
+  """The learning rate at each step of this run.
+
+  Args:
+    learning_rate: The peak.
+    decay: 'constant', 'linear', 'cosine', or 'rsqrt', which falls with
+      1/sqrt(step) from the end of the warm-up.
+    warmup_steps: Steps of a linear rise from 0.
+    decay_steps: The step at which linear and cosine decay end.
+    end_factor: What fraction of the peak they end at.
+
+  Raises:
+    ValueError: If the decay is unknown or lacks its length.
+  """
+  if warmup_steps < 0:
+    raise ValueError(f'warmup_steps is {warmup_steps}; it cannot be negative')
+  if decay in ('linear', 'cosine'):
+    if decay_steps is None or decay_steps <= warmup_steps:
+      raise ValueError(
+          f'{decay} decay after {warmup_steps} warm-up steps needs a later'
+          f' decay_steps, not {decay_steps}; set it to TRAIN_STEPS'
+      )
+    length = decay_steps - warmup_steps
+    if decay == 'linear':
+      main = optax.linear_schedule(
+          learning_rate, learning_rate * end_factor, length
+      )
+    else:
+      main = optax.cosine_decay_schedule(learning_rate, length, end_factor)
+  elif decay == 'rsqrt':
+    first = max(warmup_steps, 1)
+    main = lambda step: learning_rate * jnp.sqrt(first / (step + first))
+  elif decay == 'constant':
+    main = optax.constant_schedule(learning_rate)
+  else:
+    raise ValueError(
+        f"decay {decay!r} is not one of 'constant', 'linear', 'cosine',"
+        " 'rsqrt'"
+    )
+  if not warmup_steps:
+    return main
+  # The first update already moves: step 0 is the first of warmup_steps.
+  warmup = lambda step: learning_rate * (step + 1) / warmup_steps
+  return optax.join_schedules([warmup, main], [warmup_steps])
+
+
+def adafactor(
+    initial_step: int = 0,
+    learning_rate: float | Schedule = 0.3,
+    decay_rate: float = 0.8,
+    weight_decay_rate: float | None = 1e-5,
+    clipping_threshold: float | None = 1.0,
+    multiply_by_parameter_scale: bool = False,
+    min_dim_size_to_factor: int = 128,
+    step_offset: int | None = None,
+) -> optax.GradientTransformation:
+  """Adafactor as prompt tuning uses it.
+
+  The second moment decays with beta2 = 1 - t^-decay_rate, where t counts from
+  the initial checkpoint's step: after 1,100,000 steps a fresh second moment
+  takes up 1.5e-5 of each squared gradient, so updates stay at the clipping
+  threshold for all of a run. Starting from 0 trains differently. Weight decay
+  is not scaled by the learning rate.
+
+  Args:
+    initial_step: Step of the initial checkpoint.
+    learning_rate: A number or a schedule of this run's steps.
+    decay_rate: Exponent of the second moment's decay.
+    weight_decay_rate: Taken off each parameter at each step.
+    clipping_threshold: Largest root mean square of an update.
+    multiply_by_parameter_scale: Whether updates are relative to the
+      parameter's root mean square.
+    min_dim_size_to_factor: A second moment is factored into rows and columns
+      if both dimensions are at least this.
+    step_offset: Overrides initial_step.
+
+  Source: Shazeer and Stern 2018 (arXiv 1804.04235); T5X's adafactor.
+  """
+  offset = initial_step if step_offset is None else step_offset
+  return optax.adafactor(
+      learning_rate,
+      min_dim_size_to_factor=min_dim_size_to_factor,
+      decay_rate=decay_rate,
+      decay_offset=-offset,
+      multiply_by_parameter_scale=multiply_by_parameter_scale,
+      clipping_threshold=clipping_threshold,
+      weight_decay_rate=weight_decay_rate,
+      eps=1e-30,
+  )
+
+
+def adamw(
+    initial_step: int = 0,
+    learning_rate: float | Schedule = 1e-3,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+    max_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+  """AdamW behind clipping by the global norm.
+
+  Args:
+    initial_step: Unused: the moments start afresh.
+    learning_rate: A number or a schedule of this run's steps.
+    b1: Decay of the first moment.
+    b2: Decay of the second moment.
+    weight_decay: Taken off each parameter, times the learning rate.
+    max_norm: Largest norm of all gradients together.
+  """
+  del initial_step
+  adam = optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay)
+  if max_norm is None:
+    return adam
+  return optax.chain(optax.clip_by_global_norm(max_norm), adam)

@@ -1,0 +1,246 @@
+"""Where a soft prompt starts: at random, from the vocabulary, from a file.
+
+An initialiser is a function `init(rng, shape, base) -> [prompt, embed]`
+float32. It runs once, on the host, after the frozen weights are restored and
+before the first step: `base` is what it may look at. The settings are those
+of Lester et al. 2021, section 3.2, whose default is class labels.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import difflib
+import os
+from typing import Any, Protocol
+
+from absl import logging
+from etils import epath
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+  """What an initialiser may look at.
+
+  Attributes:
+    embedding: Reads rows of the frozen model's token embedding:
+      ids [n] -> [n, embed] float32.
+    vocabulary: Makes the task's vocabulary, whose `encode` turns a string
+      into ids without EOS.
+    labels: Makes the list of the task's class labels, as strings.
+  """
+
+  embedding: Callable[[np.ndarray], np.ndarray]
+  vocabulary: Callable[[], Any]
+  labels: Callable[[], Sequence[str]]
+
+
+class Initializer(Protocol):
+  """See the module."""
+
+  def __call__(
+      self, rng: np.random.Generator, shape: tuple[int, int], base: Base
+  ) -> np.ndarray: ...
+
+
+def random_uniform(low: float = -0.5, high: float = 0.5) -> Initializer:
+  """Uniform in [low, high).
+
+  The paper says [-0.5, 0.5]; its implementation drew from [0, 0.5).
+  """
+
+  def init(rng, shape, base):
+    del base
+    return rng.uniform(low, high, shape).astype(np.float32)
+
+  return init
+
+
+def from_sampled_vocab(population: int = 5000) -> Initializer:
+  """Embeddings of random tokens, each of the most common ones once.
+
+  Args:
+    population: How many of the vocabulary's first, most common, ids are drawn
+      from. Drawn with replacement, and a warning, where the prompt is longer.
+  """
+
+  def init(rng, shape, base):
+    again = shape[0] > population
+    if again:
+      logging.warning(
+          'a prompt of %d tokens is drawn from %d ids: some occur again',
+          shape[0],
+          population,
+      )
+    ids = rng.choice(population, shape[0], replace=again)
+    return _fit(base.embedding(ids), shape, 'the sampled vocabulary')
+
+  return init
+
+
+def from_class_labels(
+    labels: Sequence[str] | None = None, fill: Initializer | None = None
+) -> Initializer:
+  """Embeddings of the class labels, one row each.
+
+  A label of several pieces gives their mean. Rows beyond the labels come from
+  `fill`; labels beyond the rows are left out, with a warning.
+
+  Args:
+    labels: Strings as they stand in the targets (CLASS_LABELS); the distinct
+      targets of the training set if not given.
+    fill: Initialises the other rows; the sampled vocabulary if not given.
+  """
+  if isinstance(labels, str):
+    raise ValueError(
+        f'CLASS_LABELS is the string {labels!r}; it must be a list, such as'
+        f' [{labels!r}]'
+    )
+
+  def init(rng, shape, base):
+    names = list(base.labels() if labels is None else labels)
+    if not names:
+      raise ValueError(
+          "CLASS_LABELS is empty; name the labels, such as ['no', 'yes'], or"
+          ' choose another file of prompts/'
+      )
+    prompt = (fill or from_sampled_vocab())(rng, shape, base)
+    vocabulary = base.vocabulary()
+    rows = [_mean_row(name, vocabulary, base) for name in names]
+    if len(rows) > shape[0]:
+      logging.warning(
+          'the prompt has %d rows for %d class labels; these have none: %s',
+          shape[0],
+          len(rows),
+          names[shape[0] :],
+      )
+    rows = rows[: shape[0]]
+    prompt[: len(rows)] = _fit(np.stack(rows), (len(rows), shape[1]), 'labels')
+    return prompt
+
+  return init
+
+
+def from_string(text: str, fill: Initializer | None = None) -> Initializer:
+  """Embeddings of a text's pieces, in order.
+
+  Args:
+    text: Cut where it has more pieces than the prompt has rows.
+    fill: Initialises the rows beyond it; the sampled vocabulary if not given.
+  """
+
+  def init(rng, shape, base):
+    ids = _encode(text, base.vocabulary(), 'the initial text')
+    if len(ids) > shape[0]:
+      logging.warning(
+          'the initial text has %d pieces; the prompt takes the first %d',
+          len(ids),
+          shape[0],
+      )
+    ids = ids[: shape[0]]
+    prompt = (fill or from_sampled_vocab())(rng, shape, base)
+    prompt[: len(ids)] = _fit(
+        base.embedding(np.asarray(ids)), (len(ids), shape[1]), 'the text'
+    )
+    return prompt
+
+  return init
+
+
+def from_array(array: np.ndarray) -> Initializer:
+  """A given [prompt, embed] array."""
+
+  def init(rng, shape, base):
+    del rng, base
+    return _fit(array, shape, 'the given array')
+
+  return init
+
+
+def from_file(path: str | os.PathLike[str]) -> Initializer:
+  """A prompt saved by ptune or by the paper's implementation."""
+
+  def init(rng, shape, base):
+    del rng, base
+    return _fit(read(path), shape, f'prompt file {os.fspath(path)}')
+
+  return init
+
+
+def read(path: str | os.PathLike[str]) -> np.ndarray:
+  """Reads a prompt file.
+
+  Args:
+    path: NumPy's format, whatever the file's suffix. `.npy` may be left out.
+
+  Returns:
+    [prompt, embed] float32.
+
+  Raises:
+    FileNotFoundError: With the nearest names beside it.
+    ValueError: If the file is none of NumPy's, holds pickled objects, or is
+      not a finite two-dimensional array of numbers.
+  """
+  file = epath.Path(path)
+  if not file.is_file():
+    suffixed = epath.Path(os.fspath(path) + '.npy')
+    if not suffixed.is_file():
+      raise FileNotFoundError(_missing(file))
+    file = suffixed
+  with file.open('rb') as f:
+    try:
+      # Pickled content could run code: never loaded.
+      array = np.lib.format.read_array(f, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+      raise ValueError(
+          f'prompt file {file} is not a NumPy array file (or it is cut short,'
+          f' or holds pickled objects, which are not loaded): {error}'
+      ) from error
+  if array.ndim != 2 or not np.issubdtype(array.dtype, np.number):
+    raise ValueError(
+        f'prompt file {file} holds {array.dtype} {list(array.shape)}; a prompt'
+        ' is [prompt, embed] floats'
+    )
+  array = array.astype(np.float32)
+  if not np.isfinite(array).all():
+    raise ValueError(f'prompt file {file} holds NaN or infinity')
+  return array
+
+
+def _missing(file: epath.Path) -> str:
+  names = []
+  if file.parent.is_dir():
+    names = [child.name for child in file.parent.iterdir()]
+  near = difflib.get_close_matches(file.name, names, n=3, cutoff=0.4)
+  return f'there is no prompt file {file}' + (
+      f'; did you mean {near}?' if near else ''
+  )
+
+
+def _fit(
+    array: np.ndarray, shape: tuple[int, int], what: str
+) -> np.ndarray:
+  array = np.array(array, np.float32)
+  if array.shape != tuple(shape):
+    raise ValueError(
+        f'{what} has shape {list(array.shape)}, and the prompt'
+        f' {list(shape)} [PROMPT_LENGTH, d_model of the model]; change'
+        ' PROMPT_LENGTH or the model file'
+    )
+  return array
+
+
+def _encode(text: str, vocabulary: Any, what: str) -> list[int]:
+  ids = list(vocabulary.encode(text))
+  unknown = vocabulary.unk_id
+  if not ids or all(i == unknown for i in ids):
+    raise ValueError(
+        f'{what} {text!r} cannot be encoded by the vocabulary: it gives'
+        f' {ids or "no tokens"}'
+        + (' (the unknown token)' if ids else '')
+    )
+  return ids
+
+
+def _mean_row(label: str, vocabulary: Any, base: Base) -> np.ndarray:
+  ids = _encode(label, vocabulary, 'the class label')
+  return np.mean(base.embedding(np.asarray(ids)), axis=0)

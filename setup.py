@@ -1,0 +1,24 @@
+"""Installs ptune; the metadata and the tools' settings are in pyproject.toml.
+
+`gin/` and `tasks/` lie at the top of the repository, where users of T5X look
+for them, and are installed inside the package as `ptune.gin` (files only) and
+`ptune.tasks`.
+"""
+
+import setuptools
+
+setuptools.setup(
+    packages=[
+        'ptune',
+        'ptune.convert',
+        'ptune.methods',
+        'ptune.tasks',
+        'ptune.gin',
+    ],
+    package_dir={
+        'ptune': 'ptune',
+        'ptune.tasks': 'tasks',
+        'ptune.gin': 'gin',
+    },
+    package_data={'ptune.gin': ['*/*.gin']},
+)

@@ -1,0 +1,31 @@
+"""Every test runs on eight fake CPU devices, with silent surprises made loud.
+
+Rank promotion raises, so a forgotten axis cannot broadcast; warnings are
+errors (pyproject.toml).
+"""
+
+import os
+import pathlib
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '')
+    + ' --xla_force_host_platform_device_count=8'
+)
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import jax
+import pytest
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+SHARED = pathlib.Path(__file__).parents[2] / 'shared'
+
+
+@pytest.fixture(scope='session')
+def numerics():
+  """The values made by running the reference implementations."""
+  path = SHARED / 'golden' / 'numerics'
+  if not path.is_dir():
+    pytest.skip(f'the reference values are not at {path}')
+  return path
