@@ -15,13 +15,13 @@ A parameter-efficient method is a `Method`: its placements, and which
 parameters it trains.
 """
 
-from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import fnmatch
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from flax import linen as nn
 import jax
+from flax import linen as nn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Method:
   trainable: tuple[str, ...]
   prompt: str | None = None
   initial: Mapping[str, Callable[..., Any]] = dataclasses.field(
-      default_factory=dict
+    default_factory=dict
   )
 
   def trains(self, path: str) -> bool:
@@ -72,16 +72,16 @@ def matches(pattern: str, path: str) -> bool:
   """Whether a site pattern matches a path, component by component."""
   patterns, parts = pattern.split('/'), path.split('/')
   return len(patterns) == len(parts) and all(
-      map(fnmatch.fnmatchcase, parts, patterns)
+    map(fnmatch.fnmatchcase, parts, patterns)
   )
 
 
 def adapt(
-    module: nn.Module,
-    placements: Iterable[Placement],
-    site: str,
-    x: jax.Array,
-    y: jax.Array,
+  module: nn.Module,
+  placements: Iterable[Placement],
+  site: str,
+  x: jax.Array,
+  y: jax.Array,
 ) -> jax.Array:
   """Lets the adapters placed at a site change what comes out of it.
 

@@ -7,12 +7,12 @@ happens in `dtype`; layer norm, softmax and logits are float32 in any case.
 
 from collections.abc import Callable
 
-from flax import linen as nn
-from flax.linen import partitioning
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from flax.linen import partitioning
+from jax import lax
 
 from ptune.adapters import Placement, adapt
 
@@ -23,14 +23,14 @@ Initializer = Callable[..., jax.Array]
 MASKED = -1e10
 
 ACTIVATIONS = {
-    'gelu': nn.gelu,  # The tanh approximation, as T5 1.1 was trained with.
-    'relu': nn.relu,
-    'silu': nn.silu,
-    'linear': lambda x: x,
+  'gelu': nn.gelu,  # The tanh approximation, as T5 1.1 was trained with.
+  'relu': nn.relu,
+  'silu': nn.silu,
+  'linear': lambda x: x,
 }
 
 kernel_init = nn.initializers.variance_scaling(
-    1.0, 'fan_in', 'truncated_normal'
+  1.0, 'fan_in', 'truncated_normal'
 )
 
 
@@ -80,16 +80,16 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = partitioning.param_with_axes(
-        'kernel',
-        self.kernel_init,
-        (x.shape[-1], self.features),
-        jnp.float32,
-        axes=self.axes,
+      'kernel',
+      self.kernel_init,
+      (x.shape[-1], self.features),
+      jnp.float32,
+      axes=self.axes,
     )
     y = jnp.matmul(
-        x.astype(self.dtype),
-        kernel.astype(self.dtype),
-        preferred_element_type=jnp.float32,
+      x.astype(self.dtype),
+      kernel.astype(self.dtype),
+      preferred_element_type=jnp.float32,
     )
     return y.astype(self.out_dtype or self.dtype)
 
@@ -103,11 +103,11 @@ class LayerNorm(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     scale = partitioning.param_with_axes(
-        'scale',
-        nn.initializers.ones,
-        (x.shape[-1],),
-        jnp.float32,
-        axes=('embed',),
+      'scale',
+      nn.initializers.ones,
+      (x.shape[-1],),
+      jnp.float32,
+      axes=('embed',),
     )
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(lax.square(x), axis=-1, keepdims=True)
@@ -125,11 +125,11 @@ class Embed(nn.Module):
 
   def setup(self):
     self.embedding = partitioning.param_with_axes(
-        'embedding',
-        nn.initializers.normal(stddev=1.0),
-        (self.vocab_size, self.features),
-        jnp.float32,
-        axes=('vocab', 'embed'),
+      'embedding',
+      nn.initializers.normal(stddev=1.0),
+      (self.vocab_size, self.features),
+      jnp.float32,
+      axes=('vocab', 'embed'),
     )
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -139,17 +139,17 @@ class Embed(nn.Module):
   def attend(self, x: jax.Array) -> jax.Array:
     """Products with all rows: [..., embed] -> [..., vocab], float32."""
     return jnp.matmul(
-        x.astype(self.dtype),
-        self.embedding.astype(self.dtype).T,
-        preferred_element_type=jnp.float32,
+      x.astype(self.dtype),
+      self.embedding.astype(self.dtype).T,
+      preferred_element_type=jnp.float32,
     )
 
 
 def relative_position_bucket(
-    relative_position: np.ndarray,
-    bidirectional: bool,
-    num_buckets: int,
-    max_distance: int,
+  relative_position: np.ndarray,
+  bidirectional: bool,
+  num_buckets: int,
+  max_distance: int,
 ) -> np.ndarray:
   """Sorts distances into buckets: exact when near, logarithmic when far.
 
@@ -198,17 +198,17 @@ class RelativePositionBias(nn.Module):
   def __call__(self, length: int) -> jax.Array:
     """Returns the bias among `length` positions, [1, heads, q, k] float32."""
     table = partitioning.param_with_axes(
-        'rel_embedding',
-        nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
-        (self.num_heads, self.num_buckets),
-        jnp.float32,
-        axes=('heads', 'relpos_buckets'),
+      'rel_embedding',
+      nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
+      (self.num_heads, self.num_buckets),
+      jnp.float32,
+      axes=('heads', 'relpos_buckets'),
     )
     buckets = relative_position_bucket(
-        np.arange(1 - length, length),
-        self.bidirectional,
-        self.num_buckets,
-        self.max_distance,
+      np.arange(1 - length, length),
+      self.bidirectional,
+      self.num_buckets,
+      self.max_distance,
     )
     # [heads, 2 * length - 1] -> [heads, q, k]
     by_distance = jnp.take(table.astype(jnp.float32), buckets, axis=1)
@@ -232,14 +232,14 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      inputs_q: jax.Array,
-      inputs_kv: jax.Array,
-      mask: jax.Array,
-      bias: jax.Array | None = None,
-      *,
-      cache_index: jax.Array | None = None,
-      enable_dropout: bool = False,
+    self,
+    inputs_q: jax.Array,
+    inputs_kv: jax.Array,
+    mask: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    cache_index: jax.Array | None = None,
+    enable_dropout: bool = False,
   ) -> jax.Array:
     """Attends from each query position to the keys that the mask allows.
 
@@ -264,7 +264,7 @@ class Attention(nn.Module):
 
     # [b, q, h, d], [b, k, h, d] -> [b, h, q, k]
     logits = jnp.einsum(
-        'bqhd,bkhd->bhqk', q, k, preferred_element_type=jnp.float32
+      'bqhd,bkhd->bhqk', q, k, preferred_element_type=jnp.float32
     )
     if bias is not None:
       logits = logits + bias
@@ -272,16 +272,16 @@ class Attention(nn.Module):
     weights = nn.softmax(logits).astype(self.dtype)
     # One mask for all queries, as T5X drops attention weights.
     weights = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
-        weights, deterministic=not enable_dropout
+      weights, deterministic=not enable_dropout
     )
     # -> [b, q, h, d]
     y = jnp.einsum(
-        'bhqk,bkhd->bqhd', weights, v, preferred_element_type=jnp.float32
+      'bhqk,bkhd->bqhd', weights, v, preferred_element_type=jnp.float32
     ).astype(self.dtype)
     # -> [b, q, joined_kv] -> [b, q, embed]
     y = y.reshape(*y.shape[:2], -1)
     out = Dense(
-        inputs_q.shape[-1], ('joined_kv', 'embed'), self.dtype, name='out'
+      inputs_q.shape[-1], ('joined_kv', 'embed'), self.dtype, name='out'
     )(y)
     return adapt(self, self.placements, 'out', y, out)
 
@@ -292,18 +292,18 @@ class Attention(nn.Module):
       # The head size that is not divided out of the logits stands here.
       init = lambda *args: kernel_init(*args) * self.head_dim**-0.5
     y = Dense(
-        self.num_heads * self.head_dim,
-        ('embed', 'joined_kv'),
-        self.dtype,
-        kernel_init=init,
-        name=site,
+      self.num_heads * self.head_dim,
+      ('embed', 'joined_kv'),
+      self.dtype,
+      kernel_init=init,
+      name=site,
     )(x)
     y = y.reshape(*y.shape[:-1], self.num_heads, self.head_dim)
     y = constrain(y, 'batch', 'length', 'heads', 'kv')
     return adapt(self, self.placements, site, x, y)
 
   def _cached(
-      self, k: jax.Array, v: jax.Array, index: jax.Array
+    self, k: jax.Array, v: jax.Array, index: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """Writes one position into the cache, and returns all positions."""
     filled = self.has_variable('cache', 'cached_key')
@@ -312,7 +312,7 @@ class Attention(nn.Module):
       cache = self.variable('cache', name, jnp.zeros, x.shape, x.dtype)
       if filled:
         cache.value = lax.dynamic_update_slice(
-            cache.value, x.astype(cache.value.dtype), (0, index, 0, 0)
+          cache.value, x.astype(cache.value.dtype), (0, index, 0, 0)
         )
       cached.append(cache.value)
     return cached[0], cached[1]
@@ -336,7 +336,7 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: jax.Array, *, enable_dropout: bool = False
+    self, x: jax.Array, *, enable_dropout: bool = False
   ) -> jax.Array:
     """Maps [batch, length, embed] to the same shape."""
     h = None
@@ -350,7 +350,7 @@ class Mlp(nn.Module):
     assert h is not None, 'an MLP needs an activation'
     h = adapt(self, self.placements, 'hidden', x, h)
     h = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
-        h, deterministic=not enable_dropout
+      h, deterministic=not enable_dropout
     )
     out = Dense(x.shape[-1], ('mlp', 'embed'), self.dtype, name='wo')(h)
     return adapt(self, self.placements, 'wo', h, out)

@@ -1,7 +1,7 @@
 """What is asked of a network: the loss, the score of targets, a prediction."""
 
-from collections.abc import Mapping
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -35,8 +35,8 @@ class Decoding:
   def __post_init__(self):
     if self.num_beams > 1 and self.temperature:
       raise ValueError(
-          f'num_beams is {self.num_beams} and temperature {self.temperature}:'
-          ' beam search does not sample; set one of the two'
+        f'num_beams is {self.num_beams} and temperature {self.temperature}:'
+        ' beam search does not sample; set one of the two'
       )
 
 
@@ -60,30 +60,30 @@ class EncoderDecoderModel:
   eos_id: int = 1
 
   def logits(
-      self,
-      params: Params,
-      batch: Batch,
-      dropout_rng: jax.Array | None = None,
+    self,
+    params: Params,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
   ) -> jax.Array:
     """Logits [batch, length, vocab], dropping only if given an rng."""
     return self.network.apply(
-        {'params': params},
-        batch['encoder_input_tokens'],
-        batch['decoder_input_tokens'],
-        batch['decoder_target_tokens'],
-        encoder_segment_ids=batch.get('encoder_segment_ids'),
-        decoder_segment_ids=batch.get('decoder_segment_ids'),
-        enable_dropout=dropout_rng is not None,
-        rngs=None if dropout_rng is None else {'dropout': dropout_rng},
+      {'params': params},
+      batch['encoder_input_tokens'],
+      batch['decoder_input_tokens'],
+      batch['decoder_target_tokens'],
+      encoder_segment_ids=batch.get('encoder_segment_ids'),
+      decoder_segment_ids=batch.get('decoder_segment_ids'),
+      enable_dropout=dropout_rng is not None,
+      rngs=None if dropout_rng is None else {'dropout': dropout_rng},
     )
 
   def loss(
-      self,
-      params: Params,
-      batch: Batch,
-      dropout_rng: jax.Array | None = None,
+    self,
+    params: Params,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a batch, and its parts as sums over target tokens.
+    """The loss of a batch and its parts, summed over target tokens.
 
     Args:
       params: Parameters of the network.
@@ -91,43 +91,51 @@ class EncoderDecoderModel:
       dropout_rng: Turns dropout on.
 
     Returns:
-      The loss to be minimised, and sums that add up over batches: `loss` and
-      `z_loss` (the former contains the latter), `correct` and `tokens`.
+      The loss, and sums that add up over batches: `loss` and `z_loss` (the
+      former contains the latter), `correct` and `tokens`.
     """
     logits = self.logits(params, batch, dropout_rng)
     targets = batch['decoder_target_tokens']
     weights = batch['decoder_loss_weights'].astype(jnp.float32)
     cross_entropy, z_loss = token_loss(
-        logits, targets, self.z_loss, self.label_smoothing
+      logits, targets, self.z_loss, self.label_smoothing
     )
-    tokens = jnp.sum(weights)
+    right = jnp.argmax(logits, axis=-1) == targets
     loss = jnp.sum((cross_entropy + z_loss) * weights)
-    sums = {
-        'loss': loss,
-        'z_loss': jnp.sum(z_loss * weights),
-        'correct': jnp.sum((jnp.argmax(logits, axis=-1) == targets) * weights),
-        'tokens': tokens,
+    return loss, {
+      'loss': loss,
+      'z_loss': jnp.sum(z_loss * weights),
+      'correct': jnp.sum(right * weights),
+      'tokens': jnp.sum(weights),
     }
-    factor = self.loss_normalizing_factor
-    if factor == 'NUM_REAL_TARGET_TOKENS':
-      # An all-padding microbatch has a loss of 0, not 0 / 0.
-      factor = jnp.maximum(tokens, 1.0)
-    return (loss if factor is None else loss / factor), sums
+
+  def normalizer(self, batch: Batch) -> jax.Array | float | None:
+    """What the summed loss of a whole batch is divided by to be minimised."""
+    if self.loss_normalizing_factor == 'NUM_REAL_TARGET_TOKENS':
+      tokens = jnp.sum(batch['decoder_loss_weights']).astype(jnp.float32)
+      # A batch of padding has a loss of 0, not 0 / 0.
+      return jnp.maximum(tokens, 1.0)
+    if isinstance(self.loss_normalizing_factor, str):
+      raise ValueError(
+        f'loss_normalizing_factor is {self.loss_normalizing_factor!r}; it'
+        " must be None, a number or 'NUM_REAL_TARGET_TOKENS'"
+      )
+    return self.loss_normalizing_factor
 
   def score(self, params: Params, batch: Batch) -> jax.Array:
     """Log probability of each row's targets, summed: [batch] float32."""
     cross_entropy, _ = token_loss(
-        self.logits(params, batch), batch['decoder_target_tokens'], 0.0, 0.0
+      self.logits(params, batch), batch['decoder_target_tokens'], 0.0, 0.0
     )
     return -jnp.sum(cross_entropy * batch['decoder_loss_weights'], axis=-1)
 
   def predict(
-      self,
-      params: Params,
-      encoder_input_tokens: jax.Array,
-      max_decode_length: int,
-      how: Decoding = Decoding(),
-      rng: jax.Array | None = None,
+    self,
+    params: Params,
+    encoder_input_tokens: jax.Array,
+    max_decode_length: int,
+    how: Decoding = Decoding(),
+    rng: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
     """Decodes what the model answers to each row.
 
@@ -144,25 +152,25 @@ class EncoderDecoderModel:
     """
     variables = {'params': params}
     encoded = self.network.apply(
-        variables,
-        encoder_input_tokens,
-        enable_dropout=False,
-        method='encode',
+      variables,
+      encoder_input_tokens,
+      enable_dropout=False,
+      method='encode',
     )
     rows = encoder_input_tokens.shape[0]
 
     def decode(tokens, cache):
       beams = tokens.shape[0] // rows
       return self.network.apply(
-          variables | cache,
-          jnp.repeat(encoded, beams, axis=0),
-          jnp.repeat(encoder_input_tokens, beams, axis=0),
-          tokens,
-          tokens,
-          enable_dropout=False,
-          decode=True,
-          mutable=['cache'],
-          method='decode',
+        variables | cache,
+        jnp.repeat(encoded, beams, axis=0),
+        jnp.repeat(encoder_input_tokens, beams, axis=0),
+        tokens,
+        tokens,
+        enable_dropout=False,
+        decode=True,
+        mutable=['cache'],
+        method='decode',
       )
 
     # The first call makes the cache; its logits are never computed.
@@ -170,33 +178,33 @@ class EncoderDecoderModel:
     _, cache = decode(whole, {})
     if how.num_beams > 1:
       tokens, scores = decoding.beam_search(
-          decode,
-          cache,
-          rows,
-          max_decode_length,
-          num_beams=how.num_beams,
-          alpha=how.alpha,
-          eos_id=self.eos_id,
-      )
-      return tokens[:, -1], scores[:, -1]
-    return decoding.sample(
         decode,
         cache,
         rows,
         max_decode_length,
-        rng=rng,
-        temperature=how.temperature,
-        top_k=how.top_k,
-        top_p=how.top_p,
+        num_beams=how.num_beams,
+        alpha=how.alpha,
         eos_id=self.eos_id,
+      )
+      return tokens[:, -1], scores[:, -1]
+    return decoding.sample(
+      decode,
+      cache,
+      rows,
+      max_decode_length,
+      rng=rng,
+      temperature=how.temperature,
+      top_k=how.top_k,
+      top_p=how.top_p,
+      eos_id=self.eos_id,
     )
 
 
 def token_loss(
-    logits: jax.Array,
-    targets: jax.Array,
-    z_loss: float,
-    label_smoothing: float,
+  logits: jax.Array,
+  targets: jax.Array,
+  z_loss: float,
+  label_smoothing: float,
 ) -> tuple[jax.Array, jax.Array]:
   """Cross entropy and z-loss of every target token.
 
@@ -219,9 +227,9 @@ def token_loss(
     others = logits.shape[-1] - 1
     right, wrong = 1.0 - label_smoothing, label_smoothing / others
     entropy = -right * jnp.log(right) - label_smoothing * jnp.log(wrong)
-    mean_loss = (
-        others + 1
-    ) * log_z - jnp.sum(logits, axis=-1)  # Summed over all labels.
+    mean_loss = (others + 1) * log_z - jnp.sum(
+      logits, axis=-1
+    )  # Summed over all labels.
     cross_entropy = (right - wrong) * cross_entropy + wrong * mean_loss
     cross_entropy = cross_entropy - entropy
   return cross_entropy, z_loss * jnp.square(log_z)

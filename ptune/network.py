@@ -6,28 +6,28 @@ no tuning method: it names its sites (`sites` lists them) and hands them to
 `adapters.adapt`.
 """
 
-from collections.abc import Mapping
 import dataclasses
 import difflib
 import functools
+from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
-import jax
 from jax import lax
-import jax.numpy as jnp
 
 from ptune.adapters import Placement, adapt, matches
 from ptune.layers import (
-    Attention,
-    Dense,
-    Embed,
-    LayerNorm,
-    Mlp,
-    RelativePositionBias,
-    constrain,
-    grow,
+  Attention,
+  Dense,
+  Embed,
+  LayerNorm,
+  Mlp,
+  RelativePositionBias,
+  constrain,
+  grow,
 )
 
 
@@ -69,64 +69,64 @@ class T5Config:
   def __post_init__(self):
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(
-          f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'"
+        f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'"
       )
     if not 0 <= self.dropout_rate < 1:
       raise ValueError(
-          f'DROPOUT_RATE is {self.dropout_rate}; it must be in [0, 1)'
+        f'DROPOUT_RATE is {self.dropout_rate}; it must be in [0, 1)'
       )
 
 
 def _sizes() -> dict[str, T5Config]:
   """The published models: heads, head size, layers, d_model, d_ff."""
   t5_1_1 = {
-      'small': (6, 64, 8, 8, 512, 1024),
-      'base': (12, 64, 12, 12, 768, 2048),
-      'large': (16, 64, 24, 24, 1024, 2816),
-      'xl': (32, 64, 24, 24, 2048, 5120),
-      'xxl': (64, 64, 24, 24, 4096, 10240),
+    'small': (6, 64, 8, 8, 512, 1024),
+    'base': (12, 64, 12, 12, 768, 2048),
+    'large': (16, 64, 24, 24, 1024, 2816),
+    'xl': (32, 64, 24, 24, 2048, 5120),
+    'xxl': (64, 64, 24, 24, 4096, 10240),
   }
   t5_1_0 = {
-      'small': (8, 64, 6, 6, 512, 2048),
-      'base': (12, 64, 12, 12, 768, 3072),
-      'large': (16, 64, 24, 24, 1024, 4096),
-      '3b': (32, 128, 24, 24, 1024, 16384),
-      '11b': (128, 128, 24, 24, 1024, 65536),
+    'small': (8, 64, 6, 6, 512, 2048),
+    'base': (12, 64, 12, 12, 768, 3072),
+    'large': (16, 64, 24, 24, 1024, 4096),
+    '3b': (32, 128, 24, 24, 1024, 16384),
+    '11b': (128, 128, 24, 24, 1024, 65536),
   }
   # Bytes need a deep encoder and a shallow decoder (arXiv 2105.13626).
   byt5 = {
-      'small': (6, 64, 12, 4, 1472, 3584),
-      'base': (12, 64, 18, 6, 1536, 3968),
-      'large': (16, 64, 36, 12, 1536, 3840),
-      'xl': (32, 64, 36, 12, 2560, 6720),
-      'xxl': (64, 64, 36, 12, 4672, 12352),
+    'small': (6, 64, 12, 4, 1472, 3584),
+    'base': (12, 64, 18, 6, 1536, 3968),
+    'large': (16, 64, 36, 12, 1536, 3840),
+    'xl': (32, 64, 36, 12, 2560, 6720),
+    'xxl': (64, 64, 36, 12, 4672, 12352),
   }
   families: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
-      't5': (
-          t5_1_0,
-          {
-              'vocab_size': 32128,
-              'mlp_activations': ('relu',),
-              'logits_via_embedding': True,
-          },
-      ),
-      't5_1_1': (t5_1_1, {'vocab_size': 32128}),
-      'flan_t5': (t5_1_1, {'vocab_size': 32128}),
-      'mt5': (t5_1_1, {'vocab_size': 250112}),
-      'byt5': (byt5, {'vocab_size': 384}),
+    't5': (
+      t5_1_0,
+      {
+        'vocab_size': 32128,
+        'mlp_activations': ('relu',),
+        'logits_via_embedding': True,
+      },
+    ),
+    't5_1_1': (t5_1_1, {'vocab_size': 32128}),
+    'flan_t5': (t5_1_1, {'vocab_size': 32128}),
+    'mt5': (t5_1_1, {'vocab_size': 250112}),
+    'byt5': (byt5, {'vocab_size': 384}),
   }
   table = {}
   for family, (sizes, common) in families.items():
     for size, numbers in sizes.items():
       heads, head_dim, encoder, decoder, embed, mlp = numbers
       table[f'{family}_{size}'] = T5Config(
-          num_heads=heads,
-          head_dim=head_dim,
-          num_encoder_layers=encoder,
-          num_decoder_layers=decoder,
-          emb_dim=embed,
-          mlp_dim=mlp,
-          **common,
+        num_heads=heads,
+        head_dim=head_dim,
+        num_encoder_layers=encoder,
+        num_decoder_layers=decoder,
+        emb_dim=embed,
+        mlp_dim=mlp,
+        **common,
       )
   return table
 
@@ -156,14 +156,14 @@ def t5(size: str | None = None, **changes) -> T5Config:
       raise ValueError(f'no model size {size!r}; did you mean {near}?')
     return dataclasses.replace(SIZES[size], **changes)
   missing = [
-      name
-      for name, field in fields.items()
-      if field.default is dataclasses.MISSING and name not in changes
+    name
+    for name, field in fields.items()
+    if field.default is dataclasses.MISSING and name not in changes
   ]
   if missing:
     raise ValueError(
-        f'a model without a size name needs {missing}; or name a size, such'
-        " as size='t5_1_1_small'"
+      f'a model without a size name needs {missing}; or name a size, such'
+      " as size='t5_1_1_small'"
     )
   return T5Config(**changes)
 
@@ -184,31 +184,31 @@ class EncoderLayer(nn.Module):
     cfg, place = self.config, self.placements
     dtype = jnp.dtype(cfg.dtype)
     dropout = nn.Dropout(
-        cfg.dropout_rate,
-        broadcast_dims=(-2,),
-        deterministic=not enable_dropout,
+      cfg.dropout_rate,
+      broadcast_dims=(-2,),
+      deterministic=not enable_dropout,
     )
     x = adapt(self, place, 'input', x, x)
 
     h = LayerNorm(dtype, name='pre_attention_layer_norm')(x)
     y = Attention(
-        cfg.num_heads,
-        cfg.head_dim,
-        dtype,
-        cfg.dropout_rate,
-        place,
-        name='attention',
+      cfg.num_heads,
+      cfg.head_dim,
+      dtype,
+      cfg.dropout_rate,
+      place,
+      name='attention',
     )(h, h, mask, bias, enable_dropout=enable_dropout)
     x = x + dropout(adapt(self, place, 'attention', h, y))
 
     h = LayerNorm(dtype, name='pre_mlp_layer_norm')(x)
     y = Mlp(
-        cfg.mlp_dim,
-        cfg.mlp_activations,
-        dtype,
-        cfg.dropout_rate,
-        place,
-        name='mlp',
+      cfg.mlp_dim,
+      cfg.mlp_activations,
+      dtype,
+      cfg.dropout_rate,
+      place,
+      name='mlp',
     )(h, enable_dropout=enable_dropout)
     x = x + dropout(adapt(self, place, 'mlp', h, y))
     return constrain(x, 'batch', 'length', 'embed')
@@ -226,41 +226,39 @@ class DecoderLayer(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x,
-      encoded,
-      mask,
-      encoder_mask,
-      bias,
-      *,
-      cache_index=None,
-      enable_dropout: bool = False,
+    self,
+    x,
+    encoded,
+    mask,
+    encoder_mask,
+    bias,
+    *,
+    cache_index=None,
+    enable_dropout: bool = False,
   ):
     """[batch, length, embed] -> the same shape."""
     cfg, place = self.config, self.placements
     dtype = jnp.dtype(cfg.dtype)
     dropout = nn.Dropout(
-        cfg.dropout_rate,
-        broadcast_dims=(-2,),
-        deterministic=not enable_dropout,
+      cfg.dropout_rate,
+      broadcast_dims=(-2,),
+      deterministic=not enable_dropout,
     )
 
     def attention(name, *inputs, **kwargs):
       return Attention(
-          cfg.num_heads,
-          cfg.head_dim,
-          dtype,
-          cfg.dropout_rate,
-          place,
-          name=name,
+        cfg.num_heads,
+        cfg.head_dim,
+        dtype,
+        cfg.dropout_rate,
+        place,
+        name=name,
       )(*inputs, enable_dropout=enable_dropout, **kwargs)
 
     x = adapt(self, place, 'input', x, x)
 
     h = LayerNorm(dtype, name='pre_self_attention_layer_norm')(x)
-    y = attention(
-        'self_attention', h, h, mask, bias, cache_index=cache_index
-    )
+    y = attention('self_attention', h, h, mask, bias, cache_index=cache_index)
     x = x + dropout(adapt(self, place, 'self_attention', h, y))
 
     h = LayerNorm(dtype, name='pre_cross_attention_layer_norm')(x)
@@ -269,12 +267,12 @@ class DecoderLayer(nn.Module):
 
     h = LayerNorm(dtype, name='pre_mlp_layer_norm')(x)
     y = Mlp(
-        cfg.mlp_dim,
-        cfg.mlp_activations,
-        dtype,
-        cfg.dropout_rate,
-        place,
-        name='mlp',
+      cfg.mlp_dim,
+      cfg.mlp_activations,
+      dtype,
+      cfg.dropout_rate,
+      place,
+      name='mlp',
     )(h, enable_dropout=enable_dropout)
     x = x + dropout(adapt(self, place, 'mlp', h, y))
     return constrain(x, 'batch', 'length', 'embed')
@@ -302,22 +300,22 @@ class Encoder(nn.Module):
       _refuse_packing(tokens, length)
       mask &= segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     bias = RelativePositionBias(
-        cfg.num_heads,
-        True,
-        cfg.relative_attention_num_buckets,
-        cfg.relative_attention_max_distance,
-        name='relpos_bias',
+      cfg.num_heads,
+      True,
+      cfg.relative_attention_num_buckets,
+      cfg.relative_attention_max_distance,
+      name='relpos_bias',
     )(length)
 
     dropout = nn.Dropout(
-        cfg.dropout_rate,
-        broadcast_dims=(-2,),
-        deterministic=not enable_dropout,
+      cfg.dropout_rate,
+      broadcast_dims=(-2,),
+      deterministic=not enable_dropout,
     )
     x = dropout(x)  # The prompt is dropped like any other position.
     for i in range(cfg.num_encoder_layers):
       x = EncoderLayer(cfg, self.placements, name=f'layers_{i}')(
-          x, mask, bias, enable_dropout=enable_dropout
+        x, mask, bias, enable_dropout=enable_dropout
       )
     x = LayerNorm(jnp.dtype(cfg.dtype), name='encoder_norm')(x)
     return adapt(self, self.placements, 'output', tokens, dropout(x))
@@ -332,14 +330,14 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      tokens,
-      encoded,
-      mask,
-      encoder_mask,
-      *,
-      decode=False,
-      enable_dropout=False,
+    self,
+    tokens,
+    encoded,
+    mask,
+    encoder_mask,
+    *,
+    decode=False,
+    enable_dropout=False,
   ):
     """[batch, length] -> logits [batch, length, vocab], float32.
 
@@ -363,11 +361,11 @@ class Decoder(nn.Module):
       self.put_variable('cache', 'cache_index', cache_index + 1)
     else:
       bias = RelativePositionBias(
-          cfg.num_heads,
-          False,
-          cfg.relative_attention_num_buckets,
-          cfg.relative_attention_max_distance,
-          name='relpos_bias',
+        cfg.num_heads,
+        False,
+        cfg.relative_attention_num_buckets,
+        cfg.relative_attention_max_distance,
+        name='relpos_bias',
       )(x.shape[1])
       if decode:
         cache_index = jnp.zeros((), jnp.int32)
@@ -375,20 +373,20 @@ class Decoder(nn.Module):
         self.put_variable('cache', 'cache_index', cache_index)
 
     dropout = nn.Dropout(
-        cfg.dropout_rate,
-        broadcast_dims=(-2,),
-        deterministic=not enable_dropout,
+      cfg.dropout_rate,
+      broadcast_dims=(-2,),
+      deterministic=not enable_dropout,
     )
     x = dropout(x)
     for i in range(cfg.num_decoder_layers):
       x = DecoderLayer(cfg, self.placements, name=f'layers_{i}')(
-          x,
-          encoded,
-          mask,
-          encoder_mask,
-          bias,
-          cache_index=cache_index,
-          enable_dropout=enable_dropout,
+        x,
+        encoded,
+        mask,
+        encoder_mask,
+        bias,
+        cache_index=cache_index,
+        enable_dropout=enable_dropout,
       )
     x = dropout(LayerNorm(dtype, name='decoder_norm')(x))
     x = adapt(self, self.placements, 'output', tokens, x)
@@ -396,11 +394,11 @@ class Decoder(nn.Module):
       logits = self.token_embedder.attend(x * cfg.emb_dim**-0.5)
     else:
       logits = Dense(
-          cfg.vocab_size,
-          ('embed', 'vocab'),
-          dtype,
-          out_dtype=jnp.float32,
-          name='logits_dense',
+        cfg.vocab_size,
+        ('embed', 'vocab'),
+        dtype,
+        out_dtype=jnp.float32,
+        name='logits_dense',
       )(x)
     return constrain(logits, 'batch', 'length', 'vocab')
 
@@ -419,13 +417,13 @@ class Transformer(nn.Module):
   def setup(self):
     cfg = self.config
     self.token_embedder = Embed(
-        cfg.vocab_size, cfg.emb_dim, jnp.dtype(cfg.dtype)
+      cfg.vocab_size, cfg.emb_dim, jnp.dtype(cfg.dtype)
     )
     self.encoder = Encoder(cfg, self.token_embedder, self.placements)
     self.decoder = Decoder(cfg, self.token_embedder, self.placements)
 
   def encode(
-      self, encoder_input_tokens, encoder_segment_ids=None, enable_dropout=True
+    self, encoder_input_tokens, encoder_segment_ids=None, enable_dropout=True
   ):
     """Runs the encoder.
 
@@ -438,24 +436,24 @@ class Transformer(nn.Module):
       [batch, length + what adapters add, embed].
     """
     return self.encoder(
-        encoder_input_tokens,
-        encoder_segment_ids,
-        enable_dropout=enable_dropout,
+      encoder_input_tokens,
+      encoder_segment_ids,
+      enable_dropout=enable_dropout,
     )
 
   def decode(
-      self,
-      encoded,
-      encoder_input_tokens,
-      decoder_input_tokens,
-      decoder_target_tokens,
-      encoder_segment_ids=None,
-      decoder_segment_ids=None,
-      decoder_positions=None,
-      *,
-      enable_dropout=True,
-      decode=False,
-      max_decode_length=None,
+    self,
+    encoded,
+    encoder_input_tokens,
+    decoder_input_tokens,
+    decoder_target_tokens,
+    encoder_segment_ids=None,
+    decoder_segment_ids=None,
+    decoder_positions=None,
+    *,
+    enable_dropout=True,
+    decode=False,
+    max_decode_length=None,
   ):
     """Runs the decoder on what the encoder returned.
 
@@ -490,62 +488,60 @@ class Transformer(nn.Module):
       queries = decoder_segment_ids[:, None, :, None]
       mask = mask & (queries == decoder_segment_ids[:, None, None, :])
       encoder_mask = encoder_mask & (
-          queries == encoder_segment_ids[:, None, None, :]
+        queries == encoder_segment_ids[:, None, None, :]
       )
     return self.decoder(
-        decoder_input_tokens,
-        encoded,
-        mask,
-        encoder_mask,
-        decode=decode,
-        enable_dropout=enable_dropout,
+      decoder_input_tokens,
+      encoded,
+      mask,
+      encoder_mask,
+      decode=decode,
+      enable_dropout=enable_dropout,
     )
 
   def __call__(
-      self,
-      encoder_input_tokens,
-      decoder_input_tokens,
-      decoder_target_tokens,
-      encoder_segment_ids=None,
-      decoder_segment_ids=None,
-      encoder_positions=None,
-      decoder_positions=None,
-      *,
-      enable_dropout=True,
-      decode=False,
+    self,
+    encoder_input_tokens,
+    decoder_input_tokens,
+    decoder_target_tokens,
+    encoder_segment_ids=None,
+    decoder_segment_ids=None,
+    encoder_positions=None,
+    decoder_positions=None,
+    *,
+    enable_dropout=True,
+    decode=False,
   ):
     """Logits [batch, target length, vocab]; arguments as in the two parts."""
     del encoder_positions
     encoded = self.encode(
-        encoder_input_tokens, encoder_segment_ids, enable_dropout
+      encoder_input_tokens, encoder_segment_ids, enable_dropout
     )
     return self.decode(
-        encoded,
-        encoder_input_tokens,
-        decoder_input_tokens,
-        decoder_target_tokens,
-        encoder_segment_ids,
-        decoder_segment_ids,
-        decoder_positions,
-        enable_dropout=enable_dropout,
-        decode=decode,
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids,
+      decoder_segment_ids,
+      decoder_positions,
+      enable_dropout=enable_dropout,
+      decode=decode,
     )
 
 
 def _refuse_packing(tokens: jax.Array, length: int) -> None:
   if length != tokens.shape[1]:
     raise ValueError(
-        'an adapter changes the length of the encoder, so examples cannot be'
-        ' packed: each would need a prompt of its own. Turn packing off'
+      'an adapter changes the length of the encoder, so examples cannot be'
+      ' packed: each would need a prompt of its own. Turn packing off'
     )
 
 
 def _abstract(network: Transformer, mutable) -> Mapping[str, Any]:
   """Shapes of the variables that one call makes; computes nothing."""
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  init = functools.partial(
-      network.init, mutable=mutable, enable_dropout=False
-  )
+  init = functools.partial(network.init, mutable=mutable, enable_dropout=False)
   return jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)
 
 
@@ -557,14 +553,14 @@ def parameters(network: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
   """
   known = sites(network)
   stray = [
-      p.site
-      for p in network.placements
-      if not any(matches(p.site, site) for site in known)
+    p.site
+    for p in network.placements
+    if not any(matches(p.site, site) for site in known)
   ]
   if stray:
     raise ValueError(
-        f'no site of the network matches {stray}; its sites are:\n  '
-        + '\n  '.join(known)
+      f'no site of the network matches {stray}; its sites are:\n  '
+      + '\n  '.join(known)
     )
   params = _abstract(network, ['params', 'params_axes'])['params']
   return traverse_util.flatten_dict(params, sep='/')

@@ -13,11 +13,11 @@ Schedule = Callable[[int], float]
 
 
 def schedule(
-    learning_rate: float = 0.3,
-    decay: str = 'constant',
-    warmup_steps: int = 0,
-    decay_steps: int | None = None,
-    end_factor: float = 0.0,
+  learning_rate: float = 0.3,
+  decay: str = 'constant',
+  warmup_steps: int = 0,
+  decay_steps: int | None = None,
+  end_factor: float = 0.0,
 ) -> Schedule:
   """The learning rate at each step of this run.
 
@@ -37,13 +37,13 @@ def schedule(
   if decay in ('linear', 'cosine'):
     if decay_steps is None or decay_steps <= warmup_steps:
       raise ValueError(
-          f'{decay} decay after {warmup_steps} warm-up steps needs a later'
-          f' decay_steps, not {decay_steps}; set it to TRAIN_STEPS'
+        f'{decay} decay after {warmup_steps} warm-up steps needs a later'
+        f' decay_steps, not {decay_steps}; set it to TRAIN_STEPS'
       )
     length = decay_steps - warmup_steps
     if decay == 'linear':
       main = optax.linear_schedule(
-          learning_rate, learning_rate * end_factor, length
+        learning_rate, learning_rate * end_factor, length
       )
     else:
       main = optax.cosine_decay_schedule(learning_rate, length, end_factor)
@@ -54,8 +54,7 @@ def schedule(
     main = optax.constant_schedule(learning_rate)
   else:
     raise ValueError(
-        f"decay {decay!r} is not one of 'constant', 'linear', 'cosine',"
-        " 'rsqrt'"
+      f"decay {decay!r} is not one of 'constant', 'linear', 'cosine', 'rsqrt'"
     )
   if not warmup_steps:
     return main
@@ -65,14 +64,14 @@ def schedule(
 
 
 def adafactor(
-    initial_step: int = 0,
-    learning_rate: float | Schedule = 0.3,
-    decay_rate: float = 0.8,
-    weight_decay_rate: float | None = 1e-5,
-    clipping_threshold: float | None = 1.0,
-    multiply_by_parameter_scale: bool = False,
-    min_dim_size_to_factor: int = 128,
-    step_offset: int | None = None,
+  initial_step: int = 0,
+  learning_rate: float | Schedule = 0.3,
+  decay_rate: float = 0.8,
+  weight_decay_rate: float | None = 1e-5,
+  clipping_threshold: float | None = 1.0,
+  multiply_by_parameter_scale: bool = False,
+  min_dim_size_to_factor: int = 128,
+  step_offset: int | None = None,
 ) -> optax.GradientTransformation:
   """Adafactor as prompt tuning uses it.
 
@@ -98,24 +97,24 @@ def adafactor(
   """
   offset = initial_step if step_offset is None else step_offset
   return optax.adafactor(
-      learning_rate,
-      min_dim_size_to_factor=min_dim_size_to_factor,
-      decay_rate=decay_rate,
-      decay_offset=-offset,
-      multiply_by_parameter_scale=multiply_by_parameter_scale,
-      clipping_threshold=clipping_threshold,
-      weight_decay_rate=weight_decay_rate,
-      eps=1e-30,
+    learning_rate,
+    min_dim_size_to_factor=min_dim_size_to_factor,
+    decay_rate=decay_rate,
+    decay_offset=-offset,
+    multiply_by_parameter_scale=multiply_by_parameter_scale,
+    clipping_threshold=clipping_threshold,
+    weight_decay_rate=weight_decay_rate,
+    eps=1e-30,
   )
 
 
 def adamw(
-    initial_step: int = 0,
-    learning_rate: float | Schedule = 1e-3,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    weight_decay: float = 0.0,
-    max_norm: float | None = 1.0,
+  initial_step: int = 0,
+  learning_rate: float | Schedule = 1e-3,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  weight_decay: float = 0.0,
+  max_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
   """AdamW behind clipping by the global norm.
 

@@ -6,15 +6,15 @@ before the first step: `base` is what it may look at. The settings are those
 of Lester et al. 2021, section 3.2, whose default is class labels.
 """
 
-from collections.abc import Callable, Sequence
 import dataclasses
 import difflib
 import os
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from absl import logging
 from etils import epath
-import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Initializer(Protocol):
   """See the module."""
 
   def __call__(
-      self, rng: np.random.Generator, shape: tuple[int, int], base: Base
+    self, rng: np.random.Generator, shape: tuple[int, int], base: Base
   ) -> np.ndarray: ...
 
 
@@ -67,18 +67,18 @@ def from_sampled_vocab(population: int = 5000) -> Initializer:
     again = shape[0] > population
     if again:
       logging.warning(
-          'a prompt of %d tokens is drawn from %d ids: some occur again',
-          shape[0],
-          population,
+        'a prompt of %d tokens is drawn from %d ids: some occur again',
+        shape[0],
+        population,
       )
     ids = rng.choice(population, shape[0], replace=again)
-    return _fit(base.embedding(ids), shape, 'the sampled vocabulary')
+    return fit(base.embedding(ids), shape, 'the sampled vocabulary')
 
   return init
 
 
 def from_class_labels(
-    labels: Sequence[str] | None = None, fill: Initializer | None = None
+  labels: Sequence[str] | None = None, fill: Initializer | None = None
 ) -> Initializer:
   """Embeddings of the class labels, one row each.
 
@@ -92,29 +92,29 @@ def from_class_labels(
   """
   if isinstance(labels, str):
     raise ValueError(
-        f'CLASS_LABELS is the string {labels!r}; it must be a list, such as'
-        f' [{labels!r}]'
+      f'CLASS_LABELS is the string {labels!r}; it must be a list, such as'
+      f' [{labels!r}]'
     )
 
   def init(rng, shape, base):
     names = list(base.labels() if labels is None else labels)
     if not names:
       raise ValueError(
-          "CLASS_LABELS is empty; name the labels, such as ['no', 'yes'], or"
-          ' choose another file of prompts/'
+        "CLASS_LABELS is empty; name the labels, such as ['no', 'yes'], or"
+        ' choose another file of prompts/'
       )
     prompt = (fill or from_sampled_vocab())(rng, shape, base)
     vocabulary = base.vocabulary()
     rows = [_mean_row(name, vocabulary, base) for name in names]
     if len(rows) > shape[0]:
       logging.warning(
-          'the prompt has %d rows for %d class labels; these have none: %s',
-          shape[0],
-          len(rows),
-          names[shape[0] :],
+        'the prompt has %d rows for %d class labels; these have none: %s',
+        shape[0],
+        len(rows),
+        names[shape[0] :],
       )
     rows = rows[: shape[0]]
-    prompt[: len(rows)] = _fit(np.stack(rows), (len(rows), shape[1]), 'labels')
+    prompt[: len(rows)] = fit(np.stack(rows), (len(rows), shape[1]), 'labels')
     return prompt
 
   return init
@@ -132,14 +132,14 @@ def from_string(text: str, fill: Initializer | None = None) -> Initializer:
     ids = _encode(text, base.vocabulary(), 'the initial text')
     if len(ids) > shape[0]:
       logging.warning(
-          'the initial text has %d pieces; the prompt takes the first %d',
-          len(ids),
-          shape[0],
+        'the initial text has %d pieces; the prompt takes the first %d',
+        len(ids),
+        shape[0],
       )
     ids = ids[: shape[0]]
     prompt = (fill or from_sampled_vocab())(rng, shape, base)
-    prompt[: len(ids)] = _fit(
-        base.embedding(np.asarray(ids)), (len(ids), shape[1]), 'the text'
+    prompt[: len(ids)] = fit(
+      base.embedding(np.asarray(ids)), (len(ids), shape[1]), 'the text'
     )
     return prompt
 
@@ -151,7 +151,7 @@ def from_array(array: np.ndarray) -> Initializer:
 
   def init(rng, shape, base):
     del rng, base
-    return _fit(array, shape, 'the given array')
+    return fit(array, shape, 'the given array')
 
   return init
 
@@ -161,7 +161,7 @@ def from_file(path: str | os.PathLike[str]) -> Initializer:
 
   def init(rng, shape, base):
     del rng, base
-    return _fit(read(path), shape, f'prompt file {os.fspath(path)}')
+    return fit(read(path), shape, f'prompt file {os.fspath(path)}')
 
   return init
 
@@ -192,13 +192,13 @@ def read(path: str | os.PathLike[str]) -> np.ndarray:
       array = np.lib.format.read_array(f, allow_pickle=False)
     except (ValueError, EOFError) as error:
       raise ValueError(
-          f'prompt file {file} is not a NumPy array file (or it is cut short,'
-          f' or holds pickled objects, which are not loaded): {error}'
+        f'prompt file {file} is not a NumPy array file (or it is cut short,'
+        f' or holds pickled objects, which are not loaded): {error}'
       ) from error
   if array.ndim != 2 or not np.issubdtype(array.dtype, np.number):
     raise ValueError(
-        f'prompt file {file} holds {array.dtype} {list(array.shape)}; a prompt'
-        ' is [prompt, embed] floats'
+      f'prompt file {file} holds {array.dtype} {list(array.shape)}; a prompt'
+      ' is [prompt, embed] floats'
     )
   array = array.astype(np.float32)
   if not np.isfinite(array).all():
@@ -212,19 +212,22 @@ def _missing(file: epath.Path) -> str:
     names = [child.name for child in file.parent.iterdir()]
   near = difflib.get_close_matches(file.name, names, n=3, cutoff=0.4)
   return f'there is no prompt file {file}' + (
-      f'; did you mean {near}?' if near else ''
+    f'; did you mean {near}?' if near else ''
   )
 
 
-def _fit(
-    array: np.ndarray, shape: tuple[int, int], what: str
-) -> np.ndarray:
+def fit(array: np.ndarray, shape: tuple[int, int], what: str) -> np.ndarray:
+  """Copies a prompt as float32, after checking its shape.
+
+  Raises:
+    ValueError: If it is not `shape`; `what` says where it came from.
+  """
   array = np.array(array, np.float32)
   if array.shape != tuple(shape):
     raise ValueError(
-        f'{what} has shape {list(array.shape)}, and the prompt'
-        f' {list(shape)} [PROMPT_LENGTH, d_model of the model]; change'
-        ' PROMPT_LENGTH or the model file'
+      f'{what} has shape {list(array.shape)}, and the prompt'
+      f' {list(shape)} [PROMPT_LENGTH, d_model of the model]; change'
+      ' PROMPT_LENGTH or the model file'
     )
   return array
 
@@ -234,9 +237,8 @@ def _encode(text: str, vocabulary: Any, what: str) -> list[int]:
   unknown = vocabulary.unk_id
   if not ids or all(i == unknown for i in ids):
     raise ValueError(
-        f'{what} {text!r} cannot be encoded by the vocabulary: it gives'
-        f' {ids or "no tokens"}'
-        + (' (the unknown token)' if ids else '')
+      f'{what} {text!r} cannot be encoded by the vocabulary: it gives'
+      f' {ids or "no tokens"}' + (' (the unknown token)' if ids else '')
     )
   return ids
 

@@ -1,25 +1,24 @@
 """The network against the reference implementations, and its invariants."""
 
-import json
 
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from ptune import network
-from ptune.methods import full, prompt
+from ptune.methods import prompt
 from ptune.models import EncoderDecoderModel
 
 TINY = network.T5Config(
-    vocab_size=128,
-    emb_dim=32,
-    num_heads=4,
-    head_dim=8,
-    mlp_dim=64,
-    num_encoder_layers=2,
-    num_decoder_layers=3,
+  vocab_size=128,
+  emb_dim=32,
+  num_heads=4,
+  head_dim=8,
+  mlp_dim=64,
+  num_encoder_layers=2,
+  num_decoder_layers=3,
 )
 
 
@@ -30,7 +29,7 @@ def load(path):
 
 def nested(flat):
   return traverse_util.unflatten_dict(
-      {k: jnp.asarray(v) for k, v in flat.items()}, sep='/'
+    {k: jnp.asarray(v) for k, v in flat.items()}, sep='/'
   )
 
 
@@ -38,9 +37,7 @@ def prompted(config, length):
   return network.Transformer(config, prompt.prompt(length).placements)
 
 
-@pytest.mark.parametrize(
-    'case', ['noprompt', 'p5', 'p100', 'p5_long_targets']
-)
+@pytest.mark.parametrize('case', ['noprompt', 'p5', 'p100', 'p5_long_targets'])
 def test_equals_the_reference_implementation(numerics, case):
   folder = numerics / 'prompt_encoder'
   params = load(folder / 'params.npz')
@@ -63,17 +60,17 @@ def check(net, params, want, with_gradient):
 
   if 'encoder_outputs' in want:
     encoded = net.apply(
-        {'params': params},
-        batch['encoder_input_tokens'],
-        enable_dropout=False,
-        method='encode',
+      {'params': params},
+      batch['encoder_input_tokens'],
+      enable_dropout=False,
+      method='encode',
     )
     # The reference zeroes padded positions; ours may hold anything there.
     valid = np.any(want['encoder_outputs'] != 0, axis=-1)
     np.testing.assert_allclose(
-        np.where(valid[..., None], encoded, 0),
-        want['encoder_outputs'],
-        atol=5e-5,
+      np.where(valid[..., None], encoded, 0),
+      want['encoder_outputs'],
+      atol=5e-5,
     )
   logits = np.asarray(model.logits(params, batch))
   np.testing.assert_allclose(logits[real], want['logits'][real], atol=5e-5)
@@ -82,7 +79,7 @@ def check(net, params, want, with_gradient):
   if 'z_loss' in want:
     np.testing.assert_allclose(sums['z_loss'], want['z_loss'], rtol=2e-5)
   np.testing.assert_allclose(
-      model.score(params, batch), want['score_batch'], atol=1e-4, rtol=1e-6
+    model.score(params, batch), want['score_batch'], atol=1e-4, rtol=1e-6
   )
   if with_gradient:
     grads = jax.jit(jax.grad(lambda p: model.loss(p, batch)[0]))(params)

@@ -13,9 +13,9 @@ from ptune import optim
 def second_moments(state, name):
   """The factored state's fields, wherever the chain keeps them."""
   found = [
-      getattr(s, name)['p']
-      for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, name))
-      if hasattr(s, name)
+    getattr(s, name)['p']
+    for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, name))
+    if hasattr(s, name)
   ]
   assert len(found) == 1
   return np.asarray(found[0])
@@ -30,12 +30,12 @@ def test_adafactor_equals_t5x(numerics, start, factored):
   with np.load(folder / f'{name}.npz') as f:
     golden = dict(f)
   optimizer = optim.adafactor(
-      start,
-      learning_rate=meta['learning_rate'],
-      decay_rate=meta['decay_rate'],
-      weight_decay_rate=meta['weight_decay_rate'],
-      clipping_threshold=meta['clipping_threshold'],
-      min_dim_size_to_factor=meta['min_dim_size_to_factor'],
+    start,
+    learning_rate=meta['learning_rate'],
+    decay_rate=meta['decay_rate'],
+    weight_decay_rate=meta['weight_decay_rate'],
+    clipping_threshold=meta['clipping_threshold'],
+    min_dim_size_to_factor=meta['min_dim_size_to_factor'],
   )
   params = {'p': golden['param0']}
   state = optimizer.init(params)
@@ -50,14 +50,14 @@ def test_adafactor_equals_t5x(numerics, start, factored):
       np.testing.assert_allclose(got, golden[key + 'param'], atol=5e-6)
     else:
       np.testing.assert_allclose(
-          got[::10], golden[key + 'param_rows_every10'], atol=5e-6
+        got[::10], golden[key + 'param_rows_every10'], atol=5e-6
       )
     for moment in ('v_row', 'v_col') if factored else ('v',):
       np.testing.assert_allclose(
-          second_moments(state, moment),
-          golden[key + moment],
-          rtol=2e-6,
-          err_msg=f'{moment} after step {i}',
+        second_moments(state, moment),
+        golden[key + moment],
+        rtol=2e-6,
+        err_msg=f'{moment} after step {i}',
       )
 
 
@@ -65,12 +65,10 @@ def test_a_step_offset_overrides_the_checkpoint():
   params = {'p': np.ones((4, 8), np.float32)}
   grads = {'p': np.full((4, 8), 0.5, np.float32)}
   a, b = (
-      o.update(grads, o.init(params), params)[1]
-      for o in (optim.adafactor(0), optim.adafactor(1_100_000, step_offset=0))
+    o.update(grads, o.init(params), params)[1]
+    for o in (optim.adafactor(0), optim.adafactor(1_100_000, step_offset=0))
   )
-  np.testing.assert_array_equal(
-      second_moments(a, 'v'), second_moments(b, 'v')
-  )
+  np.testing.assert_array_equal(second_moments(a, 'v'), second_moments(b, 'v'))
 
 
 def test_schedules():
@@ -80,7 +78,7 @@ def test_schedules():
   np.testing.assert_allclose([warm(0), warm(9), warm(10)], [0.03, 0.3, 0.3])
   linear = optim.schedule(1.0, 'linear', warmup_steps=10, decay_steps=110)
   np.testing.assert_allclose(
-      [linear(s) for s in (10, 60, 110, 200)], [1.0, 0.5, 0.0, 0.0]
+    [linear(s) for s in (10, 60, 110, 200)], [1.0, 0.5, 0.0, 0.0]
   )
   rsqrt = optim.schedule(1.0, 'rsqrt', warmup_steps=100)
   np.testing.assert_allclose([rsqrt(100), rsqrt(400)], [1.0, 0.5], rtol=1e-6)

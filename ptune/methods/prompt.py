@@ -14,10 +14,10 @@ small).
 
 import functools
 
-from flax import linen as nn
-from flax.linen import partitioning
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning
 
 from ptune import prompt_init
 from ptune.adapters import Method, Placement
@@ -34,11 +34,11 @@ class Prompt(nn.Module):
   @nn.compact
   def __call__(self, embed: int) -> jax.Array:
     return partitioning.param_with_axes(
-        'prompt',
-        nn.initializers.uniform(1.0),
-        (self.length, embed),
-        jnp.float32,
-        axes=('prompt', 'prompt_embed'),
+      'prompt',
+      nn.initializers.uniform(1.0),
+      (self.length, embed),
+      jnp.float32,
+      axes=('prompt', 'prompt_embed'),
     )
 
 
@@ -67,7 +67,7 @@ class InsertPrompt(nn.Module):
     """
     prompt = Prompt(self.length, name='prompt')(y.shape[-1])
     prompt = jnp.broadcast_to(
-        prompt.astype(y.dtype), (y.shape[0], *prompt.shape)
+      prompt.astype(y.dtype), (y.shape[0], *prompt.shape)
     )
     both = jnp.concatenate([prompt, y], axis=1)
     if self.position == 'start':
@@ -79,17 +79,17 @@ class InsertPrompt(nn.Module):
     # `before` tokens, the prompt, the other tokens.
     i = jnp.arange(both.shape[1])[None, :]
     source = jnp.where(
-        i < before,
-        i + self.length,
-        jnp.where(i < before + self.length, i - before, i),
+      i < before,
+      i + self.length,
+      jnp.where(i < before + self.length, i - before, i),
     )
     return jnp.take_along_axis(both, source[..., None], axis=1)
 
 
 def prompt(
-    length: int = 100,
-    init: prompt_init.Initializer | None = None,
-    position: str = 'start',
+  length: int = 100,
+  init: prompt_init.Initializer | None = None,
+  position: str = 'start',
 ) -> Method:
   """A soft prompt of `length` tokens; the rest of the model is frozen.
 
@@ -104,14 +104,12 @@ def prompt(
   if length < 1:
     raise ValueError(f'PROMPT_LENGTH is {length}; it must be at least 1')
   if position not in POSITIONS:
-    raise ValueError(
-        f'prompt position {position!r} is not one of {POSITIONS}'
-    )
+    raise ValueError(f'prompt position {position!r} is not one of {POSITIONS}')
   adapter = functools.partial(InsertPrompt, length=length, position=position)
   return Method(
-      name='prompt' if position == 'start' else f'prompt/{position}',
-      placements=(Placement('encoder/embed', 'prompt', adapter),),
-      trainable=(PATH,),
-      prompt=PATH,
-      initial={PATH: init or prompt_init.random_uniform()},
+    name='prompt' if position == 'start' else f'prompt/{position}',
+    placements=(Placement('encoder/embed', 'prompt', adapter),),
+    trainable=(PATH,),
+    prompt=PATH,
+    initial={PATH: init or prompt_init.random_uniform()},
   )

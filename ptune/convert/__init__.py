@@ -1,0 +1,142 @@
+"""Checkpoints of T5X, Hugging Face and ptune, read as one.
+
+    source = open_checkpoint('gs://.../checkpoint_1100000')
+    params = restore(source, abstract)
+
+`open_checkpoint` finds out who wrote a directory and returns a `Source`: every
+parameter under its T5X name, none of them read yet. `restore` reads what this
+process's devices hold, strictly. A format is one module, loaded when a
+directory of its kind is opened; none of them loads TensorFlow.
+"""
+
+import re
+from collections.abc import Iterable
+
+from etils import epath
+
+from ptune.convert.source import Leaf, Source, restore, sizes
+
+__all__ = ['Leaf', 'Source', 'open_checkpoint', 'restore', 'sizes']
+
+EXPECTED = """\
+Expected the directory of one of
+  a T5X checkpoint (checkpoint_N: the file `checkpoint` and zarr directories,
+    or an Orbax `state`);
+  a Hugging Face T5 (config.json and model.safetensors, or its shards and
+    model.safetensors.index.json; a name on the Hub is no path: download it);
+  a ptune run (MODEL_DIR with checkpoints/N), or one step of it."""
+
+# Weights that only a pickle or another framework can read.
+FOREIGN_WEIGHTS = (
+  'pytorch_model.bin',
+  'pytorch_model.bin.index.json',
+  'flax_model.msgpack',
+  'tf_model.h5',
+)
+
+
+def open_checkpoint(path: epath.PathLike) -> Source:
+  """Opens a checkpoint, whoever wrote it; reads names and shapes only.
+
+  Args:
+    path: A directory, local or gs://: a T5X checkpoint (msgpack and zarr, or
+      Orbax), a Hugging Face directory with safetensors, a ptune MODEL_DIR (its
+      newest step is taken) or one of its checkpoints.
+
+  Returns:
+    The parameters, by their T5X names.
+
+  Raises:
+    FileNotFoundError: nothing is at `path`.
+    ValueError: what is there is no such checkpoint, is damaged, or holds a
+      model that ptune has no network for.
+  """
+  path = epath.Path(path).expanduser()
+  if not path.exists():
+    raise FileNotFoundError(_absent(path))
+  if not path.is_dir():
+    raise ValueError(
+      f'{path} is a file; give the directory that holds it.\n{EXPECTED}'
+    )
+  names = _listing(path)
+  # Orbax before `checkpoint`: older Orbax trees have a file of that name too.
+  if {'_METADATA', 'manifest.ocdbt'} & set(names) or (
+    'state' in names and (path / 'state').is_dir()
+  ):
+    from ptune.convert.orbax_state import open_orbax
+
+    return open_orbax(path)
+  if 'checkpoint' in names:
+    from ptune.convert.t5x import open_t5x
+
+    return open_t5x(path)
+  if 'config.json' in names and _has_safetensors(names):
+    from ptune.convert.huggingface import open_huggingface
+
+    return open_huggingface(path)
+  if 'checkpoints' in names:
+    return open_checkpoint(_newest(path / 'checkpoints'))
+  raise ValueError(_unrecognised(path, names))
+
+
+def _listing(path: epath.Path) -> list[str]:
+  return sorted(child.name for child in path.iterdir())
+
+
+def _has_safetensors(names: Iterable[str]) -> bool:
+  return any(
+    name.endswith(('.safetensors', '.safetensors.index.json')) for name in names
+  )
+
+
+def _newest(checkpoints: epath.Path) -> epath.Path:
+  """The highest step; what Orbax had not finished has another name."""
+  names = _listing(checkpoints)
+  steps = [name for name in names if name.isdecimal()]
+  if not steps:
+    raise ValueError(
+      f'{checkpoints} holds no finished checkpoint: {_shown(names)}. '
+      'Was the run stopped before its first one?'
+    )
+  return checkpoints / max(steps, key=int)
+
+
+def _shown(names: list[str]) -> str:
+  """A directory's names for a message, cut where they are too many."""
+  if not names:
+    return 'it is empty'
+  more = f' and {len(names) - 20} more' if len(names) > 20 else ''
+  return 'found ' + ', '.join(names[:20]) + more
+
+
+def _absent(path: epath.Path) -> str:
+  """Says that nothing is at `path`, and what is nearest to it."""
+  message = f'Nothing is at {path}.'
+  # A bucket's own root cannot be listed by everyone who can read in it.
+  parents = [path.parent] if '://' in str(path) else path.parents
+  parent = next((p for p in parents if p.exists()), None)
+  if parent is not None and parent.is_dir():
+    message += f' In {parent}: {_shown(_listing(parent))}.'
+  return f'{message}\n{EXPECTED}'
+
+
+def _unrecognised(path: epath.Path, names: list[str]) -> str:
+  """Says what a directory holds instead of a checkpoint, and what to do."""
+  found = f'{path} is not a checkpoint: {_shown(names)}.'
+  steps = [n for n in names if re.fullmatch(r'(checkpoint_)?\d+', n)]
+  if steps:
+    candidates = '\n'.join(f'  {path / name}' for name in steps)
+    return f'{path} holds checkpoints; give one of them:\n{candidates}'
+  foreign = [n for n in names if n in FOREIGN_WEIGHTS]
+  if foreign:
+    return (
+      f'{found}\n{foreign[0]} is not read (no pickle is ever loaded). Save '
+      'the model as safetensors: '
+      "AutoModelForSeq2SeqLM.from_pretrained('...').save_pretrained('...')."
+    )
+  if 'adapter_config.json' in names:
+    return (
+      f'{found}\nThis is a PEFT adapter; the base model it was trained on '
+      'is named in its adapter_config.json.'
+    )
+  return f'{found}\n{EXPECTED}'

@@ -1,0 +1,323 @@
+"""An opened checkpoint, and its way onto the devices.
+
+A reader (`t5x`, `orbax_state`, `huggingface`) turns a directory into a
+`Source`: leaves under T5X's parameter names that are read slice by slice when
+asked. `restore` is the one place where they become arrays.
+"""
+
+import dataclasses
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Index = tuple[slice, ...]
+Shape = tuple[int, ...]
+
+EMBEDDING = 'token_embedder/embedding'
+LOGITS = 'decoder/logits_dense/kernel'
+
+# Values looked at in one go for NaN; bounds the size of the mask.
+_FINITE_BLOCK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One parameter that lies in a file.
+
+  Attributes:
+    shape: Its shape, in T5X's orientation.
+    dtype: Its dtype as stored.
+    fetch: Reads the given slices; given by the reader of the format.
+  """
+
+  shape: Shape
+  dtype: np.dtype
+  fetch: Callable[[Index], np.ndarray] = dataclasses.field(repr=False)
+
+  def read(self, index: Index | None = None) -> np.ndarray:
+    """Reads a block, and only that, as it is stored.
+
+    Args:
+      index: One slice a dimension, of step 1; None reads everything.
+
+    Returns:
+      The block, of dtype `self.dtype`.
+    """
+    index = _bounds(index, self.shape)
+    block = self.fetch(index)
+    assert block.shape == tuple(s.stop - s.start for s in index), block.shape
+    return block
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """The parameters of a checkpoint.
+
+  Attributes:
+    path: Where it lies.
+    kind: 't5x', 't5x_orbax', 'huggingface' or 'ptune'.
+    step: The training step it was saved at; None where there is none.
+    leaves: The model's parameters, by T5X's path.
+    activations: Of the MLP, as in T5Config; None where the files do not say
+      (`gated` is known from the names nevertheless).
+    ignored: Names of what lies beside the parameters and is never read:
+      optimizer state, second copies.
+  """
+
+  path: str
+  kind: str
+  step: int | None
+  leaves: Mapping[str, Leaf]
+  activations: tuple[str, ...] | None = None
+  ignored: tuple[str, ...] = ()
+
+  @property
+  def shapes(self) -> dict[str, Shape]:
+    return {path: leaf.shape for path, leaf in self.leaves.items()}
+
+  @property
+  def tied(self) -> bool:
+    """Whether the (scaled) embedding makes the logits: no kernel of its own."""
+    return EMBEDDING in self.leaves and LOGITS not in self.leaves
+
+  @property
+  def gated(self) -> bool | None:
+    """Whether the MLP has two input kernels; None without any MLP."""
+    return sizes(self.shapes).get('gated')
+
+  def describe(self) -> str:
+    """What it is and how large, on a line or two."""
+    where = f'{self.kind} checkpoint {self.path}'
+    if self.step is not None:
+      where += f' of step {self.step}'
+    count = sum(math.prod(leaf.shape) for leaf in self.leaves.values())
+    dtypes = sorted({leaf.dtype.name for leaf in self.leaves.values()})
+    facts = [f'{len(self.leaves)} leaves, {count:,} values']
+    facts += [' and '.join(dtypes)] if dtypes else []
+    facts += [f'{k} {v}' for k, v in sizes(self.shapes).items()]
+    if self.activations:
+      facts.append(f'mlp_activations {self.activations}')
+    return f'{where}: {", ".join(facts)}'
+
+
+def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+  """The numbers of a T5Config that the shapes of its parameters tell.
+
+  Args:
+    shapes: Shapes by T5X path: {'token_embedder/embedding': (128, 32), ...}.
+
+  Returns:
+    Those of vocab_size, emb_dim, num_heads, head_dim, mlp_dim, gated,
+    num_encoder_layers, num_decoder_layers, relative_attention_num_buckets and
+    logits_via_embedding that can be told, under these names.
+  """
+
+  def matrix(pattern: str) -> Shape | None:
+    found = (s for p, s in shapes.items() if fnmatch.fnmatchcase(p, pattern))
+    return next((shape for shape in found if len(shape) == 2), None)
+
+  def layers(stack: str) -> int:
+    found = (re.match(rf'{stack}/layers_(\d+)/', path) for path in shapes)
+    return len({match[1] for match in found if match})
+
+  result: dict[str, Any] = {}
+  if embedding := matrix(EMBEDDING):
+    result['vocab_size'], result['emb_dim'] = embedding
+  bias = matrix('*/relpos_bias/rel_embedding')  # [heads, buckets]
+  query = matrix('*/layers_*/*attention/query/kernel')  # [embed, joined_kv]
+  if bias:
+    result['num_heads'] = bias[0]
+    if query and bias[0]:
+      result['head_dim'] = query[1] // bias[0]
+    result['relative_attention_num_buckets'] = bias[1]
+  if mlp := matrix('*/layers_*/mlp/wi*/kernel'):
+    result['mlp_dim'] = mlp[1]
+    result['gated'] = matrix('*/layers_*/mlp/wi_1/kernel') is not None
+  for stack in ('encoder', 'decoder'):
+    if count := layers(stack):
+      result[f'num_{stack}_layers'] = count
+  if EMBEDDING in shapes:
+    result['logits_via_embedding'] = LOGITS not in shapes
+  return result
+
+
+def restore(
+  source: Source,
+  abstract: Mapping[str, jax.ShapeDtypeStruct],
+  *,
+  dtype: Any = None,
+  ignore: Callable[[str], bool] | Iterable[str] = (),
+) -> dict[str, jax.Array]:
+  """Reads the parameters of a model, all of them and no others.
+
+  Each leaf goes straight into its sharding: this process reads the blocks that
+  its devices hold, each distinct block once, casts them on the host, and goes
+  on to the next leaf.
+
+  Args:
+    source: From `open_checkpoint`.
+    abstract: Shape, dtype and (optionally) sharding of each parameter, by
+      path. Without a sharding it goes to the default device.
+    dtype: Replaces the dtypes of `abstract`.
+    ignore: Paths that the checkpoint may have beyond `abstract`: a predicate,
+      or patterns in which `*` stands for any text, `/` included.
+
+  Returns:
+    The arrays, by path, in the order of `abstract`.
+
+  Raises:
+    ValueError: something is missing, unexpected or of another shape (all of
+      it is listed, before anything is read), or a value is NaN or infinite.
+  """
+  _check(source, abstract, _predicate(ignore))
+  arrays, broken = {}, []
+  for path, spec in abstract.items():
+    cast = jnp.dtype(spec.dtype if dtype is None else dtype)
+    arrays[path], finite = _place(source.leaves[path], spec, cast)
+    if not finite:
+      broken.append(f'  {path} {_text(spec.shape)} as {cast.name}')
+  if broken:
+    raise ValueError(
+      f'{len(broken)} parameters have values that are NaN or infinite:\n'
+      + '\n'.join(broken)
+      + f'\nin the {source.describe()}\nThe checkpoint is damaged, or was '
+      'written after its training diverged, or its values do not fit the '
+      'dtype; take an earlier one or float32.'
+    )
+  return arrays
+
+
+def refuse_scanned(path: Any, shapes: Mapping[str, Shape]) -> None:
+  """Raises ValueError where layers are stacked in one array (T5X's scan)."""
+  stacked = [
+    f'  {name} {_text(shape)}'
+    for name, shape in sorted(shapes.items())
+    if re.match(r'(encoder|decoder)/(?!layers_\d)', name)
+    and name.endswith('/kernel')
+    and len(shape) > 2
+  ]
+  if stacked:
+    raise ValueError(
+      f'{path} was trained with scanned layers: one array holds the kernels '
+      'of all layers.\n'
+      + '\n'.join(stacked)
+      + '\nThis is not supported (umT5 is saved so); use a checkpoint with '
+      'separate layers_0, layers_1, ...'
+    )
+
+
+def _bounds(index: Index | None, shape: Shape) -> Index:
+  """Slices with start and stop: (slice(None), slice(2)) -> 0:n, 0:2."""
+  if index is None:
+    index = (slice(None),) * len(shape)
+  assert len(index) == len(shape), (index, shape)
+  found = [s.indices(n) for s, n in zip(index, shape, strict=True)]
+  assert all(step == 1 for _, _, step in found), index
+  return tuple(slice(start, max(start, stop)) for start, stop, _ in found)
+
+
+def _predicate(
+  ignore: Callable[[str], bool] | Iterable[str],
+) -> Callable[[str], bool]:
+  if callable(ignore):
+    return ignore
+  patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+  return lambda path: any(fnmatch.fnmatchcase(path, p) for p in patterns)
+
+
+def _text(shape: Iterable[int]) -> str:
+  return str(list(shape))
+
+
+def _check(
+  source: Source,
+  abstract: Mapping[str, jax.ShapeDtypeStruct],
+  ignore: Callable[[str], bool],
+) -> None:
+  """Compares names and shapes; raises one error with all the differences."""
+  expected = {path: tuple(spec.shape) for path, spec in abstract.items()}
+  got = source.shapes
+  groups = {
+    'missing in the checkpoint': [
+      f'{path} {_text(expected[path])}'
+      for path in sorted(expected.keys() - got.keys())
+    ],
+    'unexpected in the checkpoint': [
+      f'{path} {_text(got[path])}'
+      for path in sorted(got.keys() - expected.keys())
+      if not ignore(path)
+    ],
+    'of another shape': [
+      f'{path}: got {_text(got[path])}, expected {_text(expected[path])}'
+      for path in sorted(expected.keys() & got.keys())
+      if expected[path] != got[path]
+    ],
+  }
+  if not any(groups.values()):
+    return
+  lines = ['The checkpoint does not fit the model; nothing was restored.']
+  for title, offenders in groups.items():
+    if offenders:
+      lines.append(f'{len(offenders)} {title}:')
+      lines += [f'  {offender}' for offender in offenders]
+  lines.append(f'Given: {source.describe()}')
+  ours, theirs = sizes(expected), sizes(got)
+  differing = [
+    f'{key} is {theirs[key]}, in the model {ours[key]}'
+    for key in ours
+    if key in theirs and ours[key] != theirs[key]
+  ]
+  if differing:
+    lines.append('Its ' + '; its '.join(differing) + '.')
+  lines.append(
+    'The gin file may be that of another size or family; pick the '
+    'models/*.gin of this checkpoint.'
+  )
+  raise ValueError('\n'.join(lines))
+
+
+def _place(
+  leaf: Leaf, spec: jax.ShapeDtypeStruct, dtype: np.dtype
+) -> tuple[jax.Array, bool]:
+  """Puts one leaf on its devices; tells too whether all read is finite."""
+  blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+  finite = True
+
+  def block(index: Index | None) -> np.ndarray:
+    nonlocal finite
+    index = _bounds(index, leaf.shape)
+    # Slices are unhashable before Python 3.12.
+    key = tuple((s.start, s.stop) for s in index)
+    if key not in blocks:
+      # A value that is too large for the dtype becomes infinite here, which
+      # is reported, not warned of.
+      with np.errstate(over='ignore', invalid='ignore'):
+        blocks[key] = leaf.read(index).astype(dtype, copy=False)
+      finite = finite and _finite(blocks[key])
+    return blocks[key]
+
+  if spec.sharding is None:
+    array = jax.device_put(block(None))
+  else:
+    array = jax.make_array_from_callback(leaf.shape, spec.sharding, block)
+  return array, finite
+
+
+def _finite(block: np.ndarray) -> bool:
+  return all(bool(np.isfinite(part).all()) for part in _parts(block))
+
+
+def _parts(block: np.ndarray) -> Iterator[np.ndarray]:
+  """Cuts along the first dimension into parts of bounded size."""
+  if block.ndim == 0:
+    yield block
+    return
+  rows = max(1, _FINITE_BLOCK // max(1, math.prod(block.shape[1:])))
+  for start in range(0, block.shape[0], rows):
+    yield block[start : start + rows]

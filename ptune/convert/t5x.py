@@ -1,0 +1,171 @@
+"""T5X checkpoints of the older layout, which the public ones have.
+
+    checkpoint_1100000/
+      checkpoint                               msgpack: names, small arrays
+      target.encoder.layers_0.mlp.wo.kernel/   zarr, one directory a leaf
+      state.param_states. ...                  optimizer state, never read
+
+Leaves in zarr stand in the msgpack as TensorStore specs whose paths are
+relative to the checkpoint, with a `gcs` driver and a placeholder for the
+bucket where they were written on Google Cloud.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import serialization, traverse_util
+
+from ptune.convert.source import Leaf, Shape, Source, refuse_scanned
+from ptune.convert.zarr import file_store, open_arrays, subdirectory
+
+# Version 2 wrote bfloat16 as uint16; version 0 had no optimizer around it.
+VERSIONS = (2, 3)
+
+
+def open_t5x(path: epath.Path) -> Source:
+  """Opens a directory that holds T5X's msgpack file `checkpoint`.
+
+  Raises:
+    ValueError: a file is damaged or missing, or the layout is another.
+  """
+  file = path / 'checkpoint'
+  optimizer = _optimizer(file)
+  leaves, specs, stores = {}, {}, {}
+  for name, node in _flatten(optimizer['target']).items():
+    if isinstance(node, np.ndarray):
+      leaves[name] = Leaf(node.shape, node.dtype, node.__getitem__)
+      continue
+    where = f'{name} of {file}'
+    specs[name] = _shape_and_dtype(node, where)
+    directory = subdirectory(path, _relative_path(node, where))
+    stores[name] = file_store(directory)
+  arrays = open_arrays(path, stores)
+  _compare(specs, arrays, path)
+  leaves |= arrays
+  refuse_scanned(path, {name: leaf.shape for name, leaf in leaves.items()})
+  return Source(
+    path=str(path),
+    kind='t5x',
+    step=_step(optimizer, file),
+    leaves=leaves,
+    ignored=tuple(
+      f'{key}/{name}'
+      for key, tree in optimizer.items()
+      if key != 'target' and isinstance(tree, dict)
+      for name in _flatten(tree)
+    ),
+  )
+
+
+def _optimizer(file: epath.Path) -> dict[str, Any]:
+  """The msgpack file's {'target': ..., 'state': ...}."""
+  data = file.read_bytes()
+  if data.startswith(b'model_checkpoint_path'):
+    raise ValueError(
+      f'{file} belongs to a checkpoint of TensorFlow (Mesh TensorFlow T5); '
+      'the same models converted to T5X lie in '
+      'gs://t5-data/pretrained_models/t5x.'
+    )
+  try:
+    contents = serialization.msgpack_restore(data)
+  except Exception as error:  # Whatever damage makes msgpack raise.
+    raise ValueError(
+      f'{file} ({len(data)} bytes) is not the msgpack file of a T5X '
+      f'checkpoint, or is cut short; copy it again. {error}'
+    ) from error
+  keys = sorted(contents) if isinstance(contents, dict) else type(contents)
+  optimizer = contents.get('optimizer') if isinstance(contents, dict) else None
+  if not isinstance(optimizer, dict) or not isinstance(
+    optimizer.get('target'), dict
+  ):
+    raise ValueError(
+      f"{file} holds {keys}; expected T5X's version and optimizer/target."
+    )
+  if contents.get('version') not in VERSIONS:
+    raise ValueError(
+      f'{file} has version {contents.get("version")}; this reader knows '
+      f'{VERSIONS}. Load and save it with T5X once.'
+    )
+  return optimizer
+
+
+def _is_spec(node: Any) -> bool:
+  """Whether a dict stands for an array in TensorStore."""
+  return isinstance(node, dict) and isinstance(node.get('driver'), str)
+
+
+def _flatten(tree: dict[str, Any]) -> dict[str, Any]:
+  return traverse_util.flatten_dict(
+    tree, sep='/', is_leaf=lambda _, node: _is_spec(node)
+  )
+
+
+def _relative_path(node: Any, where: str) -> Any:
+  """Where a spec says its array lies.
+
+  {driver: zarr, kvstore: {driver: file, path: 'target.a.kernel/'}, ...} or, as
+  TensorStore had it in 2021, {driver: zarr, kvstore: {...}, path: ...}.
+  """
+  kvstore = node.get('kvstore') if _is_spec(node) else None
+  if not isinstance(kvstore, dict) or node['driver'] != 'zarr':
+    raise ValueError(
+      f'{where} is {str(node)[:200]}; expected an array or the TensorStore '
+      'spec of a zarr array.'
+    )
+  if kvstore.get('driver') not in ('file', 'gfile', 'gcs'):
+    raise ValueError(
+      f'{where} lies in a {kvstore.get("driver")!r} store; expected file, '
+      'gfile or gcs.'
+    )
+  return kvstore.get('path', node.get('path'))
+
+
+def _shape_and_dtype(node: Any, where: str) -> tuple[Shape, str]:
+  """What the msgpack file says of an array in zarr."""
+  try:
+    metadata = node['metadata']
+    shape = tuple(int(n) for n in metadata['shape'])
+    dtype = str(node.get('dtype') or jnp.dtype(metadata['dtype']).name)
+  except (TypeError, KeyError, ValueError, AttributeError) as error:
+    raise ValueError(
+      f'{where} has no proper shape and dtype: {str(node)[:200]}'
+    ) from error
+  if dtype == 'uint16':
+    raise ValueError(
+      f'{where} is bfloat16 written as uint16, as T5X did before June 2021; '
+      'load and save the checkpoint with T5X once.'
+    )
+  return shape, dtype
+
+
+def _compare(
+  specs: dict[str, tuple[Shape, str]],
+  arrays: dict[str, Leaf],
+  path: epath.Path,
+) -> None:
+  """Raises where the zarr directories are not those of the msgpack file."""
+  wrong = [
+    f'  {name}: {array.dtype.name} {list(array.shape)}, expected {dtype} '
+    f'{list(shape)}'
+    for name, array in arrays.items()
+    for shape, dtype in [specs[name]]
+    if (array.shape, array.dtype.name) != (shape, dtype)
+  ]
+  if wrong:
+    raise ValueError(
+      f'{path}: arrays differ from what the file `checkpoint` says of them; '
+      'they do not belong together, copy it again.\n' + '\n'.join(wrong)
+    )
+
+
+def _step(optimizer: dict[str, Any], file: epath.Path) -> int | None:
+  state = optimizer.get('state')
+  step = state.get('step') if isinstance(state, dict) else None
+  if step is None:
+    return None
+  step = np.asarray(step)
+  if step.size != 1 or not np.issubdtype(step.dtype, np.integer):
+    raise ValueError(f'The step in {file} is {step}; expected one integer.')
+  return int(step.item())

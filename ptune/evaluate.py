@@ -1,0 +1,315 @@
+"""`ptune eval`: a task's metrics over whole splits, for a trained prompt.
+
+`Evaluation` is what training calls every EVAL_PERIOD steps; `evaluate` is the
+program.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import seqio
+import tensorflow_datasets as tfds
+from etils import epath
+
+from ptune import data, parameters, predictor
+from ptune import report as report_lib
+from ptune.adapters import Method
+from ptune.models import Decoding, EncoderDecoderModel
+from ptune.network import T5Config
+
+Scores = dict[str, dict[str, float]]
+
+
+class Stopped(Exception):
+  """An evaluation was given up because the program is asked to end."""
+
+
+class Evaluation:
+  """The metrics of a task or mixture on a split, as often as asked.
+
+  SeqIO's evaluator makes them of the model's predictions and scores, as the
+  task defines; beside them stand `loss` and `token_accuracy`, per target
+  token under teacher forcing, which every task has.
+  """
+
+  def __init__(
+    self,
+    task: data.Provider,
+    plan: parameters.Plan,
+    model: EncoderDecoderModel,
+    *,
+    split: str,
+    feature_lengths: Mapping[str, int],
+    batch_size: int,
+    how: Decoding = Decoding(),
+    num_examples: int | None = None,
+    bucket_multiple: int | None = data.BUCKET_MULTIPLE,
+    use_cached: bool = False,
+    seed: int = 0,
+    directory: os.PathLike[str] | None = None,
+  ):
+    """Reads the examples.
+
+    Args:
+      task: Its parts that have the split are evaluated, each by itself.
+      plan: The parameters.
+      model: The model.
+      split: The split.
+      feature_lengths: TASK_FEATURE_LENGTHS.
+      batch_size: Rows that are computed at once; no result depends on it.
+      how: How predictions are decoded.
+      num_examples: Only the first so many; all if not given.
+      bucket_multiple: See `data.padded_batches`.
+      use_cached: USE_CACHED_TASKS.
+      seed: For sampling.
+      directory: Predictions are written to `<task>/predictions-<step>.jsonl`
+        below it; nowhere if not given.
+
+    Raises:
+      ValueError: If the split is missing or empty.
+    """
+    self._plan, self._model = plan, model
+    self._batch_size, self._multiple = batch_size, bucket_multiple
+    self._seed, self.split = seed, split
+    data.check_task(task, feature_lengths, split, use_cached)
+    lengths = dict(feature_lengths)
+    converter = seqio.EncDecFeatureConverter(pack=False)
+    write = directory is not None and jax.process_index() == 0
+    self._evaluator = seqio.Evaluator(
+      task.name,
+      converter,
+      split,
+      use_cached=use_cached,
+      seed=seed,
+      sequence_length=lengths,
+      num_examples=num_examples,
+      logger_cls=[PredictionLogger] if write else [],
+      log_dir=os.fspath(directory) if directory is not None else None,
+      async_compute_metrics=False,
+    )
+    # By task: what the evaluator passes on, and the same for tasks without
+    # metrics, which it leaves out.
+    measured = {t.name for t in self._evaluator.eval_tasks}
+    self._datasets = {}
+    for part in seqio.get_subtasks(task):
+      if part.name in measured:
+        dataset = self._evaluator.cached_model_datasets[part.name]
+      elif split in part.splits:
+        dataset = part.get_dataset(
+          lengths,
+          split,
+          shuffle=False,
+          num_epochs=1,
+          use_cached=use_cached,
+          seed=seed,
+        )
+        dataset = converter(dataset.take(num_examples or -1), lengths)
+        dataset = dataset.enumerate().cache()
+      else:
+        continue
+      if not any(True for _ in dataset.take(1)):
+        raise ValueError(f'split {split!r} of task {part.name!r} is empty')
+      self._datasets[part.name] = dataset
+    self._predictor = predictor.Predictor(
+      plan, model, feature_lengths['targets'], how, seed
+    )
+
+  def __call__(
+    self,
+    trees: predictor.Trees,
+    step: int,
+    should_stop: Callable[[], bool] = lambda: False,
+  ) -> Scores:
+    """Computes all metrics.
+
+    Args:
+      trees: The parameters, in one or several trees.
+      step: Named in the files.
+      should_stop: Asked before each batch.
+
+    Returns:
+      The numeric metrics, by task.
+
+    Raises:
+      Stopped: If should_stop said so.
+    """
+    run = functools.partial(self._run, trees, should_stop)
+    futures, _ = self._evaluator.evaluate(
+      compute_metrics=True,
+      step=step,
+      predict_fn=functools.partial(run, self._predict),
+      score_fn=functools.partial(run, self._score),
+    )
+    metrics = futures.result() or {}
+    scores: Scores = {}
+    for name, dataset in self._datasets.items():
+      sums: dict[str, float] = {}
+      for _, batch in self._batches(dataset, should_stop):
+        for key, value in self._predictor.sums(trees, batch).items():
+          sums[key] = sums.get(key, 0.0) + value
+      tokens = max(sums['tokens'], 1.0)
+      scores[name] = {
+        **report_lib.numbers(metrics.get(name, {})),
+        'loss': sums['loss'] / tokens,
+        'token_accuracy': sums['correct'] / tokens,
+      }
+    return scores
+
+  def _batches(self, dataset, should_stop) -> Iterator[tuple[Any, Any]]:
+    for rows, batch in data.eval_batches(
+      dataset, self._batch_size, self._multiple
+    ):
+      if should_stop():
+        raise Stopped
+      yield rows, data.device_put(batch, self._plan.mesh)
+
+  def _run(self, trees, should_stop, compute, dataset, *_):
+    """What SeqIO calls: [(row, output)] for every row, in any order."""
+    outputs = []
+    for rows, batch in self._batches(dataset, should_stop):
+      filled = np.pad(rows, (0, self._batch_size - len(rows)), 'edge')
+      output = compute(trees, batch, filled)
+      outputs.extend(zip(rows.tolist(), output[: len(rows)], strict=True))
+    return outputs
+
+  def _predict(self, trees, batch, rows):
+    return self._predictor.predict(trees, batch, rows)[0]
+
+  def _score(self, trees, batch, rows):
+    del rows
+    return self._predictor.score(trees, batch)
+
+
+class PredictionLogger(seqio.loggers.Logger):
+  """Writes each example with what the model made of it, as JSON lines."""
+
+  def __call__(self, task_name, step, metrics, dataset, inferences, targets):
+    """Called by SeqIO's evaluator for each task."""
+    del metrics
+    directory = epath.Path(self.output_dir) / task_name
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, example in enumerate(tfds.as_numpy(dataset)):
+      record: dict[str, Any] = {'index': i}
+      for key in ('inputs_pretokenized', 'targets_pretokenized'):
+        if key in example:
+          record[key.removesuffix('_pretokenized')] = example[key]
+      if targets is not None:
+        record['target'] = targets[i]
+      for kind, values in (inferences or {}).items():
+        if isinstance(values, Sequence | np.ndarray):
+          record[kind] = values[i]
+      lines.append(to_json(record))
+    report_lib.write_atomically(
+      directory / f'predictions-{step}.jsonl', '\n'.join([*lines, ''])
+    )
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+  """One line of JSON from what tasks hold: bytes, NumPy values, anything."""
+
+  def plain(value):
+    if isinstance(value, bytes):
+      return value.decode('utf-8', errors='replace')
+    if isinstance(value, np.ndarray | np.generic):
+      return value.tolist()
+    return str(value)
+
+  return json.dumps(record, default=plain, ensure_ascii=False)
+
+
+def evaluate(
+  *,
+  mixture_or_task_name: str,
+  task_feature_lengths: Mapping[str, int],
+  config: T5Config,
+  method: Method,
+  model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,
+  mixture_or_task_module: str | Sequence[str] | None = None,
+  model_dir: str | None = None,
+  checkpoint_path: str | None = None,
+  prompt_file: str | None = None,
+  output_dir: str | None = None,
+  split: str = 'validation',
+  batch_size: int = 32,
+  eval_steps: int | None = None,
+  decoding: Decoding = Decoding(),
+  use_cached: bool = False,
+  seed: int = 0,
+  model_parallel: int = 1,
+  bucket_multiple: int | None = data.BUCKET_MULTIPLE,
+) -> Scores:
+  """Evaluates a trained prompt, or any other trained parameters.
+
+  Args:
+    mixture_or_task_name: The task.
+    task_feature_lengths: Longest inputs and targets, in tokens.
+    config: The network's sizes.
+    method: What was trained.
+    model: The loss.
+    mixture_or_task_module: Imported first; registers the task.
+    model_dir: A run of `ptune train`.
+    checkpoint_path: The base model.
+    prompt_file: A prompt, where there is no model_dir.
+    output_dir: Where metrics.jsonl and predictions go; MODEL_DIR/eval_<split>
+      if not given.
+    split: The split to evaluate.
+    batch_size: Rows that are computed at once; no score depends on it.
+    eval_steps: Only so many batches; the whole split if not given.
+    decoding: How predictions are made.
+    use_cached: USE_CACHED_TASKS.
+    seed: For sampling.
+    model_parallel: Devices that one copy of the weights is split over.
+    bucket_multiple: Inputs are padded to a multiple of it; None pads to
+      task_feature_lengths.
+
+  Returns:
+    The scores, by task.
+  """
+  task = data.load_task(mixture_or_task_name, mixture_or_task_module)
+  data.check_task(task, task_feature_lengths, split, use_cached)
+  data.check_vocabulary(task, config.vocab_size)
+  if output_dir is None:
+    if model_dir is None:
+      raise ValueError(
+        'EVAL_OUTPUT_DIR is needed where there is no MODEL_DIR; for example'
+        ' --gin.EVAL_OUTPUT_DIR="\'/tmp/eval\'"'
+      )
+    output_dir = os.path.join(model_dir, f'eval_{split}')
+  directory = epath.Path(output_dir)
+  directory.mkdir(parents=True, exist_ok=True)
+  plan, params, step = predictor.load(
+    config,
+    method,
+    model_dir=model_dir,
+    checkpoint_path=checkpoint_path,
+    prompt_file=prompt_file,
+    model_parallel=model_parallel,
+  )
+  evaluation = Evaluation(
+    task,
+    plan,
+    model(plan.network),
+    split=split,
+    feature_lengths=task_feature_lengths,
+    batch_size=batch_size,
+    how=decoding,
+    num_examples=eval_steps and eval_steps * batch_size,
+    bucket_multiple=bucket_multiple,
+    use_cached=use_cached,
+    seed=seed,
+    directory=directory,
+  )
+  scores = evaluation((params,), step)
+  for name, values in scores.items():
+    record = {'step': step, 'split': split, 'task': name, **values}
+    if jax.process_index() == 0:
+      with (directory / 'metrics.jsonl').open('a') as f:
+        f.write(json.dumps(record) + '\n')
+      print(f'{name} {split}: {report_lib.format_scores(values)}')
+  return scores

@@ -1,0 +1,183 @@
+"""`ptune infer`: predictions, or scores of given targets, as JSON lines."""
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from ptune import data, predictor
+from ptune.adapters import Method
+from ptune.evaluate import to_json
+from ptune.models import Decoding, EncoderDecoderModel
+from ptune.network import T5Config
+
+MODES = ('predict', 'score')
+# Batches that are read, sorted by length and written together.
+CHUNK = 64
+
+
+def infer(
+  *,
+  mixture_or_task_name: str,
+  task_feature_lengths: Mapping[str, int],
+  config: T5Config,
+  method: Method,
+  model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,
+  mixture_or_task_module: str | Sequence[str] | None = None,
+  model_dir: str | None = None,
+  checkpoint_path: str | None = None,
+  prompt_file: str | None = None,
+  output_dir: str | None = None,
+  input_file: str | None = None,
+  split: str = 'test',
+  mode: str = 'predict',
+  batch_size: int = 32,
+  decoding: Decoding = Decoding(),
+  use_cached: bool = False,
+  seed: int = 0,
+  model_parallel: int = 1,
+  bucket_multiple: int | None = data.BUCKET_MULTIPLE,
+) -> epath.Path:
+  """Writes what a trained model makes of each input, in their order.
+
+  Args:
+    mixture_or_task_name: The task; with an input_file, only its vocabulary
+      and the ends of its features are used.
+    task_feature_lengths: Longest inputs and answers, in tokens.
+    config: The network's sizes.
+    method: What was trained.
+    model: The loss.
+    mixture_or_task_module: Imported first; registers the task.
+    model_dir: A run of `ptune train`.
+    checkpoint_path: The base model.
+    prompt_file: A prompt, where there is no model_dir.
+    output_dir: Where the file goes; MODEL_DIR/infer if not given.
+    input_file: One input a line, or JSON lines with `inputs` (and `targets`,
+      to be scored) if its name ends in .jsonl. Inputs stand as in the task's
+      preprocessed examples.
+    split: The split of the task, where there is no input_file.
+    mode: 'predict', or 'score' for the log probability of the targets.
+    batch_size: Rows that are computed at once; no answer depends on it.
+    decoding: How predictions are made.
+    use_cached: USE_CACHED_TASKS.
+    seed: For sampling.
+    model_parallel: Devices that one copy of the weights is split over.
+    bucket_multiple: Inputs are padded to a multiple of it; None pads to
+      task_feature_lengths.
+
+  Returns:
+    The file: a line for each input, with `inputs`, `prediction` and `score`
+    (in predict mode), `targets` where there are any.
+  """
+  if mode not in MODES:
+    raise ValueError(f'INFER_MODE is {mode!r}; it must be one of {MODES}')
+  if output_dir is None:
+    if model_dir is None:
+      raise ValueError(
+        'INFER_OUTPUT_DIR is needed where there is no MODEL_DIR; for example'
+        ' --gin.INFER_OUTPUT_DIR="\'/runs/out\'"'
+      )
+    output_dir = os.path.join(model_dir, 'infer')
+  task = data.load_task(mixture_or_task_name, mixture_or_task_module)
+  data.check_vocabulary(task, config.vocab_size)
+  vocabulary = data.vocabulary(task)
+  if input_file is None:
+    name = f'{mixture_or_task_name}-{split}'
+    examples = data.examples(task, task_feature_lengths, split, use_cached)
+  else:
+    name = epath.Path(input_file).stem
+    texts = list(_read_texts(epath.Path(input_file), mode))
+    examples = (data.encode(task, task_feature_lengths, text) for text in texts)
+
+  plan, params, _ = predictor.load(
+    config,
+    method,
+    model_dir=model_dir,
+    checkpoint_path=checkpoint_path,
+    prompt_file=prompt_file,
+    model_parallel=model_parallel,
+  )
+  answers = predictor.Predictor(
+    plan,
+    model(plan.network),
+    task_feature_lengths['targets'],
+    decoding,
+    seed,
+  )
+
+  def answer(chunk, first):
+    """The records of a chunk, whose first example has the given number."""
+    records: list[dict[str, Any]] = [dict(texts) for texts, _ in chunk]
+    for rows, batch in data.padded_batches(
+      [features for _, features in chunk], batch_size, bucket_multiple
+    ):
+      placed = data.device_put(batch, plan.mesh)
+      filled = np.pad(first + rows, (0, batch_size - len(rows)), 'edge')
+      if mode == 'score':
+        scores = answers.score((params,), placed)
+      else:
+        tokens, scores = answers.predict((params,), placed, filled)
+        for row, ids in zip(rows, tokens, strict=False):
+          records[row]['prediction'] = vocabulary.decode(ids.tolist())
+      for row, value in zip(rows, scores, strict=False):
+        records[row]['score'] = float(value)
+    return records
+
+  directory = epath.Path(output_dir)
+  directory.mkdir(parents=True, exist_ok=True)
+  path = directory / f'{name}-{mode}.jsonl'
+  partial = directory / f'.{path.name}.tmp'
+  count = 0
+  with partial.open('w') as f:
+    for chunk in _chunks(examples, batch_size * CHUNK):
+      records = answer(chunk, count)
+      count += len(records)
+      if jax.process_index() == 0:
+        f.writelines(to_json(record) + '\n' for record in records)
+      logging.info('%d examples done', count)
+  if not count:
+    partial.unlink()
+    raise ValueError(
+      f'there is nothing to {mode}: {input_file or name} has no examples'
+    )
+  if jax.process_index() == 0:
+    partial.replace(path)
+    print(f'{count} lines in {path}')
+  return path
+
+
+def _read_texts(path: epath.Path, mode: str) -> Iterator[dict[str, str]]:
+  """Inputs (and targets) of a text or JSON lines file."""
+  if not path.exists():
+    raise FileNotFoundError(f'there is no INFER_FILE {path}')
+  needed = ('inputs', 'targets') if mode == 'score' else ('inputs',)
+  lines = path.read_text().splitlines()
+  for number, line in enumerate(lines, start=1):
+    if not line.strip():
+      continue
+    record: Any = {'inputs': line}
+    if path.suffix == '.jsonl':
+      try:
+        record = json.loads(line)
+      except json.JSONDecodeError as error:
+        raise ValueError(f'{path}:{number} is not JSON: {error}') from error
+    good = isinstance(record, dict) and all(
+      isinstance(record.get(key), str) for key in needed
+    )
+    if not good:
+      raise ValueError(
+        f'{path}:{number}: to {mode}, each line must be JSON with the strings'
+        f' {needed} (in a .jsonl file); got {line[:80]!r}'
+      )
+    yield {k: v for k, v in record.items() if k in ('inputs', 'targets')}
+
+
+def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+  while chunk := list(itertools.islice(items, size)):
+    yield chunk

@@ -1,0 +1,265 @@
+"""Every parameter of a run: its shape and place, and where its values are from.
+
+`Plan` says what there will be before anything is built. The values of the base
+model come from a checkpoint, strictly; those of the adapters are initialised.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from ptune import network as network_lib
+from ptune import partitioning, prompt_init
+from ptune.adapters import Method
+
+Flat = dict[str, Any]
+
+
+def flatten(tree: Mapping[str, Any]) -> Flat:
+  """{'encoder': {'norm': x}} -> {'encoder/norm': x}."""
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """{'encoder/norm': x} -> {'encoder': {'norm': x}}."""
+  return traverse_util.unflatten_dict(dict(flat), sep='/')
+
+
+def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
+  """Puts trainable and frozen parameters together, for the network."""
+  merged: Flat = {}
+  for tree in trees:
+    merged.update(flatten(tree))
+  return unflatten(merged)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """All parameters of a network under a method, laid out on a mesh.
+
+  Attributes:
+    network: The network with the method's adapters.
+    method: The method.
+    mesh: The devices.
+    rules: The logical axis rules in force.
+    axes: Logical axis names, by path.
+    params: Shape, type and sharding, by path.
+    base: The paths that a checkpoint of the base model must hold.
+    trainable: The paths that are trained; the others are frozen.
+  """
+
+  network: network_lib.Transformer
+  method: Method
+  mesh: Mesh
+  rules: partitioning.Rules
+  axes: Mapping[str, tuple[str, ...]]
+  params: Mapping[str, jax.ShapeDtypeStruct]
+  base: frozenset[str]
+  trainable: frozenset[str]
+
+  def select(self, paths: Iterable[str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters at the given paths, in the order of `params`."""
+    wanted = frozenset(paths)
+    return {path: x for path, x in self.params.items() if path in wanted}
+
+  @property
+  def frozen(self) -> frozenset[str]:
+    """The paths that are not trained."""
+    return frozenset(self.params) - self.trainable
+
+  @property
+  def adapters(self) -> frozenset[str]:
+    """The paths that the method added."""
+    return frozenset(self.params) - self.base
+
+  def scope(self):
+    """A context in which the network is traced for this mesh."""
+    return partitioning.scope(self.mesh, self.rules)
+
+
+def plan(config: network_lib.T5Config, method: Method, mesh: Mesh) -> Plan:
+  """Works out every parameter; builds nothing.
+
+  Raises:
+    ValueError: If a placement matches no site, or the method trains a
+      parameter that is not there.
+  """
+  network = network_lib.Transformer(config, method.placements)
+  params = network_lib.parameters(network)
+  trainable = frozenset(filter(method.trains, params))
+  idle = [p for p in method.trainable if not _any_match(p, trainable)]
+  if idle:
+    raise ValueError(
+      f'method {method.name!r} trains {idle}, which no parameter matches;'
+      ' the parameters are:\n  ' + '\n  '.join(params)
+    )
+  rules = partitioning.rules(mesh, config)
+  axes = network_lib.parameter_axes(network)
+  shardings = partitioning.shardings(mesh, rules, axes)
+  structs = {
+    path: jax.ShapeDtypeStruct(
+      x.shape,
+      jnp.float32 if path in trainable else _frozen_dtype(config, path, x),
+      sharding=shardings[path],
+    )
+    for path, x in params.items()
+  }
+  base = network_lib.parameters(network_lib.Transformer(config))
+  return Plan(
+    network=network,
+    method=method,
+    mesh=mesh,
+    rules=rules,
+    axes=axes,
+    params=structs,
+    base=frozenset(base),
+    trainable=trainable,
+  )
+
+
+def _any_match(pattern: str, paths: Iterable[str]) -> bool:
+  return any(Method('', (), (pattern,)).trains(path) for path in paths)
+
+
+def _frozen_dtype(config, path: str, x: jax.ShapeDtypeStruct) -> jnp.dtype:
+  """Matrices are kept in the compute type; what is used in float32, in that."""
+  if x.ndim < 2 or path.endswith('rel_embedding'):
+    return jnp.dtype(jnp.float32)
+  return jnp.dtype(config.dtype)
+
+
+def initialize(
+  plan: Plan, paths: Iterable[str], seed: int
+) -> dict[str, jax.Array]:
+  """Draws parameters from the network's own initialisers.
+
+  Only what is asked for is computed, each straight into its sharding.
+  """
+  wanted = plan.select(paths)
+  if not wanted:
+    return {}
+
+  def init(key):
+    tokens = jnp.ones((1, 2), jnp.int32)
+    variables = plan.network.init(
+      key, tokens, tokens, tokens, enable_dropout=False
+    )
+    flat = flatten(variables['params'])
+    return {path: flat[path].astype(x.dtype) for path, x in wanted.items()}
+
+  out = {path: x.sharding for path, x in wanted.items()}
+  with plan.scope():
+    return jax.jit(init, out_shardings=out)(jax.random.key(seed))
+
+
+def initialize_adapters(
+  plan: Plan, base: prompt_init.Base, seed: int
+) -> dict[str, jax.Array]:
+  """The first values of what the method added.
+
+  Args:
+    plan: The plan.
+    base: What an initialiser of `prompt_init` may look at.
+    seed: Seeds both kinds of initialisers.
+  """
+  hosted = plan.method.initial
+  values = initialize(plan, plan.adapters - set(hosted), seed)
+  for i, (path, init) in enumerate(hosted.items()):
+    struct = plan.params[path]
+    value = init(np.random.default_rng([seed, i]), struct.shape, base)
+    values[path] = place(value, struct)
+  return values
+
+
+def place(value: np.ndarray, struct: jax.ShapeDtypeStruct) -> jax.Array:
+  """Puts a host array, which every process has, into its sharding."""
+  value = np.asarray(value, struct.dtype)
+  assert value.shape == struct.shape, (value.shape, struct.shape)
+  return jax.make_array_from_callback(
+    struct.shape, struct.sharding, lambda index: value[index]
+  )
+
+
+def embedding_rows(
+  params: Mapping[str, jax.Array], ids: np.ndarray
+) -> np.ndarray:
+  """Rows of the token embedding, on every host: [n] -> [n, embed] float32."""
+  table = params['token_embedder/embedding']
+  replicated = partitioning.replicated(table.sharding.mesh)
+  take = jax.jit(
+    lambda table, ids: table[ids].astype(jnp.float32),
+    out_shardings=replicated,
+  )
+  return np.array(take(table, np.asarray(ids, np.int32)))
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+  """What a run is known by: its method and what that trains, as JSON."""
+  trained = plan.select(plan.trainable)
+  # Full tuning trains hundreds of arrays; their number and size identify it.
+  shapes = {path: list(x.shape) for path, x in trained.items()}
+  if len(shapes) > 8:
+    count = sum(math.prod(x.shape) for x in trained.values())
+    shapes = {'arrays': len(shapes), 'parameters': count}
+  return {'method': plan.method.name, 'trainable': shapes}
+
+
+def describe(plan: Plan) -> str:
+  """A table of all parameters, for `model-info.txt`."""
+  rows = [('name', 'shape', 'dtype', 'axes', '', 'bytes')]
+  for path, x in plan.params.items():
+    rows.append(
+      (
+        path,
+        str(list(x.shape)),
+        x.dtype.name,
+        ', '.join(plan.axes[path]),
+        'trainable' if path in plan.trainable else 'frozen',
+        f'{nbytes(x):,}',
+      )
+    )
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    '  '.join(
+      text.rjust(w) if i == 5 else text.ljust(w)
+      for i, (text, w) in enumerate(zip(row, widths, strict=True))
+    )
+    for row in rows
+  ]
+  return '\n'.join([summary(plan), '', *lines, ''])
+
+
+def summary(plan: Plan) -> str:
+  """One line: how many parameters are trained and frozen, and their bytes."""
+  parts = []
+  for name, paths in (
+    ('trainable', plan.trainable),
+    ('frozen', plan.frozen),
+  ):
+    chosen = plan.select(paths).values()
+    count = sum(math.prod(x.shape) for x in chosen)
+    size = sum(map(nbytes, chosen))
+    parts.append(f'{name} {count:,} parameters ({format_bytes(size)})')
+  mesh = ' x '.join(f'{n} {axis}' for axis, n in plan.mesh.shape.items())
+  return f'{plan.method.name}: {", ".join(parts)}, on a mesh of {mesh}'
+
+
+def nbytes(x: jax.ShapeDtypeStruct) -> int:
+  """Bytes of one copy of an array."""
+  return math.prod(x.shape) * x.dtype.itemsize
+
+
+def format_bytes(n: float) -> str:
+  """204800 -> '204.8 kB'."""
+  for unit in ('bytes', 'kB', 'MB', 'GB'):
+    if n < 1000 or unit == 'GB':
+      return f'{n:,.0f} {unit}' if unit == 'bytes' else f'{n:,.1f} {unit}'
+    n /= 1000
+  raise AssertionError

@@ -1,0 +1,235 @@
+"""What a run tells: a progress line, metrics.jsonl, TensorBoard, curves.png."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.progress
+from absl import logging
+from etils import epath
+
+Record = dict[str, Any]
+
+
+def read_records(model_dir: os.PathLike[str]) -> list[Record]:
+  """Reads metrics.jsonl, without a last line that a hard stop cut short."""
+  path = epath.Path(model_dir) / 'metrics.jsonl'
+  if not path.exists():
+    return []
+  records = []
+  for line in path.read_text().splitlines():
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return records
+
+
+def write_atomically(path: epath.Path, data: bytes | str) -> None:
+  """Writes a file that is either there and whole, or not there."""
+  temporary = path.parent / f'.{path.name}.tmp'
+  if isinstance(data, str):
+    temporary.write_text(data)
+  else:
+    temporary.write_bytes(data)
+  temporary.replace(path)
+
+
+def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
+  """The scores that are plain numbers, as floats."""
+  found = {}
+  for name, value in scores.items():
+    value = getattr(value, 'value', value)  # A clu or SeqIO scalar.
+    if np.ndim(value) == 0 and np.issubdtype(
+      np.asarray(value).dtype, np.number
+    ):
+      found[name] = float(value)
+  return found
+
+
+def format_scores(scores: Mapping[str, float]) -> str:
+  """'accuracy 91.2, loss 0.34'."""
+  return ', '.join(f'{name} {value:.4g}' for name, value in scores.items())
+
+
+class Report:
+  """The records of one run, kept on disk and shown while it goes on."""
+
+  def __init__(
+    self,
+    model_dir: os.PathLike[str],
+    start_step: int,
+    total_steps: int,
+    batch_size: int,
+    write: bool = True,
+  ):
+    """Continues the records of a directory from a step.
+
+    Args:
+      model_dir: Where they lie.
+      start_step: The step that was restored; what was recorded after it is
+        dropped, because those steps are taken again.
+      total_steps: The last step.
+      batch_size: Examples a step, to tell their rate.
+      write: Whether this process writes files (process 0 does).
+    """
+    self._dir = epath.Path(model_dir)
+    self._write = write
+    self._batch_size = batch_size
+    self.records = [
+      r for r in read_records(model_dir) if r['step'] <= start_step
+    ]
+    self._writers: dict[str, Any] = {}
+    if write:
+      text = ''.join(json.dumps(r) + '\n' for r in self.records)
+      write_atomically(self._dir / 'metrics.jsonl', text)
+    self._time, self._step = time.monotonic(), start_step
+    self._bar = None
+    if rich.console.Console(stderr=True).is_terminal:
+      self._bar = _progress_bar()
+      self._bar.start()
+      self._task = self._bar.add_task(
+        'training', total=total_steps, completed=start_step, shown='compiling'
+      )
+
+  def train(self, step: int, sums: Mapping[str, float]) -> None:
+    """Records training up to `step`.
+
+    Args:
+      step: Steps taken.
+      sums: `loss`, `z_loss`, `correct` and `tokens` over the steps since the
+        last record, and whatever else is to be recorded as it is.
+    """
+    now = time.monotonic()
+    steps, seconds = step - self._step, now - self._time
+    self._step, self._time = step, now
+    tokens = max(sums['tokens'], 1.0)
+    others = {
+      k: v
+      for k, v in sums.items()
+      if k not in ('loss', 'z_loss', 'correct', 'tokens')
+    }
+    values = {
+      'loss': sums['loss'] / tokens,
+      'z_loss': sums['z_loss'] / tokens,
+      'accuracy': sums['correct'] / tokens,
+      **others,
+      'seconds_per_step': seconds / steps,
+      'examples_per_second': steps * self._batch_size / seconds,
+    }
+    self._add({'step': step, 'split': 'train', **values}, 'train')
+    shown = (
+      f'loss {values["loss"]:.4f}  accuracy {values["accuracy"]:.3f}'
+      f'  {values["examples_per_second"]:.1f} examples/s'
+    )
+    if self._bar is not None:
+      self._bar.update(self._task, completed=step, shown=shown)
+    else:
+      logging.info('step %d  %s', step, shown)
+
+  def progress(self, step: int) -> None:
+    """Moves the progress bar, where there is one."""
+    if self._bar is not None:
+      self._bar.update(self._task, completed=step)
+
+  def evaluate(
+    self, step: int, split: str, task: str, scores: Mapping[str, float]
+  ) -> None:
+    """Records a task's scores."""
+    record = {'step': step, 'split': split, 'task': task, **scores}
+    self._add(record, f'eval/{task}')
+    logging.info('step %d  %s %s: %s', step, task, split, format_scores(scores))
+
+  def paused(self) -> None:
+    """Leaves what was done since the last record out of the rate."""
+    self._time = time.monotonic()
+
+  def scores(self, step: int) -> dict[str, dict[str, float]]:
+    """The scores recorded at a step, by task; empty if there are none."""
+    return {
+      r['task']: {
+        k: v for k, v in r.items() if k not in ('step', 'split', 'task')
+      }
+      for r in self.records
+      if r['step'] == step and 'task' in r
+    }
+
+  def close(self) -> None:
+    """Ends the progress line and draws the curves."""
+    if self._bar is not None:
+      self._bar.stop()
+      self._bar = None
+    for writer in self._writers.values():
+      writer.close()
+    self._writers.clear()
+    if self._write and self.records:
+      plot(self.records, self._dir / 'curves.png')
+
+  def _add(self, record: Record, directory: str) -> None:
+    self.records.append(record)
+    if not self._write:
+      return
+    with (self._dir / 'metrics.jsonl').open('a') as f:
+      f.write(json.dumps(record) + '\n')
+    if directory not in self._writers:
+      # Loads TensorFlow, which a training program has loaded anyway.
+      from clu import metric_writers
+
+      self._writers[directory] = metric_writers.SummaryWriter(
+        str(self._dir / directory)
+      )
+    scalars = numbers({k: v for k, v in record.items() if k != 'step'})
+    self._writers[directory].write_scalars(record['step'], scalars)
+    self._writers[directory].flush()
+
+
+def _progress_bar() -> rich.progress.Progress:
+  return rich.progress.Progress(
+    rich.progress.BarColumn(bar_width=24),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TextColumn('{task.fields[shown]}'),
+    rich.progress.TimeRemainingColumn(),
+    console=rich.console.Console(stderr=True),
+  )
+
+
+def plot(records: Sequence[Record], path: epath.Path) -> None:
+  """Draws the training loss and the evaluation scores against the step."""
+  # Figure, not pyplot: no display is looked for, and no global state is kept.
+  from matplotlib import figure
+
+  train = [r for r in records if r['split'] == 'train']
+  scores: dict[str, list[tuple[int, float]]] = {}
+  for r in records:
+    for name, value in numbers(r).items():
+      if 'task' in r and name not in ('step', 'loss'):
+        scores.setdefault(f'{r["task"]} {name}', []).append((r['step'], value))
+  fig = figure.Figure(figsize=(9, 3.2), layout='constrained')
+  left, right = fig.subplots(1, 2)
+  left.plot(
+    [r['step'] for r in train], [r['loss'] for r in train], label='train'
+  )
+  held_out = [r for r in records if 'task' in r and 'loss' in r]
+  for task in sorted({r['task'] for r in held_out}):
+    chosen = [r for r in held_out if r['task'] == task]
+    left.plot(
+      [r['step'] for r in chosen],
+      [r['loss'] for r in chosen],
+      marker='.',
+      label=f'{task} {chosen[0]["split"]}',
+    )
+  left.set(xlabel='step', ylabel='loss per token')
+  left.legend(fontsize='small')
+  for name, points in sorted(scores.items()):
+    right.plot(*zip(*points, strict=True), marker='.', label=name)
+  right.set(xlabel='step', ylabel='score')
+  if scores:
+    right.legend(fontsize='small')
+  else:
+    right.set_axis_off()
+  with path.open('wb') as f:
+    fig.savefig(f, format='png', dpi=120)
