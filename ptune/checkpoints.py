@@ -19,22 +19,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from ptune.state import TrainState
+
 RUN_FILE = 'run.json'
-
-
-@flax.struct.dataclass
-class TrainState:
-  """All that training changes.
-
-  Attributes:
-    step: int32 []: steps taken in this run, and so the position in the data.
-    trainable: The trained parameters, a nested dict as in the network.
-    opt_state: The optimizer's state for them.
-  """
-
-  step: jax.Array
-  trainable: Any
-  opt_state: Any
 
 
 class Checkpoints:

@@ -266,9 +266,13 @@ def _run(args: argparse.Namespace) -> None:
     )
   import gin
 
-  program: Callable[[], object] = getattr(
-    importlib.import_module(module), function
-  )
+  with _quiet_stderr():
+    program: Callable[[], object] = getattr(
+      importlib.import_module(module), function
+    )
+  # Where users keep the module that registers their tasks. Last, so that no
+  # directory of theirs hides a package.
+  sys.path.append(os.getcwd())
   search_paths = [p for p in args.gin_search_paths.split(',') if p]
   parse_gin(args.gin_file, args.gin_bindings, search_paths)
   if args.tfds_data_dir:
@@ -319,21 +323,42 @@ def _readable(error: Exception) -> str:
   return re.sub(r'\n\s*In call to configurable .*', '', text)
 
 
+@contextlib.contextmanager
+def _quiet_stderr():
+  """Drops what TensorFlow's C++ prints while it is imported.
+
+  It says that there is no CUDA, before it reads any setting of its own.
+  Exceptions are not affected.
+  """
+  sys.stderr.flush()
+  kept = os.dup(2)
+  with open(os.devnull, 'w') as nowhere:
+    os.dup2(nowhere.fileno(), 2)
+  try:
+    yield
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
+
+
 def _set_up_logging() -> None:
   """Plain lines on stderr: ours from INFO on, other packages' from ERROR."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-  from absl import logging
+  from absl import flags, logging
 
+  flags.FLAGS.mark_as_parsed()  # Else absl complains; argparse has read them.
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   package = str(pathlib.Path(__file__).parent)
   handler = logging.get_absl_handler()
-  handler.addFilter(
-    lambda record: (
-      record.pathname.startswith(package)
-      or record.levelno >= python_logging.ERROR
-    )
-  )
+
+  def shown(record):
+    # Gin calls each place where it does not find an included file an error.
+    loud = record.levelno >= python_logging.ERROR
+    loud = loud and record.module != 'resource_reader'
+    return loud or record.pathname.startswith(package)
+
+  handler.addFilter(shown)
   handler.setFormatter(
     python_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S')
   )

@@ -516,6 +516,22 @@ def _row_limit(
   return MAX_ROWS if rows <= MAX_ROWS else 0
 
 
+def check_batch_size(size: int, mesh: jax.sharding.Mesh) -> None:
+  """Raises a ValueError unless the axis `data` divides a batch size."""
+  if 'data' not in mesh.shape:
+    raise ValueError(
+      f'The mesh has the axes {mesh.axis_names}, expected one named data.'
+    )
+  parts = mesh.shape['data']
+  if size % parts:
+    below = size - size % parts
+    fitting = ' or '.join(str(s) for s in (below, below + parts) if s)
+    raise ValueError(
+      f'BATCH_SIZE is {size}, expected a multiple of the {parts} devices along '
+      f'the mesh axis data. Use {fitting}.'
+    )
+
+
 def device_put(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
   """Puts a global batch on devices, its rows split over the axis `data`.
 
@@ -524,19 +540,7 @@ def device_put(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
   Raises:
     ValueError: The mesh has no axis `data`, or it does not divide the batch.
   """
-  if 'data' not in mesh.shape:
-    raise ValueError(
-      f'The mesh has the axes {mesh.axis_names}, expected one named data.'
-    )
-  parts = mesh.shape['data']
-  size = len(next(iter(batch.values())))
-  if size % parts:
-    below = size - size % parts
-    fitting = ' or '.join(str(s) for s in (below, below + parts) if s)
-    raise ValueError(
-      f'BATCH_SIZE is {size}, expected a multiple of the {parts} devices along '
-      f'the mesh axis data. Use {fitting}.'
-    )
+  check_batch_size(len(next(iter(batch.values()))), mesh)
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   return {
     name: jax.make_array_from_callback(array.shape, rows, array.__getitem__)
@@ -638,3 +642,86 @@ def eval_batches(
     examples.append(example)
   for which, batch in padded_batches(examples, batch_size, bucket_multiple):
     yield np.array(indices)[which], batch
+
+
+def examples(
+  task: Provider,
+  feature_lengths: Mapping[str, int],
+  split: str,
+  use_cached: bool = False,
+) -> Iterator[tuple[dict[str, str], Batch]]:
+  """Yields what a split holds, in order: its texts, and its model features.
+
+  Texts are `inputs` and `targets`, as they were before tokenisation.
+  """
+  check_task(task, feature_lengths, split, use_cached)
+  dataset = task.get_dataset(
+    dict(feature_lengths),
+    split,
+    shuffle=False,
+    num_epochs=1,
+    use_cached=use_cached,
+    seed=0,
+  )
+  vocab = vocabulary(task)
+  for example in dataset.as_numpy_iterator():
+    texts = {}
+    for name in FEATURES:
+      text = example.get(f'{name}_pretokenized')
+      if text is None:
+        text = vocab.decode(example[name].tolist()).encode()
+      texts[name] = text.decode('utf-8', errors='replace')
+    yield texts, _features(example['inputs'], example['targets'])
+
+
+def encode(
+  task: Provider,
+  feature_lengths: Mapping[str, int],
+  texts: Mapping[str, str],
+) -> tuple[dict[str, str], Batch]:
+  """The same for texts from elsewhere, tokenised as the task's features are."""
+  vocab = vocabulary(task)
+  ids = {}
+  for name in FEATURES:
+    feature, limit = task.output_features[name], feature_lengths[name]
+    tokens = vocab.encode(texts.get(name, ''))[: limit - int(feature.add_eos)]
+    ids[name] = np.array(tokens + [vocab.eos_id] * feature.add_eos, np.int32)
+  return dict(texts), _features(ids['inputs'], ids['targets'])
+
+
+def _features(inputs: np.ndarray, targets: np.ndarray) -> Batch:
+  """One example's features, as EncDecFeatureConverter makes them, unpadded."""
+  return {
+    'encoder_input_tokens': inputs,
+    'decoder_target_tokens': targets,
+    'decoder_input_tokens': np.pad(targets, (1, 0))[:-1],
+    'decoder_loss_weights': np.ones_like(targets),
+  }
+
+
+def distinct_targets(
+  task: Provider,
+  feature_lengths: Mapping[str, int],
+  most: int = 100,
+  use_cached: bool = False,
+) -> list[str]:
+  """The labels of a classification task: its distinct targets, sorted.
+
+  Args:
+    task: The task; the first rows of its training split are read.
+    feature_lengths: TASK_FEATURE_LENGTHS.
+    most: More than this, and it is no classification task.
+    use_cached: USE_CACHED_TASKS.
+
+  Raises:
+    ValueError: If there are too many.
+  """
+  rows = examples(task, feature_lengths, 'train', use_cached)
+  found = {texts['targets'] for texts, _ in itertools.islice(rows, 2000)}
+  if len(found) > most:
+    raise ValueError(
+      f'Task {task.name!r} has more than {most} distinct targets, such as '
+      f'{sorted(found)[:3]}, so its class labels cannot be told. Set '
+      'CLASS_LABELS, or choose another file of prompts/.'
+    )
+  return sorted(found)

@@ -1,9 +1,10 @@
 """What a run tells: a progress line, metrics.jsonl, TensorBoard, curves.png."""
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,9 +145,19 @@ class Report:
     self._add(record, f'eval/{task}')
     logging.info('step %d  %s %s: %s', step, task, split, format_scores(scores))
 
-  def paused(self) -> None:
-    """Leaves what was done since the last record out of the rate."""
-    self._time = time.monotonic()
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves what is done inside out of the rate of training."""
+    start = time.monotonic()
+    try:
+      yield
+    finally:
+      self._time += time.monotonic() - start
+
+  @property
+  def evaluated_steps(self) -> list[int]:
+    """The steps that have scores."""
+    return sorted({r['step'] for r in self.records if 'task' in r})
 
   def scores(self, step: int) -> dict[str, dict[str, float]]:
     """The scores recorded at a step, by task; empty if there are none."""

@@ -3,8 +3,8 @@
 Read from top to bottom: checks, the parameters and where they come from, the
 compiled step, the loop. Stopped at any moment and started again by the same
 command, a run goes on from its last checkpoint and ends with the bits of an
-undisturbed one: all that changes is in the `TrainState`, the batch of a step
-is a function of the step, and so is its dropout.
+undisturbed one: all that changes is in the train state, the batch of a step is
+a function of the step, and so is its dropout.
 """
 
 import collections
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
@@ -37,8 +36,9 @@ from ptune import (
   prompt_init,
 )
 from ptune import report as report_lib
+from ptune import state as state_lib
 from ptune.adapters import Method
-from ptune.checkpoints import Checkpoints, TrainState
+from ptune.checkpoints import Checkpoints
 from ptune.convert import open_checkpoint, restore
 from ptune.models import Decoding, EncoderDecoderModel
 from ptune.network import T5Config
@@ -75,7 +75,7 @@ def train(
   log_period: int = 50,
   seed: int = 0,
   model_parallel: int = 1,
-) -> TrainState:
+) -> state_lib.TrainState:
   """Trains, evaluates and saves, and goes on where an earlier start left off.
 
   Args:
@@ -169,7 +169,7 @@ def train(
   tx = optimizer(initial_step=(source and source.step) or 0)
   saved = Checkpoints(directory / 'checkpoints', keep_checkpoints)
   best = Checkpoints(directory / 'best', keep=1)
-  like = _abstract_state(tx, plan)
+  like = state_lib.abstract_state(tx, plan)
   state = saved.restore(like)
   start = 0 if state is None else int(state.step)
   report = report_lib.Report(
@@ -219,11 +219,13 @@ def train(
       prompt_init.Base(
         embedding=functools.partial(parameters.embedding_rows, base),
         vocabulary=lambda: data.vocabulary(task),
-        labels=lambda: data.distinct_targets(batches),
+        labels=lambda: data.distinct_targets(
+          task, task_feature_lengths, use_cached=use_cached
+        ),
       ),
       seed,
     )
-    state = _first_state(tx, parameters.unflatten(trainable), like)
+    state = state_lib.first_state(tx, parameters.unflatten(trainable), like)
   frozen = parameters.unflatten(frozen)
   del base
 
@@ -260,7 +262,7 @@ def train(
     )
 
   # -------------------------------------------------------------------- loop
-  update = _compile_step(
+  update = state_lib.compile_step(
     model(plan.network), tx, plan, like, microbatches, seed
   )
   pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
@@ -269,51 +271,56 @@ def train(
   ahead = data.prefetch(batches, start, train_steps, mesh)
   with _stop_signals() as stopping, contextlib.closing(ahead):
     while True:
-      last = step == train_steps
-      due = lambda period, step=step, last=last: (
+      stop, last = bool(stopping), step == train_steps
+      log, keep, look = (
         step > 0 and (last or step % period == 0)
+        for period in (log_period, checkpoint_period, eval_period)
       )
-      stop = bool(stopping)
+      keep = keep or (stop and step > 0)
       # Metrics are read when the device is two steps further, so that it never
       # waits for the host; all of them before anything is written.
-      whole = stop or due(log_period) or due(checkpoint_period)
-      whole = whole or due(eval_period)
-      while len(pending) > (0 if whole else 2):
+      while len(pending) > (0 if log or keep or look else 2):
         done = step - len(pending) + 1
         _add_sums(sums, pending.popleft(), done, saved)
         report.progress(done)
-      if sums and (due(log_period) or stop):
+      if sums and (log or keep):
         report.train(step, sums)
         sums = {}
-      save = step > start and (stop or due(checkpoint_period))
-      if save:
+      if keep:
         saved.save(state)
-      if evaluation and due(eval_period) and not report.scores(step):
+      if evaluation and look and not stop and not report.scores(step):
         try:
-          scores = evaluation(
-            (state.trainable, frozen), step, lambda: bool(stopping)
-          )
+          with report.paused():
+            scores = evaluation(
+              (state.trainable, frozen), step, lambda: bool(stopping)
+            )
         except evaluate.Stopped:
           continue  # To the top, which saves.
+        if _is_best(report, best_metric, scores):
+          best.save(state.replace(opt_state={}))
+          best.wait()
+          _write_prompt(directory, 'best', plan, state, scores, run)
+        # Recorded last: what is recorded is not done again after a hard stop.
         for name, values in scores.items():
           report.evaluate(step, eval_split, name, values)
-        if best_step(report, best_metric) == step:
-          best.save(state.replace(opt_state={}))
-          _write_prompt(directory, 'best', plan, state, report, run)
         last = last or patience(early_stopping)
-        report.paused()
-      if save:
-        _write_prompt(directory, f'step_{step}', plan, state, report, run)
+        if last:
+          keep = True
+          saved.save(state)
+      if keep:
+        scores = report.scores(step)
+        _write_prompt(directory, f'step_{step}', plan, state, scores, run)
       if last or stop:
         break
       _, batch = next(ahead)
       with plan.scope():
-        state, metrics = update(state, frozen, batch)
+        if step == start:  # Compiles; later only new lengths do.
+          with report.paused():
+            state, metrics = update(state, frozen, batch)
+        else:
+          state, metrics = update(state, frozen, batch)
       pending.append(metrics)
       step += 1
-    if last and not saved.newest == step:
-      saved.save(state)
-      _write_prompt(directory, f'step_{step}', plan, state, report, run)
     saved.close()
     best.close()
   report.close()
@@ -342,119 +349,6 @@ def _check_writable(directory: epath.Path) -> None:
       f'MODEL_DIR {directory} cannot be written: {error}. Choose another, or'
       ' free space'
     ) from error
-
-
-def _abstract_state(
-  tx: optax.GradientTransformation, plan: parameters.Plan
-) -> TrainState:
-  """The state's shapes, types and shardings."""
-  trainable = parameters.unflatten(plan.select(plan.trainable))
-  replicated = partitioning.replicated(plan.mesh)
-
-  def struct(leaf, sharding=replicated):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-  opt_state = optax.tree_utils.tree_map_params(
-    tx,
-    # A factored moment has fewer axes than its parameter: held whole.
-    lambda leaf, p: struct(
-      leaf, p.sharding if leaf.shape == p.shape else replicated
-    ),
-    jax.eval_shape(tx.init, trainable),
-    trainable,
-    transform_non_params=struct,
-  )
-  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-  return TrainState(step, trainable, opt_state)
-
-
-def _first_state(
-  tx: optax.GradientTransformation, trainable: Any, like: TrainState
-) -> TrainState:
-  """The state before the first step."""
-  shardings = jax.tree.map(lambda x: x.sharding, like)
-
-  def init(trainable):
-    return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
-
-  return jax.jit(init, out_shardings=shardings)(trainable)
-
-
-def train_step(
-  model: EncoderDecoderModel,
-  tx: optax.GradientTransformation,
-  state: TrainState,
-  frozen: Any,
-  batch: Mapping[str, jax.Array],
-  *,
-  microbatches: int = 1,
-  seed: int = 0,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update of what is trained.
-
-  Only the trainable tree is differentiated, and nothing reads a gradient of
-  the frozen one: XLA then never computes those.
-
-  Args:
-    model: The loss.
-    tx: The optimizer.
-    state: Donated by the caller's jit.
-    frozen: The frozen parameters.
-    batch: Features [batch, length].
-    microbatches: Parts whose gradients are summed, one after the other.
-    seed: Of dropout, together with the step.
-
-  Returns:
-    The next state, and the sums of `EncoderDecoderModel.loss` with the norm
-    of the gradient.
-  """
-  drop = model.network.config.dropout_rate > 0
-  rng = jax.random.fold_in(jax.random.key(seed), state.step)
-
-  def gradient(part, rng):
-    def loss(trainable):
-      params = parameters.merge(trainable, frozen)
-      return model.loss(params, part, rng if drop else None)
-
-    return jax.grad(loss, has_aux=True)(state.trainable)
-
-  if microbatches == 1:
-    grads, sums = gradient(batch, rng)
-  else:
-    # Row r goes to part r % microbatches: every part keeps its rows spread
-    # over all devices. [batch, ...] -> [microbatches, batch / m, ...]
-    parts = {
-      k: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
-      for k, x in batch.items()
-    }
-
-    def add(total, part):
-      part, rng = part
-      return jax.tree.map(jnp.add, total, gradient(part, rng)), None
-
-    rngs = jax.random.split(rng, microbatches)
-    one = gradient({k: x[0] for k, x in parts.items()}, rngs[0])
-    rest = ({k: x[1:] for k, x in parts.items()}, rngs[1:])
-    (grads, sums), _ = jax.lax.scan(add, one, rest)
-
-  divisor = model.normalizer(batch)
-  if divisor is not None:
-    grads = jax.tree.map(lambda g: g / divisor, grads)
-  updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-  trainable = optax.apply_updates(state.trainable, updates)
-  sums['gradient_norm'] = optax.tree_utils.tree_norm(grads)
-  return TrainState(state.step + 1, trainable, opt_state), sums
-
-
-def _compile_step(model, tx, plan, like: TrainState, microbatches, seed):
-  shardings = jax.tree.map(lambda x: x.sharding, like)
-  return jax.jit(
-    functools.partial(
-      train_step, model, tx, microbatches=microbatches, seed=seed
-    ),
-    donate_argnums=0,
-    out_shardings=(shardings, partitioning.replicated(plan.mesh)),
-  )
 
 
 def _add_sums(
@@ -504,36 +398,35 @@ def score(
   return -float(np.mean([s['loss'] for s in scores.values()]))
 
 
-def best_step(report: report_lib.Report, best_metric: str | None) -> int | None:
-  """The first step with the best score so far."""
-  steps = sorted({r['step'] for r in report.records if 'task' in r})
-  return max(
-    steps,
-    key=lambda step: (score(best_metric, report.scores(step)), -step),
-    default=None,
-  )
+def _is_best(
+  report: report_lib.Report,
+  best_metric: str | None,
+  scores: Mapping[str, Mapping[str, float]],
+) -> bool:
+  """Whether scores are better than all recorded ones."""
+  before = [
+    score(best_metric, report.scores(step)) for step in report.evaluated_steps
+  ]
+  return score(best_metric, scores) > max(before, default=-np.inf)
 
 
 def _patience_is_over(
   report: report_lib.Report, best_metric: str | None, evaluations: int | None
 ) -> bool:
-  if evaluations is None:
+  """Whether so many evaluations have brought no better score."""
+  steps = report.evaluated_steps
+  if evaluations is None or not steps:
     return False
-  best = best_step(report, best_metric)
-  later = {
-    r['step']
-    for r in report.records
-    if 'task' in r and best is not None and r['step'] > best
-  }
-  return len(later) >= evaluations
+  values = [score(best_metric, report.scores(step)) for step in steps]
+  return len(values) - 1 - int(np.argmax(values)) >= evaluations
 
 
 def _write_prompt(
   directory: epath.Path,
   name: str,
   plan: parameters.Plan,
-  state: TrainState,
-  report: report_lib.Report,
+  state: state_lib.TrainState,
+  scores: Mapping[str, Mapping[str, float]],
   run: Mapping[str, Any],
 ) -> None:
   """Writes the prompt for other programs, with what it was trained on."""
@@ -547,7 +440,7 @@ def _write_prompt(
   facts = {
     'step': step,
     'prompt_length': prompt.shape[0],
-    'scores': report.scores(step),
+    'scores': scores,
     **{k: run[k] for k in ('task', 'base', 'method', 'seed', 'batch_size')},
   }
   folder = directory / 'prompts'

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import optim, parameters, partitioning, train
-from ptune.checkpoints import TrainState
+from ptune import optim, parameters, partitioning
+from ptune import state as state_lib
 from ptune.methods import prompt
 from ptune.models import EncoderDecoderModel
 from tests.network_test import TINY, load
@@ -34,7 +34,7 @@ def one_device_plan(length=5):
 def step_function(plan, start, learning_rate):
   tx = optim.adafactor(start, learning_rate)
   model = EncoderDecoderModel(plan.network)
-  return tx, jax.jit(functools.partial(train.train_step, model, tx))
+  return tx, jax.jit(functools.partial(state_lib.train_step, model, tx))
 
 
 def second_moment(state):
@@ -57,7 +57,7 @@ def test_ten_steps_equal_the_reference(numerics, start, rate, steps, atol):
   params, golden, batches = trajectory(numerics)
   tx, step = step_function(one_device_plan(), start, rate)
   trainable = parameters.unflatten({prompt.PATH: golden['prompt_init']})
-  state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
+  state = state_lib.TrainState(jnp.int32(0), trainable, tx.init(trainable))
   frozen = parameters.unflatten(params)
   name = f'start{start}_' + ('lr0.01_' if rate == 0.01 else '')
   for i in range(steps):

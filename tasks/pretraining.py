@@ -1,0 +1,409 @@
+"""Pre-training on plain text: span corruption and prefix language modelling.
+
+Lines of text are tokenised and laid end to end, and cut into pieces. From the
+piece a b c d e f g h:
+
+    span corruption  inputs   a b <extra_id_0> e f <extra_id_1> </s>
+                     targets  <extra_id_0> c d <extra_id_1> g h </s>
+    prefix LM        inputs   a b c </s>
+                     targets  d e f g h </s>
+
+Span corruption is what T5 was trained with (Raffel et al., 2020, sections
+3.1.4 and 3.3.4), prefix LM what it was adapted with before its prompts were
+tuned (Lester et al., 2021, section 2.2, "LM adaptation"). A module that
+registers both for the files of a directory:
+
+    source = pretraining.text_files('/data/corpus/*.txt.gz')
+    vocabulary = seqio.SentencePieceVocabulary('/data/vocab.model', 100)
+    pretraining.add_span_corruption('my_spans', source, vocabulary)
+    pretraining.add_prefix_lm('my_prefixes', source, vocabulary)
+
+Train on them with runs/pretrain.gin: it streams tasks, so that every epoch
+draws anew. A task kept in memory would draw once.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import seqio
+import tensorflow as tf
+
+NOISE_DENSITY = 0.15
+MEAN_NOISE_SPAN_LENGTH = 3.0
+# Files that are read at once, and lines of one before the next: enough lines
+# to fill a piece with neighbours, enough files to mix those in a shuffle.
+FILES_AT_ONCE, LINES_AT_ONCE = 16, 64
+
+
+def text_files(
+  pattern: str | Sequence[str], validation_every: int = 100
+) -> seqio.FunctionDataSource:
+  """Returns the lines of text files as a source with two splits.
+
+  Every 100th line of a file, counted without blank lines, is in `validation`
+  and all others are in `train`. So a file's lines keep their splits whatever
+  other files there are; a text that occurs on two lines may be in both.
+
+  Args:
+    pattern: Globs of files of UTF-8 text with one paragraph a line. Those
+      that end in `.gz` are compressed. They are looked for when a task reads
+      them, so a module can register tasks where the files are not.
+    validation_every: Which lines are held out.
+
+  Returns:
+    A source of {'text': string}, lines in the order of the files or, for a
+    task that shuffles, of shuffled files.
+
+  Raises:
+    ValueError: `validation_every` leaves nothing to train on; on reading: no
+      file matches one of the globs.
+  """
+  if validation_every < 2:
+    raise ValueError(
+      f'validation_every is {validation_every}, expected at least 2: 100 holds '
+      'out every 100th line.'
+    )
+  patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+
+  def read(split: str, shuffle_files: bool, seed: int | None = None):
+    found = {glob: tf.io.gfile.glob(glob) for glob in patterns}
+    empty = [glob for glob, matches in found.items() if not matches]
+    if empty or not found:
+      raise ValueError(
+        f'No text file matches {", ".join(empty) or "an empty list"}, expected '
+        'at least one for each pattern. A relative path starts at the working '
+        'directory.'
+      )
+    files = sorted({file for matches in found.values() for file in matches})
+    dataset = tf.data.Dataset.from_tensor_slices(files)
+    if shuffle_files:
+      dataset = dataset.shuffle(len(files), seed=seed)
+    return dataset.interleave(
+      functools.partial(_lines, split=split, validation_every=validation_every),
+      cycle_length=FILES_AT_ONCE,
+      block_length=LINES_AT_ONCE,
+    )
+
+  return seqio.FunctionDataSource(read, splits=['train', 'validation'])
+
+
+def _lines(
+  file: tf.Tensor, split: str, validation_every: int
+) -> tf.data.Dataset:
+  """Reads those lines of one file that belong to a split."""
+  compressed = tf.strings.regex_full_match(file, r'.*\.gz')
+  lines = tf.data.TextLineDataset(file, tf.where(compressed, 'GZIP', ''))
+  # Blank lines go first: every other line may be blank, and every 100th then.
+  lines = lines.filter(lambda line: tf.strings.strip(line) != '').enumerate()
+  held_out = split == 'validation'
+  lines = lines.filter(
+    lambda i, _: ((i + 1) % validation_every == 0) == held_out
+  )
+  return lines.map(lambda _, line: {'text': line})
+
+
+def noise_counts(
+  length: int, noise_density: float, mean_noise_span_length: float
+) -> tuple[int, int]:
+  """Returns how many tokens of a piece are noise, and in how many spans.
+
+  They depend on the length alone, so pieces of one length stay of one length
+  when they are corrupted. Halves are rounded to even, as in T5.
+  """
+  noise = min(max(round(length * noise_density), 1), length - 1)
+  spans = max(round(noise / mean_noise_span_length), 1)
+  return noise, min(spans, noise, length - noise)  # no span may be empty
+
+
+def span_corruption_lengths(
+  inputs_length: int,
+  noise_density: float = NOISE_DENSITY,
+  mean_noise_span_length: float = MEAN_NOISE_SPAN_LENGTH,
+) -> tuple[int, int]:
+  """Returns the tokens in a piece, and in its targets with sentinels and EOS.
+
+  Corrupted, a piece fills inputs of `inputs_length` to the last place. For
+  512 these are 568 and 114, T5's numbers.
+
+  Raises:
+    ValueError: A parameter is out of range.
+  """
+  if not (0 < noise_density < 1 and mean_noise_span_length >= 1):
+    raise ValueError(
+      f'noise_density is {noise_density}, expected more than 0 and less than '
+      f'1; mean_noise_span_length is {mean_noise_span_length}, expected at '
+      f'least 1. T5 has {NOISE_DENSITY} and {MEAN_NOISE_SPAN_LENGTH}.'
+    )
+
+  def counts(length):
+    return noise_counts(length, noise_density, mean_noise_span_length)
+
+  def corrupted(length):
+    noise, spans = counts(length)
+    return length - noise + spans + 1
+
+  length = 2  # the shortest piece: one token that is seen and one that is not
+  if corrupted(length) > inputs_length:
+    raise ValueError(
+      f"TASK_FEATURE_LENGTHS['inputs'] is {inputs_length}, expected at least "
+      f'{corrupted(length)}: a token, a sentinel and EOS.'
+    )
+  while corrupted(length + 1) <= inputs_length:
+    length += 1
+  return length, sum(counts(length)) + 1
+
+
+def span_corruption(
+  dataset: tf.data.Dataset,
+  sequence_length: Mapping[str, int] | None,
+  output_features: Mapping[str, seqio.Feature],
+  noise_density: float = NOISE_DENSITY,
+  mean_noise_span_length: float = MEAN_NOISE_SPAN_LENGTH,
+  sentinel_first: bool = True,
+) -> tf.data.Dataset:
+  """A preprocessor: tokens in `targets` -> corrupted inputs and the noise.
+
+  A piece begins with a token that is kept and ends with noise. How many tokens
+  are noise, and how many spans, is given by its length; where the spans lie is
+  random, all possibilities being equally likely. All pieces are full, but for
+  the last one of a dataset that ends.
+
+  Args:
+    dataset: {'targets': [tokens] int32} without EOS, which a preprocessor
+      after this one appends.
+    sequence_length: TASK_FEATURE_LENGTHS.
+    output_features: Those of the task.
+    noise_density: The share of the tokens that is noise.
+    mean_noise_span_length: Tokens in a span of noise, on average.
+    sentinel_first: Whether the targets begin with the first sentinel, as T5's
+      do. Without, they begin with the first token of noise; the sentinels
+      between spans stay.
+
+  Raises:
+    ValueError: A parameter is out of range, the targets do not fit their
+      length, or the vocabulary has too few sentinels.
+  """
+  lengths = _feature_lengths(sequence_length)
+  parameters = noise_density, mean_noise_span_length
+  length, targets_length = span_corruption_lengths(
+    lengths['inputs'], *parameters
+  )
+  targets_length -= not sentinel_first
+  counts = [(0, 0), (0, 0)]  # of no and of one token, which are left out
+  counts += [noise_counts(n, *parameters) for n in range(2, length + 1)]
+  vocabulary = output_features['targets'].vocabulary
+  spans = counts[length][1]
+  wrong = []
+  if targets_length > lengths['targets']:
+    wrong.append(
+      f"TASK_FEATURE_LENGTHS['targets'] is {lengths['targets']}, expected at "
+      f'least {targets_length} for inputs of {lengths["inputs"]}'
+    )
+  if spans > vocabulary.extra_ids:
+    wrong.append(
+      f'the vocabulary has {vocabulary.extra_ids} sentinels, expected at least '
+      f'{spans}, one for each span; make it with extra_ids={max(spans, 100)}, '
+      "or shorten TASK_FEATURE_LENGTHS['inputs']"
+    )
+  if wrong:
+    raise ValueError(f'Span corruption: {"; ".join(wrong)}.')
+  return _corrupt(
+    _pieces(dataset, length),
+    counts=tf.constant(counts),
+    vocab_size=vocabulary.vocab_size,
+    sentinel_first=sentinel_first,
+  )
+
+
+@seqio.map_over_dataset(num_seeds=2)
+def _corrupt(piece, seeds, counts, vocab_size, sentinel_first):
+  tokens = piece['targets']
+  noise, spans = tf.unstack(counts[tf.size(tokens)])
+  kept_lengths = _segments(tf.size(tokens) - noise, spans, seeds[0])
+  noise_lengths = _segments(noise, spans, seeds[1])
+  # [spans, 2] -> [2 * spans]: kept, noise, kept, noise, ...
+  lengths = tf.reshape(tf.stack([kept_lengths, noise_lengths], 1), [-1])
+  is_noise = tf.repeat(tf.tile([False, True], [spans]), lengths)
+  targets = spans_to_sentinels(tokens, ~is_noise, vocab_size)
+  return {
+    'inputs': spans_to_sentinels(tokens, is_noise, vocab_size),
+    'targets': targets if sentinel_first else targets[1:],
+  }
+
+
+def _segments(total: tf.Tensor, parts: tf.Tensor, seed) -> tf.Tensor:
+  """Draws the lengths [parts] of non-empty parts that make up `total`."""
+  places = tf.random.experimental.stateless_shuffle(tf.range(1, total), seed)
+  edges = tf.concat([[0], tf.sort(places[: parts - 1]), [total]], 0)
+  return edges[1:] - edges[:-1]
+
+
+def spans_to_sentinels(
+  tokens: tf.Tensor, mask: tf.Tensor, vocab_size: int
+) -> tf.Tensor:
+  """Puts a sentinel in the place of each run of tokens that a mask marks.
+
+  The first sentinel is the last token of the vocabulary. With 1,100 tokens:
+
+      tokens   122 425 483 663 608 426
+      mask       1   0   0   0   1   1
+      after   1099 425 483 663 1098
+
+  Args:
+    tokens: [length] int32
+    mask: [length] bool
+    vocab_size: Of the vocabulary with its sentinels.
+  """
+  begins = mask & ~tf.concat([[False], mask[:-1]], 0)
+  sentinels = vocab_size - tf.cumsum(tf.cast(begins, tokens.dtype))
+  return tf.where(begins, sentinels, tokens)[begins | ~mask]
+
+
+def prefix_lm(
+  dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None
+) -> tf.data.Dataset:
+  """A preprocessor: tokens in `targets` -> a prefix and its continuation.
+
+  Pieces have as many tokens as the shorter feature, so that wherever one is
+  cut, both parts fit with EOS. Every place between two tokens is as likely.
+
+  Args:
+    dataset: {'targets': [tokens] int32} without EOS, which a preprocessor
+      after this one appends.
+    sequence_length: TASK_FEATURE_LENGTHS. Give both features one length.
+
+  Raises:
+    ValueError: A length is missing or too short.
+  """
+  lengths = _feature_lengths(sequence_length)
+  length = min(lengths['inputs'], lengths['targets'])
+  if length < 2:
+    raise ValueError(
+      f'TASK_FEATURE_LENGTHS is {dict(lengths)}, expected at least 2 for '
+      'inputs and for targets: a token and EOS.'
+    )
+  return _cut(_pieces(dataset, length))
+
+
+@seqio.map_over_dataset(num_seeds=1)
+def _cut(piece, seed):
+  tokens = piece['targets']
+  place = tf.random.stateless_uniform([], seed, 1, tf.size(tokens), tf.int32)
+  return {'inputs': tokens[:place], 'targets': tokens[place:]}
+
+
+def _feature_lengths(
+  sequence_length: Mapping[str, int] | None,
+) -> Mapping[str, int]:
+  if not {'inputs', 'targets'} <= set(sequence_length or ()):
+    raise ValueError(
+      f'TASK_FEATURE_LENGTHS is {sequence_length}, expected a length for '
+      "'inputs' and for 'targets': they say how long the pieces are."
+    )
+  return sequence_length
+
+
+def _pieces(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:
+  """Lays tokens end to end and cuts them, over lines and over epochs.
+
+  With a length of 4:
+
+      before  a b c | d e f g h i j | k l
+      after   a b c d | e f g h | i j k l
+  """
+  tokens = dataset.map(lambda example: example['targets']).unbatch()
+  pieces = tokens.batch(length)
+  # A last piece of one token has nothing to predict it from.
+  pieces = pieces.filter(lambda piece: tf.size(piece) > 1)
+  return pieces.map(lambda piece: {'targets': piece})
+
+
+def prepend_sentinel(
+  dataset: tf.data.Dataset,
+  output_features: Mapping[str, seqio.Feature],
+  feature: str = 'targets',
+  offset: int = 0,
+) -> tf.data.Dataset:
+  """A preprocessor: puts the sentinel <extra_id_{offset}> before a feature.
+
+  A model trained by span corruption alone has only seen targets that begin
+  with one, so targets of downstream tasks may suit it better when they do
+  (Lester et al., 2021, section 2.2, "Span Corruption + Sentinel"). It stands
+  after tokenize and before EOS is appended.
+  """
+  sentinel = output_features[feature].vocabulary.vocab_size - 1 - offset
+
+  def prepend(example):
+    tokens = example[feature]
+    first = tf.constant([sentinel], tokens.dtype)
+    return {**example, feature: tf.concat([first, tokens], 0)}
+
+  return dataset.map(prepend, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _text_to_targets(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  spec = dataset.element_spec
+  if not isinstance(spec, Mapping) or 'text' not in spec:
+    raise ValueError(
+      f'The source has examples of {spec}, expected a field named text. Use '
+      'text_files, or a source that maps its examples to {"text": ...}.'
+    )
+  return dataset.map(lambda example: {'targets': example['text']})
+
+
+def _add(name, source, vocabulary, objective) -> seqio.Task:
+  feature = seqio.Feature(vocabulary, add_eos=True)
+  return seqio.TaskRegistry.add(
+    name,
+    source=source,
+    preprocessors=[
+      _text_to_targets,
+      functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+      # What is random comes after, so a cached task still draws anew.
+      seqio.CacheDatasetPlaceholder(),
+      objective,
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features={'inputs': feature, 'targets': feature},
+  )
+
+
+def add_span_corruption(
+  name: str,
+  source: seqio.DataSource,
+  vocabulary: seqio.Vocabulary,
+  noise_density: float = NOISE_DENSITY,
+  mean_noise_span_length: float = MEAN_NOISE_SPAN_LENGTH,
+  sentinel_first: bool = True,
+) -> seqio.Task:
+  """Registers a task of span corruption, without metrics.
+
+  Args:
+    name: Of the task.
+    source: A source of examples with a field `text`.
+    vocabulary: With as many sentinels (extra_ids) as pieces have spans.
+    noise_density: As for `span_corruption`.
+    mean_noise_span_length: As for `span_corruption`.
+    sentinel_first: As for `span_corruption`.
+
+  Raises:
+    ValueError: A task has this name. What does not suit TASK_FEATURE_LENGTHS
+      is raised when the task is read.
+  """
+  objective = functools.partial(
+    span_corruption,
+    noise_density=noise_density,
+    mean_noise_span_length=mean_noise_span_length,
+    sentinel_first=sentinel_first,
+  )
+  return _add(name, source, vocabulary, objective)
+
+
+def add_prefix_lm(
+  name: str, source: seqio.DataSource, vocabulary: seqio.Vocabulary
+) -> seqio.Task:
+  """Registers a task of prefix language modelling, without metrics.
+
+  Args and errors are those of `add_span_corruption`; no sentinels are needed.
+  """
+  return _add(name, source, vocabulary, prefix_lm)
