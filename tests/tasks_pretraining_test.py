@@ -25,11 +25,12 @@ import tensorflow as tf  # isort: skip
 from ptune.tasks import pretraining, vocabulary  # isort: skip
 
 GOLDEN = pathlib.Path(__file__).parents[2] / 'shared' / 'golden' / 'text'
-BYTES = seqio.ByteVocabulary(extra_ids=100)
+SENTINELS = 150
+BYTES = seqio.ByteVocabulary(extra_ids=SENTINELS)
 FIRST_SENTINEL = BYTES.vocab_size - 1
 EOS = 1
 LENGTHS = {'inputs': 64, 'targets': 64}
-PIECE, NOISE, SPANS = 69, 10, 3  # what inputs of 64 hold of the raw tokens
+PIECE, NOISE, SPANS = 70, 10, 3  # the raw tokens in inputs of 64
 
 
 @pytest.fixture(scope='module')
@@ -85,7 +86,7 @@ def at_sentinels(tokens):
   """Splits a b <0> c <1> to [a b], [c], []; sentinels must come in order."""
   parts, expected = [[]], FIRST_SENTINEL
   for token in tokens:
-    if token > FIRST_SENTINEL - 100:
+    if token > FIRST_SENTINEL - SENTINELS:
       assert token == expected
       parts.append([])
       expected -= 1
@@ -134,8 +135,6 @@ def test_masks_drawn_have_the_counts_of_t5_and_begin_without_noise(golden):
       noise_density=case['noise_density'],
       mean_noise_span_length=case['mean_noise_span_length'],
     )
-    if case['noise_spans'] > 100:
-      continue  # more than there are sentinels, which is an error of its own
     lengths = {'inputs': inputs_length, 'targets': 600}
     inputs, targets = read(task, lengths)[0]
     assert len(uncorrupted(inputs, targets)) == case['length']
@@ -430,6 +429,20 @@ def test_files_are_shuffled_by_the_seed_and_anew_in_each_epoch(tmp_path):
   assert len({tuple(epoch) for epoch in epochs(1)}) > 1
 
 
+def test_shuffled_lines_keep_their_neighbours(corpus):
+  folder, lines = corpus
+  source = pretraining.text_files(f'{folder}/a.txt')
+  dataset = source.get_dataset('train', shuffle=True, seed=0).repeat(5)
+  shuffled = [e['text'].decode() for e in dataset.as_numpy_iterator()]
+  in_order = [line for line in lines[0] if line not in (lines[0][99::100])]
+  epochs = [shuffled[i : i + 248] for i in range(0, 5 * 248, 248)]
+  assert len({tuple(epoch) for epoch in epochs}) > 1
+  for epoch in epochs:
+    assert sorted(epoch) == sorted(in_order)
+    places = [in_order.index(line) for line in epoch]
+    assert np.count_nonzero(np.diff(places) != 1) <= 248 // 64
+
+
 def test_a_task_of_files_holds_out_its_validation_split(corpus):
   folder, lines = corpus
   task = add(pretraining.add_prefix_lm, pretraining.text_files(f'{folder}/*'))
@@ -455,8 +468,8 @@ def test_what_does_not_suit_the_lengths_is_an_error():
     read(task, {'inputs': 512, 'targets': 20})
   with raises(r"\['inputs'\] is 2, expected at least 3"):
     read(task, {'inputs': 2, 'targets': 20})
-  with raises('has 100 sentinels, expected at least 114.*extra_ids=114'):
-    read(task, {'inputs': 2048, 'targets': 512})
+  with raises('has 150 sentinels, expected at least 227.*extra_ids=227'):
+    read(task, {'inputs': 4096, 'targets': 1024})
   prefixes = add(pretraining.add_prefix_lm, [words(400)])
   with raises('expected at least 2'):
     read(prefixes, {'inputs': 512, 'targets': 1})
@@ -559,7 +572,13 @@ def test_text_files_train_on_the_vocabulary_made_of_them(vocabulary_run):
     pieces,
   )
   lengths = {'inputs': 64, 'targets': NOISE + SPANS + 1}
-  batch = data.Batches(task, lengths, 8, in_memory=False, window=2)(0)
+  one, two = (
+    data.Batches(task, lengths, 8, in_memory=False, window=2) for _ in range(2)
+  )
+  batch, late = one(0), [one(step) for step in (30, 31)]
+  for step, batch_read in zip((31, 30), late[::-1], strict=True):
+    for name, array in two(step).items():
+      np.testing.assert_array_equal(array, batch_read[name])
   assert (batch['encoder_input_tokens'].max(1) == 499).all()
   assert (batch['decoder_target_tokens'][:, 0] == 499).all()
   assert batch['encoder_input_tokens'].shape == (8, 64)
