@@ -12,6 +12,7 @@ setuptools.setup(
         'ptune',
         'ptune.convert',
         'ptune.methods',
+        'ptune.pretrained',
         'ptune.tasks',
         'ptune.gin',
     ],
@@ -20,5 +21,13 @@ setuptools.setup(
         'ptune.tasks': 'tasks',
         'ptune.gin': 'gin',
     },
-    package_data={'ptune.gin': ['*/*.gin']},
+    package_data={
+        'ptune.gin': ['*/*.gin'],
+        'ptune.pretrained': [
+            'README.md',
+            'vocab.model',
+            '*/config.json',
+            '*/model.safetensors',
+        ],
+    },
 )

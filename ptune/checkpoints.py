@@ -5,6 +5,7 @@ renamed when it is complete. The frozen base is never written; `fingerprint`
 tells whether it is the same one.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,98 +19,233 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from ptune.state import TrainState
 
 RUN_FILE = 'run.json'
+# What facts are called in messages, where their name does not say it.
+_FACTS = {
+  'base': 'frozen weights, from INITIAL_CHECKPOINT_PATH (their fingerprint)',
+  'initial_step': 'step of INITIAL_CHECKPOINT_PATH',
+}
+
+# What an optimizer step leaves behind between two records of the log.
+Sums = Mapping[str, float]
+
+
+def run_directory(model_dir: os.PathLike[str] | str | None) -> epath.Path:
+  """MODEL_DIR as an absolute path: Orbax takes no other.
+
+  Raises:
+    ValueError: If it is empty.
+  """
+  if not model_dir or not isinstance(model_dir, str | os.PathLike):
+    raise ValueError(
+      f'MODEL_DIR is {model_dir!r}; it must be a directory, for example'
+      ' --gin.MODEL_DIR="\'/runs/sst2\'"'
+    )
+  return absolute(model_dir)
+
+
+def absolute(path: os.PathLike[str] | str) -> epath.Path:
+  """A path that means the same in any working directory."""
+  if '://' in os.fspath(path):
+    return epath.Path(path)
+  return epath.Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def check_writable(name: str, directory: epath.Path) -> None:
+  """Makes a directory, and finds out whether results can be written there.
+
+  Raises:
+    ValueError: If not; `name` is what users call it.
+  """
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / f'.writable-{os.getpid()}'
+    # A full disk may still take a few bytes.
+    probe.write_bytes(bytes(65536))
+    probe.unlink()
+  except OSError as error:
+    raise ValueError(
+      f'{name} {directory} cannot be written: {error.strerror or error}. Choose'
+      ' another, or free space'
+    ) from error
+
+
+def restore(
+  directory: os.PathLike[str], like: TrainState
+) -> tuple[TrainState, Sums] | None:
+  """Reads the newest checkpoint that can be read; changes nothing on disk.
+
+  Args:
+    directory: Usually MODEL_DIR/checkpoints; need not exist.
+    like: Shapes, types and shardings of the state.
+
+  Returns:
+    The state, and the sums that were saved with it; None if there is no
+    checkpoint.
+
+  Raises:
+    ValueError: If there are checkpoints and none can be read.
+  """
+  directory = epath.Path(directory)
+  if not directory.is_dir():
+    return None
+  target = flax.serialization.to_state_dict(like)
+  with _reader(directory) as reader:
+    steps = sorted(reader.all_steps(), reverse=True)
+    for step in steps:
+      try:
+        found = reader.restore(
+          step,
+          args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), sums=ocp.args.JsonRestore()
+          ),
+        )
+        state = flax.serialization.from_state_dict(like, found['state'])
+        return state, found['sums']
+      except Exception as error:  # Whatever a damaged file may raise.
+        logging.error(
+          'checkpoint %s cannot be read and is passed over: %s',
+          directory / str(step),
+          _first_line(error),
+        )
+  if not steps:
+    return None
+  raise ValueError(
+    f'none of the checkpoints {steps} in {directory} can be read (see above).'
+    ' Nothing was changed. Restore their files, or, to train from the'
+    ' beginning, choose another MODEL_DIR'
+  )
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines() or ['']
+  return f'{type(error).__name__}: {lines[0][:300]}'
+
+
+def finished_steps(directory: os.PathLike[str]) -> list[int]:
+  """The steps that are on disk and whole, in order."""
+  directory = epath.Path(directory)
+  if not directory.is_dir():
+    return []
+  with _reader(directory) as reader:
+    return sorted(reader.all_steps())
+
+
+def _reader(directory: epath.Path) -> ocp.CheckpointManager:
+  options = ocp.CheckpointManagerOptions(
+    read_only=True, create=False, save_interval_steps=0
+  )
+  return ocp.CheckpointManager(directory, options=options)
 
 
 class Checkpoints:
-  """The checkpoints of a run, in `<directory>/<step>/state`."""
+  """The checkpoints of a run, in `<directory>/<step>/state`, as they grow.
 
-  def __init__(self, directory: os.PathLike[str], keep: int | None = None):
+  Each has beside it, in `sums`, what the log has not told yet.
+  """
+
+  def __init__(
+    self, directory: os.PathLike[str], start: int, keep: int | None = None
+  ):
     """Opens the directory, making it if needed.
 
     Args:
       directory: Usually MODEL_DIR/checkpoints.
+      start: The step that was restored. What is newer could not be read: its
+        steps are taken again, and it is kept as `<step>.damaged`.
       keep: How many of the newest to keep; all if not given.
     """
     self.directory = epath.Path(directory)
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, cleanup_tmp_directories=True
-    )
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
+    if jax.process_index() == 0:
+      for step in finished_steps(self.directory):
+        if step > start:
+          _set_aside(self.directory / str(step))
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f'opened {self.directory}')
+    self._manager = _manager(self.directory, keep)
 
-  def save(self, state: TrainState) -> None:
+  def save(self, state: TrainState, sums: Sums) -> None:
     """Starts writing a state; the caller may donate it afterwards."""
-    step = int(state.step)
-    if step in self._manager.all_steps():
-      return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(flax.serialization.to_state_dict(state))
-      ),
-    )
-
-  def restore(self, like: TrainState) -> TrainState | None:
-    """Reads the newest checkpoint that can be read.
-
-    Args:
-      like: Shapes, types and shardings of the state.
-
-    Returns:
-      The state, or None if there is no checkpoint.
-
-    Raises:
-      ValueError: If there are checkpoints and none can be read.
-    """
-    target = flax.serialization.to_state_dict(like)
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    for step in steps:
-      try:
-        restored = self._manager.restore(
-          step,
-          args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
-        )
-      except Exception as error:  # Whatever a damaged file may raise.
-        logging.error(
-          'checkpoint %s cannot be read and is passed over: %s',
-          self.directory / str(step),
-          error,
-        )
-        continue
-      if step != steps[0]:
-        # Steps after this one are taken again, and saved again.
-        for damaged in (s for s in steps if s > step):
-          self._manager.delete(damaged)
-      return flax.serialization.from_state_dict(like, restored['state'])
-    if steps:
-      raise ValueError(
-        f'none of the checkpoints {steps} in {self.directory} can be read'
-        ' (see the errors above); to train from the beginning, choose'
-        ' another MODEL_DIR'
-      )
-    return None
+    _save(self._manager, state, sums)
 
   @property
   def newest(self) -> int | None:
-    """The step of the newest checkpoint."""
-    return self._manager.latest_step()
+    """The step of the newest checkpoint that is whole."""
+    return max(finished_steps(self.directory), default=None)
 
   def wait(self) -> None:
     """Returns when everything is on disk; raises what went wrong."""
     self._manager.wait_until_finished()
 
-  def close(self) -> None:
-    """Waits, and ends the background threads."""
-    self._manager.close()
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, kind, error, traceback) -> None:
+    # After an error that is on its way, another tells nothing new.
+    with contextlib.suppress(*([Exception] if kind else [])):
+      self._manager.close()
+
+
+def _manager(directory: epath.Path, keep: int | None) -> ocp.CheckpointManager:
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=keep, cleanup_tmp_directories=True
+  )
+  return ocp.CheckpointManager(directory, options=options)
+
+
+def _save(
+  manager: ocp.CheckpointManager, state: TrainState, sums: Sums
+) -> None:
+  step = int(state.step)
+  if step in manager.all_steps():
+    return
+  manager.save(
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.StandardSave(flax.serialization.to_state_dict(state)),
+      sums=ocp.args.JsonSave(dict(sums)),
+    ),
+    force=True,
+  )
+
+
+def _set_aside(checkpoint: epath.Path) -> None:
+  target, n = checkpoint.parent / f'{checkpoint.name}.damaged', 1
+  while target.exists():
+    n += 1
+    target = checkpoint.parent / f'{checkpoint.name}.damaged{n}'
+  checkpoint.rename(target)
+  logging.warning('%s was set aside as %s', checkpoint, target.name)
+
+
+def save_best(directory: os.PathLike[str], state: TrainState) -> None:
+  """Makes a state the one that a directory holds."""
+  directory = epath.Path(directory)
+  with _manager(directory, keep=1) as manager:
+    # Newer ones are of an earlier start, which was stopped before its next
+    # checkpoint: those steps are taken again, and are scored again.
+    for step in manager.all_steps():
+      if step > int(state.step):
+        manager.delete(step)
+    _save(manager, state, {})
 
 
 def read_run(model_dir: os.PathLike[str]) -> dict[str, Any]:
   """What the run of a MODEL_DIR is, as `claim` wrote it, or {}."""
   path = epath.Path(model_dir) / RUN_FILE
-  return json.loads(path.read_text()) if path.exists() else {}
+  if not path.exists():
+    return {}
+  try:
+    return dict(json.loads(path.read_text()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f'{path} is damaged ({error}), so it cannot be told what run'
+      f' {path.parent} holds. Restore the file, or choose another MODEL_DIR'
+    ) from error
 
 
 def claim(
@@ -117,38 +253,43 @@ def claim(
   run: Mapping[str, Any],
   notes: Mapping[str, Any],
 ) -> None:
-  """Says what run a MODEL_DIR is for, or checks that it is for this one.
+  """Says what run a MODEL_DIR is for, where that is not said yet.
 
   Args:
     model_dir: The directory.
     run: Facts that do not change while a run goes on, as JSON has them.
     notes: Facts that are written beside them and may change.
-
-  Raises:
-    ValueError: If it holds another run; all that differs is listed.
   """
-  present = read_run(model_dir)
-  if present:
-    compare(os.fspath(model_dir), present, run)
-  elif jax.process_index() == 0:
-    path = epath.Path(model_dir) / RUN_FILE
+  path = epath.Path(model_dir) / RUN_FILE
+  if jax.process_index() == 0 and not path.exists():
     temporary = path.parent / f'.{path.name}.tmp'
     temporary.write_text(json.dumps({**run, **notes}, indent=2) + '\n')
     temporary.replace(path)
 
 
 def compare(
-  where: str, present: Mapping[str, Any], run: Mapping[str, Any]
+  model_dir: os.PathLike[str] | str,
+  present: Mapping[str, Any],
+  run: Mapping[str, Any],
 ) -> None:
-  """Raises ValueError if a run on disk is not the given one."""
+  """Checks that a run on disk, if there is one, is the given one.
+
+  Args:
+    model_dir: The directory, for the message.
+    present: From `read_run`.
+    run: Facts of the run at hand.
+
+  Raises:
+    ValueError: If they differ; all that differs is listed.
+  """
   differing = [
-    f'  {key}: {present.get(key)!r} there, {value!r} here'
+    f'  {_FACTS.get(key, key)}: {present[key]!r} there, {value!r} here'
     for key, value in run.items()
-    if present.get(key) != value
+    if key in present and present[key] != value
   ]
   if differing:
     raise ValueError(
-      f'{where} holds a run that is not this one:\n'
+      f'MODEL_DIR {os.fspath(model_dir)} holds a run that is not this one:\n'
       + '\n'.join(differing)
       + '\nNothing was changed. Give the settings of that run, or choose'
       ' another MODEL_DIR'

@@ -56,6 +56,8 @@ Batch = dict[str, np.ndarray]
 def load_task(name: str, module: str | Sequence[str] | None = None) -> Provider:
   """Imports MIXTURE_OR_TASK_MODULE and returns the task or mixture `name`.
 
+  Where it is not registered then, ptune's own tasks are.
+
   Raises:
     ValueError: A module does not exist, or no task or mixture has this name.
   """
@@ -69,8 +71,10 @@ def load_task(name: str, module: str | Sequence[str] | None = None) -> Provider:
         f'MIXTURE_OR_TASK_MODULE {path!r} cannot be imported, there is no '
         f'module {error.name!r}. Install it or put it on PYTHONPATH.'
       ) from error
-  names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-  if name not in names:
+  if not _is_registered(name):  # It may be one of ptune's own.
+    importlib.import_module('ptune.tasks.library')
+  if not _is_registered(name):
+    names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.3)
     raise ValueError(
       f'MIXTURE_OR_TASK_NAME {name!r} is not registered; nearest of the '
@@ -81,13 +85,27 @@ def load_task(name: str, module: str | Sequence[str] | None = None) -> Provider:
   return seqio.get_mixture_or_task(name)
 
 
+def _is_registered(name: str) -> bool:
+  return name in seqio.TaskRegistry.names() or (
+    name in seqio.MixtureRegistry.names()
+  )
+
+
 def check_task(
   task: Provider,
   feature_lengths: Mapping[str, int],
-  split: str,
+  split: str | None,
   use_cached: bool = False,
 ) -> None:
-  """Raises a ValueError that lists all that keeps T5 from reading a task."""
+  """Raises a ValueError that lists all that keeps T5 from reading a task.
+
+  Without a split, only that it can encode texts from elsewhere is checked.
+  """
+  if not isinstance(feature_lengths, Mapping):
+    raise ValueError(
+      f'TASK_FEATURE_LENGTHS is {feature_lengths!r}, expected the lengths by '
+      "feature, such as {'inputs': 128, 'targets': 8}."
+    )
   wrong = []
   has = ', '.join(task.output_features)
   for name in FEATURES:
@@ -110,10 +128,10 @@ def check_task(
       )
     elif not isinstance(length, int) or length < 1:
       wrong.append(f'{entry} is {length!r}, expected at least 1 token')
-  if split not in task.splits:
+  if split is not None and split not in task.splits:
     splits = ', '.join(sorted(task.splits))
     wrong.append(f'no split {split!r}; its splits: {splits}')
-  for part in seqio.get_subtasks(task):
+  for part in seqio.get_subtasks(task) if split is not None else ():
     if part.requires_caching and not use_cached:
       wrong.append(f'{part.name} must be cached; set USE_CACHED_TASKS = True')
     if use_cached and part.supports_caching and not part.cache_dir:
@@ -516,19 +534,23 @@ def _row_limit(
   return MAX_ROWS if rows <= MAX_ROWS else 0
 
 
-def check_batch_size(size: int, mesh: jax.sharding.Mesh) -> None:
-  """Raises a ValueError unless the axis `data` divides a batch size."""
+def check_batch_size(
+  size: int, mesh: jax.sharding.Mesh, microbatches: int = 1
+) -> None:
+  """Raises a ValueError unless the axis `data` divides each microbatch."""
   if 'data' not in mesh.shape:
     raise ValueError(
       f'The mesh has the axes {mesh.axis_names}, expected one named data.'
     )
-  parts = mesh.shape['data']
+  devices = mesh.shape['data']
+  parts = devices * microbatches
   if size % parts:
     below = size - size % parts
     fitting = ' or '.join(str(s) for s in (below, below + parts) if s)
+    times = f', times {microbatches} MICROBATCHES' if microbatches > 1 else ''
     raise ValueError(
-      f'BATCH_SIZE is {size}, expected a multiple of the {parts} devices along '
-      f'the mesh axis data. Use {fitting}.'
+      f'BATCH_SIZE is {size}, expected a multiple of the {devices} devices '
+      f'along the mesh axis data{times}. Use {fitting}.'
     )
 
 

@@ -4,9 +4,9 @@
 program.
 """
 
-import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +16,37 @@ import seqio
 import tensorflow_datasets as tfds
 from etils import epath
 
-from ptune import data, parameters, predictor
+from ptune import data, parameters, partitioning, predictor
 from ptune import report as report_lib
 from ptune.adapters import Method
 from ptune.models import Decoding, EncoderDecoderModel
 from ptune.network import T5Config
 
 Scores = dict[str, dict[str, float]]
+
+
+def check_counts(optional: bool = False, **counts: Any) -> None:
+  """Raises ValueError unless each is a whole number of at least 1.
+
+  Args:
+    optional: Whether None will do too.
+    **counts: By the name that users know.
+  """
+  wrong = [
+    f'{name} is {value!r}'
+    for name, value in counts.items()
+    if not (optional and value is None)
+    and (
+      not isinstance(value, int | np.integer)
+      or isinstance(value, bool)
+      or value < 1
+    )
+  ]
+  if wrong:
+    raise ValueError(
+      f'{", ".join(wrong)}; expected a whole number of at least 1'
+      + (', or None' if optional else '')
+    )
 
 
 class Stopped(Exception):
@@ -138,12 +162,14 @@ class Evaluation:
     Raises:
       Stopped: If should_stop said so.
     """
-    run = functools.partial(self._run, trees, should_stop)
     futures, _ = self._evaluator.evaluate(
       compute_metrics=True,
       step=step,
-      predict_fn=functools.partial(run, self._predict),
-      score_fn=functools.partial(run, self._score),
+      predict_fn=lambda data, *_: self._predict(trees, should_stop, data)[0],
+      predict_with_aux_fn=lambda data, *_: self._predict(
+        trees, should_stop, data
+      ),
+      score_fn=lambda data, *_: self._score(trees, should_stop, data),
     )
     metrics = futures.result() or {}
     scores: Scores = {}
@@ -168,21 +194,23 @@ class Evaluation:
         raise Stopped
       yield rows, data.device_put(batch, self._plan.mesh)
 
-  def _run(self, trees, should_stop, compute, dataset, *_):
-    """What SeqIO calls: [(row, output)] for every row, in any order."""
-    outputs = []
+  def _predict(self, trees, should_stop, dataset):
+    """What SeqIO asks for: [(row, tokens)] in any order, and their scores."""
+    tokens, scores = [], []
     for rows, batch in self._batches(dataset, should_stop):
       filled = np.pad(rows, (0, self._batch_size - len(rows)), 'edge')
-      output = compute(trees, batch, filled)
-      outputs.extend(zip(rows.tolist(), output[: len(rows)], strict=True))
-    return outputs
+      ids, values = self._predictor.predict(trees, batch, filled)
+      tokens.extend(zip(rows.tolist(), ids, strict=False))
+      scores.extend(values[: len(rows)].tolist())
+    return tokens, {'scores': scores}
 
-  def _predict(self, trees, batch, rows):
-    return self._predictor.predict(trees, batch, rows)[0]
-
-  def _score(self, trees, batch, rows):
-    del rows
-    return self._predictor.score(trees, batch)
+  def _score(self, trees, should_stop, dataset):
+    """What SeqIO asks for: [(row, log probability)], in any order."""
+    scores = []
+    for rows, batch in self._batches(dataset, should_stop):
+      values = self._predictor.score(trees, batch)
+      scores.extend(zip(rows.tolist(), values.tolist(), strict=False))
+    return scores
 
 
 class PredictionLogger(seqio.loggers.Logger):
@@ -271,26 +299,17 @@ def evaluate(
   Returns:
     The scores, by task.
   """
+  check_counts(BATCH_SIZE=batch_size)
+  check_counts(optional=True, EVAL_STEPS=eval_steps)
   task = data.load_task(mixture_or_task_name, mixture_or_task_module)
   data.check_task(task, task_feature_lengths, split, use_cached)
   data.check_vocabulary(task, config.vocab_size)
-  if output_dir is None:
-    if model_dir is None:
-      raise ValueError(
-        'EVAL_OUTPUT_DIR is needed where there is no MODEL_DIR; for example'
-        ' --gin.EVAL_OUTPUT_DIR="\'/tmp/eval\'"'
-      )
-    output_dir = os.path.join(model_dir, f'eval_{split}')
-  directory = epath.Path(output_dir)
-  directory.mkdir(parents=True, exist_ok=True)
-  plan, params, step = predictor.load(
-    config,
-    method,
-    model_dir=model_dir,
-    checkpoint_path=checkpoint_path,
-    prompt_file=prompt_file,
-    model_parallel=model_parallel,
+  directory = predictor.output_directory(
+    'EVAL_OUTPUT_DIR', output_dir, model_dir, f'eval_{split}'
   )
+  plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
+  data.check_batch_size(batch_size, plan.mesh)
+  predictor.check(plan, model_dir, checkpoint_path, prompt_file)
   evaluation = Evaluation(
     task,
     plan,
@@ -305,6 +324,7 @@ def evaluate(
     seed=seed,
     directory=directory,
   )
+  params, step = predictor.load(plan, model_dir, checkpoint_path, prompt_file)
   scores = evaluation((params,), step)
   for name, values in scores.items():
     record = {'step': step, 'split': split, 'task': name, **values}
@@ -313,3 +333,11 @@ def evaluate(
         f.write(json.dumps(record) + '\n')
       print(f'{name} {split}: {report_lib.format_scores(values)}')
   return scores
+
+
+if __name__ == '__main__':
+  # The same as `ptune eval`; gin imports this module under its own name.
+  from ptune import cli
+
+  sys.argv.insert(1, 'eval')
+  sys.exit(cli.main())

@@ -1,8 +1,9 @@
 """`ptune infer`: predictions, or scores of given targets, as JSON lines."""
 
+import contextlib
 import itertools
 import json
-import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ptune import data, predictor
+from ptune import data, evaluate, parameters, partitioning, predictor
 from ptune.adapters import Method
 from ptune.evaluate import to_json
 from ptune.models import Decoding, EncoderDecoderModel
@@ -20,6 +21,11 @@ from ptune.network import T5Config
 MODES = ('predict', 'score')
 # Batches that are read, sorted by length and written together.
 CHUNK = 64
+# What a line of a .jsonl file is.
+_LINE = {
+  'predict': '{"inputs": "..."}',
+  'score': '{"inputs": "...", "targets": "..."}',
+}
 
 
 def infer(
@@ -77,32 +83,26 @@ def infer(
   """
   if mode not in MODES:
     raise ValueError(f'INFER_MODE is {mode!r}; it must be one of {MODES}')
-  if output_dir is None:
-    if model_dir is None:
-      raise ValueError(
-        'INFER_OUTPUT_DIR is needed where there is no MODEL_DIR; for example'
-        ' --gin.INFER_OUTPUT_DIR="\'/runs/out\'"'
-      )
-    output_dir = os.path.join(model_dir, 'infer')
+  evaluate.check_counts(BATCH_SIZE=batch_size)
   task = data.load_task(mixture_or_task_name, mixture_or_task_module)
   data.check_vocabulary(task, config.vocab_size)
   vocabulary = data.vocabulary(task)
   if input_file is None:
     name = f'{mixture_or_task_name}-{split}'
+    data.check_task(task, task_feature_lengths, split, use_cached)
     examples = data.examples(task, task_feature_lengths, split, use_cached)
   else:
     name = epath.Path(input_file).stem
+    data.check_task(task, task_feature_lengths, None)
     texts = list(_read_texts(epath.Path(input_file), mode))
     examples = (data.encode(task, task_feature_lengths, text) for text in texts)
-
-  plan, params, _ = predictor.load(
-    config,
-    method,
-    model_dir=model_dir,
-    checkpoint_path=checkpoint_path,
-    prompt_file=prompt_file,
-    model_parallel=model_parallel,
+  directory = predictor.output_directory(
+    'INFER_OUTPUT_DIR', output_dir, model_dir, 'infer'
   )
+  plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
+  data.check_batch_size(batch_size, plan.mesh)
+  predictor.check(plan, model_dir, checkpoint_path, prompt_file)
+  params, _ = predictor.load(plan, model_dir, checkpoint_path, prompt_file)
   answers = predictor.Predictor(
     plan,
     model(plan.network),
@@ -129,36 +129,45 @@ def infer(
         records[row]['score'] = float(value)
     return records
 
-  directory = epath.Path(output_dir)
-  directory.mkdir(parents=True, exist_ok=True)
   path = directory / f'{name}-{mode}.jsonl'
   partial = directory / f'.{path.name}.tmp'
+  writes = jax.process_index() == 0
   count = 0
-  with partial.open('w') as f:
+  with partial.open('w') if writes else contextlib.nullcontext() as f:
     for chunk in _chunks(examples, batch_size * CHUNK):
       records = answer(chunk, count)
       count += len(records)
-      if jax.process_index() == 0:
+      if f is not None:
         f.writelines(to_json(record) + '\n' for record in records)
       logging.info('%d examples done', count)
   if not count:
-    partial.unlink()
+    if writes:
+      partial.unlink()
     raise ValueError(
       f'there is nothing to {mode}: {input_file or name} has no examples'
     )
-  if jax.process_index() == 0:
+  if writes:
     partial.replace(path)
     print(f'{count} lines in {path}')
   return path
 
 
 def _read_texts(path: epath.Path, mode: str) -> Iterator[dict[str, str]]:
-  """Inputs (and targets) of a text or JSON lines file."""
-  if not path.exists():
+  """Inputs (and targets) of a text or JSON lines file; skips blank lines."""
+  if not path.is_file():
     raise FileNotFoundError(f'there is no INFER_FILE {path}')
-  needed = ('inputs', 'targets') if mode == 'score' else ('inputs',)
-  lines = path.read_text().splitlines()
-  for number, line in enumerate(lines, start=1):
+  if mode == 'score' and path.suffix != '.jsonl':
+    raise ValueError(
+      f'to score, INFER_FILE must be a .jsonl file, with {_LINE[mode]} on each'
+      f' line; got {path}'
+    )
+  # Only \n ends a line: in JSON, U+2028 and others may stand in a string.
+  for number, raw in enumerate(path.read_bytes().split(b'\n'), start=1):
+    where = f'{path}:{number}'
+    try:
+      line = raw.decode('utf-8-sig' if number == 1 else 'utf-8').rstrip('\r')
+    except UnicodeDecodeError as error:
+      raise ValueError(f'{where} is not UTF-8: {error}') from error
     if not line.strip():
       continue
     record: Any = {'inputs': line}
@@ -166,18 +175,30 @@ def _read_texts(path: epath.Path, mode: str) -> Iterator[dict[str, str]]:
       try:
         record = json.loads(line)
       except json.JSONDecodeError as error:
-        raise ValueError(f'{path}:{number} is not JSON: {error}') from error
+        raise ValueError(f'{where} is not JSON: {error}') from error
+    keys = ('inputs', 'targets') if mode == 'score' else ('inputs',)
     good = isinstance(record, dict) and all(
-      isinstance(record.get(key), str) for key in needed
+      isinstance(record.get(key), str) for key in keys
     )
     if not good:
       raise ValueError(
-        f'{path}:{number}: to {mode}, each line must be JSON with the strings'
-        f' {needed} (in a .jsonl file); got {line[:80]!r}'
+        f'{where}: to {mode}, each line must be {_LINE[mode]}; got'
+        f' {line[:80]!r}'
       )
-    yield {k: v for k, v in record.items() if k in ('inputs', 'targets')}
+    texts = {k: record[k] for k in ('inputs', 'targets') if k in record}
+    if not all(isinstance(text, str) for text in texts.values()):
+      raise ValueError(f'{where}: targets must be a string; got {line[:80]!r}')
+    yield texts
 
 
 def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
   while chunk := list(itertools.islice(items, size)):
     yield chunk
+
+
+if __name__ == '__main__':
+  # The same as `ptune infer`; gin imports this module under its own name.
+  from ptune import cli
+
+  sys.argv.insert(1, 'infer')
+  sys.exit(cli.main())

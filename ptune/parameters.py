@@ -190,8 +190,18 @@ def place(value: np.ndarray, struct: jax.ShapeDtypeStruct) -> jax.Array:
 def embedding_rows(
   params: Mapping[str, jax.Array], ids: np.ndarray
 ) -> np.ndarray:
-  """Rows of the token embedding, on every host: [n] -> [n, embed] float32."""
+  """Rows of the token embedding, on every host: [n] -> [n, embed] float32.
+
+  Raises:
+    ValueError: If the embedding does not have all of these rows.
+  """
   table = params['token_embedder/embedding']
+  # On a device, an index beyond the last row would silently give the last.
+  if len(ids) and not 0 <= np.min(ids) <= np.max(ids) < table.shape[0]:
+    raise ValueError(
+      f'got token ids from {np.min(ids)} to {np.max(ids)}, but the embedding'
+      f' has {table.shape[0]} rows; use the vocabulary of the model'
+    )
   replicated = partitioning.replicated(table.sharding.mesh)
   take = jax.jit(
     lambda table, ids: table[ids].astype(jnp.float32),

@@ -1,6 +1,7 @@
 """A trained model, ready to answer: restored, laid out, compiled."""
 
 import functools
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -11,85 +12,57 @@ from absl import logging
 from etils import epath
 
 from ptune import checkpoints, parameters, partitioning, prompt_init
-from ptune.adapters import Method
 from ptune.convert import open_checkpoint, restore
 from ptune.models import Decoding, EncoderDecoderModel
-from ptune.network import T5Config
 
 Trees = tuple[Mapping[str, Any], ...]
 PathLike = str | os.PathLike[str]
 
 
-def load(
-  config: T5Config,
-  method: Method,
-  *,
+def output_directory(
+  name: str, output_dir: PathLike | None, model_dir: PathLike | None, below: str
+) -> epath.Path:
+  """Makes the directory that a program writes to.
+
+  Args:
+    name: What users call it.
+    output_dir: The directory, if given.
+    model_dir: MODEL_DIR, if given; `below` is made in it otherwise.
+    below: Name of a directory.
+
+  Raises:
+    ValueError: If neither is given, or it cannot be written.
+  """
+  if output_dir is None and model_dir is None:
+    raise ValueError(
+      f'{name} is needed where there is no MODEL_DIR; for example'
+      f' --gin.{name}="\'/runs/out\'"'
+    )
+  if output_dir is None:
+    _check_run(model_dir)
+    output_dir = checkpoints.run_directory(model_dir) / below
+  directory = checkpoints.absolute(output_dir)
+  checkpoints.check_writable(name, directory)
+  return directory
+
+
+def check(
+  plan: parameters.Plan,
   model_dir: PathLike | None = None,
   checkpoint_path: PathLike | None = None,
   prompt_file: PathLike | None = None,
-  model_parallel: int = 1,
-) -> tuple[parameters.Plan, dict[str, Any], int]:
-  """Restores a trained model: the base and what was trained on it.
-
-  Args:
-    config: The network's sizes.
-    method: What was trained.
-    model_dir: A run of `ptune train`: its best step is taken, or its newest
-      where none was evaluated.
-    checkpoint_path: The base model; the one that the run was started from if
-      not given. A method without adapters needs nothing else.
-    prompt_file: The prompt, where there is no model_dir.
-    model_parallel: See `partitioning.make_mesh`.
-
-  Returns:
-    The plan, the parameters, and the step they were trained for.
+) -> None:
+  """Checks that the given paths name one model; `load` says what they are.
 
   Raises:
-    ValueError: If these do not name one model, or do not fit together.
+    ValueError: If they do not, or it was not trained as `plan` says.
   """
-  plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
-  _check_sources(plan, model_dir, checkpoint_path, prompt_file)
-  run: dict[str, Any] = {}
-  values: dict[str, jax.Array] = {}
-  step = 0
-  if prompt_file is not None:
-    struct = plan.params[method.prompt or '']
-    prompt = prompt_init.fit(
-      prompt_init.read(prompt_file), struct.shape, f'prompt file {prompt_file}'
-    )
-    values[method.prompt or ''] = parameters.place(prompt, struct)
-  elif model_dir is not None:
-    run = checkpoints.read_run(model_dir)
-    checkpoints.compare(model_dir, run, parameters.identity(plan))
-    checkpoint_path = checkpoint_path or run['initial_checkpoint_path']
-    source = open_checkpoint(_best_or_newest(epath.Path(model_dir)))
-    step = source.step or 0
-    values |= restore(source, plan.select(plan.trainable))
-  rest = plan.select(frozenset(plan.params) - frozenset(values))
-  if rest:
-    source = open_checkpoint(checkpoint_path or '')
-    step = step or source.step or 0
-    values |= restore(source, rest, ignore=plan.params.__contains__)
-    logging.info('restored %s', source.describe())
-  if run and plan.frozen:
-    frozen = {path: values[path] for path in plan.frozen}
-    base = {'base': checkpoints.fingerprint(frozen)}
-    checkpoints.compare(model_dir or '', run, base)
-  logging.info('%s', parameters.summary(plan))
-  return plan, parameters.unflatten(values), step
-
-
-def _check_sources(plan, model_dir, checkpoint_path, prompt_file) -> None:
-  """Checks that the given paths name one model."""
   given = f'MODEL_DIR={model_dir!r}, PROMPT_FILE={prompt_file!r}'
   if model_dir is not None:
     if prompt_file is not None:
       raise ValueError(f'set MODEL_DIR or PROMPT_FILE, not both; got {given}')
-    if not checkpoints.read_run(model_dir):
-      raise ValueError(
-        f'MODEL_DIR {model_dir} holds no run of ptune train'
-        f' ({checkpoints.RUN_FILE} is not there)'
-      )
+    run = _check_run(model_dir)
+    checkpoints.compare(model_dir, run, parameters.identity(plan))
     return
   if prompt_file is not None and plan.method.prompt is None:
     raise ValueError(
@@ -108,11 +81,90 @@ def _check_sources(plan, model_dir, checkpoint_path, prompt_file) -> None:
     )
 
 
+def _check_run(model_dir: PathLike | None) -> dict[str, Any]:
+  directory = checkpoints.run_directory(model_dir)
+  run = checkpoints.read_run(directory)
+  if not run:
+    raise ValueError(
+      f'MODEL_DIR {directory} holds no run of ptune train'
+      f' ({checkpoints.RUN_FILE} is not there)'
+    )
+  return run
+
+
+def load(
+  plan: parameters.Plan,
+  model_dir: PathLike | None = None,
+  checkpoint_path: PathLike | None = None,
+  prompt_file: PathLike | None = None,
+) -> tuple[dict[str, Any], int]:
+  """Restores a trained model: the base and what was trained on it.
+
+  Args:
+    plan: The parameters.
+    model_dir: A run of `ptune train`: its best step is taken, or its newest
+      where none was evaluated.
+    checkpoint_path: The base model; the one that the run was started from if
+      not given. A method without adapters needs nothing else.
+    prompt_file: The prompt, where there is no model_dir.
+
+  Returns:
+    The parameters, and the step they were trained for.
+
+  Raises:
+    ValueError: If these do not fit together.
+  """
+  run: dict[str, Any] = {}
+  values: dict[str, jax.Array] = {}
+  step = None
+  if prompt_file is not None:
+    struct = plan.params[plan.method.prompt or '']
+    prompt = prompt_init.fit(
+      prompt_init.read(prompt_file), struct.shape, f'prompt file {prompt_file}'
+    )
+    values[plan.method.prompt or ''] = parameters.place(prompt, struct)
+    facts = _facts(prompt_file)
+    step = facts.get('step')
+  elif model_dir is not None:
+    directory = checkpoints.run_directory(model_dir)
+    run = facts = checkpoints.read_run(directory)
+    checkpoint_path = checkpoint_path or run['initial_checkpoint_path']
+    source = open_checkpoint(_best_or_newest(directory))
+    step = source.step
+    values |= restore(source, plan.select(plan.trainable))
+  rest = plan.select(frozenset(plan.params) - frozenset(values))
+  if rest:
+    source = open_checkpoint(checkpoint_path or '')
+    step = source.step if step is None else step
+    values |= restore(source, rest, ignore=plan.params.__contains__)
+    logging.info('restored %s', source.describe())
+  if (model_dir or prompt_file) and plan.frozen:
+    frozen = {path: values[path] for path in plan.frozen}
+    base = checkpoints.fingerprint(frozen)
+    checkpoints.compare(model_dir or '', run, {'base': base})
+    if facts.get('base', base) != base:
+      logging.warning(
+        'prompt file %s was trained on another base model (fingerprint %s)'
+        ' than that of CHECKPOINT_PATH %s (%s)',
+        prompt_file,
+        facts['base'],
+        checkpoint_path,
+        base,
+      )
+  logging.info('%s', parameters.summary(plan))
+  return parameters.unflatten(values), step or 0
+
+
+def _facts(prompt_file: PathLike) -> dict[str, Any]:
+  """What `ptune train` wrote beside a prompt; nothing for another's."""
+  path = epath.Path(os.fspath(prompt_file).removesuffix('.npy') + '.json')
+  return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def _best_or_newest(model_dir: epath.Path) -> epath.Path:
-  best = model_dir / 'best'
-  names = [child.name for child in best.iterdir()] if best.is_dir() else []
-  steps = [int(name) for name in names if name.isdecimal()]
-  return best / str(max(steps)) if steps else model_dir
+  """The checkpoint that was the best when it was evaluated."""
+  steps = checkpoints.finished_steps(model_dir / 'best')
+  return model_dir / 'best' / str(steps[-1]) if steps else model_dir
 
 
 class Predictor:

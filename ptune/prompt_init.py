@@ -24,8 +24,8 @@ class Base:
   Attributes:
     embedding: Reads rows of the frozen model's token embedding:
       ids [n] -> [n, embed] float32.
-    vocabulary: Makes the task's vocabulary, whose `encode` turns a string
-      into ids without EOS.
+    vocabulary: Makes the task's vocabulary, a seqio.Vocabulary: its `encode`
+      turns a string into ids without EOS.
     labels: Makes the list of the task's class labels, as strings.
   """
 
@@ -60,18 +60,21 @@ def from_sampled_vocab(population: int = 5000) -> Initializer:
 
   Args:
     population: How many of the vocabulary's first, most common, ids are drawn
-      from. Drawn with replacement, and a warning, where the prompt is longer.
+      from; all, where the vocabulary has fewer (that of bytes). Drawn with
+      replacement, and a warning, where the prompt is longer.
   """
 
   def init(rng, shape, base):
-    again = shape[0] > population
+    # A vocabulary other than SeqIO's need not tell its size.
+    size = min(population, getattr(base.vocabulary(), 'vocab_size', population))
+    again = shape[0] > size
     if again:
       logging.warning(
         'a prompt of %d tokens is drawn from %d ids: some occur again',
         shape[0],
-        population,
+        size,
       )
-    ids = rng.choice(population, shape[0], replace=again)
+    ids = rng.choice(size, shape[0], replace=again)
     return fit(base.embedding(ids), shape, 'the sampled vocabulary')
 
   return init
@@ -195,12 +198,13 @@ def read(path: str | os.PathLike[str]) -> np.ndarray:
         f'prompt file {file} is not a NumPy array file (or it is cut short,'
         f' or holds pickled objects, which are not loaded): {error}'
       ) from error
-  if array.ndim != 2 or not np.issubdtype(array.dtype, np.number):
+  if array.ndim != 2 or array.dtype.kind not in 'fiu':
     raise ValueError(
       f'prompt file {file} holds {array.dtype} {list(array.shape)}; a prompt'
       ' is [prompt, embed] floats'
     )
-  array = array.astype(np.float32)
+  with np.errstate(over='ignore'):  # What is too large is reported below.
+    array = array.astype(np.float32)
   if not np.isfinite(array).all():
     raise ValueError(f'prompt file {file} holds NaN or infinity')
   return array
@@ -234,11 +238,18 @@ def fit(array: np.ndarray, shape: tuple[int, int], what: str) -> np.ndarray:
 
 def _encode(text: str, vocabulary: Any, what: str) -> list[int]:
   ids = list(vocabulary.encode(text))
-  unknown = vocabulary.unk_id
-  if not ids or all(i == unknown for i in ids):
+  known = [i for i in ids if i != vocabulary.unk_id]
+  # SentencePiece puts a space, which is known, before a word that is not.
+  if not known or (
+    len(known) < len(ids) and not vocabulary.decode(known).strip()
+  ):
     raise ValueError(
       f'{what} {text!r} cannot be encoded by the vocabulary: it gives'
       f' {ids or "no tokens"}' + (' (the unknown token)' if ids else '')
+    )
+  if len(known) < len(ids):
+    logging.warning(
+      '%s %r has pieces that the vocabulary does not know: %s', what, text, ids
     )
   return ids
 

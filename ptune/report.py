@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,8 +57,30 @@ def format_scores(scores: Mapping[str, float]) -> str:
   return ', '.join(f'{name} {value:.4g}' for name, value in scores.items())
 
 
+def evaluated_steps(records: Iterable[Record]) -> list[int]:
+  """The steps that have scores."""
+  return sorted({r['step'] for r in records if 'task' in r})
+
+
+def scores_at(
+  records: Iterable[Record], step: int
+) -> dict[str, dict[str, float]]:
+  """The scores recorded at a step, by task; empty if there are none."""
+  return {
+    r['task']: {
+      k: v for k, v in r.items() if k not in ('step', 'split', 'task')
+    }
+    for r in records
+    if r['step'] == step and 'task' in r
+  }
+
+
 class Report:
-  """The records of one run, kept on disk and shown while it goes on."""
+  """The records of one run, kept on disk and shown while it goes on.
+
+  A context manager: the terminal is left in order whatever happens inside, and
+  curves are drawn if nothing did.
+  """
 
   def __init__(
     self,
@@ -90,12 +112,30 @@ class Report:
       write_atomically(self._dir / 'metrics.jsonl', text)
     self._time, self._step = time.monotonic(), start_step
     self._bar = None
-    if rich.console.Console(stderr=True).is_terminal:
+    self._shown = 'compiling'
+    if rich.console.Console(stderr=True).is_terminal and write:
       self._bar = _progress_bar()
-      self._bar.start()
       self._task = self._bar.add_task(
-        'training', total=total_steps, completed=start_step, shown='compiling'
+        'training',
+        total=total_steps,
+        completed=start_step,
+        shown=self._shown,
       )
+
+  def __enter__(self) -> 'Report':
+    if self._bar is not None:
+      self._bar.start()
+    return self
+
+  def __exit__(self, kind, error, traceback) -> None:
+    if self._bar is not None:
+      self._bar.stop()
+    for writer in self._writers.values():
+      # After an error that is on its way, another tells nothing new.
+      with contextlib.suppress(*([Exception] if kind else [])):
+        writer.close()
+    if self._write and self.records and kind is None:
+      plot(self.records, self._dir / 'curves.png')
 
   def train(self, step: int, sums: Mapping[str, float]) -> None:
     """Records training up to `step`.
@@ -106,7 +146,8 @@ class Report:
         last record, and whatever else is to be recorded as it is.
     """
     now = time.monotonic()
-    steps, seconds = step - self._step, now - self._time
+    # Of the steps of this start: those before have no time.
+    steps, seconds = max(step - self._step, 1), max(now - self._time, 1e-9)
     self._step, self._time = step, now
     tokens = max(sums['tokens'], 1.0)
     others = {
@@ -122,80 +163,66 @@ class Report:
       'seconds_per_step': seconds / steps,
       'examples_per_second': steps * self._batch_size / seconds,
     }
-    self._add({'step': step, 'split': 'train', **values}, 'train')
-    shown = (
+    self._add([{'step': step, 'split': 'train', **values}], 'train')
+    self._shown = (
       f'loss {values["loss"]:.4f}  accuracy {values["accuracy"]:.3f}'
       f'  {values["examples_per_second"]:.1f} examples/s'
     )
-    if self._bar is not None:
-      self._bar.update(self._task, completed=step, shown=shown)
-    else:
-      logging.info('step %d  %s', step, shown)
+    if self._bar is None:
+      logging.info('step %d  %s', step, self._shown)
+    self.progress(step)
 
   def progress(self, step: int) -> None:
     """Moves the progress bar, where there is one."""
     if self._bar is not None:
-      self._bar.update(self._task, completed=step)
+      self._bar.update(self._task, completed=step, shown=self._shown)
 
   def evaluate(
-    self, step: int, split: str, task: str, scores: Mapping[str, float]
+    self, step: int, split: str, scores: Mapping[str, Mapping[str, float]]
   ) -> None:
-    """Records a task's scores."""
-    record = {'step': step, 'split': split, 'task': task, **scores}
-    self._add(record, f'eval/{task}')
-    logging.info('step %d  %s %s: %s', step, task, split, format_scores(scores))
+    """Records the scores of all tasks, in one write."""
+    self._add(
+      [
+        {'step': step, 'split': split, 'task': task, **values}
+        for task, values in scores.items()
+      ],
+      'eval',
+    )
+    for task, values in scores.items():
+      shown = format_scores(values)
+      logging.info('step %d  %s %s: %s', step, task, split, shown)
 
   @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
+  def paused(self, doing: str) -> Iterator[None]:
     """Leaves what is done inside out of the rate of training."""
     start = time.monotonic()
+    if self._bar is not None:
+      self._bar.update(self._task, shown=doing)
     try:
       yield
     finally:
       self._time += time.monotonic() - start
 
-  @property
-  def evaluated_steps(self) -> list[int]:
-    """The steps that have scores."""
-    return sorted({r['step'] for r in self.records if 'task' in r})
-
-  def scores(self, step: int) -> dict[str, dict[str, float]]:
-    """The scores recorded at a step, by task; empty if there are none."""
-    return {
-      r['task']: {
-        k: v for k, v in r.items() if k not in ('step', 'split', 'task')
-      }
-      for r in self.records
-      if r['step'] == step and 'task' in r
-    }
-
-  def close(self) -> None:
-    """Ends the progress line and draws the curves."""
-    if self._bar is not None:
-      self._bar.stop()
-      self._bar = None
-    for writer in self._writers.values():
-      writer.close()
-    self._writers.clear()
-    if self._write and self.records:
-      plot(self.records, self._dir / 'curves.png')
-
-  def _add(self, record: Record, directory: str) -> None:
-    self.records.append(record)
+  def _add(self, records: Sequence[Record], directory: str) -> None:
+    self.records.extend(records)
     if not self._write:
       return
     with (self._dir / 'metrics.jsonl').open('a') as f:
-      f.write(json.dumps(record) + '\n')
-    if directory not in self._writers:
-      # Loads TensorFlow, which a training program has loaded anyway.
-      from clu import metric_writers
-
-      self._writers[directory] = metric_writers.SummaryWriter(
-        str(self._dir / directory)
+      f.write(''.join(json.dumps(r) + '\n' for r in records))
+    for record in records:
+      name = '/'.join(
+        [directory, *([record['task']] if 'task' in record else [])]
       )
-    scalars = numbers({k: v for k, v in record.items() if k != 'step'})
-    self._writers[directory].write_scalars(record['step'], scalars)
-    self._writers[directory].flush()
+      if name not in self._writers:
+        # Loads TensorFlow, which a training program has loaded anyway.
+        from clu import metric_writers
+
+        self._writers[name] = metric_writers.SummaryWriter(
+          str(self._dir / name)
+        )
+      scalars = numbers({k: v for k, v in record.items() if k != 'step'})
+      self._writers[name].write_scalars(record['step'], scalars)
+      self._writers[name].flush()
 
 
 def _progress_bar() -> rich.progress.Progress:

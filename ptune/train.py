@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 import gin
 from ptune import (
@@ -65,7 +67,7 @@ def train(
   use_cached: bool = False,
   eval_period: int = 1000,
   eval_steps: int | None = None,
-  eval_split: str = 'validation',
+  eval_split: str | None = 'validation',
   eval_batch_size: int | None = None,
   decoding: Decoding = Decoding(),
   best_metric: str | None = None,
@@ -98,7 +100,8 @@ def train(
     use_cached: USE_CACHED_TASKS.
     eval_period: Steps between evaluations.
     eval_steps: Batches of an evaluation; the whole split if not given.
-    eval_split: What is evaluated.
+    eval_split: What is evaluated, None for nothing. A task without the
+      default one is trained without evaluations.
     eval_batch_size: Rows that an evaluation computes at once; batch_size if
       not given.
     decoding: How predictions are made.
@@ -121,27 +124,30 @@ def train(
     FloatingPointError: If the loss is not finite.
   """
   # ------------------------------------------------------------------ checks
-  for name, value in (
-    ('TRAIN_STEPS', train_steps),
-    ('EVAL_PERIOD', eval_period),
-    ('CHECKPOINT_PERIOD', checkpoint_period),
-    ('MICROBATCHES', microbatches),
-    ('LOG_PERIOD', log_period),
-  ):
-    if value < 1:
-      raise ValueError(f'{name} is {value}; it must be at least 1')
-  if batch_size % microbatches:
-    raise ValueError(
-      f'BATCH_SIZE {batch_size} cannot be computed in MICROBATCHES'
-      f' {microbatches} equal parts'
-    )
+  evaluate.check_counts(
+    TRAIN_STEPS=train_steps,
+    BATCH_SIZE=batch_size,
+    MICROBATCHES=microbatches,
+    EVAL_PERIOD=eval_period,
+    CHECKPOINT_PERIOD=checkpoint_period,
+    log_period=log_period,
+  )
+  evaluate.check_counts(
+    optional=True,
+    EVAL_STEPS=eval_steps,
+    eval_batch_size=eval_batch_size,
+    EARLY_STOPPING=early_stopping,
+    KEEP_CHECKPOINTS=keep_checkpoints,
+  )
+  directory = checkpoints.run_directory(model_dir)
   task = data.load_task(mixture_or_task_name, mixture_or_task_module)
   data.check_task(task, task_feature_lengths, 'train', use_cached)
   data.check_vocabulary(task, config.vocab_size)
+  evaluates = _check_evaluation(task, eval_split, early_stopping, best_metric)
   mesh = partitioning.make_mesh(model_parallel)
-  data.check_batch_size(batch_size // microbatches, mesh)
-  directory = epath.Path(model_dir)
-  _check_writable(directory)
+  data.check_batch_size(batch_size, mesh, microbatches)
+  eval_batch_size = eval_batch_size or batch_size
+  data.check_batch_size(eval_batch_size, mesh)
 
   plan = parameters.plan(config, method, mesh)
   logging.info('%s', parameters.summary(plan))
@@ -157,36 +163,41 @@ def train(
     'task_feature_lengths': dict(task_feature_lengths),
     'batch_size': batch_size,
     'seed': seed,
+    'optimizer': getattr(optimizer, '__name__', type(optimizer).__name__),
   }
   present = checkpoints.read_run(directory)
-  if present:
-    checkpoints.compare(model_dir, present, run)
+  checkpoints.compare(directory, present, run)
+  checkpoints.check_writable('MODEL_DIR', directory)
 
   # ------------------------------------------------- where an earlier start was
   source = None
   if initial_checkpoint_path is not None:
     source = open_checkpoint(initial_checkpoint_path)
-  tx = optimizer(initial_step=(source and source.step) or 0)
-  saved = Checkpoints(directory / 'checkpoints', keep_checkpoints)
-  best = Checkpoints(directory / 'best', keep=1)
+  run['initial_step'] = (source and source.step) or 0
+  tx = optimizer(initial_step=run['initial_step'])
   like = state_lib.abstract_state(tx, plan)
-  state = saved.restore(like)
-  start = 0 if state is None else int(state.step)
-  report = report_lib.Report(
-    directory, start, train_steps, batch_size, jax.process_index() == 0
+  state, sums = checkpoints.restore(directory / 'checkpoints', like) or (
+    None,
+    {},
   )
-  patience = functools.partial(_patience_is_over, report, best_metric)
+  start = 0 if state is None else int(state.step)
+  records = [
+    r for r in report_lib.read_records(directory) if r['step'] <= start
+  ]
   if state is not None:
-    if start >= train_steps or patience(early_stopping):
+    scored = not evaluates or bool(report_lib.scores_at(records, start))
+    early = _patience_is_over(records, best_metric, early_stopping)
+    if start > train_steps or (scored and (early or start == train_steps)):
+      scores = report_lib.scores_at(records, start)
+      _write_prompt(directory, f'step_{start}', plan, state, scores, present)
       logging.info(
-        'the run in %s is finished, at step %d; for more steps raise'
-        ' TRAIN_STEPS',
-        model_dir,
+        'the run in %s is finished, at step %d; for more steps raise %s',
+        directory,
         start,
+        'EARLY_STOPPING' if early else 'TRAIN_STEPS',
       )
-      report.close()
       return state
-    logging.info('going on from step %d of %s', start, model_dir)
+    logging.info('going on from step %d of %s', start, directory)
 
   # -------------------------------------------------------------------- data
   batches = data.Batches(
@@ -198,20 +209,35 @@ def train(
     use_cached=use_cached,
     in_memory=in_memory,
   )
+  evaluation = None
+  if evaluates:
+    evaluation = evaluate.Evaluation(
+      task,
+      plan,
+      model(plan.network),
+      split=eval_split or '',
+      feature_lengths=task_feature_lengths,
+      batch_size=eval_batch_size,
+      how=decoding,
+      num_examples=eval_steps and eval_steps * eval_batch_size,
+      bucket_multiple=bucket_multiple,
+      use_cached=use_cached,
+      seed=seed,
+      directory=directory / 'eval',
+    )
 
   # -------------------------------------------------------------- parameters
   needed = plan.base if state is None else plan.frozen
-  if source is not None:
+  if source is not None and needed:
     base = restore(source, plan.select(needed), ignore=plan.params.__contains__)
     logging.info('restored %s', source.describe())
   else:
     base = parameters.initialize(plan, needed, seed)
-    logging.info('the model starts from random weights')
+    if needed:
+      logging.info('the model starts from random weights')
   frozen = {path: base[path] for path in plan.frozen}
   run['base'] = checkpoints.fingerprint(frozen) if frozen else None
-  checkpoints.claim(
-    directory, run, {'initial_checkpoint_path': initial_checkpoint_path}
-  )
+  checkpoints.compare(directory, present, run)
   if state is None:
     trainable = {path: base[path] for path in plan.trainable & plan.base}
     trainable |= parameters.initialize_adapters(
@@ -229,126 +255,189 @@ def train(
   frozen = parameters.unflatten(frozen)
   del base
 
-  # -------------------------------------------------------------- evaluation
-  evaluation = None
-  if eval_split in task.splits:
-    evaluation = evaluate.Evaluation(
-      task,
-      plan,
-      model(plan.network),
-      split=eval_split,
-      feature_lengths=task_feature_lengths,
-      batch_size=eval_batch_size or batch_size,
-      how=decoding,
-      num_examples=eval_steps and eval_steps * (eval_batch_size or batch_size),
-      bucket_multiple=bucket_multiple,
-      use_cached=use_cached,
-      seed=seed,
-      directory=directory / 'eval',
-    )
-  else:
-    logging.warning(
-      'the task has no split %r, so nothing is evaluated and no best prompt'
-      ' is chosen; its splits: %s',
-      eval_split,
-      sorted(task.splits),
-    )
-  if jax.process_index() == 0:
-    report_lib.write_atomically(
-      directory / 'model-info.txt', parameters.describe(plan)
-    )
-    report_lib.write_atomically(
-      directory / 'config.gin', gin.operative_config_str()
-    )
-
   # -------------------------------------------------------------------- loop
+  # From here on MODEL_DIR is written to: all that can be wrong was looked at.
   update = state_lib.compile_step(
     model(plan.network), tx, plan, like, microbatches, seed
   )
-  pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
-  sums: dict[str, float] = {}
-  step = start
   ahead = data.prefetch(batches, start, train_steps, mesh)
-  with _stop_signals() as stopping, contextlib.closing(ahead):
+  # A stream is first read up to here, which can take long.
+  following = next(ahead, None)
+  base_path = initial_checkpoint_path and os.fspath(
+    checkpoints.absolute(initial_checkpoint_path)
+  )
+  pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
+  sums, step, stop = dict(sums), start, False
+  with (
+    _explained(directory),
+    _stop_signals() as stopping,
+    contextlib.closing(ahead),
+    Checkpoints(directory / 'checkpoints', start, keep_checkpoints) as saved,
+    report_lib.Report(
+      directory, start, train_steps, batch_size, jax.process_index() == 0
+    ) as report,
+  ):
+    checkpoints.claim(directory, run, {'initial_checkpoint_path': base_path})
+    if jax.process_index() == 0:
+      report_lib.write_atomically(
+        directory / 'model-info.txt', parameters.describe(plan)
+      )
+      report_lib.write_atomically(
+        directory / 'config.gin', gin.operative_config_str()
+      )
     while True:
-      stop, last = bool(stopping), step == train_steps
+      stop, last = stop or _asked(stopping, step), step >= train_steps
       log, keep, look = (
         step > 0 and (last or step % period == 0)
         for period in (log_period, checkpoint_period, eval_period)
       )
-      keep = keep or (stop and step > 0)
+      look = look and evaluation is not None
+      # The restored step's prompt may not have been written.
+      keep = keep or (step > 0 and (stop or step == start))
       # Metrics are read when the device is two steps further, so that it never
       # waits for the host; all of them before anything is written.
       while len(pending) > (0 if log or keep or look else 2):
         done = step - len(pending) + 1
         _add_sums(sums, pending.popleft(), done, saved)
         report.progress(done)
-      if sums and (log or keep):
+      if sums and (log or look):
         report.train(step, sums)
         sums = {}
       if keep:
-        saved.save(state)
-      if evaluation and look and not stop and not report.scores(step):
+        _save(saved, state, sums)
+      scores = report_lib.scores_at(report.records, step)
+      if evaluation and look and not stop and not scores:
         try:
-          with report.paused():
+          with report.paused('evaluating'):
             scores = evaluation(
-              (state.trainable, frozen), step, lambda: bool(stopping)
+              (state.trainable, frozen), step, lambda: _asked(stopping)
             )
+          better = _is_best(report.records, best_metric, scores)
         except evaluate.Stopped:
+          stop = True
           continue  # To the top, which saves.
-        if _is_best(report, best_metric, scores):
-          best.save(state.replace(opt_state={}))
-          best.wait()
+        except Exception:  # A metric's, or BEST_METRIC: what is trained stays.
+          _save(saved, state, sums)
+          raise
+        if better:
+          checkpoints.save_best(directory / 'best', state.replace(opt_state={}))
           _write_prompt(directory, 'best', plan, state, scores, run)
         # Recorded last: what is recorded is not done again after a hard stop.
-        for name, values in scores.items():
-          report.evaluate(step, eval_split, name, values)
-        last = last or patience(early_stopping)
-        if last:
-          keep = True
-          saved.save(state)
+        report.evaluate(step, evaluation.split, scores)
+        if _patience_is_over(report.records, best_metric, early_stopping):
+          last = keep = True
+          _save(saved, state, sums)
       if keep:
-        scores = report.scores(step)
         _write_prompt(directory, f'step_{step}', plan, state, scores, run)
       if last or stop:
         break
-      _, batch = next(ahead)
+      assert following is not None and following[0] == step
+      _, batch = following
       with plan.scope():
         if step == start:  # Compiles; later only new lengths do.
-          with report.paused():
+          with report.paused('compiling'):
             state, metrics = update(state, frozen, batch)
         else:
           state, metrics = update(state, frozen, batch)
       pending.append(metrics)
       step += 1
-    saved.close()
-    best.close()
-  report.close()
-  if last:
-    logging.info('finished at step %d: %s', step, model_dir)
+      following = next(ahead, None)
+  if last and (scores or not look):
+    logging.info('finished at step %d: %s', step, directory)
   else:
     logging.info(
-      'stopped by %s at step %d, which is saved in %s; the same command goes'
-      ' on from there',
-      stopping[0],
+      'stopped at step %d, which is saved in %s; the same command goes on from'
+      ' there',
       step,
-      model_dir,
+      directory,
     )
   return state
 
 
-def _check_writable(directory: epath.Path) -> None:
-  """Finds out before any work whether results can be written."""
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    probe = directory / f'.writable-{os.getpid()}'
-    probe.write_text('ptune')
-    probe.unlink()
-  except OSError as error:
+def _check_evaluation(
+  task: data.Provider,
+  split: str | None,
+  early_stopping: int | None,
+  best_metric: str | None,
+) -> bool:
+  """Whether there is a split to evaluate; the default need not exist."""
+  if split is not None and split in task.splits:
+    return True
+  splits = ', '.join(sorted(task.splits))
+  if split not in (None, 'validation'):
     raise ValueError(
-      f'MODEL_DIR {directory} cannot be written: {error}. Choose another, or'
-      ' free space'
+      f'EVAL_SPLIT is {split!r}, and task {task.name!r} has the splits'
+      f' {splits}; choose one of them, or None to evaluate nothing'
+    )
+  for name, value in (
+    ('EARLY_STOPPING', early_stopping),
+    ('BEST_METRIC', best_metric),
+  ):
+    if value is not None:
+      raise ValueError(
+        f'{name} is {value!r}, and nothing is evaluated: EVAL_SPLIT is'
+        f' {split!r}, and task {task.name!r} has the splits {splits}. Set'
+        f' EVAL_SPLIT to one of them, or leave {name} out'
+      )
+  logging.warning(
+    'nothing is evaluated, and no best prompt is chosen: EVAL_SPLIT is %r, and'
+    ' the task has the splits %s',
+    split,
+    splits,
+  )
+  return False
+
+
+@contextlib.contextmanager
+def _explained(directory: epath.Path) -> Iterator[None]:
+  """Says what to do about a full disk, whoever ran into it."""
+  try:
+    yield
+  except Exception as error:
+    # Orbax, TensorStore and TensorFlow each have an exception of their own.
+    full = ('No space left on device', 'Disk quota exceeded')
+    if not any(text in f'{error} {error.__cause__}' for text in full):
+      raise
+    steps = checkpoints.finished_steps(directory / 'checkpoints')
+    raise OSError(
+      f'no space is left for {directory}. '
+      + (
+        f'Its checkpoint of step {steps[-1]} is whole'
+        if steps
+        else 'It holds no checkpoint yet'
+      )
+      + ': free space, and start the same command again, which goes on from'
+      f' {"there" if steps else "the beginning"}'
     ) from error
+
+
+def _asked(received: Sequence[str], step: int = 0) -> bool:
+  """Whether to stop: every process does, or none."""
+  if jax.process_count() == 1:
+    return bool(received)
+  if step % 10:  # Asking the others takes time.
+    return False
+  asked = multihost_utils.process_allgather(np.array(bool(received)))
+  return bool(np.any(asked))
+
+
+def _save(
+  saved: Checkpoints, state: state_lib.TrainState, sums: Mapping[str, float]
+) -> None:
+  """Saves a state, unless its last update spoiled it."""
+  step = int(state.step)
+  if not bool(_is_finite(state.trainable)):
+    raise FloatingPointError(
+      f'the trained parameters are not finite after step {step}.'
+      f' {_last_good(saved)}'
+    )
+  saved.save(state, sums)
+
+
+@jax.jit
+def _is_finite(tree: Any) -> jax.Array:
+  leaves = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+  return jnp.all(jnp.stack(leaves))
 
 
 def _add_sums(
@@ -360,16 +449,23 @@ def _add_sums(
   """Adds one step's metrics; a loss that is not finite ends the run."""
   values = {k: float(v) for k, v in jax.device_get(dict(metrics)).items()}
   if not np.isfinite(values['loss']):
-    saved.wait()
     raise FloatingPointError(
-      f'the loss is {values["loss"]} at step {step}. Nothing after the last'
-      f' checkpoint (step {saved.newest}) was kept; started again, the run'
-      ' goes on from there. Lower the learning rate, or look at the batch of'
-      ' that step'
+      f'the loss is {values["loss"]} at step {step}. {_last_good(saved)}'
     )
   for key, value in values.items():
     sums[key] = sums.get(key, 0.0) + value
   sums['gradient_norm'] = values['gradient_norm']  # The newest, not a sum.
+
+
+def _last_good(saved: Checkpoints) -> str:
+  saved.wait()
+  newest = saved.newest
+  return (
+    'Nothing was saved yet'
+    if newest is None
+    else f'The checkpoint of step {newest} is good and was kept; the same'
+    ' command goes on from there'
+  ) + '. Lower LEARNING_RATE, or look at the batch of that step'
 
 
 def score(
@@ -399,26 +495,37 @@ def score(
 
 
 def _is_best(
-  report: report_lib.Report,
+  records: Sequence[report_lib.Record],
   best_metric: str | None,
   scores: Mapping[str, Mapping[str, float]],
 ) -> bool:
   """Whether scores are better than all recorded ones."""
-  before = [
-    score(best_metric, report.scores(step)) for step in report.evaluated_steps
-  ]
-  return score(best_metric, scores) > max(before, default=-np.inf)
+  return score(best_metric, scores) > max(
+    _history(records, best_metric), default=-np.inf
+  )
 
 
 def _patience_is_over(
-  report: report_lib.Report, best_metric: str | None, evaluations: int | None
+  records: Sequence[report_lib.Record],
+  best_metric: str | None,
+  evaluations: int | None,
 ) -> bool:
   """Whether so many evaluations have brought no better score."""
-  steps = report.evaluated_steps
-  if evaluations is None or not steps:
+  values = _history(records, best_metric)
+  if evaluations is None or not values:
     return False
-  values = [score(best_metric, report.scores(step)) for step in steps]
   return len(values) - 1 - int(np.argmax(values)) >= evaluations
+
+
+def _history(
+  records: Sequence[report_lib.Record], best_metric: str | None
+) -> list[float]:
+  """The score of each evaluation; one that is not a number is the least."""
+  values = [
+    score(best_metric, report_lib.scores_at(records, step))
+    for step in report_lib.evaluated_steps(records)
+  ]
+  return [-np.inf if np.isnan(value) else value for value in values]
 
 
 def _write_prompt(
@@ -453,9 +560,9 @@ def _write_prompt(
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[str]]:
-  """Collects SIGTERM and Ctrl-C, to be acted on between two steps.
+  """Notes SIGTERM and Ctrl-C, to be acted on between two steps.
 
-  A second Ctrl-C interrupts at once.
+  Once one has come, Ctrl-C ends the process where it stands.
   """
   received: list[str] = []
   if threading.current_thread() is not threading.main_thread():
@@ -464,9 +571,13 @@ def _stop_signals() -> Iterator[list[str]]:
 
   def note(number, frame):
     del frame
-    if received and number == signal.SIGINT:
-      raise KeyboardInterrupt
     received.append(signal.Signals(number).name)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Not by logging: the signal may have come in the middle of that. The code
+    # shows the cursor, which the progress bar hides.
+    cursor = '\x1b[?25h' if os.isatty(2) else ''
+    text = f'{cursor}{received[-1]}: saving; Ctrl-C leaves at once\n'
+    os.write(2, text.encode())
 
   before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
   try:
@@ -480,4 +591,5 @@ if __name__ == '__main__':
   # The same as `ptune train`; gin imports this module under its own name.
   from ptune import cli
 
-  sys.exit(cli.main(['train', *sys.argv[1:]]))
+  sys.argv.insert(1, 'train')
+  sys.exit(cli.main())

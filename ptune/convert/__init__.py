@@ -1,7 +1,9 @@
 """Checkpoints of T5X, Hugging Face and ptune, read as one.
 
     source = open_checkpoint('gs://.../checkpoint_1100000')
+    check_config(source, config)
     params = restore(source, abstract)
+    print(account(source, params))
 
 `open_checkpoint` finds out who wrote a directory and returns a `Source`: every
 parameter under its T5X name, none of them read yet. `restore` reads what this
@@ -14,16 +16,26 @@ from collections.abc import Iterable
 
 from etils import epath
 
+from ptune.convert.account import account
+from ptune.convert.identity import check_config
 from ptune.convert.source import Leaf, Source, restore, sizes
 
-__all__ = ['Leaf', 'Source', 'open_checkpoint', 'restore', 'sizes']
+__all__ = [
+  'Leaf',
+  'Source',
+  'account',
+  'check_config',
+  'open_checkpoint',
+  'restore',
+  'sizes',
+]
 
 EXPECTED = """\
 Expected the directory of one of
   a T5X checkpoint (checkpoint_N: the file `checkpoint` and zarr directories,
     or an Orbax `state`);
   a Hugging Face T5 (config.json and model.safetensors, or its shards and
-    model.safetensors.index.json; a name on the Hub is no path: download it);
+    model.safetensors.index.json), or hf://org/name for one on the Hub;
   a ptune run (MODEL_DIR with checkpoints/N), or one step of it."""
 
 # Weights that only a pickle or another framework can read.
@@ -41,7 +53,8 @@ def open_checkpoint(path: epath.PathLike) -> Source:
   Args:
     path: A directory, local or gs://: a T5X checkpoint (msgpack and zarr, or
       Orbax), a Hugging Face directory with safetensors, a ptune MODEL_DIR (its
-      newest step is taken) or one of its checkpoints.
+      newest step is taken) or one of its checkpoints. Or hf://org/name, which
+      is downloaded.
 
   Returns:
     The parameters, by their T5X names.
@@ -51,6 +64,10 @@ def open_checkpoint(path: epath.PathLike) -> Source:
     ValueError: what is there is no such checkpoint, is damaged, or holds a
       model that ptune has no network for.
   """
+  if str(path).startswith('hf://'):
+    from ptune.convert.hub import download
+
+    path = download(str(path))
   path = epath.Path(path).expanduser()
   if not path.exists():
     raise FileNotFoundError(_absent(path))

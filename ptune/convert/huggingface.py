@@ -1,26 +1,38 @@
 """Hugging Face directories of T5, T5 1.1, mT5, FLAN-T5 and ByT5.
 
-`layout` says what each T5X parameter is called there and whether it lies
-transposed (torch keeps a kernel as [out, in]); it serves both directions.
+config.json        sizes, activation, whether the output layer is tied
+model.safetensors  or shards, and model.safetensors.index.json
 """
 
-import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-import safetensors
+from absl import logging
 from etils import epath
 
-from ptune.convert.source import EMBEDDING, LOGITS, Index, Leaf, Source, sizes
+from ptune.convert import safetensors_files
+from ptune.convert.layout import EMBEDDINGS, HEAD, STRAY, layout
+from ptune.convert.source import (
+  EMBEDDING,
+  LOGITS,
+  Leaf,
+  Source,
+  nbytes,
+  sizes,
+)
+from ptune.network import T5Config
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
-HEAD = 'lm_head.weight'
+STEP = 'step'  # In the metadata of the weights.
+
+# Rows of the embedding by which these are known.
+BYT5 = 384
+MT5 = 250112
 
 # Beside these, mT5 and T5 are one network; umT5 has a position bias in every
 # layer.
@@ -38,24 +50,6 @@ ACTIVATIONS = {
   'gated-silu': ('silu', 'linear'),
 }
 
-# The shared embedding under its other names: torch saves whichever of a shared
-# tensor's names it likes.
-EMBEDDINGS = (
-  'shared.weight',
-  'encoder.embed_tokens.weight',
-  'decoder.embed_tokens.weight',
-)
-
-# In the published T5 1.0 files; no released code has used it.
-STRAY = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
-
-DTYPES = {
-  'F64': 'float64',
-  'F32': 'float32',
-  'F16': 'float16',
-  'BF16': 'bfloat16',
-}
-
 # config.json's name for a size of T5Config, and the name that stands for it
 # where that is absent.
 CONFIG_SIZES = {
@@ -68,66 +62,6 @@ CONFIG_SIZES = {
   'num_decoder_layers': ('num_decoder_layers', 'num_layers'),
   'relative_attention_num_buckets': ('relative_attention_num_buckets', None),
 }
-
-ATTENTION = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
-DENSE = {name: name for name in ('wi', 'wi_0', 'wi_1', 'wo')}
-# Of a layer, in order: our module and its norm, their module, its kernels.
-SUBLAYERS = {
-  'encoder': (
-    ('attention', 'pre_attention_layer_norm', 'SelfAttention', ATTENTION),
-    ('mlp', 'pre_mlp_layer_norm', 'DenseReluDense', DENSE),
-  ),
-  'decoder': (
-    (
-      'self_attention',
-      'pre_self_attention_layer_norm',
-      'SelfAttention',
-      ATTENTION,
-    ),
-    (
-      'encoder_decoder_attention',
-      'pre_cross_attention_layer_norm',
-      'EncDecAttention',
-      ATTENTION,
-    ),
-    ('mlp', 'pre_mlp_layer_norm', 'DenseReluDense', DENSE),
-  ),
-}
-
-
-def layout(
-  encoder_layers: Iterable[int], decoder_layers: Iterable[int]
-) -> dict[str, tuple[str, bool]]:
-  """Maps T5X parameters to (Hugging Face name, transposed).
-
-  'encoder/layers_0/mlp/wo/kernel' ->
-  ('encoder.block.0.layer.1.DenseReluDense.wo.weight', True)
-
-  Args:
-    encoder_layers: Numbers of the encoder's layers.
-    decoder_layers: Numbers of the decoder's layers.
-
-  Returns:
-    Every parameter that one or another member of the family has: gated and
-    plain MLPs, with and without an output kernel.
-  """
-  table = {EMBEDDING: (EMBEDDINGS[0], False), LOGITS: (HEAD, True)}
-  for stack, layers in (
-    ('encoder', encoder_layers),
-    ('decoder', decoder_layers),
-  ):
-    bias = 'block.0.layer.0.SelfAttention.relative_attention_bias.weight'
-    table[f'{stack}/relpos_bias/rel_embedding'] = (f'{stack}.{bias}', True)
-    norm = f'{stack}.final_layer_norm.weight'
-    table[f'{stack}/{stack}_norm/scale'] = (norm, False)
-    for i in layers:
-      for j, (module, norm, theirs, kernels) in enumerate(SUBLAYERS[stack]):
-        ours, block = f'{stack}/layers_{i}', f'{stack}.block.{i}.layer.{j}'
-        table[f'{ours}/{norm}/scale'] = (f'{block}.layer_norm.weight', False)
-        for kernel, short in kernels.items():
-          weight = f'{block}.{theirs}.{short}.weight'
-          table[f'{ours}/{module}/{kernel}/kernel'] = (weight, True)
-  return table
 
 
 def open_huggingface(path: epath.Path) -> Source:
@@ -142,9 +76,9 @@ def open_huggingface(path: epath.Path) -> Source:
       f'{path}: safetensors are mapped into memory, which needs local '
       f'files. Copy it: gcloud storage cp -r {path} .'
     )
-  config = _json(path / CONFIG)
+  config = read_json(path / CONFIG)
   activations = _activations(config, path / CONFIG)
-  tensors = _tensors(path)
+  tensors, metadata = _tensors(path)
   blocks = {
     stack: sorted(
       {
@@ -171,22 +105,87 @@ def open_huggingface(path: epath.Path) -> Source:
   source = Source(
     path=str(path),
     kind='huggingface',
-    step=None,
+    step=_step(metadata),
     leaves=leaves,
     activations=activations,
-    ignored=tuple(sorted(ignored)),
+    ignored={name: nbytes(tensors[name]) for name in sorted(ignored)},
   )
   _check_config(config, source)
   return source
 
 
-def _json(file: epath.Path) -> dict[str, Any]:
+def write_huggingface(
+  directory: epath.Path,
+  leaves: Mapping[str, Leaf],
+  config: T5Config,
+  step: int | None = None,
+) -> None:
+  """Writes config.json, as published models have it, and model.safetensors.
+
+  One tensor is in memory at a time, so that a model of any size can be written.
+
+  Args:
+    directory: An empty one.
+    leaves: The parameters of the model, by T5X's path.
+    config: The model.
+    step: The training step, kept in the metadata of the weights.
+
+  Raises:
+    ValueError: Hugging Face has no name for the activation.
+  """
+  projections = {names: text for text, names in reversed(ACTIVATIONS.items())}
+  if config.mlp_activations not in projections:
+    raise ValueError(
+      f'mlp_activations {config.mlp_activations} have no feed_forward_proj; '
+      f'known: {sorted(projections)}'
+    )
+  # A tied mT5 would not be scaled by transformers.
+  tied = config.logits_via_embedding
+  kind = 'mt5' if config.vocab_size == MT5 and not tied else 't5'
+  said: dict[str, Any] = {
+    'architectures': [f'{kind.upper()}ForConditionalGeneration'],
+    'decoder_start_token_id': 0,
+    'dropout_rate': 0.1,
+    'eos_token_id': 1,
+    'feed_forward_proj': projections[config.mlp_activations],
+    'initializer_factor': 1.0,
+    'is_encoder_decoder': True,
+    'layer_norm_epsilon': 1e-06,
+    'model_type': kind,
+    'output_past': True,
+    'pad_token_id': 0,
+    'relative_attention_max_distance': 128,
+    # transformers takes this for "the logits are scaled", too.
+    'tie_word_embeddings': tied,
+    'use_cache': True,
+    **{
+      theirs: getattr(config, ours)
+      for ours, (theirs, _) in CONFIG_SIZES.items()
+    },
+  }
+  if config.vocab_size == BYT5:
+    said['tokenizer_class'] = 'ByT5Tokenizer'
+  text = json.dumps(said, indent=2, sort_keys=True)
+  (directory / CONFIG).write_text(text + '\n')
+  table = layout(
+    range(config.num_encoder_layers), range(config.num_decoder_layers)
+  )
+  tensors = {}
+  for ours, leaf in leaves.items():
+    theirs, transposed = table[ours]
+    tensors[theirs] = _transposed(leaf) if transposed else leaf
+  metadata = {} if step is None else {STEP: str(step)}
+  safetensors_files.write_file(directory / WEIGHTS, tensors, metadata)
+
+
+def read_json(file: epath.Path) -> dict[str, Any]:
+  """Reads a JSON object; raises ValueError where there is none."""
   if not file.exists():
     found = sorted(child.name for child in file.parent.iterdir())
     raise ValueError(f'{file} is missing. Found: {", ".join(found)}')
   try:
     value = json.loads(file.read_text())
-  except ValueError as error:
+  except (ValueError, RecursionError, OSError) as error:
     raise ValueError(f'{file} is not JSON: {error}') from error
   if not isinstance(value, dict):
     raise ValueError(f'{file} holds a {type(value).__name__}, not an object.')
@@ -198,7 +197,8 @@ def _activations(
 ) -> tuple[str, ...]:
   """The MLP's activations; refuses networks other than T5's."""
   # Published T5 1.0 configurations have no feed_forward_proj.
-  projection = config.get('feed_forward_proj', 'relu')
+  default = 'gated-gelu' if config.get('model_type') == 'mt5' else 'relu'
+  projection = str(config.get('feed_forward_proj', default))
   wrong = []
   if config.get('model_type') not in MODEL_TYPES:
     wrong.append(
@@ -222,23 +222,17 @@ def _activations(
   return ACTIVATIONS[projection]
 
 
-@contextlib.contextmanager
-def _opened(file: epath.Path) -> Iterator[Any]:
-  """Maps a safetensors file, and says which file it was if that fails."""
-  try:
-    with safetensors.safe_open(str(file), framework='numpy') as tensors:
-      yield tensors
-  except (safetensors.SafetensorError, OSError) as error:
-    raise ValueError(
-      f'{file} is missing, damaged or cut short; download it again. {error}'
-    ) from error
+def _step(metadata: Mapping[str, str]) -> int | None:
+  """The training step that `write_huggingface` keeps."""
+  step = metadata.get(STEP, '')
+  return int(step) if step.isdecimal() and len(step) < 16 else None
 
 
-def _tensors(path: epath.Path) -> dict[str, Leaf]:
-  """Every tensor of a directory, as it is stored."""
+def _tensors(path: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
+  """Every tensor of a directory, as it is stored; and the files' metadata."""
   if (path / WEIGHTS).exists():
-    return _of_file(path / WEIGHTS)
-  index = _json(path / INDEX)
+    return safetensors_files.open_file(path / WEIGHTS)
+  index = read_json(path / INDEX)
   where = index.get('weight_map')
   if not isinstance(where, dict) or not all(
     isinstance(file, str) and epath.Path(file).name == file
@@ -255,7 +249,8 @@ def _tensors(path: epath.Path) -> dict[str, Leaf]:
       f'{path / INDEX} names {len(names)} files, of which are missing: '
       f'{", ".join(missing)}. Download them again.'
     )
-  shards = {file: _of_file(path / file) for file in names}
+  opened = {file: safetensors_files.open_file(path / file) for file in names}
+  shards = {file: tensors for file, (tensors, _) in opened.items()}
   absent = [
     f'  {name} in {file}'
     for name, file in where.items()
@@ -266,38 +261,8 @@ def _tensors(path: epath.Path) -> dict[str, Leaf]:
       f'{path / INDEX} names tensors that their files do not have:\n'
       + '\n'.join(absent)
     )
-  return {name: shards[file][name] for name, file in where.items()}
-
-
-def _of_file(file: epath.Path) -> dict[str, Leaf]:
-  found = {}
-  with _opened(file) as tensors:
-    for name in tensors.keys():
-      view = tensors.get_slice(name)
-      found[name] = tuple(view.get_shape()), view.get_dtype()
-  unknown = [
-    f'  {name}: {dtype}'
-    for name, (_, dtype) in found.items()
-    if dtype not in DTYPES
-  ]
-  if unknown:
-    raise ValueError(
-      f'{file} has tensors of a dtype that is not read (expected '
-      f'{", ".join(DTYPES)}):\n' + '\n'.join(unknown)
-    )
-
-  def leaf(name: str, shape: tuple[int, ...], dtype: str) -> Leaf:
-    def fetch(index: Index) -> np.ndarray:
-      # Mapped anew for each read: pages of a mapping that stays open count as
-      # this process's memory until the whole file is in it.
-      with _opened(file) as tensors:
-        return tensors.get_slice(name)[index]
-
-    return Leaf(shape, jnp.dtype(DTYPES[dtype]), fetch)
-
-  return {
-    name: leaf(name, shape, dtype) for name, (shape, dtype) in found.items()
-  }
+  metadata = {k: v for _, found in opened.values() for k, v in found.items()}
+  return {name: shards[file][name] for name, file in where.items()}, metadata
 
 
 def _transposed(leaf: Leaf) -> Leaf:
@@ -322,14 +287,24 @@ def _tied(
   open whether logits are scaled, and there the configuration is asked.
   """
   scaled = config.get('scale_decoder_outputs')
+  if scaled is None and config.get('model_type') == 'mt5':
+    scaled = False  # transformers 5 never scales an mT5's logits.
   if head is None:
     if scaled is False:
       raise ValueError(
-        f'{path}: there is no {HEAD}, and {CONFIG} says '
-        'scale_decoder_outputs false: logits made with the embedding, but '
-        'not scaled. ptune has only the scaled form '
-        '(logits_via_embedding); save the model with its own head: '
-        f'{HEAD} as a copy of {EMBEDDINGS[0]}.'
+        f'{path}: there is no {HEAD}, and by {CONFIG} (an mT5, or '
+        'scale_decoder_outputs false) the logits are made with the embedding, '
+        'but not scaled. ptune has only the scaled form '
+        '(logits_via_embedding). If the file is whole, save the model with '
+        f'its own head: {HEAD} as a copy of {EMBEDDINGS[0]}.'
+      )
+    if config.get('tie_word_embeddings') is False:
+      logging.warning(
+        '%s: %s says tie_word_embeddings false, but there is no %s: the scaled '
+        'embedding makes the logits',
+        path,
+        CONFIG,
+        HEAD,
       )
     return True
   if embedding is None or not _equal(embedding, head):

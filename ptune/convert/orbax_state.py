@@ -59,7 +59,8 @@ def open_orbax(path: epath.Path) -> Source:
     kind=kind,
     step=int(arrays[_name(step)].read().item()) if step in wanted else None,
     leaves=leaves,
-    ignored=tuple('/'.join(key) for key in keys if key not in wanted),
+    # Their shapes are known, but not their dtypes.
+    ignored={'/'.join(key): None for key in keys if key not in wanted},
   )
 
 

@@ -22,8 +22,8 @@ Shape = tuple[int, ...]
 EMBEDDING = 'token_embedder/embedding'
 LOGITS = 'decoder/logits_dense/kernel'
 
-# Values looked at in one go for NaN; bounds the size of the mask.
-_FINITE_BLOCK = 1 << 22
+# Values looked at in one go; bounds the memory of what is made of them.
+_PART = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,9 @@ class Source:
     leaves: The model's parameters, by T5X's path.
     activations: Of the MLP, as in T5Config; None where the files do not say
       (`gated` is known from the names nevertheless).
-    ignored: Names of what lies beside the parameters and is never read:
-      optimizer state, second copies.
+    ignored: What lies beside the parameters and is never read, by name:
+      optimizer state, second copies. With their bytes, None where the files
+      do not say.
   """
 
   path: str
@@ -75,7 +76,7 @@ class Source:
   step: int | None
   leaves: Mapping[str, Leaf]
   activations: tuple[str, ...] | None = None
-  ignored: tuple[str, ...] = ()
+  ignored: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
 
   @property
   def shapes(self) -> dict[str, Shape]:
@@ -91,11 +92,14 @@ class Source:
     """Whether the MLP has two input kernels; None without any MLP."""
     return sizes(self.shapes).get('gated')
 
+  @property
+  def where(self) -> str:
+    """'t5x checkpoint /models/base of step 1100000'."""
+    step = '' if self.step is None else f' of step {self.step}'
+    return f'{self.kind} checkpoint {self.path}{step}'
+
   def describe(self) -> str:
     """What it is and how large, on a line or two."""
-    where = f'{self.kind} checkpoint {self.path}'
-    if self.step is not None:
-      where += f' of step {self.step}'
     count = sum(math.prod(leaf.shape) for leaf in self.leaves.values())
     dtypes = sorted({leaf.dtype.name for leaf in self.leaves.values()})
     facts = [f'{len(self.leaves)} leaves, {count:,} values']
@@ -103,7 +107,7 @@ class Source:
     facts += [f'{k} {v}' for k, v in sizes(self.shapes).items()]
     if self.activations:
       facts.append(f'mlp_activations {self.activations}')
-    return f'{where}: {", ".join(facts)}'
+    return f'{self.where}: {", ".join(facts)}'
 
 
 def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -156,9 +160,10 @@ def restore(
 ) -> dict[str, jax.Array]:
   """Reads the parameters of a model, all of them and no others.
 
-  Each leaf goes straight into its sharding: this process reads the blocks that
-  its devices hold, each distinct block once, casts them on the host, and goes
-  on to the next leaf.
+  Each leaf goes straight into its sharding: this process reads what its devices
+  hold of it, once, casts it on the host, and goes on to the next leaf. The
+  largest come first, while the devices hold little: what is read and cast
+  beside them then never exceeds the largest leaf by much.
 
   Args:
     source: From `open_checkpoint`.
@@ -176,21 +181,22 @@ def restore(
       it is listed, before anything is read), or a value is NaN or infinite.
   """
   _check(source, abstract, _predicate(ignore))
-  arrays, broken = {}, []
-  for path, spec in abstract.items():
+  arrays, broken = {}, {}
+  for path in sorted(abstract, key=lambda path: -nbytes(source.leaves[path])):
+    spec = abstract[path]
     cast = jnp.dtype(spec.dtype if dtype is None else dtype)
     arrays[path], finite = _place(source.leaves[path], spec, cast)
     if not finite:
-      broken.append(f'  {path} {_text(spec.shape)} as {cast.name}')
+      broken[path] = f'  {path} {_text(spec.shape)} as {cast.name}'
   if broken:
     raise ValueError(
       f'{len(broken)} parameters have values that are NaN or infinite:\n'
-      + '\n'.join(broken)
+      + '\n'.join(broken[path] for path in abstract if path in broken)
       + f'\nin the {source.describe()}\nThe checkpoint is damaged, or was '
       'written after its training diverged, or its values do not fit the '
       'dtype; take an earlier one or float32.'
     )
-  return arrays
+  return {path: arrays[path] for path in abstract}
 
 
 def refuse_scanned(path: Any, shapes: Mapping[str, Shape]) -> None:
@@ -286,6 +292,9 @@ def _place(
   leaf: Leaf, spec: jax.ShapeDtypeStruct, dtype: np.dtype
 ) -> tuple[jax.Array, bool]:
   """Puts one leaf on its devices; tells too whether all read is finite."""
+  # On several hosts, only the part that this one's devices cover.
+  held = _cover(spec.sharding, leaf.shape)
+  whole = leaf.read(held)
   blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
   finite = True
 
@@ -295,11 +304,15 @@ def _place(
     # Slices are unhashable before Python 3.12.
     key = tuple((s.start, s.stop) for s in index)
     if key not in blocks:
+      within = tuple(
+        slice(s.start - h.start, s.stop - h.start)
+        for s, h in zip(index, held, strict=True)
+      )
       # A value that is too large for the dtype becomes infinite here, which
       # is reported, not warned of.
       with np.errstate(over='ignore', invalid='ignore'):
-        blocks[key] = leaf.read(index).astype(dtype, copy=False)
-      finite = finite and _finite(blocks[key])
+        blocks[key] = whole[within].astype(dtype, copy=False)
+      finite = finite and is_finite(blocks[key])
     return blocks[key]
 
   if spec.sharding is None:
@@ -309,15 +322,33 @@ def _place(
   return array, finite
 
 
-def _finite(block: np.ndarray) -> bool:
-  return all(bool(np.isfinite(part).all()) for part in _parts(block))
+def _cover(sharding: jax.sharding.Sharding | None, shape: Shape) -> Index:
+  """The smallest block that holds all that this process's devices do."""
+  if sharding is None:
+    return _bounds(None, shape)
+  indices = sharding.addressable_devices_indices_map(shape).values()
+  blocks = [_bounds(index, shape) for index in indices]
+  return tuple(
+    slice(min(s.start for s in along), max(s.stop for s in along))
+    for along in zip(*blocks, strict=True)
+  )
 
 
-def _parts(block: np.ndarray) -> Iterator[np.ndarray]:
+def nbytes(leaf: Leaf) -> int:
+  """Bytes of a leaf, as it is stored."""
+  return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def is_finite(block: np.ndarray) -> bool:
+  """Whether no value is NaN or infinite; needs little memory of its own."""
+  return all(bool(np.isfinite(part).all()) for part in parts(block))
+
+
+def parts(block: np.ndarray) -> Iterator[np.ndarray]:
   """Cuts along the first dimension into parts of bounded size."""
   if block.ndim == 0:
     yield block
     return
-  rows = max(1, _FINITE_BLOCK // max(1, math.prod(block.shape[1:])))
+  rows = max(1, _PART // max(1, math.prod(block.shape[1:])))
   for start in range(0, block.shape[0], rows):
     yield block[start : start + rows]

@@ -10,6 +10,8 @@ relative to the checkpoint, with a `gcs` driver and a placeholder for the
 bucket where they were written on Google Cloud.
 """
 
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,7 +20,12 @@ from etils import epath
 from flax import serialization, traverse_util
 
 from ptune.convert.source import Leaf, Shape, Source, refuse_scanned
-from ptune.convert.zarr import file_store, open_arrays, subdirectory
+from ptune.convert.zarr import (
+  file_store,
+  open_arrays,
+  subdirectory,
+  write_array,
+)
 
 # Version 2 wrote bfloat16 as uint16; version 0 had no optimizer around it.
 VERSIONS = (2, 3)
@@ -50,13 +57,58 @@ def open_t5x(path: epath.Path) -> Source:
     kind='t5x',
     step=_step(optimizer, file),
     leaves=leaves,
-    ignored=tuple(
-      f'{key}/{name}'
+    ignored={
+      f'{key}/{name}': _bytes(node)
       for key, tree in optimizer.items()
       if key != 'target' and isinstance(tree, dict)
-      for name in _flatten(tree)
-    ),
+      for name, node in _flatten(tree).items()
+      if node is not None and f'{key}/{name}' != 'state/step'
+    },
   )
+
+
+def write_t5x(
+  directory: epath.Path,
+  leaves: Mapping[str, Leaf],
+  step: int = 0,
+  trained: Collection[str] = (),
+) -> None:
+  """Writes a checkpoint as T5X does, one array at a time.
+
+  Args:
+    directory: An empty one.
+    leaves: The parameters, by path.
+    step: The training step.
+    trained: Those that an optimizer of T5X would train: they get Adafactor's
+      state before its first step, the others None, as T5X's MultiOptimizer
+      has it.
+  """
+  target, states = {}, {}
+  for path, leaf in leaves.items():
+    name = f'target.{path.replace("/", ".")}'
+    spec = write_array(directory / name, leaf)
+    spec['kvstore'] = {'driver': 'file', 'path': f'{name}/'}
+    target[path] = spec
+    states[path] = _adafactor(leaf.shape) if path in trained else None
+  state: dict[str, Any] = {'step': np.asarray(step, np.int32)}
+  state['param_states'] = traverse_util.unflatten_dict(states, sep='/')
+  tree = {'target': traverse_util.unflatten_dict(target, sep='/')}
+  (directory / 'checkpoint').write_bytes(
+    serialization.msgpack_serialize(
+      {'version': VERSIONS[-1], 'optimizer': {**tree, 'state': state}}
+    )
+  )
+
+
+def _adafactor(shape: Shape) -> dict[str, np.ndarray]:
+  """T5X's second moments of a parameter: factored from 128 x 128 on."""
+  unused = np.zeros((1,), np.float32)
+  if len(shape) == 2 and min(shape) >= 128:
+    # By T5X's heuristic the shorter axis is the row, whichever it is.
+    row, column = (np.zeros((n,), np.float32) for n in sorted(shape))
+    return {'m': unused, 'v': unused, 'v_row': row, 'v_col': column}
+  full = np.zeros(shape, np.float32)
+  return {'m': unused, 'v': full, 'v_row': unused, 'v_col': unused}
 
 
 def _optimizer(file: epath.Path) -> dict[str, Any]:
@@ -138,6 +190,17 @@ def _shape_and_dtype(node: Any, where: str) -> tuple[Shape, str]:
       'load and save the checkpoint with T5X once.'
     )
   return shape, dtype
+
+
+def _bytes(node: Any) -> int | None:
+  """Bytes of an array of the optimizer state, by what is said of it."""
+  if isinstance(node, np.ndarray):
+    return node.nbytes
+  try:
+    shape, dtype = _shape_and_dtype(node, '')
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
+  except (ValueError, TypeError):
+    return None
 
 
 def _compare(

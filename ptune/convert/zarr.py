@@ -5,6 +5,7 @@ an OCDBT key-value store. Specs are always built here: one found in a file is
 never handed to TensorStore, which could read anything by it.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +14,13 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from ptune.convert.source import Index, Leaf
+from ptune.convert.source import Index, Leaf, Shape
 
 # What TensorStore raises for files that are missing, damaged or out of reach.
 ERRORS = (ValueError, OSError, RuntimeError, NotImplementedError)
+
+
+CHUNK_BYTES = 1 << 26
 
 
 def subdirectory(directory: epath.Path, name: object) -> epath.Path:
@@ -65,9 +69,9 @@ def open_arrays(
   Raises:
     ValueError: arrays are missing or damaged; all of them are named.
   """
-  # The cache holds OCDBT's tree, and a chunk that is cut by several devices,
-  # so that it is decompressed once.
-  context = ts.Context({'cache_pool': {'total_bytes_limit': 1 << 27}})
+  # Enough for OCDBT's tree. Arrays are read once each: to keep their chunks
+  # would only add to the memory that a restore needs.
+  context = ts.Context({'cache_pool': {'total_bytes_limit': 1 << 22}})
   opening = {
     name: ts.open(
       {
@@ -96,6 +100,47 @@ def open_arrays(
       + f'\nThe first: {next(iter(broken.values()))}'
     )
   return leaves
+
+
+def write_array(directory: epath.Path, leaf: Leaf) -> dict[str, Any]:
+  """Writes an array to a new directory.
+
+  Returns:
+    TensorStore's spec of it, to which the caller adds where it lies.
+  """
+  spec: dict[str, Any] = {
+    'driver': 'zarr',
+    'dtype': leaf.dtype.name,
+    'metadata': {
+      'shape': list(leaf.shape),
+      'chunks': _chunks(leaf.shape, leaf.dtype.itemsize),
+      # Weights hardly get smaller, and gzip takes a minute for a gigabyte.
+      'compressor': None,
+    },
+  }
+  array = ts.open(
+    {
+      **spec,
+      'kvstore': file_store(directory),
+      # Chunks of zeros too: our reader takes one that is not there for lost.
+      'store_data_equal_to_fill_value': True,
+    },
+    create=True,
+    write=True,
+    # Keeps no copy of what was written.
+    context=ts.Context({'cache_pool': {'total_bytes_limit': 0}}),
+  ).result()
+  array.write(leaf.read()).result()
+  return spec
+
+
+def _chunks(shape: Shape, itemsize: int) -> list[int]:
+  """Cuts the longest axis in halves until a chunk is no larger than T5X's."""
+  chunks = list(shape)
+  while math.prod(chunks) * itemsize > CHUNK_BYTES:
+    longest = max(range(len(chunks)), key=chunks.__getitem__)
+    chunks[longest] = -(-chunks[longest] // 2)
+  return chunks
 
 
 def _leaf(where: str, array: ts.TensorStore) -> Leaf:

@@ -1,0 +1,80 @@
+"""What became of everything in a checkpoint and in a model: one table."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import jax
+
+from ptune.convert.source import Source
+from ptune.parameters import format_bytes
+
+Shaped = jax.Array | jax.ShapeDtypeStruct
+SHOWN = 4
+
+
+def account(
+  source: Source,
+  restored: Mapping[str, Shaped],
+  initialised: Mapping[str, Shaped] | None = None,
+) -> str:
+  """A table of what was restored, initialised and ignored.
+
+  Args:
+    source: The checkpoint.
+    restored: What was read from it, by path.
+    initialised: What the checkpoint does not hold: adapters.
+
+  Returns:
+    A line that names the checkpoint, and a row for each of the three; bytes
+    are those of one copy, as it lies on the devices or (if ignored) in files.
+  """
+  rows = [('', 'arrays', 'values', 'bytes', '')]
+  rows.append(('restored', *_sums(restored), _dtypes(restored)))
+  initialised = initialised or {}
+  rows.append(('initialised', *_sums(initialised), _some(initialised)))
+  left = {
+    path: math.prod(leaf.shape) * leaf.dtype.itemsize
+    for path, leaf in source.leaves.items()
+    if path not in restored
+  }
+  ignored: dict[str, int | None] = {**left, **source.ignored}
+  known = [size for size in ignored.values() if size is not None]
+  size = format_bytes(sum(known)) if len(known) == len(ignored) else '?'
+  rows.append(('ignored', f'{len(ignored):,}', '', size, _some(ignored)))
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    '  '.join(
+      text.ljust(w) if i in (0, 4) else text.rjust(w)
+      for i, (text, w) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  ]
+  return '\n'.join([f'from the {source.where}', *lines])
+
+
+def _sums(arrays: Mapping[str, Shaped]) -> tuple[str, str, str]:
+  count = sum(math.prod(x.shape) for x in arrays.values())
+  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays.values())
+  return f'{len(arrays):,}', f'{count:,}', format_bytes(size)
+
+
+def _dtypes(arrays: Mapping[str, Shaped]) -> str:
+  return ', '.join(sorted({x.dtype.name for x in arrays.values()}))
+
+
+def _some(paths: Iterable[str]) -> str:
+  """A few names; many are told by what they begin with.
+
+  state/param_states/encoder/..., state/param_states/decoder/... ->
+  state/param_states/...
+  """
+  names = list(paths)
+  if len(names) > SHOWN:
+    names = list(dict.fromkeys(_top(name) for name in names))
+  more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
+  return ', '.join(names[:SHOWN]) + more
+
+
+def _top(name: str) -> str:
+  parts = name.split('/')
+  return '/'.join(parts[:2] + ['...']) if len(parts) > 2 else name

@@ -1,0 +1,118 @@
+"""The commands export, import, convert and inspect: their flags, their calls.
+
+They copy files: no accelerator is used, and no gin file.
+"""
+
+import argparse
+import json
+
+COMMANDS = {
+  'export': 'write a prompt for PEFT, T5X, or as a plain file',
+  'import': "write another program's prompt as ptune's",
+  'convert': "copy a model between T5X's and Hugging Face's layout",
+  'inspect': 'say what a file or directory is',
+}
+
+
+def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of a command of COMMANDS."""
+  if command == 'inspect':
+    parser.add_argument('path', help='a checkpoint, run, prompt or adapter')
+    parser.add_argument('--json', action='store_true', help='print JSON')
+    parser.add_argument(
+      '--fingerprint',
+      action='store_true',
+      help='read a base model to its end, for its fingerprint',
+    )
+    return
+  if command == 'export':
+    parser.add_argument(
+      '--prompt',
+      required=True,
+      help='a MODEL_DIR (its best prompt is taken), a .npy file, an adapter',
+    )
+    parser.add_argument(
+      '--format', required=True, choices=['npy', 'peft', 't5x', 'safetensors']
+    )
+    parser.add_argument(
+      '--base',
+      help='the model that the prompt was trained on; that of its run if not'
+      ' given',
+    )
+    parser.add_argument(
+      '--base_name', help='what PEFT shall call it, such as google/t5-v1_1-base'
+    )
+  else:
+    parser.add_argument('path', help='what is read')
+  if command == 'convert':
+    parser.add_argument(
+      '--format', required=True, choices=['t5x', 'huggingface']
+    )
+    parser.add_argument(
+      '--activations',
+      type=lambda text: tuple(text.split(',')),
+      help='of the MLP, such as gelu,linear; T5X does not say them',
+    )
+    parser.add_argument(
+      '--base_only',
+      action='store_true',
+      help='leave out prompts and other adapters',
+    )
+  if command == 'import':
+    parser.add_argument(
+      '--task', type=int, help='which prompt, of a multi-task PEFT adapter'
+    )
+  else:
+    parser.add_argument(
+      '--step', type=int, help='the training step of a T5X checkpoint'
+    )
+  parser.add_argument('--output', required=True, help='what is written')
+  parser.add_argument(
+    '--overwrite', action='store_true', help='replace what is there'
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  """Runs the command `args.program`, and prints what it did.
+
+  Raises:
+    ValueError, OSError: what a user can mend.
+  """
+  if args.program == 'inspect':
+    from ptune.convert import inspection
+
+    found = inspection.inspect(args.path, fingerprint=args.fingerprint)
+    print(json.dumps(found) if args.json else inspection.text(found))
+    return
+  if args.program == 'convert':
+    from ptune.convert.conversion import convert
+
+    lines = convert(
+      args.path,
+      args.format,
+      args.output,
+      step=args.step,
+      activations=args.activations,
+      base_only=args.base_only,
+      overwrite=args.overwrite,
+    )
+    print('\n'.join(lines))
+    return
+  from ptune.convert.export import export
+  from ptune.convert.prompts import read_prompt
+
+  if args.program == 'import':
+    prompt = read_prompt(args.path, args.task)
+    lines = export(prompt, 'npy', args.output, overwrite=args.overwrite)
+  else:
+    prompt = read_prompt(args.prompt)
+    lines = export(
+      prompt,
+      args.format,
+      args.output,
+      base=args.base,
+      base_name=args.base_name,
+      step=args.step,
+      overwrite=args.overwrite,
+    )
+  print('\n'.join([*prompt.notes, *lines]))

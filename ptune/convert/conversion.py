@@ -1,0 +1,99 @@
+"""`ptune convert`: whole models, from any layout to T5X's or Hugging Face's.
+
+Bit by bit: values are copied as they are, and transposed where torch wants it.
+"""
+
+from etils import epath
+
+from ptune.convert import identity, open_checkpoint, output
+from ptune.convert.source import Source
+
+# What a directory must hold one of, to be replaced as an earlier output.
+MARKS = {'t5x': ('checkpoint',), 'huggingface': ('config.json',)}
+
+
+def convert(
+  path: epath.PathLike,
+  layout: str,
+  directory: epath.PathLike,
+  *,
+  step: int | None = None,
+  activations: tuple[str, ...] | None = None,
+  base_only: bool = False,
+  overwrite: bool = False,
+) -> list[str]:
+  """Writes a model in another layout; holds one array at a time.
+
+  Args:
+    path: What `open_checkpoint` takes.
+    layout: 't5x' (the older layout, which T5X reads with any setting) or
+      'huggingface'.
+    directory: Where to.
+    step: The training step; that of the checkpoint if not given. Adafactor's
+      decay goes on from it.
+    activations: Of the MLP, where the files do not say it and it is not that
+      of the published models.
+    base_only: Leaves out prompts and other adapters.
+    overwrite: Replaces an earlier output.
+
+  Returns:
+    Lines that say what was done.
+
+  Raises:
+    ValueError: it is no whole model, a value is NaN or infinite, or the output
+      is there.
+  """
+  target = output.check(
+    directory, overwrite, MARKS[layout], inputs=(str(path),)
+  )
+  source = open_checkpoint(path)
+  config = identity.config(
+    source, **({'mlp_activations': activations} if activations else {})
+  )
+  _check_activations(source, activations)
+  identity.check_whole(source, config)
+  leaves = identity.base_leaves(source)
+  beyond = sorted(source.leaves.keys() - leaves.keys())
+  if beyond and not base_only:
+    raise ValueError(
+      f'{path} holds more than the model, which has no place in the other '
+      'layout:\n'
+      + '\n'.join(f'  {name}' for name in beyond)
+      + '\nTake a prompt with ptune import, and leave it out here with '
+      '--base_only'
+    )
+  step = source.step if step is None else step
+  checksums = identity.Checksums()
+  read = {name: checksums.reading(name, x) for name, x in leaves.items()}
+  with output.new_directory(target) as temporary:
+    if layout == 't5x':
+      from ptune.convert.t5x import write_t5x
+
+      write_t5x(temporary, read, step or 0)
+    else:
+      from ptune.convert.huggingface import write_huggingface
+
+      write_huggingface(temporary, read, config, step)
+    # Reads its own names and shapes again, before anything is replaced.
+    written = open_checkpoint(temporary)
+    assert written.shapes == {name: x.shape for name, x in leaves.items()}
+  lines = [f'read {source.describe()}', f'base {checksums.digest()}']
+  if layout == 'huggingface' and source.activations is None:
+    lines.append(
+      f'mlp_activations {config.mlp_activations} were taken: T5X does not say '
+      'them; --activations sets others'
+    )
+  if layout == 't5x' and step is None:
+    lines.append('the step was taken as 0: --step=N sets another')
+  return [*lines, f'wrote {target}']
+
+
+def _check_activations(
+  source: Source, activations: tuple[str, ...] | None
+) -> None:
+  said = source.activations
+  if activations and said and activations != said:
+    raise ValueError(
+      f'--activations={",".join(activations)}, but the {source.where} says '
+      f'{",".join(said)}'
+    )

@@ -1,0 +1,244 @@
+"""`ptune export` and `ptune import`: a prompt for other programs, or for ours.
+
+npy          PATH.npy [prompt, embed] and PATH.json, as a run writes them
+safetensors  one file, with what is known of the prompt in its metadata
+peft         a directory that PeftModel.from_pretrained loads
+t5x          a whole checkpoint: the base model, and the prompt in it
+"""
+
+import io
+import json
+import os
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ptune.convert import (
+  identity,
+  open_checkpoint,
+  output,
+  peft,
+  safetensors_files,
+)
+from ptune.convert.huggingface import read_json
+from ptune.convert.prompts import FACTS, PATH, Prompt
+from ptune.convert.source import Leaf, Source
+
+FORMATS = ('npy', 'peft', 't5x', 'safetensors')
+
+# What a directory must hold one of, to be replaced as an earlier output.
+MARKS = {'peft': (peft.CONFIG,), 't5x': ('checkpoint',)}
+
+
+def export(
+  prompt: Prompt,
+  layout: str,
+  path: epath.PathLike,
+  *,
+  base: str | None = None,
+  base_name: str | None = None,
+  step: int | None = None,
+  overwrite: bool = False,
+) -> list[str]:
+  """Writes a prompt.
+
+  Args:
+    prompt: From `prompts.read_prompt`.
+    layout: One of FORMATS.
+    path: The file or directory to be written.
+    base: The base model, as `open_checkpoint` takes it. If not given, the one
+      that the prompt's run was started from, where that is still there. It
+      must be the model that the prompt was trained on.
+    base_name: What PEFT shall call the base model, such as
+      'google/t5-v1_1-base'.
+    step: The step of a T5X checkpoint; that of the base and the prompt's if
+      not given.
+    overwrite: Replaces an earlier output.
+
+  Returns:
+    Lines that say what was done.
+
+  Raises:
+    ValueError: the prompt is not for this format, the base is another model,
+      or the output is there.
+  """
+  if layout not in FORMATS:
+    raise ValueError(f'--format={layout}; expected one of {", ".join(FORMATS)}')
+  if layout == 'npy':
+    path = f'{os.fspath(path).removesuffix(".npy")}.npy'
+  inputs = [p for p in (prompt.path, base) if p]
+  marks = MARKS.get(layout, ())
+  target = output.check(path, overwrite, marks, inputs=tuple(inputs))
+  if layout == 'npy':
+    return _export_npy(prompt, target, overwrite)
+  if layout == 'safetensors':
+    return _export_safetensors(prompt, target)
+  method = prompt.facts.get('method', 'prompt')
+  if method != 'prompt':
+    raise ValueError(
+      f'{prompt.path} was trained by method {method!r}; {layout} puts a prompt '
+      'before the first token, and nothing else, so that it would mean '
+      'something else there. Export it as npy or safetensors'
+    )
+  named = base is not None
+  base = base or _recorded_base(prompt)
+  if base is None and layout == 't5x':
+    raise ValueError(
+      'A T5X checkpoint holds the base model too; name it with --base=PATH'
+    )
+  lines = []
+  source = None
+  if base is not None:
+    try:
+      source = open_checkpoint(base)
+    except (ValueError, OSError) as error:
+      if named or layout == 't5x':
+        raise
+      reason = str(error).splitlines()[0]
+      lines.append(f'the base model of the run cannot be opened: {reason}')
+  if source is not None:
+    lines.append(f'base {source.describe()}')
+    _check_width(prompt, source)
+  if layout == 't5x':
+    assert source is not None
+    return lines + _export_t5x(prompt, target, source, step)
+  return lines + _export_peft(prompt, target, source, base, base_name)
+
+
+def _facts(prompt: Prompt) -> dict[str, Any]:
+  """What is written beside a prompt."""
+  return {
+    **prompt.facts,
+    'prompt_length': prompt.array.shape[0],
+    'read_from': prompt.path,
+  }
+
+
+def _text(prompt: Prompt) -> str:
+  rows, width = prompt.array.shape
+  return f'prompt of {rows} x {width} from {prompt.path}'
+
+
+def _export_npy(
+  prompt: Prompt, target: epath.Path, overwrite: bool
+) -> list[str]:
+  beside = target.with_suffix('.json')
+  output.check(beside, overwrite)
+  buffer = io.BytesIO()
+  np.save(buffer, prompt.array)
+  facts = json.dumps(_facts(prompt), indent=2) + '\n'
+  # First what is known of it: a prompt is never there without.
+  output.write_file(beside, facts.encode())
+  output.write_file(target, buffer.getvalue())
+  return [f'wrote {target}: {_text(prompt)}', f'wrote {beside}']
+
+
+def _export_safetensors(prompt: Prompt, target: epath.Path) -> list[str]:
+  array = prompt.array
+  rows = Leaf(array.shape, array.dtype, array.__getitem__)
+  facts = json.dumps(_facts(prompt))
+  with output.new_file(target) as temporary:
+    safetensors_files.write_file(temporary, {peft.ROWS: rows}, {FACTS: facts})
+  return [f'wrote {target}: {_text(prompt)}']
+
+
+def _export_peft(
+  prompt: Prompt,
+  target: epath.Path,
+  source: Source | None,
+  base: str | None,
+  name: str | None,
+) -> list[str]:
+  lines = []
+  sizes: dict[str, Any] = {}
+  if source is not None:
+    sizes = identity.facts(source)
+    if 'base' in prompt.facts:
+      lines.append(_check_base(prompt, source, identity.fingerprint(source)))
+    else:
+      lines.append(_UNKNOWN_BASE)
+  if name is None and source is not None and source.kind == 'huggingface':
+    name = str(base)
+    if name.startswith('hf://'):
+      name = name.removeprefix('hf://').partition('@')[0]
+    else:
+      name = os.path.abspath(os.path.expanduser(name))
+  name = name or prompt.facts.get('base_model')
+  if name is None:
+    lines.append(
+      'no Hugging Face model is named, so load it as PeftModel.from_pretrained('
+      'model, path); --base_name=org/name sets one'
+    )
+  with output.new_directory(target) as temporary:
+    peft.write_peft(temporary, prompt.array, _facts(prompt), sizes, name)
+  return [*lines, f'wrote {target}: {_text(prompt)}']
+
+
+def _export_t5x(
+  prompt: Prompt, target: epath.Path, source: Source, step: int | None
+) -> list[str]:
+  from ptune.convert.t5x import write_t5x
+
+  leaves = identity.base_leaves(source)
+  identity.check_whole(source, identity.config(source))
+  checksums = identity.Checksums()
+  read = {name: checksums.reading(name, x) for name, x in leaves.items()}
+  array = prompt.array
+  read[PATH] = Leaf(array.shape, array.dtype, array.__getitem__)
+  if step is None:
+    step = _step(prompt, source)
+  with output.new_directory(target) as temporary:
+    write_t5x(temporary, read, step, trained=(PATH,))
+    base = _UNKNOWN_BASE
+    if 'base' in prompt.facts:
+      base = _check_base(prompt, source, checksums.digest())
+  return [
+    base,
+    f'wrote {target}: step {step}, {_text(prompt)} at {PATH}',
+  ]
+
+
+_UNKNOWN_BASE = (
+  'nothing says on which model the prompt was trained; its width alone was '
+  'compared with the base'
+)
+
+
+def _check_base(prompt: Prompt, source: Source, fingerprint: str) -> str:
+  """Compares fingerprints; says that they are equal."""
+  if fingerprint != prompt.facts['base']:
+    raise ValueError(
+      f'{prompt.path} was trained on a model of fingerprint '
+      f'{prompt.facts["base"]}; the {source.where} has {fingerprint}. Nothing '
+      'was written. Give the model that it was trained on as --base'
+    )
+  return f'base {fingerprint}: the model that the prompt was trained on'
+
+
+def _check_width(prompt: Prompt, source: Source) -> None:
+  width = identity.facts(source).get('emb_dim')
+  if width != prompt.array.shape[1]:
+    raise ValueError(
+      f'{prompt.path} is {list(prompt.array.shape)} [prompt, embed], but embed '
+      f'is {width} in the {source.describe()}. Give the model that it was '
+      'trained on as --base'
+    )
+
+
+def _step(prompt: Prompt, source: Source) -> int:
+  """T5X's steps go on from those of the base."""
+  for key, before in (('t5x_step', 0), ('step', source.step or 0)):
+    steps = prompt.facts.get(key)
+    if isinstance(steps, int) and 0 <= steps < 2**31 - before:
+      return before + steps
+  return source.step or 0
+
+
+def _recorded_base(prompt: Prompt) -> str | None:
+  """The base that the run was started from, of a prompt in its MODEL_DIR."""
+  run = epath.Path(prompt.path).parent.parent / 'run.json'
+  if prompt.kind != 'npy' or not run.is_file():
+    return None
+  base = read_json(run).get('initial_checkpoint_path')
+  return base if isinstance(base, str) else None

@@ -1,0 +1,50 @@
+"""Models on the Hugging Face Hub, by name: hf://google/flan-t5-base."""
+
+import re
+
+from etils import epath
+
+# No weights but safetensors: the others are pickles, or of other frameworks.
+FILES = ('*.json', '*.safetensors', '*.model')
+SCHEME = 'hf://'
+
+
+def download(name: str) -> epath.Path:
+  """Brings a repository's files into the local cache of huggingface_hub.
+
+  Args:
+    name: hf://org/name, or hf://org/name@revision.
+
+  Returns:
+    The directory; without network, the one of an earlier call.
+
+  Raises:
+    ValueError: huggingface_hub is not installed, there is no such repository,
+      or neither network nor an earlier copy.
+  """
+  match = re.fullmatch(r'hf://([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?', name)
+  if not match:
+    raise ValueError(
+      f'{name} is no name on the Hub; expected hf://org/name or '
+      'hf://org/name@revision'
+    )
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise ValueError(
+      f'{name} needs huggingface_hub: pip install huggingface_hub. Or download '
+      'the directory, and give its path'
+    ) from error
+  try:
+    return epath.Path(
+      huggingface_hub.snapshot_download(
+        match[1], revision=match[2], allow_patterns=list(FILES)
+      )
+    )
+  # Its errors come from HTTP, the file system and its own checks.
+  except Exception as error:
+    raise ValueError(
+      f'{name} cannot be downloaded, and is not in the local cache: '
+      f'{type(error).__name__}: {error}\nWithout network, give the path of a '
+      'directory that was downloaded elsewhere'
+    ) from error

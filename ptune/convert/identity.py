@@ -1,0 +1,223 @@
+"""Which model a checkpoint holds: by name, by its sizes, by its weights."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ptune.convert.layout import layout, shapes
+from ptune.convert.source import (
+  Index,
+  Leaf,
+  Source,
+  is_finite,
+  parts,
+  sizes,
+)
+from ptune.network import SIZES, T5Config
+
+# The fields of T5Config that tell one model from another; the rest (dropout,
+# dtype) is free.
+FIELDS = (
+  'vocab_size',
+  'emb_dim',
+  'num_heads',
+  'head_dim',
+  'mlp_dim',
+  'num_encoder_layers',
+  'num_decoder_layers',
+  'mlp_activations',
+  'logits_via_embedding',
+  'relative_attention_num_buckets',
+)
+
+
+def facts(source: Source) -> dict[str, Any]:
+  """The fields of T5Config that a checkpoint tells.
+
+  T5X's files do not name the activation: there, mlp_activations has '?' for
+  it, and tells only whether the MLP is gated.
+  """
+  found = sizes(source.shapes)
+  gated = found.pop('gated', None)
+  if source.activations is not None:
+    found['mlp_activations'] = source.activations
+  elif gated is not None:
+    found['mlp_activations'] = ('?', 'linear') if gated else ('?',)
+  return {field: found[field] for field in FIELDS if field in found}
+
+
+def names(found: Mapping[str, Any]) -> list[str]:
+  """The published models that have these facts: ['t5_1_1_base', ...].
+
+  Several where one network has several names, none where a fact is missing.
+  """
+  if set(found) != set(FIELDS):
+    return []
+  return [
+    name for name, config in SIZES.items() if not _differing(found, config)
+  ]
+
+
+def config(source: Source, **changes: Any) -> T5Config:
+  """The configuration of a whole model that lies in a checkpoint.
+
+  Args:
+    source: The checkpoint.
+    **changes: Fields that it does not tell, such as `dtype`; mlp_activations
+      too where the files are T5X's (the published models' if not given).
+
+  Raises:
+    ValueError: it holds no whole model.
+  """
+  found = facts(source)
+  missing = sorted(set(FIELDS) - set(found))
+  if missing:
+    raise ValueError(
+      f'The {source.describe()} is no whole model: it does not tell {missing}.'
+    )
+  if '?' in found['mlp_activations']:
+    gated = len(found['mlp_activations']) == 2
+    found['mlp_activations'] = ('gelu', 'linear') if gated else ('relu',)
+  return T5Config(**{**found, **changes})
+
+
+def check_whole(source: Source, config: T5Config) -> None:
+  """Raises ValueError where parameters of a model are missing or misshapen."""
+  expected = shapes(config)
+  got = {path: leaf.shape for path, leaf in base_leaves(source).items()}
+  wrong = [
+    f'  {path}: {list(got[path]) if path in got else "missing"}, expected '
+    f'{list(expected[path]) if path in expected else "none"}'
+    for path in sorted(expected.keys() | got.keys())
+    if got.get(path) != expected.get(path)
+  ]
+  if wrong:
+    raise ValueError(
+      f'The {source.describe()} is no whole model:\n' + '\n'.join(wrong)
+    )
+
+
+def check_config(source: Source, config: T5Config) -> None:
+  """Raises ValueError where a checkpoint holds another model than configured.
+
+  Its text shows both, and names the gin file to take. What the shapes of the
+  parameters cannot tell is compared too: the activation.
+  """
+  found = facts(source)
+  differing = _differing(found, config)
+  if not differing:
+    return
+  theirs = names(found)
+  ours = [name for name in SIZES if not _differing(_all(config), SIZES[name])]
+  rows = [('', 'checkpoint', 'model')]
+  rows += [(f, str(found[f]), str(getattr(config, f))) for f in differing]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  table = '\n'.join(
+    '  ' + '  '.join(map(str.ljust, row, widths)).rstrip() for row in rows
+  )
+  advice = 'No published model is like this checkpoint; set network.t5 in a gin'
+  advice += ' file of your own.'
+  if theirs:
+    advice = f'Take --gin_file=models/{theirs[0]}.gin.'
+  raise ValueError(
+    'The checkpoint does not fit the model; nothing was restored.\n'
+    f'checkpoint: {" or ".join(theirs) or "no published size"}\n'
+    f'model: {" or ".join(ours) or "no published size"}\n'
+    f'{table}\nGiven: {source.describe()}\n{advice}'
+  )
+
+
+def _all(config: T5Config) -> dict[str, Any]:
+  return {field: getattr(config, field) for field in FIELDS}
+
+
+def _differing(found: Mapping[str, Any], config: T5Config) -> list[str]:
+  def same(field: str) -> bool:
+    got, expected = found[field], getattr(config, field)
+    if field != 'mlp_activations':
+      return got == expected
+    return len(got) == len(expected) and all(
+      a in ('?', b) for a, b in zip(got, expected, strict=True)
+    )
+
+  return [field for field in FIELDS if field in found and not same(field)]
+
+
+def base_leaves(source: Source) -> dict[str, Leaf]:
+  """The parameters of the model itself, without prompts and other adapters."""
+  found = sizes(source.shapes)
+  table = layout(
+    range(found.get('num_encoder_layers', 0)),
+    range(found.get('num_decoder_layers', 0)),
+  )
+  return {path: leaf for path, leaf in source.leaves.items() if path in table}
+
+
+def fingerprint(source: Source) -> str:
+  """What `checkpoints.fingerprint` gives of the base; holds a leaf at a time.
+
+  Raises:
+    ValueError: a value is NaN or infinite.
+  """
+  checksums = Checksums()
+  for path, leaf in base_leaves(source).items():
+    checksums.reading(path, leaf).read()
+  return checksums.digest()
+
+
+class Checksums:
+  """The fingerprint of parameters that are read for another end as well.
+
+  The sums of `checkpoints.fingerprint`, by NumPy and block by block: no device
+  is needed, nor the whole model.
+  """
+
+  def __init__(self):
+    self._lines: dict[str, str] = {}
+
+  def reading(self, path: str, leaf: Leaf) -> Leaf:
+    """The leaf; it takes part in the fingerprint when it is read whole.
+
+    Reading it raises ValueError where a value is NaN or infinite.
+    """
+
+    def fetch(index: Index) -> np.ndarray:
+      array = leaf.fetch(index)
+      if not is_finite(array):
+        raise ValueError(
+          f'{path} {list(leaf.shape)} has values that are NaN or infinite; the '
+          'checkpoint is damaged, or was written after its training diverged'
+        )
+      if array.shape == leaf.shape:
+        self._lines[path] = f'{path} {array.shape} {_checksum(array)}\n'
+      return array
+
+    return Leaf(leaf.shape, leaf.dtype, fetch)
+
+  def digest(self) -> str:
+    """16 hexadecimal digits, of what was read so far."""
+    text = ''.join(self._lines[path] for path in sorted(self._lines))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _checksum(array: np.ndarray) -> int:
+  """The sum of the values as bfloat16 bits, each weighted by its position."""
+  total = 0
+  first = 0
+  for part in parts(array):
+    half = part.astype(np.float32, copy=False).astype(jnp.bfloat16)
+    bits = half.view(np.uint16).astype(np.uint32)
+    weights = np.full((1,) * bits.ndim, 31**bits.ndim % 2**32, np.uint32)
+    for axis, size in enumerate(bits.shape):
+      start = first if axis == 0 else 0
+      factor = 2654435761 * 31 ** (bits.ndim - 1 - axis) % 2**32
+      along = np.arange(start + 1, start + size + 1, dtype=np.uint32)
+      along = along * np.uint32(factor)
+      shape = (1,) * axis + (size,) + (1,) * (bits.ndim - 1 - axis)
+      weights = weights + along.reshape(shape)
+    total += int(np.sum(bits * weights, dtype=np.uint32))
+    first += part.shape[0] if part.ndim else 0
+  return total % 2**32

@@ -1,0 +1,111 @@
+"""The parameters of a T5: their shapes, and what Hugging Face calls them.
+
+torch keeps a kernel as [out, in], T5X as [in, out]. The table serves both
+directions.
+"""
+
+from collections.abc import Iterable
+
+from ptune.convert.source import EMBEDDING, LOGITS, Shape
+from ptune.network import T5Config
+
+HEAD = 'lm_head.weight'
+
+# The shared embedding under its other names: torch saves whichever of a shared
+# tensor's names it likes.
+EMBEDDINGS = (
+  'shared.weight',
+  'encoder.embed_tokens.weight',
+  'decoder.embed_tokens.weight',
+)
+
+# In the published T5 1.0 files; no released code has used it.
+STRAY = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
+
+ATTENTION = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
+DENSE = {name: name for name in ('wi', 'wi_0', 'wi_1', 'wo')}
+# Of a layer, in order: our module and its norm, their module, its kernels.
+SUBLAYERS = {
+  'encoder': (
+    ('attention', 'pre_attention_layer_norm', 'SelfAttention', ATTENTION),
+    ('mlp', 'pre_mlp_layer_norm', 'DenseReluDense', DENSE),
+  ),
+  'decoder': (
+    (
+      'self_attention',
+      'pre_self_attention_layer_norm',
+      'SelfAttention',
+      ATTENTION,
+    ),
+    (
+      'encoder_decoder_attention',
+      'pre_cross_attention_layer_norm',
+      'EncDecAttention',
+      ATTENTION,
+    ),
+    ('mlp', 'pre_mlp_layer_norm', 'DenseReluDense', DENSE),
+  ),
+}
+
+
+def layout(
+  encoder_layers: Iterable[int], decoder_layers: Iterable[int]
+) -> dict[str, tuple[str, bool]]:
+  """Maps T5X parameters to (Hugging Face name, transposed).
+
+  'encoder/layers_0/mlp/wo/kernel' ->
+  ('encoder.block.0.layer.1.DenseReluDense.wo.weight', True)
+
+  Args:
+    encoder_layers: Numbers of the encoder's layers.
+    decoder_layers: Numbers of the decoder's layers.
+
+  Returns:
+    Every parameter that one or another member of the family has: gated and
+    plain MLPs, with and without an output kernel.
+  """
+  table = {EMBEDDING: (EMBEDDINGS[0], False), LOGITS: (HEAD, True)}
+  for stack, layers in (
+    ('encoder', encoder_layers),
+    ('decoder', decoder_layers),
+  ):
+    bias = 'block.0.layer.0.SelfAttention.relative_attention_bias.weight'
+    table[f'{stack}/relpos_bias/rel_embedding'] = (f'{stack}.{bias}', True)
+    norm = f'{stack}.final_layer_norm.weight'
+    table[f'{stack}/{stack}_norm/scale'] = (norm, False)
+    for i in layers:
+      for j, (module, norm, theirs, kernels) in enumerate(SUBLAYERS[stack]):
+        ours, block = f'{stack}/layers_{i}', f'{stack}.block.{i}.layer.{j}'
+        table[f'{ours}/{norm}/scale'] = (f'{block}.layer_norm.weight', False)
+        for kernel, short in kernels.items():
+          weight = f'{block}.{theirs}.{short}.weight'
+          table[f'{ours}/{module}/{kernel}/kernel'] = (weight, True)
+  return table
+
+
+def shapes(config: T5Config) -> dict[str, Shape]:
+  """What `network.parameters` says of a model, without tracing it."""
+  embed, mlp = config.emb_dim, config.mlp_dim
+  joined = config.num_heads * config.head_dim
+  by_name = {
+    EMBEDDING: (config.vocab_size, embed),
+    LOGITS: (embed, config.vocab_size),
+    'rel_embedding': (config.num_heads, config.relative_attention_num_buckets),
+    'scale': (embed,),
+    'out': (joined, embed),
+    'wo': (mlp, embed),
+    **dict.fromkeys(('query', 'key', 'value'), (embed, joined)),
+    **dict.fromkeys(('wi', 'wi_0', 'wi_1'), (embed, mlp)),
+  }
+  gated = len(config.mlp_activations) > 1
+  absent = {'wi'} if gated else {'wi_0', 'wi_1'}
+  found = {}
+  for path in layout(
+    range(config.num_encoder_layers), range(config.num_decoder_layers)
+  ):
+    *_, module, name = path.split('/')
+    if module in absent or (path == LOGITS and config.logits_via_embedding):
+      continue
+    key = path if path in by_name else module if name == 'kernel' else name
+    found[path] = by_name[key]
+  return found

@@ -1,0 +1,225 @@
+"""A prompt, wherever it lies: found, read, checked.
+
+MODEL_DIR of ptune, its prompts/, one .npy   the best, else the newest
+MODEL_DIR of the paper's implementation      numpy_checkpoints/checkpoint_N
+a PEFT adapter                               see `peft`
+a .safetensors file                          written by `ptune export`
+a checkpoint of T5X or ptune                 encoder/prompt/prompt/prompt
+"""
+
+import dataclasses
+import json
+import math
+import re
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ptune.convert import open_checkpoint, peft, safetensors_files
+from ptune.convert.huggingface import read_json
+from ptune.methods.prompt import PATH
+
+# What the paper's implementation calls the prompt's file.
+REFERENCE_FILE = 'encoder.prompt.prompt.prompt'
+REFERENCE_DIRECTORY = 'numpy_checkpoints'
+# Where a .safetensors file keeps what is known of its prompt.
+FACTS = 'ptune'
+
+EXPECTED = """\
+Expected a prompt: a .npy file, the MODEL_DIR of a run (ptune's, or the paper's
+implementation's with numpy_checkpoints/), a PEFT adapter, a .safetensors file
+of ptune export, or a checkpoint of T5X or ptune that holds a prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """A prompt, and what is known of it.
+
+  Attributes:
+    array: [prompt, embed] float32.
+    path: The file or directory that it was read from.
+    kind: 'npy', 'peft', 'safetensors', or the kind of a checkpoint.
+    facts: As in `prompts/step_N.json`: step, task, scores, base (the
+      fingerprint of the model it was trained on), method. Only what is known.
+      T5X counts the steps of the base too: `t5x_step`.
+    notes: What a user should know of how it was read.
+  """
+
+  array: np.ndarray
+  path: str
+  kind: str
+  facts: dict[str, Any]
+  notes: tuple[str, ...] = ()
+
+
+def read_prompt(path: epath.PathLike, task: int | None = None) -> Prompt:
+  """Reads a prompt, whoever wrote it.
+
+  Args:
+    path: See the module. Of a run, the best prompt is taken, or the newest
+      where none was evaluated.
+    task: Which task's prompt, of a multi-task PEFT adapter.
+
+  Raises:
+    FileNotFoundError: nothing is there.
+    ValueError: there is no prompt, or its file is damaged.
+  """
+  place = find(path)
+  if task is not None and not (place / peft.CONFIG).exists():
+    raise ValueError(f'{place} is one prompt: there is no task to choose')
+  notes: list[str] = []
+  if (place / peft.CONFIG).exists():
+    kind, (array, facts, notes) = 'peft', peft.read_peft(place, task)
+  elif place.is_dir():
+    kind, array, facts = _of_checkpoint(place)
+  elif place.suffix == '.safetensors':
+    kind, (array, facts) = 'safetensors', _of_safetensors(place)
+  else:
+    kind, array, facts = 'npy', _of_npy(place), _beside(place)
+  array = _checked(array, place)
+  return Prompt(array, str(place), kind, facts, tuple(notes))
+
+
+def find(path: epath.PathLike) -> epath.Path:
+  """The file or directory of a prompt: MODEL_DIR -> MODEL_DIR/prompts/best.npy.
+
+  What is returned is a file, a PEFT adapter, or some other directory: then a
+  checkpoint, if anything.
+
+  Raises:
+    FileNotFoundError: nothing is at `path`.
+    ValueError: it holds nothing that could be a prompt.
+  """
+  if str(path).startswith('hf://'):
+    from ptune.convert.hub import download
+
+    path = download(str(path))
+  path = epath.Path(path).expanduser()
+  if not path.exists():
+    suffixed = epath.Path(f'{path}.npy')
+    if suffixed.is_file():
+      return suffixed
+    found = []
+    if path.parent.is_dir():
+      found = sorted(child.name for child in path.parent.iterdir())
+    raise FileNotFoundError(
+      f'Nothing is at {path}. In {path.parent}: '
+      f'{", ".join(found[:20]) or "nothing"}.\n{EXPECTED}'
+    )
+  if not path.is_dir():
+    return path
+  names = {child.name for child in path.iterdir()}
+  if peft.CONFIG in names:
+    return path
+  if 'prompts' in names and (written := _written(path / 'prompts')):
+    return written
+  if written := _written(path):
+    return written
+  if REFERENCE_FILE in names:
+    return path / REFERENCE_FILE
+  folder = path / REFERENCE_DIRECTORY if REFERENCE_DIRECTORY in names else path
+  steps = {
+    int(match[1]): child / REFERENCE_FILE
+    for child in folder.iterdir()
+    if (match := re.fullmatch(r'checkpoint_(\d{1,15})', child.name))
+    and (child / REFERENCE_FILE).is_file()
+  }
+  return steps[max(steps)] if steps else path
+
+
+def _written(folder: epath.Path) -> epath.Path | None:
+  """The best prompt of a `prompts/` directory, or its newest."""
+  if (folder / 'best.npy').is_file():
+    return folder / 'best.npy'
+  steps = {
+    int(match[1]): child
+    for child in folder.iterdir()
+    if (match := re.fullmatch(r'step_(\d{1,15})\.npy', child.name))
+  }
+  return steps[max(steps)] if steps else None
+
+
+def _beside(file: epath.Path) -> dict[str, Any]:
+  """What is known of the prompt in a file of NumPy's."""
+  facts = epath.Path(str(file).removesuffix('.npy') + '.json')
+  if facts.exists():
+    return read_json(facts)
+  match = re.fullmatch(r'checkpoint_(\d{1,15})', file.parent.name)
+  return {'t5x_step': int(match[1])} if match else {}
+
+
+def _of_checkpoint(path: epath.Path) -> tuple[str, np.ndarray, dict[str, Any]]:
+  source = open_checkpoint(path)
+  if PATH not in source.leaves:
+    others = sorted(name for name in source.leaves if 'prompt' in name)
+    raise ValueError(
+      f'The {source.describe()} holds no {PATH}.'
+      + ''.join(f'\n  it holds {name}' for name in others[:20])
+      + f'\n{EXPECTED}'
+    )
+  step = 'step' if source.kind == 'ptune' else 't5x_step'
+  facts = {} if source.step is None else {step: source.step}
+  return source.kind, source.leaves[PATH].read(), facts
+
+
+def _of_safetensors(file: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
+  tensors, metadata = safetensors_files.open_file(file)
+  if set(tensors) != {peft.ROWS}:
+    raise ValueError(
+      f'{file} holds {sorted(tensors)[:20]}; the file of a prompt holds '
+      f'{peft.ROWS} alone'
+    )
+  try:
+    facts = json.loads(metadata.get(FACTS, '{}'))
+  except (ValueError, RecursionError):
+    facts = None
+  if not isinstance(facts, dict):
+    raise ValueError(f'{file}: its metadata {FACTS!r} is no JSON object')
+  return tensors[peft.ROWS].read(), facts
+
+
+def _of_npy(file: epath.Path) -> np.ndarray:
+  """Reads NumPy's format, whatever the file's suffix; never a pickle."""
+  size = file.stat().length
+  try:
+    with file.open('rb') as f:
+      version = np.lib.format.read_magic(f)
+      read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+      }[version]
+      shape, transposed, dtype = read_header(f)
+      if dtype.hasobject:
+        raise ValueError('it holds pickled objects, which are not loaded')
+      # Before room is made for as much as the header says.
+      left = size - f.tell()
+      if left != math.prod(shape) * dtype.itemsize:
+        raise ValueError(
+          f'{left} bytes follow a header that says {list(shape)} {dtype}'
+        )
+      data = f.read()
+    order = 'F' if transposed else 'C'
+    return np.frombuffer(data, dtype).reshape(shape, order=order)
+  except (ValueError, EOFError, KeyError, TypeError, SyntaxError) as error:
+    raise ValueError(
+      f'{file} ({size} bytes) is no NumPy array file, or is damaged: {error}.\n'
+      f'{EXPECTED}'
+    ) from error
+
+
+def _checked(array: np.ndarray, place: epath.Path) -> np.ndarray:
+  """The array as float32; raises ValueError if it is no prompt."""
+  kind = array.dtype
+  numbers = np.issubdtype(kind, np.floating) or kind.name == 'bfloat16'
+  if array.ndim != 2 or not numbers or 0 in array.shape:
+    raise ValueError(
+      f'{place} holds {kind} {list(array.shape)}; a prompt is [prompt, embed] '
+      'floats'
+    )
+  # What is too large for float32 becomes infinite, and is reported so.
+  with np.errstate(over='ignore'):
+    array = np.ascontiguousarray(array, np.float32)
+  if not np.isfinite(array).all():
+    raise ValueError(f'{place} holds NaN or infinity')
+  return array

@@ -1,0 +1,114 @@
+"""Safetensors files: read slice by slice, written tensor by tensor.
+
+A file is a JSON header (name, dtype, shape and place of each tensor) and the
+tensors' bytes: https://github.com/huggingface/safetensors. Reading goes
+through that library; writing is done here, because it takes all tensors at
+once, and a model need not fit into memory.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from etils import epath
+
+from ptune.convert.source import Index, Leaf, nbytes
+
+DTYPES = {
+  'F64': 'float64',
+  'F32': 'float32',
+  'F16': 'float16',
+  'BF16': 'bfloat16',
+}
+
+
+@contextlib.contextmanager
+def _opened(file: epath.Path) -> Iterator[Any]:
+  """Maps a safetensors file, and says which file it was if that fails."""
+  try:
+    with safetensors.safe_open(str(file), framework='numpy') as tensors:
+      yield tensors
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(
+      f'{file} is missing, damaged or cut short; download it again. {error}'
+    ) from error
+
+
+def open_file(file: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
+  """Opens a local file; reads none of its values.
+
+  Returns:
+    Its tensors by name, as they are stored, and its metadata.
+
+  Raises:
+    ValueError: the file is damaged, or a tensor has a dtype that is not read.
+  """
+  found = {}
+  with _opened(file) as tensors:
+    metadata = dict(tensors.metadata() or {})
+    for name in tensors.keys():
+      view = tensors.get_slice(name)
+      found[name] = tuple(view.get_shape()), view.get_dtype()
+  unknown = [
+    f'  {name}: {dtype}'
+    for name, (_, dtype) in found.items()
+    if dtype not in DTYPES
+  ]
+  if unknown:
+    raise ValueError(
+      f'{file} has tensors of a dtype that is not read (expected '
+      f'{", ".join(DTYPES)}):\n' + '\n'.join(unknown)
+    )
+
+  def leaf(name: str, shape: tuple[int, ...], dtype: str) -> Leaf:
+    def fetch(index: Index) -> np.ndarray:
+      # Mapped anew for each read: pages of a mapping that stays open count as
+      # this process's memory until the whole file is in it.
+      with _opened(file) as tensors:
+        return tensors.get_slice(name)[index]
+
+    return Leaf(shape, jnp.dtype(DTYPES[dtype]), fetch)
+
+  leaves = {
+    name: leaf(name, shape, dtype) for name, (shape, dtype) in found.items()
+  }
+  return leaves, metadata
+
+
+def write_file(
+  file: epath.Path, tensors: Mapping[str, Leaf], metadata: Mapping[str, str]
+) -> None:
+  """Writes tensors one after the other; holds one at a time.
+
+  Args:
+    file: Where to; not atomic, see `output`.
+    tensors: By name.
+    metadata: Stored beside them; `format: pt` is added, which transformers
+      asks for.
+  """
+  names = {jnp.dtype(numpy): name for name, numpy in DTYPES.items()}
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt', **metadata}}
+  end = 0
+  # Wide dtypes first, so that every tensor is aligned.
+  order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
+  for name in order:
+    start, end = end, end + nbytes(tensors[name])
+    header[name] = {
+      'dtype': names[tensors[name].dtype],
+      'shape': list(tensors[name].shape),
+      'data_offsets': [start, end],
+    }
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)
+  with open(file, 'wb') as f:
+    f.write(len(text).to_bytes(8, 'little') + text)
+    for name in order:
+      block = np.ascontiguousarray(tensors[name].read())
+      f.write(block.reshape(-1).view(np.uint8).data)
+    f.flush()
+    os.fsync(f.fileno())

@@ -1,0 +1,89 @@
+"""The vocabulary that lies in a model's directory."""
+
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
+
+from ptune.convert.huggingface import BYT5, CONFIG, read_json
+
+if TYPE_CHECKING:
+  import seqio
+
+SENTENCEPIECE = ('spiece.model', 'sentencepiece.model', 'tokenizer.model')
+TOKENIZER = 'tokenizer_config.json'
+
+# Sentinels of T5 and mT5, which Hugging Face's files leave to its tokenizers.
+EXTRA_IDS = 100
+
+
+def vocabulary_of(path: epath.PathLike) -> 'seqio.Vocabulary':
+  """The vocabulary of a model, for the features of a SeqIO task.
+
+  Args:
+    path: A Hugging Face directory (or hf://org/name): its SentencePiece model,
+      or bytes for a ByT5. Or the SentencePiece file itself, local or gs://.
+
+  Returns:
+    The vocabulary; with the 100 sentinels at its end, where the file is
+    without them.
+
+  Raises:
+    FileNotFoundError: nothing is at `path`.
+    ValueError: there is no vocabulary, or it is damaged.
+  """
+  if str(path).startswith('hf://'):
+    from ptune.convert.hub import download
+
+    path = download(str(path))
+  path = epath.Path(path).expanduser()
+  if not path.exists():
+    raise FileNotFoundError(f'Nothing is at {path}, to read a vocabulary from.')
+  if not path.is_dir():
+    return _sentencepiece(path)
+  names = sorted(child.name for child in path.iterdir())
+  for name in SENTENCEPIECE:
+    if name in names:
+      return _sentencepiece(path / name)
+  config = read_json(path / CONFIG) if CONFIG in names else {}
+  tokenizer = read_json(path / TOKENIZER) if TOKENIZER in names else {}
+  if _of_bytes(config, tokenizer):
+    import seqio
+
+    # Three special tokens, the bytes, and sentinels in the rows that are left.
+    rows = config.get('vocab_size', BYT5)
+    return seqio.ByteVocabulary(extra_ids=max(0, int(rows) - 256 - 3))
+  message = f'{path} holds no vocabulary. Found: {", ".join(names)}. '
+  if 'tokenizer.json' in names:
+    message += 'tokenizer.json is not read. '
+  raise ValueError(
+    message + f'Copy the SentencePiece file of the model ({SENTENCEPIECE[0]}) '
+    'there, or give the path of that file'
+  )
+
+
+def _of_bytes(config: dict[str, Any], tokenizer: dict[str, Any]) -> bool:
+  classes = {config.get('tokenizer_class'), tokenizer.get('tokenizer_class')}
+  if classes & {'ByT5Tokenizer', 'ByT5TokenizerFast'}:
+    return True
+  return classes == {None} and config.get('vocab_size') == BYT5
+
+
+def _sentencepiece(file: epath.Path) -> 'seqio.Vocabulary':
+  import sentencepiece
+
+  processor = sentencepiece.SentencePieceProcessor()
+  try:
+    processor.LoadFromSerializedProto(file.read_bytes())
+  except (RuntimeError, OSError) as error:
+    raise ValueError(
+      f'{file} is no SentencePiece model, or is damaged: {error}'
+    ) from error
+  unknown = processor.unk_id()
+  extra = EXTRA_IDS
+  # T5X's vocabularies have them as pieces of their own.
+  for piece in ('<extra_id_0>', '▁<extra_id_0>'):
+    if processor.PieceToId(piece) not in (unknown, -1):
+      extra = 0
+  import seqio
+
+  return seqio.SentencePieceVocabulary(str(file), extra_ids=extra)

@@ -1,0 +1,39 @@
+"""The models that come with ptune; README.md in this directory is their card.
+
+On the command line a model is `ptune://NAME`, for example
+
+    --gin_file=models/tiny.gin --gin.INITIAL_CHECKPOINT_PATH="'ptune://tiny'"
+
+Each is a directory that Hugging Face's transformers can open: config.json and
+model.safetensors. All share one SentencePiece vocabulary.
+"""
+
+import pathlib
+
+SCHEME = 'ptune://'
+DIRECTORY = pathlib.Path(__file__).parent
+VOCABULARY = DIRECTORY / 'vocab.model'
+
+
+def names() -> list[str]:
+  """The models that are in the package."""
+  return sorted(file.parent.name for file in DIRECTORY.glob('*/config.json'))
+
+
+def directory(name: str) -> pathlib.Path:
+  """Where a model lies.
+
+  Args:
+    name: `tiny`, or `ptune://tiny`.
+
+  Raises:
+    ValueError: If there is no such model; those that there are are listed.
+  """
+  name = name.removeprefix(SCHEME).strip('/')
+  if name not in names():
+    raise ValueError(
+      f'{SCHEME}{name} does not come with ptune; there is'
+      f' {", ".join(SCHEME + known for known in names())}. Others are made by'
+      ' python -m ptune.pretrained.make'
+    )
+  return DIRECTORY / name

@@ -1,0 +1,539 @@
+"""Hosted by T5X: what `python -m t5x.train` needs to run ptune's modules.
+
+T5X keeps its programs, its trainer, partitioner and checkpoints; the files of
+`gin/t5x/` put in ptune's network, methods, prompt initialisers and optimizers,
+the same objects as under `ptune train`. This module is what lies between:
+
+    Model              the network under T5X's loss, metrics and decoding
+    logical_axis_rules axes that T5X does not know
+    factor_rules       the same, for T5X's own Adafactor
+    Trained            an optimizer that sees only what the method trains
+    Initializer        the base from a checkpoint, the adapter initialised
+    save_adapter       the prompt alone, beside each checkpoint
+    Reader             a checkpoint, or a base and a prompt file, to evaluate
+
+This is the only module that imports T5X, and nothing imports it: T5X is not on
+the package index (`t5x` there is an empty placeholder).
+"""
+
+try:
+  from t5x import adafactor as t5x_adafactor
+  from t5x import checkpoints as t5x_checkpoints
+  from t5x import decoding as t5x_decoding
+  from t5x import models as t5x_models
+  from t5x import optimizers as t5x_optimizers
+  from t5x import partitioning as t5x_partitioning
+  from t5x import utils as t5x_utils
+except ImportError as error:
+  raise ImportError(
+    'ptune.t5x_host needs T5X, which must be installed from'
+    ' https://github.com/google-research/t5x (the package t5x of the package'
+    f' index is an empty placeholder): {error}. Without T5X, use `ptune train`'
+  ) from error
+
+import dataclasses
+import functools
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from flax import serialization
+from flax.core import freeze, unfreeze
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ptune import data, optim, parameters, partitioning, prompt_init
+from ptune import models as models_lib
+from ptune import network as network_lib
+from ptune.adapters import Method
+from ptune.convert import open_checkpoint, restore
+
+Rules = list[tuple[str, str | None]]
+
+
+# ---------------------------------------------------------------------- model
+
+
+class Model(t5x_models.EncoderDecoderModel):
+  """ptune's network as an encoder-decoder of T5X.
+
+  Attributes:
+    config: The network's sizes.
+    method: What is added to the network, and trained.
+    task: The SeqIO task, whose vocabulary is the model's.
+  """
+
+  def __init__(
+    self,
+    config: network_lib.T5Config,
+    method: Method,
+    mixture_or_task_name: str,
+    mixture_or_task_module: str | Sequence[str] | None = None,
+    optimizer_def: t5x_optimizers.OptimizerDef | None = None,
+    loss: Callable[..., Any] = models_lib.EncoderDecoderModel,
+    decoding: models_lib.Decoding = models_lib.Decoding(),
+  ):
+    """Puts the model together.
+
+    Args:
+      config: The network's sizes.
+      method: What is added to the network, and trained.
+      mixture_or_task_name: The SeqIO task or mixture.
+      mixture_or_task_module: Imported first; registers the task.
+      optimizer_def: Needed to train.
+      loss: ptune's model; its loss settings are handed to T5X.
+      decoding: How predictions are made, unless T5X's own settings say
+        otherwise.
+    """
+    self.config = config
+    self.method = method
+    self.task = data.load_task(mixture_or_task_name, mixture_or_task_module)
+    data.check_vocabulary(self.task, config.vocab_size)
+    vocabulary = data.vocabulary(self.task)
+    network = network_lib.Transformer(config, method.placements)
+    settings = loss(network)
+    super().__init__(
+      module=network,
+      input_vocabulary=vocabulary,
+      output_vocabulary=vocabulary,
+      optimizer_def=optimizer_def,
+      decode_fn=_decode_fn(decoding),
+      z_loss=settings.z_loss,
+      label_smoothing=settings.label_smoothing,
+      loss_normalizing_factor=settings.loss_normalizing_factor,
+      default_decoder_params=t5x_models.DecoderParams(
+        num_decodes=decoding.num_beams
+      ),
+    )
+
+  def get_initial_variables(self, rng, input_shapes, input_types=None):
+    """Initialises with integer tokens: t5x.eval names no types."""
+    types = input_types or dict.fromkeys(input_shapes, jnp.int32)
+    return super().get_initial_variables(rng, input_shapes, types)
+
+
+def _decode_fn(how: models_lib.Decoding) -> Callable[..., Any]:
+  """T5X's decoding function with the settings of ptune's."""
+  if how.num_beams > 1:
+    return functools.partial(t5x_decoding.beam_search, alpha=how.alpha)
+  return functools.partial(
+    t5x_decoding.temperature_sample,
+    temperature=how.temperature or 1.0,
+    # T5X takes the best token where top_k is 1, ptune where temperature is 0.
+    topk=how.top_k if how.temperature else 1,
+    topp=how.top_p if how.temperature else 0.0,
+    # Scores are log probabilities: rescaled ones are 0 for a greedy choice.
+    rescale_log_probs=False,
+  )
+
+
+# ---------------------------------------------------------------------- rules
+
+
+def logical_axis_rules() -> Rules:
+  """The rules that T5X's standard ones lack, all of them replicated.
+
+  For `partitioning.standard_logical_axis_rules.additional_rules`.
+  """
+  known = {axis for axis, _ in t5x_partitioning.standard_logical_axis_rules()}
+  return [
+    (axis, over)
+    for axis, over in partitioning.LOGICAL_AXIS_RULES
+    if axis not in known
+  ]
+
+
+def factor_rules() -> Mapping[str, t5x_adafactor.FactorDim]:
+  """T5X's factor rules, and one for each axis that they lack.
+
+  For `adafactor.Adafactor.logical_factor_rules`, where T5X's Adafactor stands
+  in `Trained`. It wants a rule for every axis, though it goes by size, as
+  ptune's does, for arrays of at most two: a prompt is factored from 128 rows.
+  """
+  rules = unfreeze(t5x_adafactor.standard_logical_factor_rules())
+  for axis, _ in partitioning.LOGICAL_AXIS_RULES:
+    rules.setdefault(axis, t5x_adafactor.FactorDim.NONE)
+  return rules
+
+
+# ------------------------------------------------------------------ optimizer
+
+
+def optimizer(
+  make: Callable[..., optax.GradientTransformation] = optim.adafactor,
+  *,
+  method: Method,
+  initial_checkpoint_path: str,
+) -> 'Trained':
+  """An optimizer of ptune, for what a method trains.
+
+  Args:
+    make: One of `optim` (OPTIMIZER); called with `initial_step=`.
+    method: The method.
+    initial_checkpoint_path: The base model, whose step it is.
+  """
+  tx = make(initial_step=_step(initial_checkpoint_path))
+  return Trained(Optax(tx), method)
+
+
+def learning_rate(
+  schedule: optim.Schedule, *, initial_checkpoint_path: str
+) -> Callable[[jax.Array], Any]:
+  """A schedule of the run's own steps as one of T5X's, which go on counting.
+
+  For `trainer.Trainer.learning_rate_fn`: T5X's log, and T5X's own optimizers.
+  """
+  start = _step(initial_checkpoint_path)
+  return lambda step: schedule(step - start)
+
+
+def _step(initial_checkpoint_path: str) -> int:
+  return open_checkpoint(initial_checkpoint_path).step or 0
+
+
+class Trained(t5x_optimizers.OptimizerDef):
+  """An optimizer of T5X that is shown only the trained parameters.
+
+  Its state holds nothing of the frozen ones, not even None, which T5X's Orbax
+  checkpoints can save and not restore:
+
+      params        {encoder: {prompt: p, layers_0: ...}, decoder: ...}
+      param_states  {encoder: {prompt: v}}
+  """
+
+  def __init__(self, inner: t5x_optimizers.OptimizerDef, method: Method):
+    super().__init__(inner.hyper_params)
+    self.inner = inner
+    self._method = method
+
+  def _trained(self, tree: Any) -> dict[str, Any]:
+    """The trained part of a tree that is shaped like the parameters."""
+    flat = parameters.flatten(unfreeze(tree))
+    return parameters.unflatten(
+      {path: x for path, x in flat.items() if self._method.trains(path)}
+    )
+
+  def update_hyper_params(self, **overrides):
+    return self.inner.update_hyper_params(**overrides)
+
+  def set_param_axes(self, param_logical_axes):
+    if hasattr(self.inner, 'set_param_axes'):
+      self.inner.set_param_axes(self._trained(param_logical_axes))
+
+  def init_state(self, params):
+    return self.inner.init_state(self._trained(params))
+
+  def apply_gradient(self, hyper_params, params, state, grads):
+    trained, state = self.inner.apply_gradient(
+      hyper_params, self._trained(params), state, self._trained(grads)
+    )
+    merged = parameters.merge(unfreeze(params), trained)
+    frozen = isinstance(params, flax.core.FrozenDict)
+    return freeze(merged) if frozen else merged, state
+
+  def state_dict(self, target, state):
+    tree = self.inner.state_dict(self._trained(target), state)
+    return tree | {'target': serialization.to_state_dict(target)}
+
+  def restore_state(self, opt_target, opt_state, state_dict):
+    target = serialization.from_state_dict(opt_target, state_dict['target'])
+    _, state = self.inner.restore_state(
+      self._trained(opt_target),
+      opt_state,
+      {
+        'target': self._trained(state_dict['target']),
+        'state': state_dict['state'],
+      },
+    )
+    # T5X's Orbax mode restores counters in the parameters' type.
+    state = jax.tree.map(_like, opt_state, state)
+    return target, state
+
+  def derive_logical_axes(self, optimizer, param_logical_axes):
+    trained = t5x_optimizers.Optimizer(
+      self.inner, optimizer.state, self._trained(optimizer.target)
+    )
+    axes = self.inner.derive_logical_axes(
+      trained, self._trained(param_logical_axes)
+    )
+    return t5x_optimizers.Optimizer(
+      optimizer.optimizer_def, axes.state, param_logical_axes
+    )
+
+
+def _like(template: Any, x: Any) -> Any:
+  """An array in the type of another; what is no array, as it is."""
+  if hasattr(x, 'dtype') and hasattr(template, 'dtype'):
+    return x if x.dtype == template.dtype else x.astype(template.dtype)
+  return x
+
+
+class Optax(t5x_optimizers.OptaxWrapper):
+  """An optax optimizer in T5X, whatever its state is.
+
+  T5X knows the states of some optimizers only; Adafactor's is not among them.
+  """
+
+  def derive_logical_axes(self, optimizer, param_logical_axes):
+    param_states = optax.tree_utils.tree_map_params(
+      self.optax_optimizer,
+      # A factored moment has fewer axes than its parameter: held whole.
+      lambda leaf, p, axes: axes if leaf.shape == p.shape else None,
+      optimizer.state.param_states,
+      optimizer.target,
+      param_logical_axes,
+      transform_non_params=lambda _: None,
+    )
+    return t5x_optimizers.Optimizer(
+      optimizer.optimizer_def,
+      t5x_optimizers.OptimizerState(None, param_states),
+      param_logical_axes,
+    )
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+class Initializer(t5x_utils.TrainStateInitializer):
+  """Makes the first state of a run: a restored base, an initialised adapter.
+
+  T5X asks for a state from scratch where MODEL_DIR has no checkpoint yet. The
+  base is then read by ptune's readers: T5X's two formats and Hugging Face's,
+  every parameter or an error. The step goes on from the base's.
+  """
+
+  def __init__(
+    self,
+    optimizer_def: t5x_optimizers.OptimizerDef,
+    init_fn: Callable[..., Any],
+    input_shapes: Mapping[str, Any],
+    partitioner: t5x_partitioning.BasePartitioner,
+    input_types: Mapping[str, Any] | None = None,
+    *,
+    initial_checkpoint_path: str | None,
+    task_feature_lengths: Mapping[str, int],
+    use_cached: bool = False,
+    seed: int | None = 0,
+  ):
+    """Works out the state's shapes; the first five are given by T5X.
+
+    Args:
+      optimizer_def: The optimizer.
+      init_fn: Method of a `Model`.
+      input_shapes: Shapes of the batch.
+      partitioner: Lays the state out.
+      input_types: Types of the batch.
+      initial_checkpoint_path: The base model; None, where all is trained, to
+        start from random weights.
+      task_feature_lengths: Longest inputs and targets, in tokens.
+      use_cached: USE_CACHED_TASKS.
+      seed: Of the initialisation.
+    """
+    super().__init__(
+      optimizer_def, init_fn, input_shapes, partitioner, input_types
+    )
+    self._optimizer_def = optimizer_def
+    self._model: Model = init_fn.__self__
+    self._path = initial_checkpoint_path
+    self._feature_lengths = task_feature_lengths
+    self._use_cached = use_cached
+    self._seed = seed or 0
+
+  def _plan(self) -> parameters.Plan:
+    """ptune's plan of all parameters, laid out as T5X does."""
+    mesh = self._partitioner.mesh
+    plan = parameters.plan(self._model.config, self._model.method, mesh)
+    structs = _structs(
+      mesh, self.global_train_state_shape.params, self.train_state_axes.params
+    )
+    return dataclasses.replace(
+      plan,
+      rules=self._partitioner.logical_axis_rules,
+      params={path: structs[path] for path in plan.params},
+    )
+
+  def from_scratch(self, init_rng):
+    """Restores the base and initialises the adapter, whatever `init_rng`."""
+    plan, task = self._plan(), self._model.task
+    if self._path is None:
+      if plan.frozen:
+        raise ValueError(
+          f'method {plan.method.name!r} freezes the base model, so'
+          ' INITIAL_CHECKPOINT_PATH is needed'
+        )
+      return super().from_scratch(init_rng)
+    source = open_checkpoint(self._path)
+    base = restore(
+      source, plan.select(plan.base), ignore=plan.params.__contains__
+    )
+    adapters = parameters.initialize_adapters(
+      plan,
+      prompt_init.Base(
+        embedding=functools.partial(parameters.embedding_rows, base),
+        vocabulary=lambda: data.vocabulary(task),
+        labels=lambda: data.distinct_targets(
+          task, self._feature_lengths, use_cached=self._use_cached
+        ),
+      ),
+      self._seed,
+    )
+    params = freeze(parameters.unflatten(base | adapters))
+    param_states = self._partitioner.partition(
+      lambda params: self._optimizer_def.init_state(params).param_states,
+      in_axis_resources=(self.train_state_axes.params,),
+      out_axis_resources=self.train_state_axes.param_states,
+    )(params)
+    state = t5x_optimizers.OptimizerState(
+      _counter(source.step, plan.mesh), param_states
+    )
+    return self.global_train_state_shape.restore_state(
+      self._optimizer_def.state_dict(params, state)
+    )
+
+
+def save_adapter(
+  state_dict: Mapping[str, Any],
+  parameter_infos: Any,
+  *,
+  model_dir: str,
+  method: Method,
+) -> tuple[Mapping[str, Any], Any]:
+  """Writes what the method added and trains, each parameter by itself.
+
+      MODEL_DIR/numpy_checkpoints/checkpoint_N/encoder.prompt.prompt.prompt
+
+  For `utils.SaveCheckpointConfig.state_transformation_fns`, which T5X calls
+  when it saves checkpoint N, in both of its modes. The files are NumPy's, as
+  the paper's implementation leaves them; PROMPT_FILE takes them.
+
+  Args:
+    state_dict: What T5X is about to save; returned as it is.
+    parameter_infos: Returned as it is.
+    model_dir: MODEL_DIR.
+    method: The method.
+  """
+  if method.placements:
+    step = int(t5x_checkpoints.get_local_data(state_dict['state']['step']))
+    directory = epath.Path(model_dir, 'numpy_checkpoints', f'checkpoint_{step}')
+    flat = parameters.flatten(unfreeze(state_dict['target']))
+    for path, x in flat.items():
+      if method.trains(path):
+        value = _whole(x)  # By all processes, where they share the array.
+        if jax.process_index() == 0:
+          _write(directory / path.replace('/', '.'), value)
+  return state_dict, parameter_infos
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+  if x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def _write(file: epath.Path, value: np.ndarray) -> None:
+  """Writes a NumPy file of exactly this name, at once."""
+  buffer = io.BytesIO()
+  np.save(buffer, value)
+  file.parent.mkdir(parents=True, exist_ok=True)
+  temporary = file.with_name(f'{file.name}.tmp-{os.getpid()}')
+  temporary.write_bytes(buffer.getvalue())
+  temporary.replace(file)
+
+
+class Reader:
+  """Reads what t5x.eval and t5x.infer are given, all of it or an error.
+
+  For `utils.RestoreCheckpointConfig.checkpoint_manager_cls`. CHECKPOINT_PATH
+  is a checkpoint of a run under T5X, which holds base and adapter; or, with
+  PROMPT_FILE, the base model in any format that ptune reads.
+  """
+
+  def __init__(
+    self,
+    train_state: Any,
+    partitioner: t5x_partitioning.BasePartitioner,
+    *,
+    method: Method,
+    prompt_file: str | None = None,
+    restore_dtype: Any = None,
+    **unused: Any,
+  ):
+    """Called by T5X, with settings of its own checkpoint managers beside.
+
+    Args:
+      train_state: Shapes of the state.
+      partitioner: Lays it out.
+      method: The method.
+      prompt_file: A saved prompt.
+      restore_dtype: Type of the parameters, if not their own.
+      **unused: Where and how T5X's managers would save.
+    """
+    del unused
+    self._train_state = train_state
+    self._partitioner = partitioner
+    self._method = method
+    self._prompt_file = prompt_file
+    self._dtype = restore_dtype
+
+  def restore(self, path: str, **unused: Any) -> Any:
+    """Returns the state, with the checkpoint's step."""
+    del unused
+    mesh = self._partitioner.mesh
+    structs = _structs(
+      mesh,
+      self._train_state.params,
+      self._partitioner.get_mesh_axes(self._train_state).params,
+    )
+    given = {}
+    if self._prompt_file is not None:
+      place = self._method.prompt
+      if place is None:
+        raise ValueError(
+          f'method {self._method.name!r} has no prompt for PROMPT_FILE;'
+          ' give the whole checkpoint as CHECKPOINT_PATH'
+        )
+      prompt = prompt_init.fit(
+        prompt_init.read(self._prompt_file),
+        structs[place].shape,
+        f'prompt file {self._prompt_file}',
+      )
+      given[place] = parameters.place(prompt, structs[place])
+    source = open_checkpoint(path)
+    rest = restore(
+      source,
+      {path: x for path, x in structs.items() if path not in given},
+      dtype=self._dtype,
+      ignore=given.__contains__,
+    )
+    return self._train_state.restore_state(
+      {
+        'target': parameters.unflatten(rest | given),
+        'state': {'step': _counter(source.step, mesh)},
+      }
+    )
+
+
+def _structs(
+  mesh: jax.sharding.Mesh, shapes: Any, axes: Any
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shape, type and T5X's sharding of each parameter, by path."""
+  specs = parameters.flatten(unfreeze(axes))
+  return {
+    path: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(mesh, specs[path])
+    )
+    for path, x in parameters.flatten(unfreeze(shapes)).items()
+  }
+
+
+def _counter(step: int | None, mesh: jax.sharding.Mesh) -> jax.Array:
+  return jax.device_put(
+    np.int32(step or 0), NamedSharding(mesh, PartitionSpec())
+  )

@@ -1,0 +1,48 @@
+"""C4 (Raffel et al., 2020): what T5 is trained on, and adapted with.
+
+    c4_v220_prefix_lm                       adapts T5 to language modelling
+    c4_v220_span_corruption                 T5's own objective
+    c4_v220_span_corruption_no_sentinel     targets begin with a lost token
+    byt5_c4_v220_span_corruption            the same in bytes
+
+A prompt suits a model best that was adapted by prefix LM; of the others, the
+second one has only seen targets that begin with a sentinel (Lester et al.,
+2021, section 2.2). Train on these with runs/pretrain.gin.
+
+Names that end with `unsupervised` are the reference's for span corruption.
+TFDS calls the parts en.realnewslike and en.webtextlike realnewslike and
+webtextlike today. Preparing C4 takes a cluster: see TFDS.
+"""
+
+import functools
+
+import seqio
+from ptune.tasks import pretraining, registry
+
+SPAN_CORRUPTION = {
+  'c4_v220_span_corruption': 'c4/en:2.2.0',
+  'c4_v020_unsupervised': 'c4/en:2.2.0',
+  'c4_noclean_v020_unsupervised': 'c4/en.noclean:2.2.0',
+  'c4_realnewslike_v020_unsupervised': 'c4/realnewslike:2.2.0',
+  'c4_webtextlike_v020_unsupervised': 'c4/webtextlike:2.2.0',
+}
+NO_SENTINEL = {'c4_v220_span_corruption_no_sentinel': 'c4/en:2.2.0'}
+PREFIX_LM = {'c4_v220_prefix_lm': 'c4/en:2.2.0'}
+
+# mT5's vocabulary does not tell SeqIO which of its pieces are sentinels.
+WITH_SENTINELS = ('', 'byt5_')
+
+for _table, _add, _vocabularies in (
+  (SPAN_CORRUPTION, pretraining.add_span_corruption, WITH_SENTINELS),
+  (
+    NO_SENTINEL,
+    functools.partial(pretraining.add_span_corruption, sentinel_first=False),
+    WITH_SENTINELS,
+  ),
+  (PREFIX_LM, pretraining.add_prefix_lm, registry.VOCABULARIES),
+):
+  for _name, _tfds in _table.items():
+    for _vocab in _vocabularies:
+      if _vocab + _name not in seqio.TaskRegistry.names():
+        _source = registry.tfds(_tfds)
+        _add(_vocab + _name, _source, registry.vocabulary(_vocab))

@@ -1,0 +1,160 @@
+"""SeqIO tasks of generated text: what ptune's own models learn, and reviews.
+
+Pre-training, `generated_pretraining`: a mixture of
+
+    generated_spans      span corruption (see `pretraining`)
+    generated_prefixes   prefix language modelling
+    generated_tasks      192 small classification tasks
+    generated_described  all latents of a sentence, in words
+
+A row of the last two starts with ids that tell the task: 4 of the vocabulary,
+drawn once for the task, and 4 that only this task has. These are no pieces but
+rows of the embedding beyond them (EMBEDDING_ROWS in all), so the model learns
+to be steered by vectors in front of its input. They are cut off when the model
+is exported (`ptune.pretrained.make`).
+
+    inputs   1029 1711 806 122 3140 3141 3142 3143 <sentence> </s>
+    targets  <label> </s>
+
+Downstream, for prompts: `generated_sentiment` and `generated_topics`, with
+2,000 training reviews each.
+"""
+
+import functools
+import random
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from ptune.tasks import generated_text, pretraining
+
+from ptune import pretrained
+
+SEED = 0
+PIECES, SENTINELS = 2980, 20
+VOCABULARY_ROWS = PIECES + SENTINELS
+TASKS, PREFIX = 192, 4
+EMBEDDING_ROWS = VOCABULARY_ROWS + (TASKS + 1) * PREFIX
+# Examples of a source; each is seen about twice in 4,000 steps of 56.
+LINES, ROWS = 60_000, 60_000
+# Of 56 rows: 8 of text, 32 of the tasks, 16 descriptions.
+RATES = {'spans': 4, 'prefixes': 4, 'tasks': 32, 'described': 16}
+
+vocabulary = seqio.SentencePieceVocabulary(
+  str(pretrained.VOCABULARY), extra_ids=SENTINELS
+)
+feature = seqio.Feature(vocabulary, add_eos=True)
+
+
+def accuracy(targets, predictions):
+  """Percent of predictions that are the target."""
+  right = [t == p for t, p in zip(targets, predictions, strict=True)]
+  return {'accuracy': 100 * sum(right) / len(right)}
+
+
+def _source(make, **sizes: int) -> seqio.FunctionDataSource:
+  """A source whose split is `make(seed, size)`: a dict of columns."""
+  make = functools.cache(make)
+
+  def read(split: str, shuffle_files: bool, seed: int | None = None):
+    del shuffle_files, seed  # Rows are in random order as they are.
+    columns = make(f'{SEED} {split}', sizes[split])
+    # As arrays: TensorFlow takes a tuple for a structure, and lists slowly.
+    return tf.data.Dataset.from_tensor_slices(
+      {name: np.array(column) for name, column in columns.items()}
+    )
+
+  return seqio.FunctionDataSource(
+    read, splits=list(sizes), num_input_examples=sizes
+  )
+
+
+def prefix_ids(task: int) -> list[int]:
+  """The ids that a task's rows start with: 4 pieces, and 4 of its own."""
+  rng = random.Random(f'prefix {SEED} {task}')
+  shared = [rng.randrange(259, PIECES) for _ in range(PREFIX)]
+  first = VOCABULARY_ROWS + task * PREFIX
+  return shared + list(range(first, first + PREFIX))
+
+
+def prepend_prefix(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  """A preprocessor: puts the ids in `prefix` before the tokens of `inputs`."""
+
+  def prepend(example):
+    inputs = tf.concat([example['prefix'], example['inputs']], 0)
+    return {'inputs': inputs, 'targets': example['targets']}
+
+  return dataset.map(prepend, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _text(seed, count):
+  return {'text': generated_text.text(seed, count)}
+
+
+def _tasks(seed, count):
+  tasks = generated_text.prefix_tasks(SEED, TASKS)
+  rows = generated_text.prefix_rows(seed, count, tasks)
+  numbers, inputs, targets = zip(*rows, strict=True)
+  prefixes = [prefix_ids(number) for number in range(TASKS)]
+  ids = [prefixes[number] for number in numbers]
+  prefix = np.array(ids, np.int32)
+  return {'prefix': prefix, 'inputs': inputs, 'targets': targets}
+
+
+def _described(seed, count):
+  inputs, targets = zip(*generated_text.described(seed, count), strict=True)
+  prefix = np.array([prefix_ids(TASKS)] * count, np.int32)
+  return {'prefix': prefix, 'inputs': inputs, 'targets': targets}
+
+
+def _columns(make, seed, count):
+  inputs, targets = zip(*make(seed, count), strict=True)
+  return {'inputs': inputs, 'targets': targets}
+
+
+def _add(name: str, source: seqio.DataSource, *preprocessors) -> None:
+  seqio.TaskRegistry.add(
+    name,
+    source=source,
+    preprocessors=[
+      seqio.preprocessors.tokenize,
+      *preprocessors,
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features={'inputs': feature, 'targets': feature},
+    metric_fns=[accuracy],
+  )
+
+
+_lines = _source(_text, train=LINES, validation=1000)
+pretraining.add_span_corruption('generated_spans', _lines, vocabulary, 0.2, 2.5)
+pretraining.add_prefix_lm('generated_prefixes', _lines, vocabulary)
+_add(
+  'generated_tasks',
+  _source(_tasks, train=2 * ROWS, validation=1000),
+  prepend_prefix,
+)
+_add(
+  'generated_described',
+  _source(_described, train=ROWS, validation=200),
+  prepend_prefix,
+)
+seqio.MixtureRegistry.add(
+  'generated_pretraining',
+  [(f'generated_{name}', rate) for name, rate in RATES.items()],
+)
+# For comparison: what a model learns from text alone.
+seqio.MixtureRegistry.add(
+  'generated_text_only', ['generated_spans', 'generated_prefixes'], 1
+)
+
+for _name, _make in (
+  ('generated_sentiment', generated_text.reviews),
+  ('generated_topics', generated_text.topics),
+):
+  _add(
+    _name,
+    _source(
+      functools.partial(_columns, _make), train=2000, validation=400, test=1000
+    ),
+  )

@@ -1,0 +1,328 @@
+"""Metrics: functions (targets, predictions) -> {name: score}.
+
+Scores go from 0 to 100. Rows without a label do not count, so a split without
+any has no scores. A prediction that is no legal label is wrong, whatever the
+target, and `invalid` says how many there are.
+
+They equal those of the reference implementation (t5 0.9.4) but for what is
+said in the docstrings.
+"""
+
+import collections
+import re
+import string
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Scores = dict[str, float]
+Metric = Callable[..., Scores]
+
+_UNLABELLED = (-1, '<unk>', [])
+
+
+def _value(of: Any) -> Any:
+  return of['value'] if isinstance(of, Mapping) else of
+
+
+def _labelled(targets: Sequence[Any], predictions: Sequence[Any]):
+  """Both as pairs, without those that have no label."""
+  pairs = zip(targets, predictions, strict=True)
+  return [pair for pair in pairs if _value(pair[0]) not in _UNLABELLED]
+
+
+def _percent(values: Sequence[float]) -> float:
+  return 100.0 * float(np.mean(values))
+
+
+def _wrong_if_invalid(pairs) -> tuple[list[int], list[int]]:
+  """0 and 1 only: an invalid prediction is the label that is wrong."""
+  targets = [_value(target) for target, _ in pairs]
+  predictions = [
+    _value(p) if _value(p) in (0, 1) else 1 - target
+    for target, (_, p) in zip(targets, pairs, strict=True)
+  ]
+  return targets, predictions
+
+
+def accuracy(targets, predictions) -> Scores:
+  """How many are equal. T5's takes an unlabelled target for a label -1."""
+  pairs = _labelled(targets, predictions)
+  if not pairs:
+    return {}
+  return {'accuracy': _percent([target == p for target, p in pairs])}
+
+
+def invalid(targets, predictions) -> Scores:
+  """How many predictions are no legal label. Less is better."""
+  del targets
+  if not predictions:
+    return {}
+  return {'invalid': _percent([_value(p) == -1 for p in predictions])}
+
+
+def f1(targets, predictions) -> Scores:
+  """F1 of label 1."""
+  pairs = _labelled(targets, predictions)
+  if not pairs:
+    return {}
+  from sklearn import metrics
+
+  score = metrics.f1_score(*_wrong_if_invalid(pairs), zero_division=0)
+  return {'f1': 100.0 * float(score)}
+
+
+def macro_f1(classes: int) -> Metric:
+  """Makes the mean F1 of so many labels, each counting the same."""
+
+  def metric(targets, predictions) -> Scores:
+    pairs = _labelled(targets, predictions)
+    if not pairs:
+      return {}
+    from sklearn import metrics
+
+    score = metrics.f1_score(
+      *zip(*pairs, strict=True),
+      labels=range(classes),
+      average='macro',
+      zero_division=0,
+    )
+    return {f'mean_{classes}class_f1': 100.0 * float(score)}
+
+  return metric
+
+
+def matthews(targets, predictions) -> Scores:
+  """Matthews' correlation of two labels; 0 if it is undefined.
+
+  T5's makes invalid predictions a third label, which is no longer the
+  coefficient of CoLA (Warstadt et al., 2018).
+  """
+  pairs = _labelled(targets, predictions)
+  if not pairs:
+    return {}
+  from sklearn import metrics
+
+  with warnings.catch_warnings():  # That there is one label only.
+    warnings.simplefilter('ignore')
+    score = metrics.matthews_corrcoef(*_wrong_if_invalid(pairs))
+  return {'matthews_corrcoef': 100.0 * float(score)}
+
+
+def _correlation(name: str, targets, predictions) -> Scores:
+  pairs = _labelled(targets, predictions)
+  if not pairs:
+    return {}
+  from scipy import stats
+
+  function = {'pearson': stats.pearsonr, 'spearman': stats.spearmanr}[name]
+  columns = [np.array(column, float) for column in zip(*pairs, strict=True)]
+  score = 0.0
+  if all(np.ptp(column) > 0 for column in columns):
+    score = function(*columns)[0]
+  return {f'{name}_corrcoef': 100.0 * float(score)}
+
+
+def pearson(targets, predictions) -> Scores:
+  """Pearson's correlation; 0, not T5's NaN, if it is undefined.
+
+  An untrained prompt's predictions may all be the same, and a NaN would hide
+  every later score from what chooses the best.
+  """
+  return _correlation('pearson', targets, predictions)
+
+
+def spearman(targets, predictions) -> Scores:
+  """Spearman's correlation of ranks; 0, not T5's NaN, if it is undefined."""
+  return _correlation('spearman', targets, predictions)
+
+
+def multirc_f1(targets, predictions) -> Scores:
+  """MultiRC's F1a: of all answers, whatever question they belong to."""
+  return f1(targets, predictions)
+
+
+def multirc_exact_match(targets, predictions) -> Scores:
+  """MultiRC's EM: questions of which every answer is judged rightly."""
+  right = collections.defaultdict(lambda: True)
+  for target, prediction in _labelled(targets, predictions):
+    right[target['group']] &= target['value'] == prediction['value']
+  if not right:
+    return {}
+  return {'exact_match': _percent(list(right.values()))}
+
+
+# ---------------------------------------------------------------- answers
+
+
+def _squad_form(text: str) -> str:
+  """Lower case, without punctuation and articles, one blank between words."""
+  text = text.lower().translate(str.maketrans('', '', string.punctuation))
+  return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
+
+
+_TRIVIA_QA_BLANKS = string.punctuation + '‘’´`'  # noqa: RUF001
+
+
+def _trivia_qa_form(text: str) -> str:
+  """The same, but punctuation becomes blanks, curly quotes too."""
+  blanks = str.maketrans(dict.fromkeys(_TRIVIA_QA_BLANKS, ' '))
+  text = text.lower().translate(blanks)
+  return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
+
+
+def _token_f1(target: str, prediction: str) -> float:
+  """F1 of words. SQuAD's is 0 for two texts without words, this one 1."""
+  expected, found = target.split(), prediction.split()
+  if not expected or not found:
+    return float(expected == found)
+  same = collections.Counter(expected) & collections.Counter(found)
+  return 2 * sum(same.values()) / (len(expected) + len(found))
+
+
+def _best_match(targets, predictions, form: Callable[[str], str]) -> Scores:
+  """Exact match and F1 with the answer that suits best."""
+  em, f1s = [], []
+  for answers, prediction in _labelled(targets, predictions):
+    found = form(prediction)
+    forms = [form(answer) for answer in answers]
+    em.append(found in forms)
+    f1s.append(max(_token_f1(answer, found) for answer in forms))
+  if not em:
+    return {}
+  return {'em': _percent(em), 'f1': _percent(f1s)}
+
+
+def squad(targets, predictions) -> Scores:
+  """SQuAD's exact match and F1 (Rajpurkar et al., 2016), also MRQA's."""
+  return _best_match(targets, predictions, _squad_form)
+
+
+def trivia_qa(targets, predictions) -> Scores:
+  """TriviaQA's exact match and F1 (Joshi et al., 2017)."""
+  return _best_match(targets, predictions, _trivia_qa_form)
+
+
+def record(targets, predictions) -> Scores:
+  """ReCoRD's EM and F1: a query counts once, however many answers it has."""
+  first = {}
+  for target, prediction in zip(targets, predictions, strict=True):
+    first.setdefault(target['group'], (target['value'], prediction['value']))
+  return squad(*zip(*first.values(), strict=True)) if first else {}
+
+
+# ------------------------------------------------------------------- text
+
+
+def exact_match(targets, predictions) -> Scores:
+  """How many texts are equal."""
+  scores = accuracy(targets, predictions)
+  return {'exact_match': scores['accuracy']} if scores else {}
+
+
+def rouge(targets, predictions) -> Scores:
+  """Mean F1 of ROUGE-1, -2 and -Lsum, by rouge-score without stemming.
+
+  A line, or what ends with ' . ', is a sentence. T5's is the median of a
+  bootstrap without a seed, which differs from call to call.
+  """
+  if not targets:
+    return {}
+  from rouge_score import rouge_scorer
+
+  kinds = ['rouge1', 'rouge2', 'rougeLsum']
+  scorer = rouge_scorer.RougeScorer(kinds)
+
+  def sentences(text):
+    return text.replace(' . ', ' .\n')
+
+  scores = [
+    scorer.score(sentences(target), sentences(prediction))
+    for target, prediction in zip(targets, predictions, strict=True)
+  ]
+  return {k: _percent([score[k].fmeasure for score in scores]) for k in kinds}
+
+
+def bleu(targets, predictions) -> Scores:
+  """Corpus BLEU by sacrebleu, tokenised by Unicode's classes.
+
+  A target is a text, or a list of texts that are all right. T5's reads such a
+  list as if it went over the rows.
+  """
+  if not targets:
+    return {}
+  import sacrebleu
+
+  lists = [[t] if isinstance(t, str) else list(t) for t in targets]
+  most = max(map(len, lists))
+  streams = [
+    [texts[i] if i < len(texts) else None for texts in lists]
+    for i in range(most)
+  ]
+  score = sacrebleu.corpus_bleu(
+    list(predictions), streams, smooth_method='exp', tokenize='intl'
+  )
+  return {'bleu': float(score.score)}
+
+
+def is_right(target: Any, prediction: Any) -> bool | None:
+  """Whether one prediction is right, None where there is no label.
+
+  Answers are compared as SQuAD does, everything else as it is. For generated
+  text, a score is a better judge.
+  """
+  target, prediction = _value(target), _value(prediction)
+  if target in _UNLABELLED:
+    return None
+  if isinstance(target, list) and isinstance(prediction, str):
+    return squad([target], [prediction])['em'] == 100.0
+  return target == prediction
+
+
+# -------------------------------------------------------------------- rank
+
+
+def ranked(metrics: Sequence[Metric], labels: int) -> Metric:
+  """Makes a metric of scores: each row's best label is its prediction.
+
+  Args:
+    metrics: What is then computed of predictions.
+    labels: How many labels each row has. Rows of which EVAL_STEPS has left out
+      some do not count.
+
+  Returns:
+    A function (targets, scores) whose targets are `postprocessors.ranked`.
+  """
+
+  def metric(targets, scores) -> Scores:
+    if isinstance(scores, tuple):  # T5X gives what is behind them as well.
+      scores = scores[0]
+    rows = collections.defaultdict(list)
+    for target, score in zip(targets, scores, strict=True):
+      rows[target['row']].append((float(score), target))
+    best = [
+      max(row, key=lambda scored: scored[0])[1]
+      for row in rows.values()
+      if len(row) == labels
+    ]
+    found = {}
+    for compute in metrics:
+      found |= compute(
+        [b['target'] for b in best], [b['candidate'] for b in best]
+      )
+    return found
+
+  names = (m.__qualname__.split('.')[0] for m in metrics)
+  metric.__qualname__ = f'ranked({", ".join(names)})'
+  return metric
+
+
+# What METRICS of tasks/from_files.gin may name, by what they compare.
+BY_NAME = {
+  'label': {'accuracy': accuracy, 'f1': f1, 'matthews': matthews},
+  'number': {'pearson': pearson, 'spearman': spearman},
+  'text': {'exact_match': exact_match, 'rouge': rouge, 'bleu': bleu},
+  'answer': {'squad': squad, 'trivia_qa': trivia_qa},
+}

@@ -1,0 +1,297 @@
+"""How the modules beside this one register their data sets with SeqIO.
+
+A data set has up to three variants, and each of them three vocabularies:
+
+    glue_cola_v200              inputs begin with the data set's name, 'cola'
+    taskless_glue_cola_v200     they do not: what prompts are tuned on
+    task_index_glue_cola_v200   a token of its own stands in the name's place
+    mt5_..., byt5_...           the same in another vocabulary
+
+Names are those of the reference implementations, t5 and prompt-tuning. There,
+`_examples` behind a name wrote texts to TensorBoard as well; here every task's
+predictions are written with their texts, and such a name is an alias.
+
+`..._rank` behind a classification task evaluates it by scoring every label,
+where the task itself generates text: see `rank_labels`. Both are trained alike.
+"""
+
+import copy
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import seqio
+import tensorflow as tf
+from ptune.tasks import metrics as metrics_lib
+from ptune.tasks import postprocessors, preprocessors
+from ptune.tasks.pretraining import prepend_sentinel
+
+import gin
+
+VOCABULARY_VARIABLE = 'PTUNE_VOCABULARY'
+T5_VOCABULARY = 'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model'
+MT5_VOCABULARY = 'gs://t5-data/vocabs/mc4.250000.100extra/sentencepiece.model'
+
+PLAIN, TASKLESS, TASK_INDEX = 'plain', 'taskless', 'task_index'
+PREFIXES = {PLAIN: '', TASKLESS: 'taskless_', TASK_INDEX: 'task_index_'}
+
+Preprocessor = Callable[..., tf.data.Dataset]
+
+
+@gin.configurable
+def t5_vocabulary(
+  path: str | None = None, extra_ids: int = 100
+) -> seqio.Vocabulary:
+  """The vocabulary of all tasks without a prefix. No file is read before use.
+
+  Another one is chosen before a module of tasks is imported, in a gin file
+
+      from ptune.tasks import registry
+      registry.t5_vocabulary.path = '/models/mine/vocab.model'
+
+  or by the environment, PTUNE_VOCABULARY=/models/mine/vocab.model.
+
+  Args:
+    path: A SentencePiece file, local or on gs://, or `ptune://` for that of
+      ptune's own models. If not given, what PTUNE_VOCABULARY names, and T5's
+      if it names none.
+    extra_ids: Sentinels beyond the pieces of the file.
+  """
+  path = path or os.environ.get(VOCABULARY_VARIABLE) or T5_VOCABULARY
+  if path.startswith('ptune://'):
+    from ptune import pretrained
+
+    path = str(pretrained.VOCABULARY)
+  return seqio.SentencePieceVocabulary(path, extra_ids=extra_ids)
+
+
+@functools.cache
+def vocabulary(prefix: str = '') -> seqio.Vocabulary:
+  """The vocabulary of the tasks with a prefix: '', 'mt5_' or 'byt5_'."""
+  if prefix == 'byt5_':
+    return seqio.ByteVocabulary()
+  if prefix == 'mt5_':
+    # Its file has the 100 sentinels among its pieces.
+    return seqio.SentencePieceVocabulary(MT5_VOCABULARY)
+  return t5_vocabulary()
+
+
+@functools.cache
+def features(prefix: str = '') -> Mapping[str, seqio.Feature]:
+  """The output features of the tasks with a prefix."""
+  feature = seqio.Feature(vocabulary(prefix), add_eos=True)
+  return {'inputs': feature, 'targets': feature}
+
+
+VOCABULARIES = ('', 'mt5_', 'byt5_')
+
+
+def add_task(
+  name: str,
+  source: seqio.DataSource,
+  preprocessors: Sequence[Preprocessor],
+  **arguments: Any,
+) -> None:
+  """Registers one task, unless its name is taken: what others named stays."""
+  if name not in seqio.TaskRegistry.names():
+    seqio.TaskRegistry.add(
+      name, source=source, preprocessors=preprocessors, **arguments
+    )
+
+
+def tokenized(
+  text: Sequence[Preprocessor], *after: Preprocessor
+) -> list[Preprocessor]:
+  """The steps from rows to ids, cached before those that come after."""
+  return [
+    *text,
+    seqio.preprocessors.tokenize,
+    seqio.CacheDatasetPlaceholder(),
+    *after,
+    seqio.preprocessors.append_eos_after_trim,
+  ]
+
+
+def rank_labels(
+  source: seqio.DataSource,
+  text: Sequence[Preprocessor],
+  labels: Sequence[str],
+) -> seqio.DataSource:
+  """A source of texts: rows to train on, elsewhere each with every label.
+
+  In `train` there is one example a row, as in the task itself. In all other
+  splits there is one for each label, whose text is the target, with the `row`
+  it belongs to and the `gold` text that the row has.
+  """
+
+  def every_label(number, example):
+    each = tf.data.Dataset.from_tensor_slices(tf.constant(labels))
+    gold = example['targets']
+    return each.map(
+      lambda label: {**example, 'targets': label, 'row': number, 'gold': gold}
+    )
+
+  def get_dataset(split='train', shuffle=True, *args, **how):
+    dataset = source.get_dataset(split, shuffle, *args, **how)
+    for step in text:
+      dataset = step(dataset)
+    if split == 'train':
+      return dataset
+    # Unique over the shards that seqio_cache_tasks reads one by one.
+    shard = how.get('shard_info')
+    first = shard.index << 40 if shard else 0
+    return dataset.enumerate(first).flat_map(every_label)
+
+  ranking = copy.copy(source)
+  ranking.get_dataset = get_dataset
+  return ranking
+
+
+def ranking(
+  source: seqio.DataSource,
+  text: Sequence[Preprocessor],
+  labels: Sequence[str],
+  postprocess: Callable[..., Any],
+  metrics: Sequence[metrics_lib.Metric],
+) -> dict[str, Any]:
+  """The arguments of a task that is evaluated by scoring every label."""
+  return {
+    'source': rank_labels(source, text, labels),
+    'preprocessors': tokenized([]),
+    'postprocess_fn': functools.partial(
+      postprocessors.ranked, then=postprocess
+    ),
+    'metric_fns': [metrics_lib.ranked(metrics, len(labels))],
+  }
+
+
+def register(
+  names: str | Sequence[str],
+  source: seqio.DataSource,
+  text: Sequence[Preprocessor],
+  *,
+  postprocess: Callable[..., Any] | None = None,
+  metrics: Sequence[metrics_lib.Metric] = (),
+  labels: Sequence[str] | None = None,
+  variants: Sequence[str] = (PLAIN,),
+  task_index: int | None = None,
+  sentinel_name: str | None = None,
+) -> None:
+  """Registers a data set under all its names.
+
+  Args:
+    names: Its names without prefixes, the first one and aliases.
+    source: Its rows.
+    text: The steps from rows to text.
+    postprocess: See `postprocessors`.
+    metrics: See `metrics`.
+    labels: All targets of a classification task. It is then also registered
+      with `_rank`, and tells how many predictions are no label.
+    variants: Which there are.
+    task_index: Says which token stands for the data set: 0 is the last one of
+      the vocabulary.
+    sentinel_name: A name under which a sentinel ends the inputs and begins the
+      targets, as a model of span corruption knows it (Raffel et al., 2020).
+  """
+  names = [names] if isinstance(names, str) else list(names)
+  metrics = list(metrics)
+  if labels is not None:
+    postprocess = postprocess or functools.partial(
+      postprocessors.label_id, labels=tuple(labels)
+    )
+    metrics.append(metrics_lib.invalid)
+  short = [*text, preprocessors.remove_first_word]
+  index = functools.partial(
+    prepend_sentinel, feature='inputs', offset=task_index or 0
+  )
+  chains = {
+    PLAIN: (text, tokenized(text)),
+    TASKLESS: (short, tokenized(short)),
+    TASK_INDEX: (short, tokenized(short, index)),
+  }
+  scores = {'postprocess_fn': postprocess, 'metric_fns': metrics}
+  for variant in variants:
+    text_steps, steps = chains[variant]
+    ranked = None
+    if labels is not None and variant != TASK_INDEX:
+      ranked = ranking(source, text_steps, labels, postprocess, metrics[:-1])
+    for vocab in VOCABULARIES:
+      has = {'output_features': features(vocab)}
+      for name in names:
+        full = f'{vocab}{PREFIXES[variant]}{name}'
+        for alias in (full, f'{full}_examples'):
+          add_task(alias, source, steps, **scores, **has)
+        if ranked:
+          add_task(f'{full}_rank', **ranked, **has)
+  if sentinel_name:
+    steps = tokenized(text, append_sentinel, prepend_sentinel)
+    # What is trimmed to its length keeps the sentinel at its end.
+    steps[-1] = functools.partial(
+      seqio.preprocessors.append_eos_after_trim,
+      preserve_final_n_tokens_when_trimming=1,
+    )
+    scores['postprocess_fn'] = functools.partial(
+      postprocessors.without_sentinel, then=postprocess
+    )
+    for vocab in VOCABULARIES:
+      has = {'output_features': features(vocab)}
+      add_task(f'{vocab}{sentinel_name}', source, steps, **scores, **has)
+
+
+def append_sentinel(
+  dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
+) -> tf.data.Dataset:
+  """A preprocessor: puts the sentinel <extra_id_0> behind the inputs."""
+  sentinel = output_features['inputs'].vocabulary.vocab_size - 1
+
+  def append(example):
+    tokens = example['inputs']
+    last = tf.constant([sentinel], tokens.dtype)
+    return {**example, 'inputs': tf.concat([tokens, last], 0)}
+
+  return dataset.map(append, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def register_mixture(
+  names: str | Sequence[str], rates: Mapping[str, float]
+) -> None:
+  """Registers a mixture of tasks in all vocabularies, unless a name is taken.
+
+  Args:
+    names: Its names, the first one and aliases.
+    rates: For each task how often it is drawn, in relation to the others.
+  """
+  names = [names] if isinstance(names, str) else names
+  for vocab in VOCABULARIES:
+    for name in names:
+      if vocab + name not in seqio.MixtureRegistry.names():
+        seqio.MixtureRegistry.add(
+          vocab + name, [(vocab + task, rate) for task, rate in rates.items()]
+        )
+
+
+class _TfdsSource(seqio.TfdsDataSource):
+  """Prepares a data set when its splits are asked for and are not known.
+
+  SeqIO's own says that there are none until the data set has been read.
+  """
+
+  def _prepare(self):
+    if not self.tfds_dataset.info.splits:
+      self.tfds_dataset.builder.download_and_prepare()
+
+  @property
+  def splits(self):
+    if not self._splits:
+      self._prepare()
+    return super().splits
+
+  def num_input_examples(self, split: str) -> int | None:
+    self._prepare()
+    return super().num_input_examples(split)
+
+
+def tfds(name: str, splits: Any = None) -> seqio.TfdsDataSource:
+  """A data set of TFDS, 'glue/cola:2.0.0', with some or all of its splits."""
+  return _TfdsSource(tfds_name=name, splits=splits)

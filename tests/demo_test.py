@@ -1,0 +1,196 @@
+"""`ptune demo` and the model that it runs on."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import rich.console
+from ptune.tasks import generated_text
+
+from ptune import checkpoints, demo, miniature, parameters, pretrained
+from ptune.convert import open_checkpoint, restore
+from ptune.methods import full
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A demo of few steps: its directory, its summary, what it printed."""
+  directory = tmp_path_factory.mktemp('demo')
+  return directory, *told(directory, steps=3)
+
+
+def told(directory, **how):
+  console = rich.console.Console(file=io.StringIO(), width=100)
+  summary = demo.demo(directory, console=console, **how)
+  return summary, console.file.getvalue()
+
+
+def test_a_demo_leaves_its_files_and_nothing_else(run):
+  directory, summary, _ = run
+  assert sorted(p.name for p in directory.iterdir()) == sorted(demo.FILES)
+  assert json.loads((directory / 'summary.json').read_text()) == summary
+  for name in ('sentiment', 'topics'):
+    saved = np.load(directory / f'{name}.npy')
+    assert saved.shape == (demo.PROMPT_LENGTH, 96)
+    assert saved.dtype == np.float32
+  words = (directory / 'words.txt').read_text().splitlines()
+  assert len(words) == 2 * demo.PROMPT_LENGTH
+  assert (directory / 'curves.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_the_summary_has_what_is_compared(run):
+  _, summary, _ = run
+  for name in ('untrained', 'prompt', 'full', 'majority'):
+    assert 0 <= summary[name] <= 1, name
+  assert summary['majority'] == 0.5
+  assert summary['untrained'] <= summary['majority']
+  assert summary['prompt_bytes'] == 20 * 96 * 4
+  weights = pretrained.directory('tiny') / 'model.safetensors'
+  assert summary['model_bytes'] == weights.stat().st_size
+  assert summary['seconds'] > 0
+
+
+def test_a_demo_shows_answers_of_both_tasks_and_how_to_go_on(run):
+  *_, text = run
+  assert 'positive' in text and any(
+    topic in text for topic in generated_text.TOPICS.values()
+  )
+  assert 'ptune train --gin_file=models/tiny.gin' in text
+  assert 't5_1_1_base.gin' in text
+
+
+def test_a_second_demo_replaces_the_first(run):
+  directory, summary, _ = run
+  again, _ = told(directory, steps=2, seed=1)
+  assert again['seed'] == 1 and summary['seed'] == 0
+  on_disk = json.loads((directory / 'summary.json').read_text())
+  assert on_disk == again
+  assert sorted(p.name for p in directory.iterdir()) == sorted(demo.FILES)
+
+
+def test_the_same_seed_gives_the_same_prompt(tmp_path):
+  told(tmp_path / 'a', steps=2)
+  told(tmp_path / 'b', steps=2)
+  for name in ('sentiment.npy', 'topics.npy', 'words.txt'):
+    first, second = ((tmp_path / d / name).read_bytes() for d in 'ab')
+    assert first == second, name
+
+
+def test_an_interrupted_demo_writes_nothing(tmp_path, monkeypatch, capsys):
+  def interrupted(*_):
+    raise KeyboardInterrupt
+    yield
+
+  monkeypatch.setattr(miniature, 'batches', interrupted)
+  assert demo.main([f'--output_dir={tmp_path}', '--steps=2']) == 130
+  assert 'nothing was written' in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('flags', [['--steps=0'], ['--output_dir={file}/x']])
+def test_a_wrong_flag_is_one_line(flags, tmp_path, capsys):
+  file = tmp_path / 'file'
+  file.write_text('')
+  assert demo.main([flag.format(file=file) for flag in flags]) == 2
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1 and flags[0][:6] in error
+
+
+def test_nearest_words_of_an_embedding_are_its_own_piece():
+  pieces = miniature.Pieces()
+  _, base = miniature.load(pretrained.directory('tiny'))
+  ids = [pieces.encode(word)[0] for word in ('kitchen', 'not', 'guitar')]
+  rows = np.asarray(base['token_embedder/embedding'])[ids]
+  nearest = demo.nearest_words(base, pieces, rows)
+  assert [row[0] for row in nearest] == ['kitchen', 'not', 'guitar']
+
+
+def test_the_demo_loads_no_tensorflow():
+  code = (
+    'import sys, ptune.demo;'
+    ' print([m for m in ("tensorflow", "seqio", "orbax") if m in sys.modules])'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    capture_output=True,
+    text=True,
+    check=True,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+  )
+  assert done.stdout.strip() == '[]'
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A demo of all its steps: its directory and summary."""
+  directory = tmp_path_factory.mktemp('whole')
+  summary, text = told(directory)
+  print(text)
+  return directory, summary
+
+
+def test_a_prompt_reaches_85_percent(whole):
+  # With a margin for other machines; the card says what was measured.
+  _, summary = whole
+  assert summary['prompt'] >= 0.85
+  assert summary['topics'] >= 0.85
+  assert summary['untrained'] <= summary['majority']
+  assert summary['full'] - summary['prompt'] <= 0.12
+
+
+def test_what_is_counted_right_is_what_is_decoded(whole):
+  directory, summary = whole
+  config, base = miniature.load(pretrained.directory('tiny'))
+  test = demo.splits(generated_text.reviews, 0)[2]
+  prompt = np.load(directory / 'sentiment.npy')
+  answer = miniature.answerer(config, base, miniature.Pieces())
+  said = answer(test, np.stack([prompt] * len(test)))
+  correct = [a == label for a, (_, label) in zip(said, test, strict=True)]
+  # The saved prompt alone, given to the frozen model, is all that there is.
+  assert abs(np.mean(correct) - summary['prompt']) <= 0.002
+
+
+# ------------------------------------------------------------- shipped weights
+
+
+@pytest.mark.parametrize('name', pretrained.names())
+def test_a_shipped_model_loads_strictly_and_is_what_its_card_says(name):
+  source = open_checkpoint(pretrained.directory(name))
+  config, _ = miniature.load(pretrained.directory(name))
+  plan = parameters.plan(config, full.full(), miniature.one_device())
+  values = restore(source, plan.select(plan.base))
+  assert set(values) == set(plan.base) == set(source.leaves)
+  card = (pretrained.DIRECTORY / 'README.md').read_text()
+  found = re.search(rf'\| `{name}` \|.*\| `([0-9a-f]{{16}})` \|', card)
+  assert found, f'README.md has no row for {name}'
+  assert checkpoints.fingerprint(values) == found[1]
+  count = sum(x.size for x in values.values())
+  assert f'{count:,}' in card
+
+
+def test_a_shipped_model_is_the_one_of_its_gin_file():
+  import gin
+  from ptune import cli
+
+  for name in pretrained.names():
+    with gin.unlock_config():
+      gin.clear_config()
+      gin.parse_config_file(str(cli.gin_directory() / 'models' / f'{name}.gin'))
+      configured = gin.query_parameter('%MODEL').scoped_configurable_fn()
+      gin.clear_config()
+    assert configured == miniature.load(pretrained.directory(name))[0]
+
+
+def test_what_is_shipped_has_at_most_6_megabytes():
+  files = [p for p in pretrained.DIRECTORY.rglob('*') if p.is_file()]
+  assert sum(p.stat().st_size for p in files) <= 6_000_000
+
+
+def test_an_unknown_model_is_told_with_those_that_there_are():
+  with pytest.raises(ValueError, match=r'ptune://huge.*ptune://tiny'):
+    pretrained.directory('ptune://huge')

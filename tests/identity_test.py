@@ -1,0 +1,138 @@
+"""Which model a checkpoint holds: names, sizes, fingerprint, disagreement."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ptune import checkpoints, network
+from ptune.convert import check_config, identity, open_checkpoint
+from ptune.convert.layout import shapes
+from ptune.convert.source import Leaf, Source
+from tests import layouts
+
+
+def _source(config, activations=None, **changed):
+  def fetch(index):
+    raise AssertionError('nothing is to be read')
+
+  leaves = {
+    path: Leaf(changed.get(path, shape), np.dtype('float32'), fetch)
+    for path, shape in shapes(config).items()
+  }
+  return Source('/somewhere', 't5x', 7, leaves, activations)
+
+
+@pytest.mark.parametrize(
+  'config',
+  [
+    network.T5Config(11, 4, 2, 3, 5, 2, 1),
+    network.T5Config(11, 4, 2, 3, 5, 1, 2, ('relu',), True),
+  ],
+  ids=['gated', 'plain, tied'],
+)
+def test_shapes_are_those_of_the_network(config):
+  params = network.parameters(network.Transformer(config))
+  assert shapes(config) == {path: x.shape for path, x in params.items()}
+
+
+@pytest.mark.parametrize('name', network.SIZES)
+def test_every_published_size_is_known_by_its_shapes(name):
+  config = network.SIZES[name]
+  source = _source(config)
+  names = identity.names(identity.facts(source))
+  twin = name.replace('flan_t5', 't5_1_1'), name.replace('t5_1_1', 'flan_t5')
+  assert set(names) == {*twin}
+  check_config(source, dataclasses.replace(config, dtype='bfloat16'))
+  assert identity.config(source) == config
+  identity.check_whole(source, config)
+
+
+def test_disagreement_shows_both_and_the_file_to_take():
+  base, small = network.SIZES['t5_1_1_base'], network.SIZES['t5_1_1_small']
+  with pytest.raises(ValueError) as error:
+    check_config(_source(base), small)
+  text = str(error.value)
+  for part in (
+    'nothing was restored',
+    'checkpoint: t5_1_1_base or flan_t5_base',
+    'model: t5_1_1_small or flan_t5_small',
+    'emb_dim             768         512',
+    'num_encoder_layers  12          8',
+    't5x checkpoint /somewhere of step 7',
+    '--gin_file=models/t5_1_1_base.gin',
+  ):
+    assert part in text
+  assert 'vocab_size  32128' not in text
+
+
+def test_another_activation_is_refused_though_all_shapes_fit():
+  config = network.SIZES['t5_1_1_small']
+  check_config(_source(config, ('gelu', 'linear')), config)
+  with pytest.raises(ValueError, match=r"\('silu', 'linear'\)  \('gelu', 'lin"):
+    check_config(_source(config, ('silu', 'linear')), config)
+  # T5X does not say it: nothing to compare.
+  silu = dataclasses.replace(config, mlp_activations=('silu', 'linear'))
+  check_config(_source(config), silu)
+
+
+@pytest.mark.parametrize(
+  'name, other, field',
+  [
+    ('t5_small', 't5_1_1_small', 'mlp_activations'),
+    ('t5_1_1_small', 't5_small', 'logits_via_embedding'),
+    ('mt5_small', 't5_1_1_small', 'vocab_size'),
+    ('byt5_small', 'mt5_small', 'num_decoder_layers'),
+  ],
+)
+def test_other_families_are_refused(name, other, field):
+  with pytest.raises(ValueError, match=f'\n  {field} '):
+    check_config(_source(network.SIZES[name]), network.SIZES[other])
+
+
+def test_sizes_of_ones_own_have_no_file_to_take():
+  config = network.T5Config(11, 4, 2, 3, 5, 2, 1)
+  with pytest.raises(ValueError, match='No published model is like this'):
+    check_config(_source(config), network.SIZES['t5_small'])
+
+
+def test_a_prompt_alone_contradicts_no_model():
+  leaf = Leaf((5, 4), np.dtype('float32'), np.zeros((5, 4)).__getitem__)
+  source = Source('/run', 'ptune', 3, {'encoder/prompt/prompt/prompt': leaf})
+  check_config(source, network.SIZES['t5_small'])
+  with pytest.raises(ValueError, match='no whole model'):
+    identity.config(source)
+
+
+@pytest.mark.parametrize(
+  'path', [*layouts.T5_1_1.values(), *(f'hf/{f}' for f in layouts.FAMILIES)]
+)
+def test_fingerprint_is_that_of_a_run(numerics, path):
+  """Else the prompt of a run would be refused on its own base."""
+  _, arrays = layouts.restored(numerics / path)
+  expected = checkpoints.fingerprint(arrays)
+  source = open_checkpoint(numerics / path)
+  assert identity.fingerprint(source) == expected
+  half = {k: v.astype(jnp.bfloat16) for k, v in arrays.items()}
+  assert checkpoints.fingerprint(half) == expected
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float16, jnp.bfloat16])
+def test_fingerprint_of_any_rank_in_any_number_of_parts(monkeypatch, dtype):
+  rng = np.random.default_rng(0)
+  arrays = {
+    'a': rng.standard_normal((7,)).astype(dtype),
+    'b/c': rng.standard_normal((5, 3)).astype(dtype),
+    'b/d': rng.standard_normal((3, 4, 5)).astype(dtype),
+  }
+  on_devices = {k: jnp.asarray(v, jnp.float32) for k, v in arrays.items()}
+  expected = checkpoints.fingerprint(jax.device_put(on_devices))
+  for part in (1 << 22, 8, 1):
+    monkeypatch.setattr('ptune.convert.source._PART', part)
+    checksums = identity.Checksums()
+    for path, a in reversed(arrays.items()):
+      leaf = Leaf(a.shape, a.dtype, a.__getitem__)
+      checksums.reading(path, leaf).read()
+    assert checksums.digest() == expected

@@ -1,0 +1,233 @@
+"""Imports point one way, and what is light stays light."""
+
+import ast
+import graphlib
+import pathlib
+import resource
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# From the bottom to the top. A module or package may import from those before
+# it and, if a package, from itself. A new module is to be put in its place.
+LAYERS = (
+  'pretrained',
+  'tasks',
+  'adapters',
+  'layers',
+  'network',
+  'prompt_init',
+  'methods',
+  'decoding',
+  'models',
+  'optim',
+  'partitioning',
+  'parameters',
+  'convert',
+  'state',
+  'checkpoints',
+  'data',
+  'report',
+  'predictor',
+  'evaluate',
+  'infer',
+  'train',
+  'gin_files',
+  't5x_host',
+  'miniature',
+  'pretrained.make',  # The program that made what `pretrained` finds.
+  'demo',
+  'list_tasks',
+  'fit',
+  'doctor',
+  'cli',
+)
+
+
+def name_of(file):
+  """tasks/glue.py -> ptune.tasks.glue; ptune/cli.py -> ptune.cli."""
+  parts = file.relative_to(ROOT).with_suffix('').parts
+  if parts[0] == 'tasks':
+    parts = ('ptune', *parts)
+  return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+SOURCES = {
+  name_of(file): ast.parse(file.read_text())
+  for folder in ('ptune', 'tasks')
+  for file in sorted((ROOT / folder).rglob('*.py'))
+}
+
+
+def is_guard(node):
+  """Whether a statement is not run by an import, or only by type checkers.
+
+  `if __name__ == '__main__':` calls the cli, which is above all programs.
+  """
+  return isinstance(node, ast.If) and (
+    '__name__' in ast.unparse(node.test)
+    or 'TYPE_CHECKING' in ast.unparse(node.test)
+  )
+
+
+def imports(tree, lazy=True):
+  """The full names that a module imports; with `lazy`, in functions too."""
+  for node in ast.iter_child_nodes(tree):
+    if is_guard(node):
+      continue
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, 'a relative import'
+      # `from ptune import network` and `from ptune.network import t5`.
+      for alias in node.names:
+        full = f'{node.module}.{alias.name}'
+        yield full if full in SOURCES else node.module
+    elif lazy or not isinstance(
+      node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+    ):
+      yield from imports(node, lazy)
+
+
+def layer_of(name):
+  """ptune.convert.zarr -> convert, but ptune.pretrained.make is a layer."""
+  _, first, *rest = f'{name}.'.split('.')
+  longer = '.'.join([first, *rest[:1]])
+  return longer if longer in LAYERS else first
+
+
+def test_every_module_has_a_place():
+  found = {layer_of(name) for name in SOURCES if name != 'ptune'}
+  assert not found - set(LAYERS), 'add these to LAYERS, at their height'
+  assert not list(imports(SOURCES['ptune'])), '`import ptune` is to be free'
+
+
+@pytest.mark.parametrize('layer', LAYERS)
+def test_imports_point_one_way(layer):
+  allowed = LAYERS[: LAYERS.index(layer) + 1]
+  wrong = [
+    f'{name} imports {target}'
+    for name, tree in SOURCES.items()
+    if name != 'ptune' and layer_of(name) == layer
+    for target in imports(tree)
+    if target.startswith('ptune.') and layer_of(target) not in allowed
+  ]
+  assert not wrong
+
+
+def test_no_module_imports_itself_through_others():
+  graph = {
+    name: {t for t in imports(tree, lazy=False) if t in SOURCES} - {name}
+    for name, tree in SOURCES.items()
+  }
+  graphlib.TopologicalSorter(graph).prepare()  # Raises CycleError.
+
+
+@pytest.mark.parametrize(
+  ('below', 'above'),
+  [
+    # Held by the order above, and said here since the design rests on them.
+    ('network', 'methods'),
+    ('methods', 'network'),  # A method is a function of sites, not of a model.
+    ('decoding', 'network'),  # Any cached step function can be decoded.
+    ('state', 'data'),
+    ('data', 'network'),
+    ('optim', 'parameters'),
+    ('tasks', 'train'),
+    ('tasks', 'data'),
+  ],
+)
+def test_what_must_not_know_of_each_other(below, above):
+  for name, tree in SOURCES.items():
+    if name != 'ptune' and layer_of(name) == below:
+      ours = [t for t in imports(tree) if t.startswith('ptune.')]
+      assert above not in map(layer_of, ours), name
+
+
+@pytest.mark.parametrize(
+  ('package', 'module'),
+  {
+    'tensorflow': 'data',
+    'tensorflow_datasets': 'evaluate',
+    'orbax': 'checkpoints',
+    'clu': 'report',
+    'safetensors': 'convert.safetensors_files',
+    'tensorstore': 'convert.zarr',
+    't5x': 't5x_host',
+  }.items(),
+)
+def test_a_heavy_package_is_imported_in_one_file(package, module):
+  importers = [
+    name
+    for name, tree in SOURCES.items()
+    if layer_of(name) != 'tasks'  # Made of SeqIO and TensorFlow.
+    for target in imports(tree)
+    if target.split('.')[0] == package
+  ]
+  assert set(importers) == {f'ptune.{module}'}
+
+
+def test_the_parser_sees_every_kind_of_import():
+  # Else the tests above could pass by seeing nothing.
+  tree = ast.parse(
+    'import ptune.data\n'
+    'from ptune import network, __version__\n'
+    'from ptune.methods import prompt\n'
+    'from ptune.state import TrainState\n'
+    'def f():\n'
+    '  with a:\n'
+    '    from ptune import cli\n'
+    'if __name__ == "__main__":\n'
+    '  from ptune import train\n'
+  )
+  top = ['data', 'network', None, 'methods.prompt', 'state']
+  top = ['ptune' if t is None else f'ptune.{t}' for t in top]
+  assert list(imports(tree, lazy=False)) == top
+  assert list(imports(tree)) == [*top, 'ptune.cli']
+
+
+# --------------------------------------------------------------------- weight
+
+
+def loaded_by(code):
+  """Which heavy packages a fresh interpreter has after `code`; CPU seconds."""
+  program = (
+    f'import sys\n{code}\n'
+    "heavy = {'seqio', 'tensorflow', 'tensorflow_datasets', 'jax', 'orbax'}\n"
+    'print("\\n", *sorted(heavy & set(sys.modules)))'
+  )
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
+  done = subprocess.run(
+    [sys.executable, '-c', program],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=True,
+  )
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  seconds = sum(
+    getattr(after, field) - getattr(before, field)
+    for field in ('ru_utime', 'ru_stime')
+  )
+  return done.stdout.splitlines()[-1].split(), seconds
+
+
+def test_the_model_and_its_update_load_no_seqio_and_no_tensorflow():
+  loaded, _ = loaded_by(
+    'import ptune.state, ptune.models, ptune.network, ptune.optim\n'
+    'import ptune.methods.prompt, ptune.methods.full, ptune.convert'
+  )
+  assert loaded == ['jax']
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+  for arguments in (['--help'], ['train', '--help']):
+    loaded, seconds = loaded_by(
+      'from ptune import cli\n'
+      f'try: cli.main({arguments})\n'
+      'except SystemExit as end: assert not end.code\n'
+    )
+    assert not loaded
+    assert seconds < 4

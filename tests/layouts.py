@@ -1,0 +1,120 @@
+"""The same golden model in every layout, and what it must answer.
+
+Imported by the tests of ptune.convert.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from ptune.convert import commands, identity, open_checkpoint, restore
+from ptune.methods import prompt
+from ptune.models import EncoderDecoderModel
+from ptune.network import Transformer
+
+# Directories of the golden data, and of what of it there are answers for.
+FAMILIES = ('t5_1_0', 'mt5', 'byt5')
+T5_1_1 = {
+  't5x': 'checkpoints/legacy_base/checkpoint_1100000',
+  't5x, holds a prompt': 'checkpoints/legacy_prompt/checkpoint_1100010',
+  't5x_orbax': 'checkpoints/orbax_prompt/checkpoint_1100010',
+  'huggingface': 'hf/t5_1_1',
+}
+
+
+def run(*argv) -> None:
+  """Runs a command as the `ptune` program does."""
+  parser = argparse.ArgumentParser()
+  programs = parser.add_subparsers(dest='program', required=True)
+  for name in commands.COMMANDS:
+    commands.add_arguments(name, programs.add_parser(name))
+  commands.run(parser.parse_args([str(arg) for arg in argv]))
+
+
+def load(path) -> dict[str, np.ndarray]:
+  with np.load(path) as arrays:
+    return dict(arrays)
+
+
+def read(path) -> dict[str, np.ndarray]:
+  """All parameters of a checkpoint, as they are stored."""
+  source = open_checkpoint(path)
+  return {name: leaf.read() for name, leaf in source.leaves.items()}
+
+
+def assert_same(got, expected) -> None:
+  assert got.keys() == expected.keys()
+  for name, array in expected.items():
+    assert got[name].dtype == array.dtype, name
+    np.testing.assert_array_equal(got[name], array, err_msg=name)
+
+
+@functools.cache
+def model(config, length: int = 0) -> EncoderDecoderModel:
+  placements = prompt.prompt(length).placements if length else ()
+  return EncoderDecoderModel(Transformer(config, placements))
+
+
+@functools.cache
+def _logits(config, length):
+  return jax.jit(model(config, length).logits)
+
+
+def restored(path) -> tuple:
+  """The configuration and the parameters that a checkpoint holds."""
+  source = open_checkpoint(path)
+  abstract = {
+    name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+    for name, leaf in identity.base_leaves(source).items()
+  }
+  arrays = restore(source, abstract, ignore=('*/prompt/*',))
+  return identity.config(source), arrays
+
+
+def logits(path, case, rows=None) -> np.ndarray:
+  """What ptune answers with the model of a checkpoint, and a prompt."""
+  config, arrays = restored(path)
+  length = 0
+  if rows is not None:
+    arrays = {**arrays, prompt.PATH: jnp.asarray(rows)}
+    length = len(rows)
+  batch = {
+    key: jnp.asarray(case[key])
+    for key in (
+      'encoder_input_tokens',
+      'decoder_input_tokens',
+      'decoder_target_tokens',
+    )
+  }
+  params = traverse_util.unflatten_dict(arrays, sep='/')
+  return np.asarray(_logits(config, length)(params, batch))
+
+
+def assert_logits(got, expected, case, atol=5e-5) -> None:
+  """Compares logits where there are targets."""
+  real = case['decoder_loss_weights'] > 0
+  np.testing.assert_allclose(got[real], expected[real], atol=atol)
+
+
+def shard(directory: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+  """A Hugging Face directory as three shards with an index."""
+  target.mkdir(parents=True)
+  config = (directory / 'config.json').read_text()
+  (target / 'config.json').write_text(config)
+  tensors = safetensors.numpy.load_file(directory / 'model.safetensors')
+  where = {}
+  for i in range(3):
+    name = f'model-{i + 1:05}-of-00003.safetensors'
+    part = dict(list(tensors.items())[i::3])
+    safetensors.numpy.save_file(part, target / name)
+    where |= dict.fromkeys(part, name)
+  index = {'metadata': {}, 'weight_map': where}
+  (target / 'model.safetensors.index.json').write_text(json.dumps(index))
+  return target

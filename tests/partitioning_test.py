@@ -1,0 +1,283 @@
+"""Meshes: the same numbers on each, and weights that really lie split.
+
+Losses agree even where no constraint is in force, so the constraints of the
+program and the shards of the arrays are looked at too.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from ptune import data, models, network, optim, parameters, partitioning
+from ptune import state as state_lib
+from ptune.methods import full, prompt
+from tests.network_test import SHALLOW, make_batch, nested
+
+# (devices, how many of them hold one copy of the weights); SHALLOW has four
+# heads, which eight devices cannot share.
+MESHES = {'8x1': (8, 1), '4x2': (8, 2), '2x4': (8, 4), '1x8': (8, 8)}
+ONE = '1x1'
+meshes = pytest.mark.parametrize('mesh', MESHES)
+INPUTS = [16, 9, 1, 16, 12, 3, 7, 16]
+TARGETS = [10, 4, 1, 10, 2, 10, 5, 3]
+
+
+@functools.cache
+def plan_on(mesh, method='prompt'):
+  devices, model_parallel = MESHES.get(mesh, (1, 1))
+  return parameters.plan(
+    SHALLOW,
+    prompt.prompt(5) if method == 'prompt' else full.full(),
+    partitioning.make_mesh(model_parallel, jax.devices()[:devices]),
+  )
+
+
+@functools.cache
+def values(paths):
+  """Random parameters on the host."""
+  rng = np.random.default_rng(0)
+  return {
+    path: rng.standard_normal(x.shape, np.float32)
+    * (x.shape[0] ** -0.5 if path.endswith('kernel') else 1)
+    for path, x in plan_on(ONE).params.items()
+    if path in paths
+  }
+
+
+def placed(plan, paths):
+  host = values(frozenset(plan.params))
+  return {
+    path: parameters.place(host[path], plan.params[path])
+    for path in plan.select(paths)
+  }
+
+
+def rows_on(mesh, batch):
+  return data.device_put(batch, mesh)
+
+
+def program(plan, **settings):
+  """The compiled update of an Adafactor at its first step."""
+  model = models.EncoderDecoderModel(
+    plan.network, loss_normalizing_factor='NUM_REAL_TARGET_TOKENS'
+  )
+  tx = optim.adafactor(1_100_000)
+  like = state_lib.abstract_state(tx, plan)
+  return tx, like, state_lib.compile_step(model, tx, plan, like, **settings)
+
+
+def update(plan, batch, **settings):
+  """The trained parameters after a step, its sums, and the frozen arrays."""
+  tx, like, step = program(plan, **settings)
+  state = state_lib.first_state(tx, nested(placed(plan, plan.trainable)), like)
+  frozen = nested(placed(plan, plan.frozen))
+  with plan.scope():
+    state, sums = step(state, frozen, rows_on(plan.mesh, batch))
+  return parameters.flatten(state.trainable), jax.device_get(sums), frozen
+
+
+BATCH = make_batch(INPUTS, TARGETS)
+
+
+@functools.cache
+def on_one_device(method='prompt'):
+  trained, sums, _ = update(plan_on(ONE, method), BATCH)
+  return jax.device_get(trained), sums
+
+
+def assert_same(got, want, atol=1e-5):
+  """Trained parameters and sums."""
+  for path, value in want[0].items():
+    np.testing.assert_allclose(
+      got[0][path], value, atol=atol, rtol=1e-5, err_msg=path
+    )
+  for name, value in want[1].items():
+    np.testing.assert_allclose(got[1][name], value, rtol=1e-5, err_msg=name)
+
+
+@meshes
+def test_an_update_is_the_same_on_every_mesh(mesh):
+  trained, sums, _ = update(plan_on(mesh), BATCH)
+  want = on_one_device()
+  assert_same((trained, sums), want)
+  before = values(frozenset(want[0]))[prompt.PATH]
+  moved = want[0][prompt.PATH] - before
+  assert np.sqrt(np.mean(moved**2)) > 0.1, 'nothing was trained'
+  # Every process must be able to write the whole prompt.
+  assert trained[prompt.PATH].sharding.is_fully_replicated
+
+
+def test_full_tuning_is_the_same_on_a_mesh():
+  plan = plan_on('2x4', 'full')
+  trained, sums, frozen = update(plan, BATCH)
+  assert not frozen
+  assert_same((trained, sums), on_one_device('full'))
+  kernel = trained['encoder/layers_0/mlp/wi_0/kernel']
+  assert kernel.sharding.spec == P(None, 'model')
+
+
+def test_microbatches_change_nothing():
+  batch = make_batch(INPUTS * 4, TARGETS[::-1] * 4)
+  plan = plan_on('8x1')
+  whole = update(plan, batch)
+  assert_same(update(plan, batch, microbatches=4), whole)
+  assert whole[1]['tokens'] == 4 * sum(TARGETS)
+
+
+# ---------------------------------------------------------------------- shards
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'heads', 'joined_kv', 'mlp', 'vocab'),
+  [
+    ('8x1', 4, 32, 64, 128),
+    ('4x2', 2, 16, 32, 64),
+    ('2x4', 1, 8, 16, 32),
+    # Four heads stay whole; the other axes are split over all eight.
+    ('1x8', 4, 4, 8, 16),
+  ],
+)
+def test_weights_lie_split_over_the_devices(mesh, heads, joined_kv, mlp, vocab):
+  arrays = placed(plan_on(mesh), plan_on(mesh).params)
+  want = {
+    'token_embedder/embedding': (vocab, 32),
+    'decoder/logits_dense/kernel': (32, vocab),
+    'encoder/layers_0/attention/query/kernel': (32, joined_kv),
+    'encoder/layers_0/attention/out/kernel': (joined_kv, 32),
+    'encoder/layers_0/mlp/wi_1/kernel': (32, mlp),
+    'encoder/layers_0/mlp/wo/kernel': (mlp, 32),
+    'encoder/relpos_bias/rel_embedding': (heads, 32),
+    'encoder/encoder_norm/scale': (32,),
+    prompt.PATH: (5, 32),
+  }
+  host = values(frozenset(arrays))
+  for path, shape in want.items():
+    shards = arrays[path].addressable_shards
+    assert len({shard.device for shard in shards}) == 8
+    for shard in shards:
+      assert shard.data.shape == shape, path
+      np.testing.assert_array_equal(shard.data, host[path][shard.index])
+
+
+def test_initialised_weights_are_made_where_they_lie():
+  plan = plan_on('2x4')
+  path = 'encoder/layers_0/mlp/wi_0/kernel'
+  made = parameters.initialize(plan, [path], seed=0)[path]
+  assert made.sharding.is_equivalent_to(plan.params[path].sharding, 2)
+  assert made.addressable_shards[0].data.shape == (32, 16)
+  # And are the same values on another mesh.
+  (other,) = parameters.initialize(plan_on('8x1'), [path], seed=0).values()
+  np.testing.assert_array_equal(made, other)
+
+
+def test_the_optimizers_moments_lie_like_their_parameters():
+  plan = plan_on('2x4', 'full')
+  like = state_lib.abstract_state(optim.adafactor(), plan)
+  moments = [
+    s.v
+    for s in jax.tree.leaves(like, is_leaf=lambda s: hasattr(s, 'v'))
+    if hasattr(s, 'v')
+  ]
+  assert len(moments) == 1
+  for path, leaf in parameters.flatten(moments[0]).items():
+    assert leaf.shape == plan.params[path].shape
+    assert leaf.sharding == plan.params[path].sharding, path
+
+
+# ----------------------------------------------------------------- constraints
+
+
+@functools.cache
+def lowered(mesh):
+  """The program of an update, as it is handed to XLA, without any array."""
+  plan = plan_on(mesh)
+  _, like, step = program(plan)
+  frozen = nested(plan.select(plan.frozen))
+  rows = jax.sharding.NamedSharding(plan.mesh, P('data'))
+  batch = {
+    k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+    for k, x in BATCH.items()
+  }
+  return plan, lambda: step.lower(like, frozen, batch).as_text()
+
+
+def constraints(text):
+  return re.findall(r'sdy\.sharding_constraint[^\n]*', text)
+
+
+def test_the_program_constrains_its_activations_within_the_scope_only():
+  plan, lower = lowered('4x2')
+  with plan.scope():
+    inside = constraints(lower())
+  # In the forward pass of one layer each: embeddings 2, queries, keys, values
+  # 9, MLP hiddens 4, layer outputs 2, logits 1; and again in the backward.
+  assert len(inside) > 18
+  assert sum('"model"' in line for line in inside) >= 14
+  assert sum('"data"' in line for line in inside) >= 18
+
+
+def test_without_the_scope_nothing_is_constrained():
+  _, lower = lowered('2x4')
+  assert not constraints(lower())
+
+
+# ---------------------------------------------------------------------- errors
+
+
+def test_a_mesh_uses_all_devices_as_data_by_model():
+  assert dict(partitioning.make_mesh().shape) == {'data': 8, 'model': 1}
+  mesh = partitioning.make_mesh(4)
+  assert dict(mesh.shape) == {'data': 2, 'model': 4}
+  assert mesh.devices.ravel().tolist() == jax.devices()
+  one = partitioning.make_mesh(devices=jax.devices()[:1])
+  assert math.prod(one.shape.values()) == 1
+
+
+@pytest.mark.parametrize('model_parallel', [0, -1, 3, 16])
+def test_a_mesh_that_does_not_come_out_names_those_that_do(model_parallel):
+  with pytest.raises(
+    ValueError,
+    match=rf'MODEL_PARALLEL is {model_parallel}.* 8 devices.*\[1, 2, 4, 8\]',
+  ):
+    partitioning.make_mesh(model_parallel)
+
+
+def test_a_batch_that_does_not_come_out_names_those_that_do():
+  mesh = partitioning.make_mesh(2)
+  data.check_batch_size(8, mesh)
+  with pytest.raises(ValueError, match=r'BATCH_SIZE is 6.* 4 .*Use 4 or 8'):
+    data.check_batch_size(6, mesh)
+  with pytest.raises(ValueError, match=r'BATCH_SIZE is 6'):
+    rows_on(mesh, {k: x[:6] for k, x in BATCH.items()})
+
+
+def test_rules_keep_a_split_only_where_it_comes_out():
+  config = network.t5('t5_1_1_small')  # 6 heads of 64, d_ff 1024.
+  split = {
+    m: {
+      a
+      for a, over in partitioning.rules(partitioning.make_mesh(m), config)
+      if over == 'model'
+    }
+    for m in (2, 4)
+  }
+  everything = {'vocab', 'mlp', 'heads', 'joined_kv'}
+  assert split == {2: everything, 4: everything - {'heads'}}
+  odd = dataclasses.replace(config, vocab_size=32_127, mlp_dim=1023)
+  got = dict(partitioning.rules(partitioning.make_mesh(2), odd))
+  assert got['vocab'] is got['mlp'] is None
+  assert got['batch'] == 'data'
+
+
+def test_an_unknown_logical_axis_is_refused():
+  mesh = partitioning.make_mesh()
+  with pytest.raises(ValueError, match=r"no logical axis rule for \['rank'\]"):
+    partitioning.shardings(
+      mesh, partitioning.LOGICAL_AXIS_RULES, {'lora': ('embed', 'rank')}
+    )

@@ -1,0 +1,144 @@
+"""A restore needs little more memory than what it leaves on the devices.
+
+T5 1.1 base: 247,577,856 parameters, 0.99 GB in float32, split over 8 devices.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorstore as ts
+from flax import serialization, traverse_util
+
+from ptune import network
+from ptune.convert.layout import layout, shapes
+
+CONFIG = network.SIZES['t5_1_1_base']
+CHUNK_BYTES = 1 << 26  # T5X writes no larger ones.
+
+RESTORE = """
+import resource, sys
+from ptune import network, parameters, partitioning
+from ptune.convert import open_checkpoint, restore
+from ptune.methods import full
+
+def resident():
+  with open('/proc/self/statm') as f:
+    return int(f.read().split()[1]) * resource.getpagesize()
+
+mesh = partitioning.make_mesh(8)
+plan = parameters.plan(network.t5('t5_1_1_base'), full.full(), mesh)
+source = open_checkpoint(sys.argv[1])
+before = resident()
+arrays = restore(source, plan.params)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+held = sum(s.data.nbytes for a in arrays.values() for s in a.addressable_shards)
+print(peak - before, held)
+"""
+
+CONVERT = """
+import resource, sys
+from ptune.convert.conversion import convert
+from ptune.convert import huggingface, t5x
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+convert(sys.argv[1], sys.argv[2], sys.argv[3])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+def _run(code, *argv) -> list[int]:
+  flags = '--xla_force_host_platform_device_count=8'
+  done = subprocess.run(
+    [sys.executable, '-c', code, *map(str, argv)],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  return [int(word) for word in done.stdout.split()[-2:] if word.isdigit()]
+
+
+@pytest.fixture(scope='module')
+def t5x(tmp_path_factory):
+  """As T5X writes it: chunks of at most 64 MiB, which gzip does not shrink."""
+  path = tmp_path_factory.mktemp('base') / 'checkpoint_5'
+  path.mkdir()
+  rng = np.random.default_rng(0)
+  target, first = {}, {}
+  for name, shape in shapes(CONFIG).items():
+    chunks = list(shape)
+    while math.prod(chunks) * 4 > CHUNK_BYTES:
+      longest = int(np.argmax(chunks))
+      chunks[longest] = -(-chunks[longest] // 2)
+    # Level 0 stores: the size of real weights, without the time.
+    metadata = {
+      'shape': list(shape),
+      'chunks': chunks,
+      'compressor': {'id': 'gzip', 'level': 0},
+    }
+    spec = {'driver': 'zarr', 'dtype': 'float32', 'metadata': metadata}
+    directory = f'target.{name.replace("/", ".")}'
+    store = {'driver': 'file', 'path': f'{directory}/'}
+    target[name] = {**spec, 'kvstore': store}
+    if shape in first:  # The disk need not hold it twice.
+      (path / directory).mkdir()
+      for file in (path / first[shape]).iterdir():
+        os.link(file, path / directory / file.name)
+      continue
+    first[shape] = directory
+    store = {'driver': 'file', 'path': f'{path / directory}/'}
+    array = ts.open({**spec, 'kvstore': store}, create=True).result()
+    array.write(rng.standard_normal(shape, np.float32)).result()
+  tree = {
+    'target': traverse_util.unflatten_dict(target, sep='/'),
+    'state': {'step': np.int32(5), 'param_states': {}},
+  }
+  (path / 'checkpoint').write_bytes(
+    serialization.msgpack_serialize({'version': 3, 'optimizer': tree})
+  )
+  return path
+
+
+@pytest.fixture(scope='module')
+def huggingface(tmp_path_factory):
+  """Zeros that no disk holds; they are mapped and read like others."""
+  path = tmp_path_factory.mktemp('hf')
+  config = {'model_type': 't5', 'feed_forward_proj': 'gated-gelu'}
+  (path / 'config.json').write_text(json.dumps(config))
+  table = layout(
+    range(CONFIG.num_encoder_layers), range(CONFIG.num_decoder_layers)
+  )
+  header, end = {'__metadata__': {'format': 'pt'}}, 0
+  for name, shape in shapes(CONFIG).items():
+    theirs, transposed = table[name]
+    start, end = end, end + math.prod(shape) * 4
+    header[theirs] = {
+      'dtype': 'F32',
+      'shape': list(shape[::-1] if transposed else shape),
+      'data_offsets': [start, end],
+    }
+  text = json.dumps(header).encode()
+  with open(path / 'model.safetensors', 'wb') as f:
+    f.write(len(text).to_bytes(8, 'little') + text)
+    f.truncate(8 + len(text) + end)
+  return path
+
+
+LARGEST = 4 * max(math.prod(shape) for shape in shapes(CONFIG).values())
+TOTAL = 4 * sum(math.prod(shape) for shape in shapes(CONFIG).values())
+
+
+@pytest.mark.parametrize('kind', ['t5x', 'huggingface'])
+def test_peak_is_below_the_largest_tensor_and_the_devices(kind, request):
+  peak, held = _run(RESTORE, request.getfixturevalue(kind))
+  assert TOTAL <= held < 1.01 * TOTAL  # Norms lie on every device.
+  assert peak < held + LARGEST
+
+
+def test_conversion_holds_few_tensors(huggingface, tmp_path):
+  (peak,) = _run(CONVERT, huggingface, 't5x', tmp_path / 'checkpoint_0')
+  assert peak < 4 * LARGEST < TOTAL / 2

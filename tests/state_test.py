@@ -1,0 +1,241 @@
+"""One update: what it changes, what it costs, and the loss it goes down on."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from benchmarks import step as benchmark
+from ptune import models, network, optim, parameters, partitioning
+from ptune import state as state_lib
+from ptune.methods import prompt
+from tests.network_test import SHALLOW, TINY, load, make_batch, random_params
+
+ONE = partitioning.make_mesh(devices=jax.devices()[:1])
+BATCH = make_batch([16, 9, 1], [10, 4, 1])
+TOKENS = 10 + 4 + 1
+
+
+@functools.cache
+def plan_of(dropout_rate=0.0):
+  config = dataclasses.replace(SHALLOW, dropout_rate=dropout_rate)
+  return parameters.plan(config, prompt.prompt(5), ONE)
+
+
+def start(plan, tx):
+  """The first state, and the frozen parameters."""
+  flat = parameters.flatten(random_params(plan.network))
+  placed = {p: parameters.place(v, plan.params[p]) for p, v in flat.items()}
+  trainable, frozen = (
+    parameters.unflatten({p: placed[p] for p in paths})
+    for paths in (plan.trainable, plan.frozen)
+  )
+  like = state_lib.abstract_state(tx, plan)
+  return state_lib.first_state(tx, trainable, like), frozen, like
+
+
+# ------------------------------------------------------------------ the update
+
+
+def test_a_step_changes_only_what_is_trained():
+  plan, tx = plan_of(), optim.adafactor(1_100_000)
+  state, frozen, like = start(plan, tx)
+  # Copies on the device: the host's would be views, which cannot be donated.
+  before = jax.tree.map(jnp.copy, state)
+  base = jax.device_get(frozen)
+  step = state_lib.compile_step(
+    models.EncoderDecoderModel(plan.network), tx, plan, like
+  )
+  with plan.scope():
+    after, _ = step(state, frozen, BATCH)
+
+  # The state holds the prompt, its second moment and counters: no copy of
+  # anything that is frozen.
+  assert parameters.flatten(after.trainable).keys() == {prompt.PATH}
+  sizes = [x.size for x in jax.tree.leaves(after)]
+  assert sorted(sizes)[-2:] == [5 * 32] * 2
+  assert sorted(sizes)[-3] == 1
+  assert jax.tree.structure(after) == jax.tree.structure(before)
+  (old,), (new,) = (jax.tree.leaves(s.trainable) for s in (before, after))
+  assert np.all(np.asarray(old) != np.asarray(new))
+  assert (before.step, after.step) == (0, 1)
+  # The state was given away to be overwritten, the frozen weights were not.
+  assert all(x.is_deleted() for x in jax.tree.leaves(state) if x.size > 1)
+  assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))
+  jax.tree.map(np.testing.assert_array_equal, frozen, base)
+
+
+@pytest.mark.parametrize('what', ['step', 'seed'])
+def test_dropout_follows_the_seed_and_the_step(what):
+  plan, tx = plan_of(0.1), optim.adafactor()
+  state, frozen, _ = start(plan, tx)
+  model = models.EncoderDecoderModel(plan.network)
+
+  @jax.jit
+  def losses(state, frozen):
+    changed = state.replace(step=state.step + 1) if what == 'step' else state
+    seed = 1 if what == 'seed' else 0
+    return [
+      state_lib.train_step(model, tx, s, frozen, BATCH, seed=n)[1]['loss']
+      for s, n in ((state, 0), (changed, seed))
+    ]
+
+  a, b = losses(state, frozen)
+  assert abs(a - b) > 1e-3 * abs(a)
+  again, _ = losses(state, frozen)
+  assert a == again
+
+
+def test_a_prompt_step_costs_at_most_2_1_forward_passes():
+  # Were a single gradient of a frozen kernel read, even by a metric, XLA
+  # would compute it; all of them make it three forward passes.
+  config = network.t5('t5_1_1_small')
+  plan = parameters.plan(config, prompt.prompt(100), ONE)
+  rows = NamedSharding(ONE, PartitionSpec('data'))
+  batch = {
+    name: jax.ShapeDtypeStruct((2, length), np.int32, sharding=rows)
+    for name, length in {
+      'encoder_input_tokens': 128,
+      'decoder_input_tokens': 16,
+      'decoder_target_tokens': 16,
+      'decoder_loss_weights': 16,
+    }.items()
+  }
+  step, forward, *_ = benchmark.compile_step(plan, batch)
+  step, forward = (p.cost_analysis()['flops'] for p in (step, forward))
+  assert 20e9 < forward < 26e9
+  assert 1.9 < step / forward < 2.1
+
+
+# -------------------------------------------------------------------- the loss
+
+
+def float64_loss(logits, targets, z_loss, label_smoothing):
+  """Cross entropy with a smoothed label over what is least, and z-loss."""
+  logits = logits.astype(np.float64)
+  log_z = np.log(np.sum(np.exp(logits), axis=-1))
+  log_p = logits - log_z[..., None]
+  vocab = logits.shape[-1]
+  label = np.full(logits.shape, label_smoothing / (vocab - 1))
+  np.put_along_axis(label, targets[..., None], 1 - label_smoothing, axis=-1)
+  entropy = -np.sum(label * np.log(np.where(label > 0, label, 1)), axis=-1)
+  return -np.sum(label * log_p, axis=-1) - entropy, z_loss * log_z**2
+
+
+@pytest.mark.parametrize('label_smoothing', [0.0, 0.1, 0.4])
+@pytest.mark.parametrize('z_loss', [0.0, 1e-4, 0.1])
+def test_token_loss_equals_float64(z_loss, label_smoothing):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(0, 4, (3, 7, 50)).astype(np.float32)
+  targets = rng.integers(0, 50, (3, 7)).astype(np.int32)
+  got = models.token_loss(logits, targets, z_loss, label_smoothing)
+  want = float64_loss(logits, targets, z_loss, label_smoothing)
+  for g, w in zip(got, want, strict=True):
+    np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6)
+
+
+def test_the_best_prediction_of_a_smoothed_label_has_no_loss():
+  probabilities = np.full((1, 1, 11), 0.02)
+  probabilities[..., 4] = 0.8
+  loss, _ = models.token_loss(
+    np.log(probabilities).astype(np.float32), np.array([[4]]), 0.0, 0.2
+  )
+  np.testing.assert_allclose(loss, 0, atol=1e-6)
+
+
+def test_the_loss_counts_the_tokens_that_have_a_weight():
+  model = models.EncoderDecoderModel(
+    plan_of().network, z_loss=1e-2, label_smoothing=0.1
+  )
+  params = random_params(plan_of().network)
+  weights = BATCH['decoder_loss_weights'].copy()
+  weights[0, 3:] = 0  # Of a target that is only partly to be learned.
+  batch = BATCH | {'decoder_loss_weights': weights}
+
+  @jax.jit
+  def run(params):
+    return (
+      model.loss(params, batch),
+      model.logits(params, batch),
+      model.score(params, batch),
+    )
+
+  (loss, sums), logits, score = jax.device_get(run(params))
+  targets, real = batch['decoder_target_tokens'], weights > 0
+  cross_entropy, z_loss = float64_loss(logits, targets, 1e-2, 0.1)
+  assert sums['tokens'] == 3 + 4 + 1
+  np.testing.assert_allclose(loss, np.sum((cross_entropy + z_loss)[real]), 1e-5)
+  np.testing.assert_allclose(sums['z_loss'], np.sum(z_loss[real]), 1e-5)
+  assert sums['correct'] == np.sum((np.argmax(logits, -1) == targets)[real])
+  # The score knows neither smoothing nor z-loss.
+  plain, _ = float64_loss(logits, targets, 0, 0)
+  np.testing.assert_allclose(score, -np.sum(plain * real, axis=1), 1e-5)
+
+
+# -------------------------------------------------------------- the normalizer
+
+
+def normalized(factor):
+  return models.EncoderDecoderModel(
+    plan_of().network, loss_normalizing_factor=factor
+  )
+
+
+def test_the_normalizer_is_nothing_a_number_or_the_tokens():
+  assert normalized(None).normalizer(BATCH) is None
+  assert normalized(233_472).normalizer(BATCH) == 233_472
+  assert normalized('NUM_REAL_TARGET_TOKENS').normalizer(BATCH) == TOKENS
+  empty = {k: np.zeros_like(x) for k, x in BATCH.items()}
+  assert normalized('NUM_REAL_TARGET_TOKENS').normalizer(empty) == 1
+
+
+def test_an_unknown_normalizer_names_the_choices():
+  with pytest.raises(
+    ValueError, match=r"is 'AVERAGE'.*None, a number or 'NUM_REAL_TARGET_TOK"
+  ):
+    normalized('AVERAGE').normalizer(BATCH)
+
+
+def test_gradients_are_divided_by_the_normalizer_and_the_loss_is_not():
+  tx = optim.adafactor()
+  state, frozen, _ = start(plan_of(), tx)
+  factors = (None, 8.0, 'NUM_REAL_TARGET_TOKENS')
+
+  @jax.jit
+  def run(state, frozen):
+    return [
+      state_lib.train_step(normalized(f), tx, state, frozen, BATCH)[1]
+      for f in factors
+    ]
+
+  sums = jax.device_get(run(state, frozen))
+  norms = [s['gradient_norm'] for s in sums]
+  np.testing.assert_allclose(
+    norms, norms[0] / np.array([1, 8, TOKENS]), rtol=1e-5
+  )
+  assert len({float(s['loss']) for s in sums}) == 1
+
+
+def test_the_gradient_norm_is_that_of_the_reference(numerics):
+  folder = numerics / 'prompt_encoder'
+  case, params = load(folder / 'case_p5.npz'), load(folder / 'params.npz')
+  trainable = {prompt.PATH: load(folder / 'prompts.npz')['prompt_p5']}
+  trainable, frozen = map(parameters.unflatten, (trainable, params))
+  inputs = ('encoder_input_', 'decoder_')
+  batch = {k: v for k, v in case.items() if k.startswith(inputs)}
+  plan = parameters.plan(TINY, prompt.prompt(5), ONE)
+  model, tx = models.EncoderDecoderModel(plan.network), optim.adafactor()
+
+  @jax.jit
+  def run(trainable, frozen):
+    state = state_lib.TrainState(np.int32(0), trainable, tx.init(trainable))
+    return state_lib.train_step(model, tx, state, frozen, batch)[1]
+
+  sums = run(trainable, frozen)
+  want = np.linalg.norm(case['grad_prompt'])
+  np.testing.assert_allclose(sums['gradient_norm'], want, rtol=1e-5)
+  np.testing.assert_allclose(sums['loss'], case['loss'], rtol=2e-6)

@@ -1,0 +1,268 @@
+"""What T5X needs from ptune's network, tested without T5X.
+
+`t5x_host_test` runs T5X itself where it is installed. The calls here are
+spelled as T5X's EncoderDecoderModel spells them.
+"""
+
+import functools
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from flax.linen import partitioning as flax_partitioning
+
+from ptune import methods, network, partitioning
+from ptune.adapters import Method
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = network.T5Config(
+  vocab_size=64,
+  emb_dim=16,
+  num_heads=2,
+  head_dim=8,
+  mlp_dim=32,
+  num_encoder_layers=1,
+  num_decoder_layers=1,
+)
+BATCH, INPUTS, TARGETS, BEAMS = 2, 6, 3, 2
+# The axes of T5X's standard_logical_axis_rules; t5x_host adds the others.
+STANDARD_AXES = {
+  *('batch', 'vocab', 'embed', 'mlp', 'heads', 'kv', 'joined_kv'),
+  *('relpos_buckets', 'abspos_buckets', 'length', 'layers', 'stack'),
+  'mlp_activations',
+}
+# Leaves that beam search does not copy for each beam.
+SHARED_CACHE = {'cache_index', 'cached_bias', 'position_embedder_index'}
+
+
+def every_method() -> list[Method]:
+  """The methods of ptune.methods, as they are without any setting."""
+  found = []
+  for module in pkgutil.iter_modules(methods.__path__):
+    of = importlib.import_module(f'ptune.methods.{module.name}')
+    make = getattr(of, module.name, None)
+    if make is None:
+      continue
+    needed = [
+      p
+      for p in inspect.signature(make).parameters.values()
+      if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+    ]
+    if not needed:
+      found.append(make())
+  return found
+
+
+METHODS = pytest.mark.parametrize(
+  'method', every_method(), ids=lambda method: method.name
+)
+
+
+def tokens():
+  rng = np.random.default_rng(0)
+  inputs = rng.integers(2, 64, (BATCH, INPUTS), np.int32)
+  inputs[1, 4:] = 0
+  targets = rng.integers(2, 64, (BATCH, TARGETS), np.int32)
+  shifted = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+  return jnp.asarray(inputs), jnp.asarray(targets), jnp.asarray(shifted)
+
+
+def abstract(method: Method):
+  """The module, and what T5X makes of it first; computes nothing."""
+  module = network.Transformer(CONFIG, method.placements)
+  inputs, targets, _ = tokens()
+  init = functools.partial(
+    module.init,
+    encoder_positions=None,
+    decoder_positions=None,
+    encoder_segment_ids=None,
+    decoder_segment_ids=None,
+    decode=False,
+    enable_dropout=False,
+  )
+  return module, jax.eval_shape(
+    init, jax.random.key(0), inputs, targets, targets
+  )
+
+
+def test_the_calls_have_the_names_that_t5x_uses():
+  call = inspect.signature(network.Transformer.__call__).parameters
+  assert list(call)[1:] == [
+    'encoder_input_tokens',
+    'decoder_input_tokens',
+    'decoder_target_tokens',
+    'encoder_segment_ids',
+    'decoder_segment_ids',
+    'encoder_positions',
+    'decoder_positions',
+    'enable_dropout',
+    'decode',
+  ]
+  for keyword in ('enable_dropout', 'decode'):
+    assert call[keyword].kind is inspect.Parameter.KEYWORD_ONLY
+  encode = inspect.signature(network.Transformer.encode).parameters
+  assert list(encode)[1:] == [
+    'encoder_input_tokens',
+    'encoder_segment_ids',
+    'enable_dropout',
+  ]
+  decode = inspect.signature(network.Transformer.decode).parameters
+  assert list(decode)[1:5] == [
+    'encoded',
+    'encoder_input_tokens',
+    'decoder_input_tokens',
+    'decoder_target_tokens',
+  ]
+  assert {'enable_dropout', 'decode', 'max_decode_length'} <= set(decode)
+  # T5X would fill the cache ahead of decoding if it found this name.
+  assert 'prefill' not in decode
+
+
+@METHODS
+def test_every_parameter_names_its_axes(method):
+  _, variables = abstract(method)
+  assert set(variables) == {'params', 'params_axes'}
+  params = traverse_util.flatten_dict(variables['params'], sep='/')
+  axes = flax_partitioning.get_axis_names(variables['params_axes'])
+  axes = traverse_util.flatten_dict(axes, sep='/')
+  assert set(axes) == set(params)
+  for path, x in params.items():
+    assert len(axes[path]) == x.ndim, path
+
+
+@METHODS
+def test_every_axis_has_a_rule_and_those_of_adapters_are_replicated(method):
+  _, variables = abstract(method)
+  axes = flax_partitioning.get_axis_names(variables['params_axes'])
+  rules = dict(partitioning.LOGICAL_AXIS_RULES)
+  for path, names in traverse_util.flatten_dict(axes, sep='/').items():
+    for name in names:
+      assert name in rules, f'{path}: no rule for {name}'
+      assert name in STANDARD_AXES or rules[name] is None, (path, name)
+
+
+def test_the_prompt_is_replicated():
+  rules = dict(partitioning.LOGICAL_AXIS_RULES)
+  assert rules['prompt'] is None
+  assert rules['prompt_embed'] is None
+
+
+@METHODS
+def test_cached_decoding_of_beams_equals_teacher_forcing(method):
+  module, variables = abstract(method)
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(
+    lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), variables['params']
+  )
+  inputs, targets, shifted = tokens()
+
+  @jax.jit
+  def forced(params):
+    return module.apply(
+      {'params': params},
+      inputs,
+      shifted,
+      targets,
+      encoder_segment_ids=None,
+      decoder_segment_ids=None,
+      encoder_positions=None,
+      decoder_positions=None,
+      decode=False,
+      enable_dropout=False,
+      rngs=None,
+      mutable=False,
+    )
+
+  @jax.jit
+  def decoded(params):
+    encoded = module.apply(
+      {'params': params}, inputs, enable_dropout=False, method=module.encode
+    )
+    _, made = module.apply(
+      {'params': params},
+      encoder_input_tokens=jnp.ones_like(inputs),
+      decoder_input_tokens=jnp.ones_like(targets),
+      decoder_target_tokens=jnp.ones_like(targets),
+      mutable=['cache'],
+      decode=True,
+      enable_dropout=False,
+    )
+    flat = traverse_util.flatten_dict(made['cache'])
+    for path, x in flat.items():
+      if path[-1] not in SHARED_CACHE:
+        assert x.shape[0] == BATCH, f'{path} {x.shape} is not a row for a row'
+        flat[path] = jnp.repeat(x, BEAMS, axis=0)
+    cache, steps = traverse_util.unflatten_dict(flat), []
+    for step in range(TARGETS):
+      ids = jnp.repeat(shifted[:, step : step + 1], BEAMS, axis=0)
+      logits, made = module.apply(
+        {'params': params, 'cache': cache},
+        jnp.repeat(encoded, BEAMS, axis=0),
+        jnp.repeat(inputs, BEAMS, axis=0),
+        ids,
+        ids,
+        enable_dropout=False,
+        decode=True,
+        max_decode_length=TARGETS,
+        mutable=['cache'],
+        method=module.decode,
+      )
+      cache = made['cache']
+      steps.append(logits)
+    return jnp.stack(steps)
+
+  got, expected = decoded(params), forced(params)
+  assert got.shape == (TARGETS, BATCH * BEAMS, 1, CONFIG.vocab_size)
+  for beam in range(BEAMS):
+    np.testing.assert_allclose(
+      got[:, beam::BEAMS, 0].swapaxes(0, 1), expected, atol=1e-4, rtol=1e-5
+    )
+
+
+def test_only_the_host_imports_t5x_and_nothing_imports_the_host():
+  sources = [*ROOT.glob('ptune/**/*.py'), *ROOT.glob('tasks/**/*.py')]
+  assert len(sources) > 20
+  for source in sources:
+    text = source.read_text()
+    if source.name != 't5x_host.py':
+      assert not re.search(r'^\s*(import|from) t5x\b', text, re.M), source
+    importing = r'^\s*(import|from) .*\bt5x_host\b'
+    assert not re.search(importing, text, re.M), source
+
+
+@pytest.mark.parametrize('installed', ['nothing', 'the empty placeholder'])
+def test_without_t5x_the_host_says_what_is_needed(installed, monkeypatch):
+  for name in [name for name in sys.modules if name.split('.')[0] == 't5x']:
+    monkeypatch.delitem(sys.modules, name)
+  monkeypatch.delitem(sys.modules, 'ptune.t5x_host', raising=False)
+  fake = None
+  if installed != 'nothing':
+    fake = type(sys)('t5x')
+  monkeypatch.setitem(sys.modules, 't5x', fake)
+  message = r'needs T5X.*github.com/google-research/t5x.*ptune train'
+  with pytest.raises(ImportError, match=message):
+    importlib.import_module('ptune.t5x_host')
+
+
+def test_the_order_of_gin_files_cannot_matter():
+  """No macro is set by a file of gin/t5x/ and by one that stands beside it."""
+  sets = re.compile(r'^([A-Z][A-Z0-9_]*) *=', re.M)
+  hosts = sorted((ROOT / 'gin' / 't5x').glob('*.gin'))
+  assert [path.name for path in hosts] == [
+    'eval.gin',
+    'finetune.gin',
+    'infer.gin',
+  ]
+  macros = {m for path in hosts for m in sets.findall(path.read_text())}
+  for kind in ('models', 'methods', 'prompts'):
+    for path in sorted((ROOT / 'gin' / kind).glob('*.gin')):
+      both = macros & set(sets.findall(path.read_text()))
+      assert not both, f'{path.name} sets {both} too'

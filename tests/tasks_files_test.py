@@ -1,0 +1,275 @@
+"""tasks/files.py: a user's TSV, CSV and JSON lines as a task."""
+
+import json
+import os
+import pathlib
+
+import pytest
+
+os.environ.setdefault('PTUNE_VOCABULARY', 'ptune://tiny')
+
+from ptune import data  # isort: skip  (first: it quiets TensorFlow)
+
+import seqio  # isort: skip
+
+from ptune.tasks import files  # isort: skip
+
+LENGTHS = {'inputs': 32, 'targets': 8}
+NAMES = ['negative', 'positive']
+
+
+def write(path, text):
+  if isinstance(text, str):
+    text = text.encode()
+  path.write_bytes(text)
+  return str(path)
+
+
+def texts(file, inputs='{text}', targets='{label}', names=None, skip=False):
+  rows = files.read_rows(file)
+  found = files.to_texts(rows, inputs, targets, names, skip)
+  return list(zip(found['inputs'], found['targets'], strict=True))
+
+
+def test_tsv_csv_and_jsonl_give_the_same_rows(tmp_path):
+  tsv = 'text\tlabel\nit "works", well\t1\nnaïve\t0\n'
+  csv = 'text,label\r\n"it ""works"", well",1\r\nnaïve,0\r\n'
+  jsonl = '{"text": "it \\"works\\", well", "label": 1}\n' + json.dumps(
+    {'text': 'naïve', 'label': False}
+  )
+  want = [('it "works", well', 'positive'), ('naïve', 'negative')]
+  for suffix, text in (('tsv', tsv), ('csv', csv), ('jsonl', jsonl)):
+    file = write(tmp_path / f'rows.{suffix}', text)
+    assert texts(file, names=NAMES) == want
+
+
+def test_csv_fields_may_have_line_ends_and_a_byte_order_mark(tmp_path):
+  file = write(
+    tmp_path / 'a.csv', b'\xef\xbb\xbftext,label\n"two\nlines",x\n\nlast,y\n'
+  )
+  assert texts(file) == [('two\nlines', 'x'), ('last', 'y')]
+
+
+def test_tsv_keeps_quotes_blanks_and_carriage_returns_out(tmp_path):
+  file = write(tmp_path / 'a.tsv', 'text\tlabel\r\n a "b \tx\r\n\r\nc\ty')
+  assert texts(file) == [(' a "b ', 'x'), ('c', 'y')]
+
+
+def test_templates_take_any_column_and_braces(tmp_path):
+  file = write(tmp_path / 'a.tsv', 'first text\tlabel\t0\na{b}\t1\tz\n')
+  got = texts(file, 'x: {first text} {{{0}}}', 'It is {label}.', NAMES)
+  assert got == [('x: a{b} {z}', 'It is positive.')]
+
+
+def test_labels_may_be_numbers_names_or_unknown(tmp_path):
+  file = write(tmp_path / 'a.tsv', 'text\tlabel\na\t1\nb\tnegative\nc\t-1\n')
+  got = [target for _, target in texts(file, names=NAMES)]
+  assert got == ['positive', 'negative', '<unk>']
+
+
+BAD = {
+  'a.tsv': (
+    b'text\tlabel\nok\t1\nshort\nok\t0\ntoo\tmany\t1\nb\xffd\t1\nok\t7\n',
+    {3: '1 fields, expected 2', 5: '3 fields', 6: 'not UTF-8', 7: "label '7'"},
+  ),
+  'a.csv': (
+    b'text,label\nok,1\n"x\ny"\nb\xffd,1\nok,yes\n"open"x,1\nok,0\n',
+    {3: '1 fields, expected 2', 5: 'not UTF-8', 6: "label 'yes'", 7: 'not CSV'},
+  ),
+  'a.jsonl': (
+    b'{"text": "ok", "label": 1}\n{"text": "x"}\n[1]\n{"text"\n'
+    b'{"text": ["a"], "label": 0}\n{"text": "b\xffd", "label": 0}\n'
+    b'{"text": null, "label": 0}\n{"text": "ok", "label": 0}\n',
+    {
+      2: "no column 'label'",
+      3: 'not a JSON object',
+      4: 'not JSON',
+      5: 'is a list',
+      6: 'not UTF-8',
+      7: "no column 'text'",
+    },
+  ),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_rows_are_all_named_by_file_and_line(tmp_path, name):
+  content, wrong = BAD[name]
+  file = write(tmp_path / name, content)
+  with pytest.raises(ValueError, match=f'{len(wrong)} bad rows') as error:
+    texts(file, names=NAMES)
+  lines = str(error.value).splitlines()[1:]
+  assert len(lines) == len(wrong)
+  for line, (number, message) in zip(lines, wrong.items(), strict=True):
+    assert f'{file}:{number}: ' in line
+    assert message in line
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_rows_are_counted_and_listed_if_skipped(tmp_path, name, caplog):
+  content, wrong = BAD[name]
+  file = write(tmp_path / name, content)
+  with caplog.at_level('WARNING', 'absl'):
+    got = texts(file, names=NAMES, skip=True)
+  assert [text for text, _ in got] == ['ok', 'ok']
+  assert f'{len(wrong)} bad rows are left out' in caplog.text
+  for number in wrong:
+    assert f'{name}:{number}: ' in caplog.text
+
+
+def test_a_missing_column_is_named_with_those_there_are(tmp_path):
+  file = write(tmp_path / 'a.tsv', 'sentence\tlabel\na\t1\n')
+  with pytest.raises(ValueError, match="no column 'text', it has: sentence"):
+    texts(file)
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('a.tsv', b'', 'is empty'),
+    ('a.tsv', b'text\tlabel\n', 'no good rows'),
+    ('a.tsv', b'text\ttext\na\tb\n', 'more than once'),
+    ('a.tsv', b't\xffxt\tlabel\na\tb\n', 'a.tsv:1.*not UTF-8'),
+    ('a.txt', b'a', 'ends in one of .tsv, .csv, .jsonl'),
+    (None, b'', 'cannot be read'),
+  ],
+)
+def test_files_that_are_no_data_are_errors(tmp_path, name, content, message):
+  file = str(tmp_path / 'none.tsv')
+  if name:
+    file = write(tmp_path / name, content)
+  with pytest.raises(ValueError, match=message):
+    texts(file)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'files': {}}, 'TASK_FILES'),
+    ({'files': 'train.tsv'}, 'TASK_FILES'),
+    ({'inputs': 'a {'}, 'INPUTS'),
+    ({'inputs': 'a {}'}, 'expected a column in every pair of braces'),
+    ({'targets': '{a} {b}', 'label_names': NAMES}, 'expected one column'),
+    ({'label_names': ['one']}, 'at least two'),
+    ({'metrics': ['acuracy']}, "did you mean.*'accuracy'"),
+    ({'metrics': ['pearson', 'rouge']}, 'compares the same'),
+    ({'metrics': ['accuracy']}, 'need each other'),
+    ({'metrics': ['rouge'], 'label_names': NAMES}, 'need each other'),
+    ({'rank': True}, 'expected LABEL_NAMES'),
+  ],
+)
+def test_settings_that_do_not_fit_are_errors(settings, message):
+  good = {'files': {'train': 'a.tsv'}, 'inputs': '{a}', 'targets': '{b}'}
+  with pytest.raises(ValueError, match=message):
+    files.from_files(**{**good, **settings})
+
+
+@pytest.fixture
+def sentiment(tmp_path):
+  """A task of 40 rows to train on and 6 for validation."""
+  rows = [('good film', 1), ('bad film', 0)]
+  for split, count in (('train', 20), ('validation', 3)):
+    lines = [
+      f'{i} {text}\t{label}' for i in range(count) for text, label in rows
+    ]
+    write(tmp_path / f'{split}.tsv', '\n'.join(['text\tlabel', *lines]))
+  return {
+    'files': {
+      'train': str(tmp_path / 'tr*.tsv'),
+      'validation': [str(tmp_path / 'validation.tsv')],
+    },
+    'inputs': 'text: {text}',
+    'targets': '{label}',
+    'label_names': NAMES,
+  }
+
+
+def test_the_task_batches_and_knows_its_labels(sentiment):
+  name = files.from_files(**sentiment)
+  task = data.load_task(name)
+  assert sorted(task.splits) == ['train', 'validation']
+  batches = data.Batches(task, LENGTHS, 8)
+  assert batches.num_examples == 40
+  assert batches(3)['encoder_input_tokens'].shape == (8, 32)
+  assert data.distinct_targets(task, LENGTHS) == NAMES
+  first, _ = next(data.examples(task, LENGTHS, 'validation'))
+  assert first == {'inputs': 'text: 0 good film', 'targets': 'positive'}
+
+
+def test_scores_are_those_of_metrics(sentiment):
+  names = ['accuracy', 'f1', 'macro_f1', 'matthews']
+  task = seqio.get_mixture_or_task(files.from_files(**sentiment, metrics=names))
+  outputs = ['positive', 'positive', 'film']
+  targets = [task.postprocess_fn(t, is_target=True) for t in NAMES + NAMES[1:]]
+  predictions = [task.postprocess_fn(t, is_target=False) for t in outputs]
+  scores = {}
+  for metric in task.metric_fns:
+    scores |= metric(targets, predictions)
+  assert scores == {
+    'accuracy': pytest.approx(100 / 3),
+    'f1': pytest.approx(50),
+    'mean_2class_f1': pytest.approx(25),
+    'matthews_corrcoef': pytest.approx(-50),
+    'invalid': pytest.approx(100 / 3),
+  }
+
+
+def test_numbers_and_answers_have_their_metrics(tmp_path):
+  file = write(tmp_path / 'a.tsv', 'a\tb\nx\t1.5\n')
+  common = {'files': {'train': file}, 'inputs': '{a}', 'targets': '{b}'}
+  task = seqio.get_mixture_or_task(
+    files.from_files(**common, metrics=['pearson', 'spearman'])
+  )
+  assert task.postprocess_fn('2.5', is_target=False) == 2.5
+  task = seqio.get_mixture_or_task(
+    files.from_files(**common, metrics=['squad'])
+  )
+  assert task.postprocess_fn('x', is_target=True) == ['x']
+
+
+def test_rows_come_in_an_order_of_the_seed_when_streamed(sentiment):
+  task = seqio.get_mixture_or_task(files.from_files(**sentiment))
+
+  def order(seed):
+    rows = task.get_dataset(LENGTHS, 'train', shuffle=True, seed=seed)
+    return [r['inputs_pretokenized'] for r in rows.as_numpy_iterator()]
+
+  assert order(1) == order(1) != order(2)
+  assert sorted(order(1)) == sorted(order(2))
+
+
+def test_ranking_has_every_label_of_a_row_but_to_train_on(sentiment):
+  task = seqio.get_mixture_or_task(files.from_files(**sentiment, rank=True))
+  train = list(data.examples(task, LENGTHS, 'train'))
+  assert len(train) == 40
+  rows = list(
+    task.get_dataset(LENGTHS, 'validation', shuffle=False).as_numpy_iterator()
+  )
+  assert [r['targets_pretokenized'].decode() for r in rows] == NAMES * 6
+  targets = [
+    task.postprocess_fn(
+      r['targets_pretokenized'].decode(), example=r, is_target=True
+    )
+    for r in rows
+  ]
+  # Right for the first of each pair of rows, wrong for the second.
+  scores = [0.0, 1.0] * 6
+  (metric,) = task.metric_fns
+  assert metric(targets, scores) == {'accuracy': 50.0}
+  # A row that EVAL_STEPS cuts through does not count.
+  assert metric(targets[:3], scores[:3]) == {'accuracy': 100.0}
+
+
+SHARED = pathlib.Path(__file__).parents[2] / 'shared' / 'data'
+
+
+@pytest.mark.parametrize('name', ['sst2', 'mrpc', 'rte', 'customer_reviews'])
+def test_real_data_has_no_bad_rows(name):
+  folder = SHARED / name
+  if not folder.is_dir():
+    pytest.skip(f'the data is not at {folder}')
+  for split in ('train', 'validation', 'test'):
+    file = str(folder / f'{split}.tsv')
+    rows = texts(file, '{label}', '{label}', ['a', 'b'])
+    lines = pathlib.Path(file).read_text().splitlines()
+    assert len(rows) == len([line for line in lines if line]) - 1

@@ -1,0 +1,293 @@
+"""A T5, SeqIO tasks and runs so small that a test can train.
+
+Tokens are bytes. Imported by tests, and named as MIXTURE_OR_TASK_MODULE by the
+command lines that they run with `command`.
+"""
+
+import atexit
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from ptune import cli, network, train
+from ptune.methods import full, prompt
+
+import seqio  # isort: skip  (after ptune.data, which quiets TensorFlow)
+import tensorflow as tf  # isort: skip
+
+CONFIG = network.T5Config(
+  vocab_size=264,
+  emb_dim=16,
+  num_heads=2,
+  head_dim=8,
+  mlp_dim=32,
+  num_encoder_layers=1,
+  num_decoder_layers=1,
+)
+GIN = """\
+from __gin__ import dynamic_registration
+from ptune import network
+MODEL = @network.t5()
+network.t5:
+  vocab_size = 264
+  emb_dim = 16
+  num_heads = 2
+  head_dim = 8
+  mlp_dim = 32
+  num_encoder_layers = 1
+  num_decoder_layers = 1
+"""
+LENGTHS = {'inputs': 32, 'targets': 4}
+SIZES = {'train': 64, 'validation': 21, 'test': 12}
+LABELS = ('no', 'yes')
+
+
+def rows(split: str) -> list[tuple[str, str]]:
+  """Words of a and b, and whether there are more a than b: [(word, label)]."""
+  draw = random.Random(split)
+  words = [
+    ''.join(draw.choices('ab', k=draw.randint(1, 31))) for _ in range(64)
+  ]
+  return [
+    (word, LABELS[word.count('a') > word.count('b')])
+    for word in words[: SIZES[split]]
+  ]
+
+
+def _source(splits, empty=()):
+  def dataset_fn(split, shuffle_files, seed=None):
+    del shuffle_files, seed
+    pairs = [] if split in empty else rows(split)
+    columns = [[p[i] for p in pairs] for i in (0, 1)]
+    return tf.data.Dataset.from_tensor_slices(
+      {
+        'inputs': tf.constant(columns[0], tf.string),
+        'targets': tf.constant(columns[1], tf.string),
+      }
+    )
+
+  counts = {s: 0 if s in empty else SIZES[s] for s in splits}
+  return seqio.FunctionDataSource(
+    dataset_fn, splits=splits, num_input_examples=counts
+  )
+
+
+def accuracy(targets, predictions):
+  right = sum(t == p for t, p in zip(targets, predictions, strict=True))
+  return {'accuracy': 100 * right / len(targets)}
+
+
+def mean_score(targets, scores):
+  scores = scores[0] if isinstance(scores, tuple) else scores
+  assert len(scores) == len(targets)
+  return {'mean_score': sum(scores) / len(scores)}
+
+
+def _add(name, splits=tuple(SIZES), empty=(), metrics=(), extra_ids=0):
+  feature = seqio.Feature(seqio.ByteVocabulary(extra_ids), add_eos=True)
+  seqio.TaskRegistry.add(
+    name,
+    source=_source(splits, empty),
+    preprocessors=[
+      seqio.preprocessors.tokenize,
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features={'inputs': feature, 'targets': feature},
+    metric_fns=list(metrics),
+  )
+
+
+_add('tiny', metrics=(accuracy, mean_score))
+_add('tiny_b', metrics=(accuracy,))
+_add('tiny_no_metrics')
+_add('tiny_no_validation', splits=('train',))
+_add('tiny_no_train_rows', empty=('train',))
+_add('tiny_no_validation_rows', empty=('validation',), metrics=(accuracy,))
+_add('tiny_large_vocabulary', extra_ids=100)
+seqio.MixtureRegistry.add('tiny_mixture', ['tiny', 'tiny_b'], default_rate=1.0)
+
+
+# ----------------------------------------------------------------------- runs
+
+
+@functools.cache
+def directory() -> pathlib.Path:
+  """For what several tests read; nothing in it is changed by a test."""
+  path = pathlib.Path(tempfile.mkdtemp(prefix='ptune-tiny-'))
+  atexit.register(shutil.rmtree, path, ignore_errors=True)
+  (path / 'tiny.gin').write_text(GIN)
+  return path
+
+
+@functools.cache
+def base() -> str:
+  """A run that trained the whole model for a few steps: a frozen base."""
+  path = directory() / 'base'
+  run(
+    path,
+    method=full.full(),
+    config=CONFIG,
+    initial_checkpoint_path=None,
+    train_steps=8,
+    eval_split=None,
+  )
+  return str(path)
+
+
+def run(model_dir, **changes):
+  """A short run of `train` in this process: 12 steps, evaluated twice."""
+  settings = {
+    'model_dir': os.fspath(model_dir),
+    'mixture_or_task_name': 'tiny',
+    'task_feature_lengths': LENGTHS,
+    'train_steps': 12,
+    'config': dataclasses.replace(CONFIG, dropout_rate=0.1),
+    'method': prompt.prompt(3),
+    'batch_size': 8,
+    'bucket_multiple': 8,
+    'eval_period': 5,
+    'checkpoint_period': 4,
+    'log_period': 3,
+    'seed': 1,
+    **changes,
+  }
+  if 'initial_checkpoint_path' not in settings:
+    settings['initial_checkpoint_path'] = base()
+  return train.train(**settings)
+
+
+def records(model_dir: os.PathLike[str]) -> list[dict]:
+  """metrics.jsonl without what depends on the clock."""
+  timing = ('seconds_per_step', 'examples_per_second')
+  lines = pathlib.Path(model_dir, 'metrics.jsonl').read_text().splitlines()
+  return [
+    {k: v for k, v in json.loads(line).items() if k not in timing}
+    for line in lines
+  ]
+
+
+def files(model_dir: os.PathLike[str]) -> dict[str, bytes]:
+  """All files below a directory, by name."""
+  top = pathlib.Path(model_dir)
+  return {
+    str(path.relative_to(top)): path.read_bytes()
+    for path in sorted(top.rglob('*'))
+    if path.is_file()
+  }
+
+
+# ------------------------------------------------------------------- commands
+
+
+def arguments(program: str, *more: str, **macros: object) -> list[str]:
+  """A command line of `ptune`, for the model and the task of this module."""
+  macros = {
+    'MIXTURE_OR_TASK_MODULE': 'tests.tiny',
+    'MIXTURE_OR_TASK_NAME': 'tiny',
+    'TASK_FEATURE_LENGTHS': LENGTHS,
+    'BATCH_SIZE': 8,
+    'PROMPT_LENGTH': 3,
+    **macros,
+  }
+  if program == 'train':
+    macros.setdefault('INITIAL_CHECKPOINT_PATH', base())
+  return [
+    program,
+    f'--gin_file={directory()}/tiny.gin',
+    f'--gin_file=runs/{program}.gin',
+    '--gin_file=prompts/random_uniform.gin',
+    *(f'--gin.{name}={value!r}' for name, value in macros.items()),
+    *more,
+  ]
+
+
+class Command:
+  """A `ptune` process, with signals and an exit status of its own.
+
+  Forked from a server that has imported all that is heavy, so that it starts
+  in no time.
+  """
+
+  def __init__(self, arguments, **environment):
+    self._log = pathlib.Path(tempfile.mkstemp(dir=directory())[1])
+    self._server = _server()
+    _send(
+      self._server,
+      {'arguments': arguments, 'log': str(self._log), 'env': environment},
+    )
+    self.pid = int(self._server.stdout.readline())
+
+  @property
+  def output(self) -> str:
+    """What it has written so far, on stdout and stderr."""
+    return self._log.read_text()
+
+  def wait_for(self, text: str, seconds: float = 60) -> None:
+    """Returns when it has written a text."""
+    end = time.monotonic() + seconds
+    while text not in self.output:
+      assert time.monotonic() < end, f'no {text!r} in: {self.output}'
+      time.sleep(0.005)
+
+  def send(self, number: signal.Signals) -> None:
+    os.kill(self.pid, number)
+
+  def wait(self) -> int:
+    """Its exit status, or minus the signal that ended it."""
+    _send(self._server, {'wait': self.pid})
+    return int(self._server.stdout.readline())
+
+
+def command(*arguments: str, **environment: str) -> tuple[int, str]:
+  """Runs `ptune` in a process; returns the exit status and what it wrote."""
+  process = Command(list(arguments), **environment)
+  return process.wait(), process.output
+
+
+def _send(server, message) -> None:
+  server.stdin.write(json.dumps(message) + '\n')
+  server.stdin.flush()
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+  server = subprocess.Popen(
+    [sys.executable, '-c', 'from tests import tiny; tiny.serve()'],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[1],
+    # One device, unless a command says otherwise.
+    env={**os.environ, 'XLA_FLAGS': ''},
+  )
+  atexit.register(server.stdin.close)
+  return server
+
+
+def serve() -> None:
+  """Starts a process for each line of stdin, or waits for one."""
+  for line in sys.stdin:
+    message = json.loads(line)
+    if 'wait' in message:
+      status = os.waitpid(message['wait'], 0)[1]
+      print(os.waitstatus_to_exitcode(status), flush=True)
+      continue
+    pid = os.fork()
+    if pid:
+      print(pid, flush=True)
+      continue
+    log = os.open(message['log'], os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(message['env'])
+    sys.argv = ['ptune', *message['arguments']]
+    sys.exit(cli.main())

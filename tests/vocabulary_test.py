@@ -1,0 +1,111 @@
+"""The vocabulary that lies in a model's directory."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import sentencepiece
+
+from ptune.convert.vocabulary import vocabulary_of
+
+TEXT = ['soft prompts steer a frozen model', 'a prompt is a few vectors']
+
+
+@pytest.fixture(scope='module')
+def spiece():
+  """A SentencePiece model of few pieces, as T5's: without sentinels."""
+
+  def train(symbols=()):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(TEXT * 20),
+      model_writer=model,
+      vocab_size=40,
+      pad_id=0,
+      eos_id=1,
+      unk_id=2,
+      bos_id=-1,
+      user_defined_symbols=list(symbols),
+      hard_vocab_limit=False,
+      minloglevel=2,
+    )
+    return model.getvalue()
+
+  return train
+
+
+def _write(path, **files):
+  path.mkdir(exist_ok=True)
+  for name, content in files.items():
+    data = content if isinstance(content, bytes) else json.dumps(content)
+    name = name.replace('__', '.')
+    write = (path / name).write_bytes if data is content else None
+    write(data) if write else (path / name).write_text(data)
+  return path
+
+
+def test_sentencepiece_of_a_directory_and_of_a_file(tmp_path, spiece):
+  path = _write(tmp_path / 'm', spiece__model=spiece(), config__json={})
+  for place in (path, path / 'spiece.model'):
+    vocabulary = vocabulary_of(place)
+    assert vocabulary.decode(vocabulary.encode(TEXT[0])) == TEXT[0]
+    assert (vocabulary.pad_id, vocabulary.eos_id) == (0, 1)
+    # Hugging Face's files leave T5's 100 sentinels to the tokenizer.
+    assert vocabulary.extra_ids == 100
+    last = vocabulary.vocab_size - 1
+    assert vocabulary.tokenizer.IdToPiece(last) == '▁<extra_id_0>'
+
+
+def test_sentinels_that_the_file_has_are_not_added(tmp_path, spiece):
+  data = spiece([f'<extra_id_{i}>' for i in range(3)])
+  path = _write(tmp_path / 'm', spiece__model=data)
+  assert vocabulary_of(path).extra_ids == 0
+
+
+@pytest.mark.parametrize(
+  'files',
+  [
+    {'tokenizer_config__json': {'tokenizer_class': 'ByT5Tokenizer'}},
+    {'config__json': {'tokenizer_class': 'ByT5Tokenizer', 'vocab_size': 384}},
+    {'config__json': {'vocab_size': 384}},
+  ],
+)
+def test_byt5_reads_bytes(tmp_path, files):
+  vocabulary = vocabulary_of(_write(tmp_path / 'm', **files))
+  # As Hugging Face's ByT5Tokenizer encodes it.
+  assert vocabulary.encode('hi é') == [107, 108, 35, 198, 172]
+  assert vocabulary.vocab_size == 384
+
+
+def test_byt5_of_the_golden_data(numerics):
+  assert vocabulary_of(numerics / 'hf' / 'byt5').encode('a') == [100]
+
+
+@pytest.mark.parametrize(
+  'files, message',
+  [
+    ({'config__json': {'vocab_size': 32128}}, 'holds no vocabulary. Found: con'),
+    ({'tokenizer__json': {}}, 'tokenizer.json is not read'),
+    ({'spiece__model': b'garbage'}, 'spiece.model is no SentencePiece model'),
+    ({'spiece__model': b''}, 'spiece.model is no SentencePiece model'),
+    ({'config__json': ['x']}, 'holds a list, not an object'),
+  ],
+)
+def test_no_vocabulary_is_an_error(tmp_path, files, message):
+  with pytest.raises(ValueError, match=message):
+    vocabulary_of(_write(tmp_path / 'm', **files))
+
+
+def test_nothing_there_is_an_error(tmp_path):
+  with pytest.raises(FileNotFoundError, match='Nothing is at'):
+    vocabulary_of(tmp_path / 'gone')
+
+
+def test_importing_it_loads_no_seqio():
+  code = (
+    'import sys, ptune.convert.vocabulary; '
+    "sys.exit('seqio' in sys.modules or 'tensorflow' in sys.modules)"
+  )
+  subprocess.run([sys.executable, '-c', code], check=True)
