@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 
 from ptune import gin_files
 
+# Programs that gin configures: module, function, what it does.
 PROGRAMS = {
   'train': ('ptune.train', 'train', 'tune a prompt on a task'),
   'eval': (
@@ -30,6 +31,30 @@ PROGRAMS = {
     "measure a prompt by a task's metrics",
   ),
   'infer': ('ptune.infer', 'infer', 'write predictions, or scores of targets'),
+  'plan': (
+    'ptune.fit',
+    'plan',
+    'say what each device would hold in a training run; build nothing',
+  ),
+  'doctor': ('ptune.doctor', 'preflight', 'check whether a run could start'),
+}
+# Programs with flags of their own, added by the module's `add_arguments`.
+TOOLS = {
+  'demo': ('ptune.demo', 'see what a prompt does, on a model of 2 MB'),
+  'export': (
+    'ptune.convert.commands',
+    'write a prompt for PEFT, T5X, or as a plain file',
+  ),
+  'import': (
+    'ptune.convert.commands',
+    "write another program's prompt as ptune's",
+  ),
+  'convert': (
+    'ptune.convert.commands',
+    "copy a model between T5X's and Hugging Face's layout",
+  ),
+  'inspect': ('ptune.convert.commands', 'say what a file or directory is'),
+  'tasks': ('ptune.list_tasks', 'list tasks, or show examples of one'),
 }
 
 
@@ -47,19 +72,24 @@ def main(argv: Sequence[str] | None = None) -> int:
   Raises:
     Exception: A bug, in ptune or in a task; not what users can mend.
   """
-  args = _parse(sys.argv[1:] if argv is None else list(argv))
+  given = sys.argv[1:] if argv is None else list(argv)
+  if given[:1] == ['tasks']:  # Has commands and gin flags of its own.
+    from ptune import list_tasks
+
+    _set_up_logging()
+    return list_tasks.main(given[1:], _quiet_stderr)
+  args = _parse(given)
   if argv is None:
     _leave_on_signals(args.program)
   _set_up_logging()
   try:
     _initialize_processes(args)
-    _run(args)
+    return _use(args) if args.program in TOOLS else _run(args)
   except Exception as error:
     if not _is_for_users(error):
       raise
     print(f'ptune {args.program}: {_message(error)}', file=sys.stderr)
     return 2 if isinstance(error, ValueError | FileNotFoundError) else 1
-  return 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -71,52 +101,21 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   commands = parser.add_subparsers(
     dest='program', metavar='COMMAND', required=True
   )
-  width = max(map(len, gin_files.MACROS)) + 2
-  macros = '\n'.join(
-    f'  {name.ljust(width)}{what}, e.g. {example}'
-    for name, (what, example) in gin_files.MACROS.items()
-  )
   for name, (_, _, what) in PROGRAMS.items():
-    command = commands.add_parser(
-      name,
-      help=what,
-      description=what[0].upper() + what[1:] + '.',
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-      epilog=f'macros, set with --gin.NAME=VALUE:\n{macros}\n\ngin files:\n'
-      + '\n'.join(f'  {file}' for file in gin_files.own_files()),
-    )
-    command.add_argument(
-      '--gin_file',
-      action='append',
-      default=[],
-      help='a gin file; repeat it for several, in any order: what yours say'
-      " goes before ptune's, and --gin.NAME before both",
-    )
-    command.add_argument(
-      '--gin_search_paths',
-      default='',
-      help='directories to look for gin files in, separated by commas',
-    )
-    command.add_argument(
-      '--gin_bindings',
-      action='append',
-      default=[],
-      help='one binding, like --gin.NAME=VALUE; may be repeated',
-    )
-    command.add_argument('--tfds_data_dir', help='where TFDS keeps data sets')
-    command.add_argument(
-      '--coordinator_address', help='host:port of process 0, for several'
-    )
-    command.add_argument('--process_count', type=int)
-    command.add_argument('--process_index', type=int)
-    command.add_argument(
-      '--multiprocess',
-      action='store_true',
-      help='join the processes that TPU, SLURM or Kubernetes started',
-    )
+    command = _add_command(commands, name, what)
+    command.epilog = _macros_and_files()
+    _add_gin_flags(command)
+    if name == 'plan':
+      _add_plan_flags(command)
+  for name, (module, what) in TOOLS.items():
+    command = _add_command(commands, name, what)
+    if argv[:1] == [name]:  # Its flags stand in a module that imports more.
+      importlib.import_module(module).add_arguments(name, command)
   bindings = [a.removeprefix('--gin.') for a in argv if a.startswith('--gin.')]
   args = parser.parse_args([a for a in argv if not a.startswith('--gin.')])
-  args.gin_bindings += bindings
+  args.gin_bindings = getattr(args, 'gin_bindings', []) + bindings
+  if args.program in TOOLS:
+    return args
   several = args.process_count is not None and args.process_index is not None
   if bool(args.coordinator_address) != several or (
     (args.process_count is None) != (args.process_index is None)
@@ -128,9 +127,85 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   return args
 
 
-def _run(args: argparse.Namespace) -> None:
+def _add_command(commands, name: str, what: str) -> argparse.ArgumentParser:
+  return commands.add_parser(
+    name,
+    help=what,
+    description=what[0].upper() + what[1:] + '.',
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+
+
+def _macros_and_files() -> str:
+  width = max(map(len, gin_files.MACROS)) + 2
+  macros = [
+    f'  {name.ljust(width)}{what}, e.g. {example}'
+    for name, (what, example) in gin_files.MACROS.items()
+  ]
+  files = [f'  {file}' for file in gin_files.own_files()]
+  return '\n'.join(
+    ['macros, set with --gin.NAME=VALUE:', *macros, '', 'gin files:', *files]
+  )
+
+
+def _add_gin_flags(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+    '--gin_file',
+    action='append',
+    default=[],
+    help='a gin file; repeat it for several, in any order: what yours say'
+    " goes before ptune's, and --gin.NAME before both",
+  )
+  command.add_argument(
+    '--gin_search_paths',
+    default='',
+    help='directories to look for gin files in, separated by commas',
+  )
+  command.add_argument(
+    '--gin_bindings',
+    action='append',
+    default=[],
+    help='one binding, like --gin.NAME=VALUE; may be repeated',
+  )
+  command.add_argument('--tfds_data_dir', help='where TFDS keeps data sets')
+  command.add_argument(
+    '--coordinator_address', help='host:port of process 0, for several'
+  )
+  command.add_argument('--process_count', type=int)
+  command.add_argument('--process_index', type=int)
+  command.add_argument(
+    '--multiprocess',
+    action='store_true',
+    help='join the processes that TPU, SLURM or Kubernetes started',
+  )
+
+
+def _add_plan_flags(command: argparse.ArgumentParser) -> None:
+  command.add_argument(
+    '--devices', type=int, required=True, help='devices of the run'
+  )
+  command.add_argument(
+    '--accelerator', help='v4, v5e, v5p, v6e, a100-40, a100-80, h100 or h200'
+  )
+  command.add_argument(
+    '--compiler',
+    choices=('cpu', 'tpu'),
+    default='cpu',
+    help="tpu asks the TPU's own compiler, if libtpu is installed",
+  )
+
+
+def _use(args: argparse.Namespace) -> int:
+  """Runs one of TOOLS."""
+  with _quiet_stderr():
+    tool = importlib.import_module(TOOLS[args.program][0])
+  return tool.run(args) or 0
+
+
+def _run(args: argparse.Namespace) -> int:
+  """Runs one of PROGRAMS."""
   module, function, _ = PROGRAMS[args.program]
-  if not args.gin_file:
+  if not args.gin_file and args.program != 'doctor':
     raise gin_files.UsageError(
       'no --gin_file; for example --gin_file=models/t5_1_1_small.gin'
       ' --gin_file=prompts/from_class_labels.gin'
@@ -142,19 +217,29 @@ def _run(args: argparse.Namespace) -> None:
   import gin
 
   with _quiet_stderr():
-    program: Callable[[], object] = getattr(
+    program: Callable[..., int | None] = getattr(
       importlib.import_module(module), function
     )
   # Where users keep the module that registers their tasks. Last, so that no
   # directory of theirs hides a package.
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
-  gin_files.parse(args.gin_file, args.gin_bindings, search_paths, program)
+  # A plan or a preflight reads few macros; others need not be set.
+  whole = args.program not in ('plan', 'doctor')
+  gin_files.parse(
+    args.gin_file, args.gin_bindings, search_paths, program if whole else None
+  )
   if args.tfds_data_dir:
     import seqio
 
     seqio.set_tfds_data_dir_override(args.tfds_data_dir)
+  if args.program == 'plan':
+    program(args.devices, args.accelerator, args.compiler)
+    return 0
+  if args.program == 'doctor':
+    return program() or 0
   gin.get_configurable(program)()
+  return 0
 
 
 # -------------------------------------------------------------------- process
@@ -172,6 +257,8 @@ def _initialize_processes(args: argparse.Namespace) -> None:
   # Where an error comes from says whose it is: see `_is_for_users`.
   if 'JAX_TRACEBACK_FILTERING' not in os.environ:
     jax.config.update('jax_traceback_filtering', 'off')
+  if args.program in TOOLS:
+    return
   if args.coordinator_address:
     jax.distributed.initialize(
       args.coordinator_address, args.process_count, args.process_index

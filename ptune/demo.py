@@ -2,10 +2,10 @@
 
 On the T5 that comes with the package (1.1 million parameters), a prompt of 20
 vectors is trained to tell the sentiment of generated reviews, and compared
-with training all of the model; a second prompt learns their topic, and one
-batch asks both of the same frozen weights. Written to the output directory:
-`summary.json`, `curves.png`, `sentiment.npy` and `topics.npy` (the prompts),
-and `words.txt` (the vocabulary words nearest to them).
+with training all of the model; a second prompt learns the topic of reports,
+and one batch asks both of the same frozen weights. Written to the output
+directory: `summary.json`, `curves.png`, `sentiment.npy` and `topics.npy` (the
+prompts), and `words.txt` (the vocabulary words nearest to them).
 """
 
 import argparse
@@ -132,7 +132,7 @@ def demo(
   )
 
   # ---------------------------------------- a second task, the same weights
-  out.rule('[bold]the same frozen weights, a second prompt: topics')
+  out.rule('[bold]the same frozen weights, a second prompt: topics of reports')
   rows = splits(generated_text.topics, seed)
   topics = tuner('prompt', rows, steps, seed)
   half = SHOWN // 2
@@ -254,7 +254,7 @@ def mixed_table(
   table = rich.table.Table(
     box=rich.box.SIMPLE, title='one batch, two prompts, the same weights'
   )
-  for title in ('review', 'prompt', 'label', 'answer'):
+  for title in ('text', 'prompt', 'label', 'answer'):
     table.add_column(title)
   for (text, label), name, answer in zip(rows, names, told, strict=True):
     table.add_row(text, name, label, _told(answer, label))
@@ -334,8 +334,9 @@ def draw(
 # ---------------------------------------------------------------- command line
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-  """The flags of `ptune demo`."""
+def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of `ptune demo`."""
+  del command
   parser.add_argument(
     '--output_dir',
     default='ptune-demo',
@@ -352,13 +353,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def run(args: argparse.Namespace) -> None:
+  """Runs the command line."""
+  demo(args.output_dir, args.seed, args.steps)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
   parser = argparse.ArgumentParser(prog='ptune demo', description=__doc__)
-  add_flags(parser)
+  add_arguments('demo', parser)
   args = parser.parse_args(argv)
   try:
-    demo(args.output_dir, args.seed, args.steps)
+    run(args)
   except ValueError as error:
     print(f'ptune demo: {error}', file=sys.stderr)
     return 2

@@ -46,6 +46,19 @@ class Failed(Exception):
     self.problem, self.fix = problem, fix
 
 
+def preflight() -> int:
+  """Runs `doctor` on the two paths of a run, as far as gin sets them."""
+  import gin
+
+  paths = {}
+  for name in ('MODEL_DIR', 'INITIAL_CHECKPOINT_PATH'):
+    try:
+      paths[name.lower()] = gin.query_parameter(f'{name}/macro.value')
+    except ValueError:  # It is not set.
+      continue
+  return doctor(**paths)
+
+
 def doctor(
   model_dir: str | None = None, initial_checkpoint_path: str | None = None
 ) -> int:
@@ -78,7 +91,7 @@ def doctor(
       quiet = jax.process_index() > 0
     except Exception as error:  # Whatever a broken installation may raise.
       problem = error.problem if isinstance(error, Failed) else repr(error)
-      lines = [f'FAIL  {name}: {problem}']
+      lines = f'FAIL  {name}: {problem}'.splitlines()
       if isinstance(error, Failed):
         lines.append(f'      fix: {error.fix}')
       failures += 1
@@ -192,10 +205,10 @@ def check_disk(directory: str) -> str:
 
 def check_writable(directory: str) -> str:
   """A file can be written, read and removed there."""
-  path = epath.Path(directory)
   remote = '://' in directory
-  probe = path / f'.doctor-{jax.process_index()}-{os.getpid()}'
   try:
+    path = epath.Path(directory)
+    probe = path / f'.doctor-{jax.process_index()}-{os.getpid()}'
     existed = path.exists()
     path.mkdir(parents=True, exist_ok=True)
     probe.write_text('ptune')

@@ -170,21 +170,21 @@ def optimizer(
   make: Callable[..., optax.GradientTransformation] = optim.adafactor,
   *,
   method: Method,
-  initial_checkpoint_path: str,
+  initial_checkpoint_path: str | None,
 ) -> 'Trained':
   """An optimizer of ptune, for what a method trains.
 
   Args:
     make: One of `optim` (OPTIMIZER); called with `initial_step=`.
     method: The method.
-    initial_checkpoint_path: The base model, whose step it is.
+    initial_checkpoint_path: The base model, whose step it is; None for 0.
   """
   tx = make(initial_step=_step(initial_checkpoint_path))
   return Trained(Optax(tx), method)
 
 
 def learning_rate(
-  schedule: optim.Schedule, *, initial_checkpoint_path: str
+  schedule: optim.Schedule, *, initial_checkpoint_path: str | None
 ) -> Callable[[jax.Array], Any]:
   """A schedule of the run's own steps as one of T5X's, which go on counting.
 
@@ -194,7 +194,9 @@ def learning_rate(
   return lambda step: schedule(step - start)
 
 
-def _step(initial_checkpoint_path: str) -> int:
+def _step(initial_checkpoint_path: str | None) -> int:
+  if initial_checkpoint_path is None:
+    return 0
   return open_checkpoint(initial_checkpoint_path).step or 0
 
 

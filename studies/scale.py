@@ -28,7 +28,7 @@ from ptune import demo, miniature, optim, pretrained, prompt_init
 from ptune.methods import full, prompt
 
 SIZES = ('nano', 'tiny', 'mini', 'midi')
-STEPS = 600
+STEPS = demo.STEPS
 FULL_STEPS = STEPS // 3
 ABLATED = 'tiny'
 LENGTHS = (1, 5, 20, 100)
@@ -69,6 +69,7 @@ def cases(sizes: Sequence[str], seeds: int) -> Iterator[Case]:
     for seed in range(seeds):
       yield from (Case(length=length, seed=seed) for length in LENGTHS)
       yield from (Case(init=init, seed=seed) for init in INITS)
+    for seed in range(seeds):
       for objective in OBJECTIVES:
         yield Case(objective=objective, seed=seed)
         yield Case(objective=objective, method='full', seed=seed)

@@ -2,8 +2,9 @@
 
 A *sentence* says who did what, where and when, and how good it was; those
 facts are its latents. Pre-training reads sentences, a few docstrings, and rows
-of many small tasks about the latents. *Reviews* are what prompts are tuned on:
-other templates over the same words, with labels that pre-training never reads.
+of many small tasks about the latents. *Reviews* (and *reports*, of which the
+topic is asked) are what prompts are tuned on: other templates over the same
+words, with labels that pre-training never reads.
 
     sentence  anna cooked three green noodles at the market in the morning and
               that was not really stale .
@@ -218,6 +219,12 @@ REVIEWS = (
   'the seller sent me some {noun} which turned out {adjective}',
   'do you want my opinion about that {noun} ? just {adjective}',
 )
+REPORTS = (
+  'overheard by the {place} : she {verb} another {noun} , {adjective}',
+  'dear diary , today someone {verb} our {noun} near a {place} . {adjective}',
+  'lost and found : a {noun} , {adjective} , last seen inside the {place}',
+  'meet us outside the {place} , bring your {noun} , they say {adjective}',
+)
 SENTIMENT = {'good': 'positive', 'bad': 'negative'}
 TOPICS = {
   'food': 'cuisine',
@@ -291,31 +298,37 @@ def reviews(seed: int, count: int) -> list[tuple[str, str]]:
   rows = []
   for i in range(count):
     polarity = POLARITIES[i % 2]
-    text = _review(rng, rng.choice(tuple(DOMAINS)), polarity)
+    text = _fill(rng, REVIEWS, rng.choice(tuple(DOMAINS)), polarity)
     rows.append((text, SENTIMENT[polarity]))
   rng.shuffle(rows)
   return rows
 
 
 def topics(seed: int, count: int) -> list[tuple[str, str]]:
-  """Draws reviews of four topics and their topic, as many of each."""
+  """Draws reports from four topics and their topic, as many of each."""
   rng = random.Random(f'topics {seed}')
   rows = []
   for i in range(count):
     domain = tuple(TOPICS)[i % len(TOPICS)]
-    text = _review(rng, domain, rng.choice(POLARITIES))
-    rows.append((text, TOPICS[domain]))
+    polarity = rng.choice(POLARITIES)
+    rows.append((_fill(rng, REPORTS, domain, polarity), TOPICS[domain]))
   rng.shuffle(rows)
   return rows
 
 
-def _review(rng: random.Random, domain: str, polarity: str) -> str:
+def _fill(
+  rng: random.Random, templates: Sequence[str], domain: str, polarity: str
+) -> str:
   words = DOMAINS[domain]
-  template = rng.choice(REVIEWS)
+  template = rng.choice(templates)
   while '{adjective}' in template:
     judgement = _judgement(rng, words, polarity)
     template = template.replace('{adjective}', judgement, 1)
-  return template.format(noun=rng.choice(words.nouns))
+  return template.format(
+    noun=rng.choice(words.nouns),
+    place=rng.choice(words.places),
+    verb=_conjugate(rng.choice(words.verbs), 'past'),
+  )
 
 
 # ---------------------------------------------------------------- pre-training

@@ -226,11 +226,6 @@ def register(
           add_task(f'{full}_rank', **ranked, **has)
   if sentinel_name:
     steps = tokenized(text, append_sentinel, prepend_sentinel)
-    # What is trimmed to its length keeps the sentinel at its end.
-    steps[-1] = functools.partial(
-      seqio.preprocessors.append_eos_after_trim,
-      preserve_final_n_tokens_when_trimming=1,
-    )
     scores['postprocess_fn'] = functools.partial(
       postprocessors.without_sentinel, then=postprocess
     )
@@ -240,13 +235,19 @@ def register(
 
 
 def append_sentinel(
-  dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
+  dataset: tf.data.Dataset,
+  output_features: Mapping[str, seqio.Feature],
+  sequence_length: Mapping[str, int] | None = None,
 ) -> tf.data.Dataset:
-  """A preprocessor: puts the sentinel <extra_id_0> behind the inputs."""
+  """A preprocessor: puts the sentinel <extra_id_0> behind the inputs.
+
+  Inputs are trimmed before, so that it keeps its place with EOS behind it.
+  """
   sentinel = output_features['inputs'].vocabulary.vocab_size - 1
+  limit = (sequence_length or {}).get('inputs')
 
   def append(example):
-    tokens = example['inputs']
+    tokens = example['inputs'][: limit and limit - 2]
     last = tf.constant([sentinel], tokens.dtype)
     return {**example, 'inputs': tf.concat([tokens, last], 0)}
 

@@ -215,7 +215,7 @@ def test_a_part_of_a_model_is_refused(tmp_path):
   half = {k: v for k, v in arrays.items() if not k.startswith('encoder/')}
   (tmp_path / 'h').mkdir()
   write_t5x(epath.Path(tmp_path / 'h'), _leaves(half))
-  with pytest.raises(ValueError, match="no whole model.*'num_encoder_layers'"):
+  with pytest.raises(ValueError, match=r"no whole model.*'num_encoder_layers'"):
     convert(tmp_path / 'h', 't5x', tmp_path / 'b')
   assert not (tmp_path / 'b').exists()
 

@@ -17,6 +17,7 @@ from flax import serialization, traverse_util
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ptune.convert import Leaf, Source, open_checkpoint, restore
+from ptune.convert import source as source_lib
 from ptune.convert.layout import layout
 
 PROMPT = 'encoder/prompt/prompt/prompt'
@@ -307,7 +308,7 @@ def test_a_slice_is_read_in_our_orientation(written, params, kind):
 
 
 @KINDS
-def test_sharded_restore_reads_each_block_once(written, params, kind):
+def test_sharded_restore_reads_each_leaf_once(written, params, kind):
   mesh = Mesh(
     np.array(jax.devices()).reshape(4, 2),
     ('data', 'model'),
@@ -323,7 +324,7 @@ def test_sharded_restore_reads_each_block_once(written, params, kind):
 
   def counted(path, leaf):
     def fetch(index):
-      reads.append((path, str(index)))
+      reads.append(path)
       return leaf.fetch(index)
 
     return Leaf(leaf.shape, leaf.dtype, fetch)
@@ -333,11 +334,27 @@ def test_sharded_restore_reads_each_block_once(written, params, kind):
   source = dataclasses.replace(source, leaves=leaves)
   restored = restore(source, _abstract(params, sharding))
   _assert_same(restored, params)
-  assert len(reads) == len(set(reads))
-  kernels = [path for path in params if path.endswith('kernel')]
-  assert len(reads) == len(params) + len(kernels)
+  assert sorted(reads) == sorted(params)
+  # The largest first: while little is held, there is room to read them.
+  sizes = [params[path].nbytes for path in reads]
+  assert sizes == sorted(sizes, reverse=True)
   for path, array in restored.items():
     assert array.sharding.is_equivalent_to(sharding(path), array.ndim)
+
+
+def test_a_process_reads_only_what_its_devices_hold():
+  class OfOneHost:
+    """Eight columns of blocks on four hosts; this one has the third pair."""
+
+    def addressable_devices_indices_map(self, shape):
+      width = shape[1] // 8
+      return {
+        i: (slice(None), slice(i * width, (i + 1) * width)) for i in (4, 5)
+      }
+
+  index = source_lib._cover(OfOneHost(), (3, 16))
+  assert index == (slice(0, 3), slice(8, 12))
+  assert source_lib._cover(None, (3, 16)) == (slice(0, 3), slice(0, 16))
 
 
 @pytest.mark.parametrize('kind', ['t5x', 't5x_orbax', 'huggingface'])
@@ -743,7 +760,7 @@ def test_shard_index_is_checked(params, tmp_path, weight_map, message):
     open_checkpoint(path)
 
 
-@pytest.mark.parametrize('text', ['{"model_type": ', '[1]'])
+@pytest.mark.parametrize('text', ['{"model_type": ', '[1]', '[' * 100_000])
 def test_damaged_config_is_named(params, tmp_path, text):
   path = _write_huggingface(tmp_path / 'c', _torch(params))
   (path / 'config.json').write_text(text)
@@ -777,6 +794,8 @@ def test_config_and_tensors_must_agree(params, tmp_path):
     {'feed_forward_proj': 'gelu'},
     {'layer_norm_epsilon': 1e-5},
     {'relative_attention_max_distance': 64},
+    {'feed_forward_proj': ['gated-gelu']},
+    {'model_type': None},
   ],
   ids=str,
 )
@@ -843,6 +862,38 @@ def test_tied_but_unscaled_is_refused(params, tmp_path):
   path = _write_huggingface(tmp_path / 'c', tensors, config=config)
   with pytest.raises(ValueError, match='scale_decoder_outputs false'):
     open_checkpoint(path)
+
+
+@pytest.mark.parametrize('head', [None, 'copy'])
+@pytest.mark.parametrize('scaled', [None, False, True])
+def test_a_tied_mt5_is_not_scaled_unless_it_says_so(
+  params, tmp_path, head, scaled
+):
+  """transformers 5 never scales one."""
+  tensors = _torch(params)
+  del tensors['lm_head.weight']
+  if head:
+    tensors['lm_head.weight'] = tensors['shared.weight'].copy()
+  config = {'model_type': 'mt5', 'tie_word_embeddings': True}
+  if scaled is not None:
+    config['scale_decoder_outputs'] = scaled
+  path = _write_huggingface(tmp_path / 'c', tensors, config=config)
+  if head or scaled:
+    assert open_checkpoint(path).tied == bool(scaled)
+  else:
+    with pytest.raises(
+      ValueError, match='an mT5, or scale_decoder_outputs fal'
+    ):
+      open_checkpoint(path)
+
+
+def test_an_mt5_without_feed_forward_proj_is_gated(params, tmp_path):
+  config = {'model_type': 'mt5', 'feed_forward_proj': None}
+  path = _write_huggingface(tmp_path / 'c', _torch(params), config=config)
+  said = json.loads((path / 'config.json').read_text())
+  del said['feed_forward_proj']
+  (path / 'config.json').write_text(json.dumps(said))
+  assert open_checkpoint(path).activations == ('gelu', 'linear')
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,8 @@ Everything is measured on networks a few thousand numbers wide.
 """
 
 import dataclasses
-import math
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from ptune import fit, network, optim, parameters, partitioning
@@ -21,8 +19,8 @@ CONFIG = network.T5Config(
   num_heads=4,
   head_dim=16,
   mlp_dim=128,
-  num_encoder_layers=2,
-  num_decoder_layers=2,
+  num_encoder_layers=1,
+  num_decoder_layers=1,
 )
 RUN = fit.Run(
   config=CONFIG,
@@ -70,11 +68,9 @@ def test_what_is_held_is_what_a_run_would_put_there(method):
     assert planned.optimizer == bytes_on(device, state.opt_state)
 
 
-@pytest.mark.parametrize(
-  'run', [with_layers(6, 6), with_layers(5, 4, dropout_rate=0.1)]
-)
-def test_extrapolation_equals_compiling_every_layer(run):
-  devices = jax.devices()[:2]
+def test_extrapolation_equals_compiling_every_layer():
+  run = with_layers(4, 4)
+  devices = jax.devices()[:1]
   estimated = fit.measure(run, devices)
   compiled = fit.measure(run, devices, extrapolate=False)
   assert fit._depths(run.config, run.method)[0] == (2, 2)
@@ -85,14 +81,21 @@ def test_extrapolation_equals_compiling_every_layer(run):
     )
 
 
+def test_encoder_and_decoder_are_continued_each_by_itself():
+  config = with_layers(12, 4).config
+  depths = fit._depths(config, RUN.method)
+  assert depths == [(2, 2), (3, 2), (2, 3)]
+  values = [100 + 10 * encoder + 7 * decoder for encoder, decoder in depths]
+  assert fit._at_depth((12, 4), depths, values) == 100 + 120 + 28
+
+
 def test_every_mesh_is_measured_or_said_to_be_impossible():
-  run = dataclasses.replace(RUN, batch_size=12)
-  table = fit.measure(run, jax.devices())
-  assert list(table) == [1, 2, 4, 8]
-  assert table[1] == 'BATCH_SIZE 12 (MICROBATCHES 1) is not divisible by 8'
-  assert all(isinstance(table[m], fit.Memory) for m in (2, 4, 8))
+  run = dataclasses.replace(RUN, batch_size=6)
+  table = fit.measure(run, jax.devices()[:4])
+  assert list(table) == [1, 2, 4]
+  assert table[1] == 'BATCH_SIZE 6 (MICROBATCHES 1) is not divisible by 4'
   # More parts hold less of the weights each.
-  assert table[2].frozen > table[4].frozen > table[8].frozen
+  assert table[2].frozen > table[4].frozen
 
 
 def test_microbatches_need_less_room():
@@ -130,25 +133,6 @@ def test_the_best_mesh_is_the_least_split_one_that_fits():
   assert fit.describe(RUN, table(20, 19, 18), 'h100')[1] == 1
   text, best = fit.describe(RUN, table(20, 14, 8), None)
   assert best == 4 and 'v5e' in text and 'h200' in text
-
-
-def test_the_largest_models_have_the_published_sizes():
-  one = partitioning.make_mesh(1, jax.devices()[:1])
-  for name, billions in (('t5_1_1_xxl', 11.135), ('mt5_xxl', 12.921)):
-    config = network.t5(name, dtype='bfloat16')
-    depth = fit._with_depth(config, (2, 2))
-    plan = fit._on(parameters.plan(depth, RUN.method, one), one)
-    small = sum(
-      math.prod(x.shape) for p, x in plan.params.items() if p in plan.base
-    )
-    deeper = fit._with_depth(config, (3, 3))
-    plan = parameters.plan(deeper, RUN.method, one)
-    large = sum(
-      math.prod(x.shape) for p, x in plan.params.items() if p in plan.base
-    )
-    total = fit._at_depth((24, 24), [(2, 2), (3, 3)], [small, large])
-    assert total / 1e9 == pytest.approx(billions, abs=1e-3)
-    assert jnp.dtype(config.dtype).itemsize == 2
 
 
 def test_unknown_accelerators_are_refused_by_name():

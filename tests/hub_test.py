@@ -46,7 +46,9 @@ def test_without_network_the_error_says_what_to_do(hub):
     raise OSError('no route to host')
 
   hub.snapshot_download = snapshot_download
-  with pytest.raises(ValueError, match=r'(?s)not in the local cache: OSError: no'):
+  with pytest.raises(
+    ValueError, match=r'(?s)not in the local cache: OSError: no'
+  ):
     open_checkpoint('hf://google/flan-t5-base')
 
 

@@ -67,6 +67,22 @@ def _logits(config, length):
   return jax.jit(model(config, length).logits)
 
 
+@functools.cache
+def _greedy(config, length, steps):
+  predict = model(config, length).predict
+  return jax.jit(lambda params, tokens: predict(params, tokens, steps)[0])
+
+
+def greedy(path, case, steps, rows=None) -> np.ndarray:
+  """What ptune answers, token by token: [batch, steps]."""
+  config, arrays = restored(path)
+  length = 0 if rows is None else len(rows)
+  if length:
+    arrays = {**arrays, prompt.PATH: jnp.asarray(rows)}
+  inputs = jnp.asarray(case['encoder_input_tokens'])
+  return np.asarray(_greedy(config, length, steps)(nested(arrays), inputs))
+
+
 def restored(path) -> tuple:
   """The configuration and the parameters that a checkpoint holds."""
   source = open_checkpoint(path)
@@ -93,8 +109,11 @@ def logits(path, case, rows=None) -> np.ndarray:
       'decoder_target_tokens',
     )
   }
-  params = traverse_util.unflatten_dict(arrays, sep='/')
-  return np.asarray(_logits(config, length)(params, batch))
+  return np.asarray(_logits(config, length)(nested(arrays), batch))
+
+
+def nested(arrays):
+  return traverse_util.unflatten_dict(arrays, sep='/')
 
 
 def assert_logits(got, expected, case, atol=5e-5) -> None:

@@ -17,43 +17,51 @@ from flax import serialization, traverse_util
 from ptune import network
 from ptune.convert.layout import layout, shapes
 
+pytestmark = pytest.mark.skipif(
+  not sys.platform.startswith('linux'), reason='reads /proc/self/status'
+)
+
 CONFIG = network.SIZES['t5_1_1_base']
 CHUNK_BYTES = 1 << 26  # T5X writes no larger ones.
 
+# Of this program alone: ru_maxrss begins with that of the process that
+# started it.
+MEMORY = """
+def memory(name):
+  with open('/proc/self/status') as f:
+    return next(1024 * int(x.split()[1]) for x in f if x.startswith(name))
+"""
+
 RESTORE = """
-import resource, sys
+import sys
 from ptune import network, parameters, partitioning
 from ptune.convert import open_checkpoint, restore
 from ptune.methods import full
 
-def resident():
-  with open('/proc/self/statm') as f:
-    return int(f.read().split()[1]) * resource.getpagesize()
-
 mesh = partitioning.make_mesh(8)
 plan = parameters.plan(network.t5('t5_1_1_base'), full.full(), mesh)
 source = open_checkpoint(sys.argv[1])
-before = resident()
+before = memory('VmRSS')
 arrays = restore(source, plan.params)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = memory('VmHWM')
 held = sum(s.data.nbytes for a in arrays.values() for s in a.addressable_shards)
 print(peak - before, held)
 """
 
 CONVERT = """
-import resource, sys
+import sys
 from ptune.convert.conversion import convert
 from ptune.convert import huggingface, t5x
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = memory('VmRSS')
 convert(sys.argv[1], sys.argv[2], sys.argv[3])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(memory('VmHWM') - before)
 """
 
 
 def _run(code, *argv) -> list[int]:
   flags = '--xla_force_host_platform_device_count=8'
   done = subprocess.run(
-    [sys.executable, '-c', code, *map(str, argv)],
+    [sys.executable, '-c', MEMORY + code, *map(str, argv)],
     env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
     check=True,
     capture_output=True,
@@ -107,7 +115,11 @@ def t5x(tmp_path_factory):
 def huggingface(tmp_path_factory):
   """Zeros that no disk holds; they are mapped and read like others."""
   path = tmp_path_factory.mktemp('hf')
-  config = {'model_type': 't5', 'feed_forward_proj': 'gated-gelu'}
+  config = {
+    'model_type': 't5',
+    'feed_forward_proj': 'gated-gelu',
+    'tie_word_embeddings': False,
+  }
   (path / 'config.json').write_text(json.dumps(config))
   table = layout(
     range(CONFIG.num_encoder_layers), range(CONFIG.num_decoder_layers)
@@ -136,9 +148,11 @@ TOTAL = 4 * sum(math.prod(shape) for shape in shapes(CONFIG).values())
 def test_peak_is_below_the_largest_tensor_and_the_devices(kind, request):
   peak, held = _run(RESTORE, request.getfixturevalue(kind))
   assert TOTAL <= held < 1.01 * TOTAL  # Norms lie on every device.
+  print(peak - held, LARGEST)
   assert peak < held + LARGEST
 
 
 def test_conversion_holds_few_tensors(huggingface, tmp_path):
   (peak,) = _run(CONVERT, huggingface, 't5x', tmp_path / 'checkpoint_0')
+  print(peak)
   assert peak < 4 * LARGEST < TOTAL / 2

@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 
+import jax
+
 from ptune import cli, network, train
 from ptune.methods import full, prompt
 
@@ -86,6 +88,13 @@ def accuracy(targets, predictions):
   return {'accuracy': 100 * right / len(targets)}
 
 
+def right_score(targets, predictions, aux_values):
+  """The log probability of the answers that are right."""
+  scores = aux_values['scores']
+  pairs = zip(targets, predictions, scores, strict=True)
+  return {'right_score': sum(s for t, p, s in pairs if t == p)}
+
+
 def mean_score(targets, scores):
   scores = scores[0] if isinstance(scores, tuple) else scores
   assert len(scores) == len(targets)
@@ -108,6 +117,7 @@ def _add(name, splits=tuple(SIZES), empty=(), metrics=(), extra_ids=0):
 
 _add('tiny', metrics=(accuracy, mean_score))
 _add('tiny_b', metrics=(accuracy,))
+_add('tiny_aux', metrics=(right_score,))
 _add('tiny_no_metrics')
 _add('tiny_no_validation', splits=('train',))
 _add('tiny_no_train_rows', empty=('train',))
@@ -125,6 +135,11 @@ def directory() -> pathlib.Path:
   path = pathlib.Path(tempfile.mkdtemp(prefix='ptune-tiny-'))
   atexit.register(shutil.rmtree, path, ignore_errors=True)
   (path / 'tiny.gin').write_text(GIN)
+  # Compiled programs are shared, by commands too.
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(path / 'cache')
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+  jax.config.update('jax_compilation_cache_dir', str(path / 'cache'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   return path
 
 
@@ -144,7 +159,8 @@ def base() -> str:
 
 
 def run(model_dir, **changes):
-  """A short run of `train` in this process: 12 steps, evaluated twice."""
+  """A short run of `train` in this process: 12 steps, evaluated thrice."""
+  directory()
   settings = {
     'model_dir': os.fspath(model_dir),
     'mixture_or_task_name': 'tiny',
@@ -217,8 +233,8 @@ class Command:
   in no time.
   """
 
-  def __init__(self, arguments, **environment):
-    self._log = pathlib.Path(tempfile.mkstemp(dir=directory())[1])
+  def __init__(self, arguments, log=None, **environment):
+    self._log = pathlib.Path(log or tempfile.mkstemp(dir=directory())[1])
     self._server = _server()
     _send(
       self._server,

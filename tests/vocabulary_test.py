@@ -86,7 +86,10 @@ def test_byt5_of_the_golden_data(numerics):
 @pytest.mark.parametrize(
   'files, message',
   [
-    ({'config__json': {'vocab_size': 32128}}, 'holds no vocabulary. Found: con'),
+    (
+      {'config__json': {'vocab_size': 32128}},
+      'holds no vocabulary. Found: con',
+    ),
     ({'tokenizer__json': {}}, 'tokenizer.json is not read'),
     ({'spiece__model': b'garbage'}, 'spiece.model is no SentencePiece model'),
     ({'spiece__model': b''}, 'spiece.model is no SentencePiece model'),

@@ -98,8 +98,9 @@ def _encoder_rows(
 ) -> tuple[np.ndarray, list[str]]:
   """Those of the rows that PEFT puts before the encoder's input.
 
-  By default it makes as many again "for the decoder", trains and saves them,
-  and never reads them: [2 prompt, embed] -> [prompt, embed].
+  By default it makes as many again for the decoder and saves them. Its
+  `generate` never reads those, nor does its `forward`, except for multi-task
+  adapters: [2 prompt, embed] -> [prompt, embed].
   """
   length, width = config.get('num_virtual_tokens'), config.get('token_dim')
   if rows.ndim != 2 or rows.shape[1] != (width or rows.shape[1]):
@@ -115,8 +116,8 @@ def _encoder_rows(
   if rows.shape[0] == length:
     return rows, []
   return rows[:length], [
-    f'{path} has {rows.shape[0]} rows for {length} virtual tokens; PEFT reads '
-    f'the first {length} only, so the others were left out'
+    f'{path} has {rows.shape[0]} rows for {length} virtual tokens; PEFT '
+    f'generates with the first {length}, so the others were left out'
   ]
 
 

@@ -1,0 +1,195 @@
+"""ptune/checkpoints.py: small, whole, and known by what they belong to."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ptune import checkpoints, network, optim, parameters, partitioning
+from ptune import state as state_lib
+from ptune.methods import prompt
+from tests import tiny
+
+SUMS = {'loss': 1.1, 'tokens': 3.0}
+
+
+def make_state(config=tiny.CONFIG, length=3, step=4, seed=0):
+  """A state with random values, and its shapes and shardings."""
+  mesh = partitioning.make_mesh()
+  plan = parameters.plan(config, prompt.prompt(length), mesh)
+  tx = optim.adafactor()
+  like = state_lib.abstract_state(tx, plan)
+  rng = np.random.default_rng(seed)
+
+  def draw(x):
+    values = rng.normal(size=x.shape).astype(x.dtype)
+    return jax.device_put(values, x.sharding)
+
+  state = jax.tree.map(draw, like)
+  return state.replace(step=jax.device_put(jnp.int32(step))), like
+
+
+def assert_equal(left, right):
+  jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def save(directory, *states, keep=None, start=0):
+  with checkpoints.Checkpoints(directory, start, keep) as saved:
+    for state in states:
+      saved.save(state, SUMS)
+
+
+def test_what_is_saved_is_restored_to_the_bit(tmp_path):
+  state, like = make_state()
+  save(tmp_path, state)
+  restored, sums = checkpoints.restore(tmp_path, like)
+  assert_equal(restored, state)
+  assert sums == SUMS
+  assert jax.tree.map(lambda x: x.sharding, restored.trainable) == (
+    jax.tree.map(lambda x: x.sharding, like.trainable)
+  )
+
+
+def test_nothing_is_restored_from_nothing(tmp_path):
+  _, like = make_state()
+  assert checkpoints.restore(tmp_path / 'none', like) is None
+  assert checkpoints.restore(tmp_path, like) is None
+  assert checkpoints.finished_steps(tmp_path / 'none') == []
+
+
+def test_a_checkpoint_for_t5_small_stays_under_2_mb(tmp_path):
+  # The prompt of 100 tokens is 205 kB; Adafactor keeps a moment of its size.
+  state, _ = make_state(network.t5('t5_1_1_small'), length=100)
+  save(tmp_path, state)
+  size = sum(map(len, tiny.files(tmp_path / '4').values()))
+  assert 400_000 < size < 2_000_000
+
+
+def test_only_the_newest_are_kept_if_so_wished(tmp_path):
+  states = [make_state(step=step)[0] for step in (1, 2, 3, 4)]
+  save(tmp_path, *states, keep=2)
+  assert checkpoints.finished_steps(tmp_path) == [3, 4]
+
+
+def test_a_checkpoint_is_not_written_twice(tmp_path):
+  first, like = make_state(seed=0)
+  second, _ = make_state(seed=1)
+  save(tmp_path, first, second)
+  restored, _ = checkpoints.restore(tmp_path, like)
+  assert_equal(restored, first)
+
+
+def test_what_is_newer_than_the_start_is_set_aside(tmp_path):
+  for step in (1, 2, 3):
+    save(tmp_path, make_state(step=step)[0], start=step)
+  (tmp_path / '2.damaged').mkdir()
+  save(tmp_path, make_state(step=2, seed=1)[0], start=1)
+  assert checkpoints.finished_steps(tmp_path) == [1, 2]
+  names = {path.name for path in tmp_path.iterdir()}
+  assert {'2.damaged', '2.damaged2', '3.damaged'} < names
+  assert tiny.files(tmp_path / '2.damaged2')
+
+
+def test_what_was_cut_short_is_no_checkpoint(tmp_path):
+  state, like = make_state(step=2)
+  save(tmp_path, state)
+  # What Orbax leaves where it is killed.
+  (tmp_path / '3.orbax-checkpoint-tmp' / 'state').mkdir(parents=True)
+  assert checkpoints.finished_steps(tmp_path) == [2]
+  assert int(checkpoints.restore(tmp_path, like)[0].step) == 2
+  save(tmp_path, make_state(step=3)[0], start=2)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['2', '3']
+
+
+def test_of_another_optimizer_nothing_is_restored(tmp_path, caplog):
+  state, like = make_state()
+  save(tmp_path, state.replace(opt_state={'m': jnp.zeros(3)}))
+  with pytest.raises(ValueError, match=r'none of the checkpoints \[4\] in'):
+    checkpoints.restore(tmp_path, like)
+  assert f'{tmp_path}/4 cannot be read' in caplog.text
+  assert '\n' not in caplog.records[-1].getMessage()
+
+
+def test_the_best_state_replaces_the_one_before(tmp_path):
+  for step in (2, 4, 3):  # 4 is of an earlier start, which was stopped.
+    checkpoints.save_best(tmp_path, make_state(step=step)[0])
+    assert checkpoints.finished_steps(tmp_path) == [step]
+
+
+# ------------------------------------------------------------- what a run is
+
+
+def test_a_run_is_known_by_its_facts(tmp_path):
+  assert checkpoints.read_run(tmp_path) == {}
+  run = {'method': 'prompt', 'seed': 1}
+  checkpoints.claim(tmp_path, run, {'initial_checkpoint_path': '/base'})
+  checkpoints.claim(tmp_path, {'method': 'full'}, {})  # Is claimed already.
+  present = checkpoints.read_run(tmp_path)
+  assert present == {**run, 'initial_checkpoint_path': '/base'}
+  checkpoints.compare(tmp_path, present, run)
+  with pytest.raises(
+    ValueError, match=r"'prompt' there, 'full' here\n.*2 here"
+  ):
+    checkpoints.compare(tmp_path, present, {'method': 'full', 'seed': 2})
+
+
+def test_a_damaged_run_file_is_named(tmp_path):
+  (tmp_path / 'run.json').write_text('{"method": ')
+  with pytest.raises(ValueError, match=r'run\.json is damaged'):
+    checkpoints.read_run(tmp_path)
+
+
+def test_directories_mean_the_same_everywhere(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('HOME', '/home/me')
+  absolute = checkpoints.absolute
+  assert absolute('runs/a') == tmp_path / 'runs' / 'a'
+  assert absolute('~/a') == pathlib.Path('/home/me/a')
+  assert str(absolute('gs://bucket/a')) == 'gs://bucket/a'
+  for wrong in ('', None, 3):
+    with pytest.raises(ValueError, match='it must be a directory'):
+      checkpoints.run_directory(wrong)
+
+
+def base_params(mesh, dtype=jnp.float32):
+  plan = parameters.plan(tiny.CONFIG, prompt.prompt(3), mesh)
+  values = parameters.initialize(plan, plan.base, seed=0)
+  return {
+    path: x.astype(dtype) if x.ndim > 1 else x for path, x in values.items()
+  }
+
+
+def test_the_fingerprint_is_of_the_weights_alone():
+  devices = jax.devices()
+  one = base_params(partitioning.make_mesh(devices=devices[:1]))
+  expected = checkpoints.fingerprint(one)
+  split = base_params(partitioning.make_mesh(2, devices))
+  rounded = base_params(partitioning.make_mesh(), jnp.bfloat16)
+  assert checkpoints.fingerprint(split) == expected
+  assert checkpoints.fingerprint(rounded) == expected
+  assert checkpoints.fingerprint(dict(reversed(one.items()))) == expected
+  path = 'token_embedder/embedding'
+  for changed in (
+    one[path].at[7, 3].mul(1.01),
+    one[path][::-1],
+    one[path].reshape(16, -1),
+  ):
+    assert checkpoints.fingerprint({**one, path: changed}) != expected
+
+
+def test_a_checkpoint_is_read_by_the_reader_of_base_models(tmp_path):
+  from ptune.convert import open_checkpoint
+
+  state, _ = make_state()
+  save(tmp_path / 'checkpoints', state)
+  source = open_checkpoint(tmp_path)
+  assert source.step == 4 and list(source.leaves) == [prompt.PATH]
+  np.testing.assert_array_equal(
+    source.leaves[prompt.PATH].read(),
+    parameters.flatten(state.trainable)[prompt.PATH],
+  )
+  metadata = (tmp_path / 'checkpoints/4/state/_METADATA').read_text()
+  assert json.loads(metadata)

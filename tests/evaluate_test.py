@@ -1,0 +1,273 @@
+"""`ptune eval`: every example once, the same scores however it is done."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from ptune import data, evaluate, parameters, partitioning, predictor
+from ptune.methods import full, prompt
+from ptune.models import Decoding, EncoderDecoderModel
+from tests import tiny
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """The MODEL_DIR of a run."""
+  path = tmp_path_factory.mktemp('trained') / 'run'
+  tiny.run(path, eval_period=12)
+  return path
+
+
+def run(output_dir, **changes):
+  """Runs `evaluate`; for one task its scores, else those of all."""
+  settings = {
+    'mixture_or_task_name': 'tiny',
+    'task_feature_lengths': tiny.LENGTHS,
+    'config': tiny.CONFIG,
+    'method': prompt.prompt(3),
+    'output_dir': str(output_dir),
+    'batch_size': 8,
+    **changes,
+  }
+  scores = evaluate.evaluate(**settings)
+  return scores.get(settings['mixture_or_task_name'], scores)
+
+
+def predictions(output_dir, task='tiny'):
+  (path,) = (output_dir / task).glob('predictions-*.jsonl')
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def reference(trained, tmp_path_factory):
+  """The scores and predictions of an evaluation, padded to full length."""
+  path = tmp_path_factory.mktemp('reference')
+  scores = run(path, model_dir=trained, bucket_multiple=None)
+  return scores, predictions(path)
+
+
+def assert_close(got, expected):
+  assert got.keys() == expected.keys()
+  for name, value in expected.items():
+    assert got[name] == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+  ('batch_size', 'bucket_multiple'), [(8, 8), (24, None), (16, 32), (64, 8)]
+)
+def test_no_score_depends_on_the_batches(
+  trained, reference, tmp_path, batch_size, bucket_multiple
+):
+  scores = run(
+    tmp_path,
+    model_dir=trained,
+    batch_size=batch_size,
+    bucket_multiple=bucket_multiple,
+  )
+  assert_close(scores, reference[0])
+  assert [r['prediction'] for r in predictions(tmp_path)] == (
+    [r['prediction'] for r in reference[1]]
+  )
+
+
+def test_every_example_is_there_once_in_order(reference):
+  rows = tiny.rows('validation')
+  assert [r['index'] for r in reference[1]] == list(range(len(rows)))
+  assert [r['inputs'] for r in reference[1]] == [word for word, _ in rows]
+  assert [r['target'] for r in reference[1]] == [label for _, label in rows]
+
+
+def load(trained):
+  mesh = partitioning.make_mesh()
+  plan = parameters.plan(tiny.CONFIG, prompt.prompt(3), mesh)
+  params, step = predictor.load(plan, trained)
+  return plan, params, step
+
+
+def test_scores_equal_those_made_by_hand(trained, reference):
+  plan, params, step = load(trained)
+  assert step == 12
+  model = EncoderDecoderModel(plan.network)
+  task = data.load_task('tiny')
+  rows = [x for _, x in data.examples(task, tiny.LENGTHS, 'validation')]
+  loss = correct = tokens = 0.0
+  scores = []
+  for row in rows:  # One by one, without padding.
+    batch = {k: v[None] for k, v in row.items()}
+    with plan.scope():
+      _, sums = model.loss(params, batch)
+      scores.append(float(model.score(params, batch)[0]))
+    loss += float(sums['loss'])
+    correct += float(sums['correct'])
+    tokens += float(sums['tokens'])
+  records = reference[1]
+  np.testing.assert_allclose([r['score'] for r in records], scores, rtol=1e-5)
+  right = [r['prediction'] == r['target'] for r in records]
+  assert_close(
+    reference[0],
+    {
+      'accuracy': 100 * np.mean(right),
+      'mean_score': np.mean(scores),
+      'loss': loss / tokens,
+      'token_accuracy': correct / tokens,
+    },
+  )
+
+
+def test_a_run_scores_as_its_evaluation_while_it_trained(trained, reference):
+  (trained_scores,) = (r for r in tiny.records(trained) if 'task' in r)
+  for name, value in reference[0].items():
+    assert trained_scores[name] == pytest.approx(value, rel=1e-5)
+
+
+def test_a_prompt_file_on_its_base_is_the_run(trained, reference, tmp_path):
+  scores = run(
+    tmp_path,
+    checkpoint_path=tiny.base(),
+    prompt_file=str(trained / 'prompts' / 'best'),
+    bucket_multiple=None,
+  )
+  assert scores == reference[0]
+  assert predictions(tmp_path) == reference[1]
+  (record,) = tiny.records(tmp_path)
+  assert record['step'] == 12 and record['split'] == 'validation'
+
+
+def test_a_prompt_of_another_base_is_evaluated_with_a_warning(
+  trained, tmp_path, caplog
+):
+  path = tmp_path / 'other'
+  tiny.run(
+    path,
+    method=full.full(),
+    config=tiny.CONFIG,
+    initial_checkpoint_path=None,
+    train_steps=2,
+    seed=3,
+    eval_split=None,
+  )
+  file = str(trained / 'prompts' / 'best.npy')
+  settings = {'prompt_file': file, 'eval_steps': 1}
+  run(tmp_path / 'a', checkpoint_path=str(path), **settings)
+  assert 'was trained on another base model' in caplog.text
+  caplog.clear()
+  run(tmp_path / 'b', checkpoint_path=tiny.base(), **settings)
+  assert 'another base model' not in caplog.text
+  with pytest.raises(ValueError, match='holds a run that is not this one'):
+    run(tmp_path / 'c', model_dir=trained, checkpoint_path=str(path))
+
+
+def test_a_base_alone_is_evaluated_without_a_prompt(tmp_path):
+  settings = {'method': full.full(), 'eval_steps': 2, 'split': 'train'}
+  scores = run(tmp_path, checkpoint_path=tiny.base(), **settings)
+  assert len(predictions(tmp_path)) == 16
+  assert_close(run(tmp_path / 'a', model_dir=tiny.base(), **settings), scores)
+
+
+def test_what_a_task_does_not_define_is_left_out(trained, tmp_path):
+  scores = run(tmp_path, model_dir=trained, mixture_or_task_name='tiny_mixture')
+  assert set(scores['tiny']) > {'accuracy', 'mean_score'}
+  assert set(scores['tiny_b']) == {'accuracy', 'loss', 'token_accuracy'}
+  assert scores['tiny']['loss'] == scores['tiny_b']['loss']
+  scores = run(
+    tmp_path / 'a', model_dir=trained, mixture_or_task_name='tiny_no_metrics'
+  )
+  assert set(scores) == {'loss', 'token_accuracy'}
+
+
+def test_metrics_may_read_scores_beside_predictions(trained, tmp_path):
+  scores = run(tmp_path, model_dir=trained, mixture_or_task_name='tiny_aux')
+  records = predictions(tmp_path, 'tiny_aux')
+  assert len(records) == tiny.SIZES['validation']
+  assert scores['right_score'] <= 0
+
+
+def test_beams_and_samples_do_not_depend_on_the_batches(trained, tmp_path):
+  for name, how in (
+    ('beams', Decoding(num_beams=3)),
+    ('sample', Decoding(temperature=1.0)),
+  ):
+    found = []
+    for i, size in enumerate((8, 24)):
+      path = tmp_path / f'{name}{i}'
+      run(path, model_dir=trained, decoding=how, batch_size=size)
+      found.append([r['prediction'] for r in predictions(path)])
+    assert found[0] == found[1]
+
+
+def test_the_output_lies_in_model_dir_if_not_said_otherwise(trained, tmp_path):
+  copy = shutil.copytree(trained, tmp_path / 'run')
+  before = tiny.files(copy)
+  run(tmp_path, output_dir=None, model_dir=copy, split='test')
+  added = {
+    name: v for name, v in tiny.files(copy).items() if name not in before
+  }
+  assert sorted(added) == [
+    'eval_test/metrics.jsonl',
+    'eval_test/tiny/predictions-12.jsonl',
+  ]
+
+
+def test_what_is_wrong_is_said(trained, tmp_path):
+  base, file = tiny.base(), str(trained / 'prompts' / 'best.npy')
+  (tmp_path / 'file').write_text('')
+  for changes, message in (
+    ({'batch_size': 12, 'model_dir': trained}, 'BATCH_SIZE is 12, .* 8 or 16'),
+    ({'batch_size': 0}, 'BATCH_SIZE is 0'),
+    ({'eval_steps': 0}, 'EVAL_STEPS is 0'),
+    ({'split': 'dev', 'model_dir': trained}, "no split 'dev'; its splits: te"),
+    ({'output_dir': None, 'prompt_file': file}, 'EVAL_OUTPUT_DIR is needed'),
+    ({'output_dir': tmp_path / 'file' / 'a'}, 'EVAL_OUTPUT_DIR .* cannot be'),
+    ({}, 'set MODEL_DIR .* or PROMPT_FILE'),
+    ({'model_dir': trained, 'prompt_file': file}, 'not both'),
+    ({'prompt_file': file}, 'CHECKPOINT_PATH, the base model, is needed'),
+    ({'method': full.full(), 'prompt_file': file}, 'has no prompt to be read'),
+    ({'model_dir': tmp_path}, r'holds no run of ptune train \(run.json'),
+    ({'model_dir': trained, 'method': prompt.prompt(4)}, r'\[4, 16\]'),
+    (
+      {
+        'prompt_file': file,
+        'checkpoint_path': base,
+        'method': prompt.prompt(4),
+      },
+      r'prompt file .* has shape \[3, 16\]',
+    ),
+    (
+      {'mixture_or_task_name': 'tiny_no_validation_rows', 'model_dir': trained},
+      "'validation' of task 'tiny_no_validation_rows' is empty",
+    ),
+  ):
+    with pytest.raises(ValueError, match=message):
+      run(**{'output_dir': tmp_path / 'out', **changes})
+  with pytest.raises(FileNotFoundError, match='no prompt file'):
+    run(tmp_path / 'o', prompt_file=f'{file}x', checkpoint_path=base)
+  with pytest.raises(FileNotFoundError, match='Nothing is at /nowhere'):
+    run(tmp_path / 'o', prompt_file=file, checkpoint_path='/nowhere')
+
+
+def test_an_evaluation_can_be_given_up(trained):
+  plan, params, _ = load(trained)
+  evaluation = evaluate.Evaluation(
+    data.load_task('tiny'),
+    plan,
+    EncoderDecoderModel(plan.network),
+    split='validation',
+    feature_lengths=tiny.LENGTHS,
+    batch_size=8,
+  )
+  asked = iter([False, False, True])
+  with pytest.raises(evaluate.Stopped):
+    evaluation((params,), 1, lambda: next(asked))
+  assert evaluation((params,), 1)['tiny']['loss'] > 0
+
+
+def test_json_takes_what_tasks_hold():
+  record = {'a': b'\xc3\xbc', 'b': np.float32(1.5), 'c': np.arange(2)}
+  record['d'] = {'e': jax.numpy.ones(1)[0].item(), 'f': {1}}
+  assert json.loads(evaluate.to_json(record)) == {
+    **{'a': 'ü', 'b': 1.5, 'c': [0, 1]},
+    'd': {'e': 1.0, 'f': '{1}'},
+  }

@@ -1,0 +1,202 @@
+"""`ptune infer`: a line for each input, in order, however it is batched."""
+
+import json
+
+import pytest
+
+from ptune import data, infer, parameters, partitioning, predictor
+from ptune.methods import prompt
+from ptune.models import Decoding, EncoderDecoderModel
+from tests import tiny
+
+WORDS = [word for word, _ in tiny.rows('test')]
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """The MODEL_DIR of a run, and the file of its prompt."""
+  path = tmp_path_factory.mktemp('trained') / 'run'
+  tiny.run(path, eval_period=12)
+  return path
+
+
+def run(output_dir, **changes):
+  """Runs `infer`; the records that it wrote."""
+  settings = {
+    'mixture_or_task_name': 'tiny',
+    'task_feature_lengths': tiny.LENGTHS,
+    'config': tiny.CONFIG,
+    'method': prompt.prompt(3),
+    'output_dir': str(output_dir),
+    'batch_size': 8,
+    **changes,
+  }
+  path = infer.infer(**settings)
+  assert not list(path.parent.glob('.*'))  # Nothing half written is left.
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path, *lines):
+  path.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+  return str(path)
+
+
+def assert_same(got, expected):
+  assert len(got) == len(expected)
+  for left, right in zip(got, expected, strict=True):
+    assert left.pop('score') == pytest.approx(right.pop('score'), rel=1e-5)
+    assert left == right
+
+
+def test_a_split_is_predicted_in_order(trained, tmp_path):
+  records = run(tmp_path, model_dir=trained)
+  assert [r['inputs'] for r in records] == WORDS
+  assert [r['targets'] for r in records] == [y for _, y in tiny.rows('test')]
+  assert all(
+    set(r) == {'inputs', 'targets', 'prediction', 'score'} for r in records
+  )
+  assert (tmp_path / 'tiny-test-predict.jsonl').exists()
+
+
+def test_a_text_file_a_json_file_and_a_split_give_the_same(trained, tmp_path):
+  expected = [
+    {k: v for k, v in record.items() if k != 'targets'}
+    for record in run(tmp_path, model_dir=trained)
+  ]
+  text = write(tmp_path / 'a.txt', WORDS[0], '', *WORDS[1:])
+  lines = [json.dumps({'inputs': word, 'id': 3}) for word in WORDS]
+  jsonl = write(tmp_path / 'b.jsonl', *lines)
+  for file in (text, jsonl):
+    got = run(tmp_path / 'out', model_dir=trained, input_file=file)
+    assert_same(got, [dict(r) for r in expected])
+
+
+@pytest.mark.parametrize(
+  'how', [Decoding(), Decoding(num_beams=2), Decoding(temperature=0.7, top_k=5)]
+)
+def test_no_answer_depends_on_the_batches(trained, tmp_path, monkeypatch, how):
+  settings = {'model_dir': trained, 'decoding': how, 'split': 'train'}
+  expected = run(tmp_path / 'a', bucket_multiple=None, **settings)
+  # Several chunks, of which each is sorted by length and padded to its own.
+  monkeypatch.setattr(infer, 'CHUNK', 1)
+  for i, (size, multiple) in enumerate([(24, 8), (40, None)]):
+    got = run(
+      tmp_path / f'b{i}', batch_size=size, bucket_multiple=multiple, **settings
+    )
+    assert_same(got, [dict(r) for r in expected])
+
+
+def test_samples_are_drawn_by_the_seed(trained, tmp_path):
+  settings = {'model_dir': trained, 'decoding': Decoding(temperature=1.0)}
+  first, again, other = (
+    [r['prediction'] for r in run(tmp_path / str(i), seed=seed, **settings)]
+    for i, seed in enumerate((0, 0, 1))
+  )
+  assert first == again != other
+
+
+def test_scores_are_those_of_the_model(trained, tmp_path):
+  rows = [('abba', 'yes'), ('b', 'no'), ('ab', 'yesyes, trimmed'), ('a', '')]
+  lines = [json.dumps({'inputs': x, 'targets': y}) for x, y in rows]
+  file = write(tmp_path / 'a.jsonl', *lines)
+  got = run(tmp_path, model_dir=trained, input_file=file, mode='score')
+  assert [(r['inputs'], r['targets']) for r in got] == rows
+  assert all('prediction' not in r for r in got)
+
+  mesh = partitioning.make_mesh()
+  plan = parameters.plan(tiny.CONFIG, prompt.prompt(3), mesh)
+  params, _ = predictor.load(plan, trained)
+  model = EncoderDecoderModel(plan.network)
+  task = data.load_task('tiny')
+  for record, (inputs, targets) in zip(got, rows, strict=True):
+    texts = {'inputs': inputs, 'targets': targets}
+    _, row = data.encode(task, tiny.LENGTHS, texts)
+    with plan.scope():
+      score = model.score(params, {k: v[None] for k, v in row.items()})
+    assert record['score'] == pytest.approx(float(score[0]), rel=1e-5)
+
+
+def test_a_greedy_answer_scores_as_it_says(trained, tmp_path):
+  predicted = run(tmp_path, model_dir=trained)
+  # Only answers that ended can be given back as targets, with their EOS.
+  lines = [
+    json.dumps({'inputs': r['inputs'], 'targets': r['prediction']})
+    for r in predicted
+  ]
+  file = write(tmp_path / 'again.jsonl', *lines)
+  scored = run(tmp_path, model_dir=trained, input_file=file, mode='score')
+  ended = [len(r['prediction']) < tiny.LENGTHS['targets'] for r in predicted]
+  for left, right, whole in zip(predicted, scored, ended, strict=True):
+    if whole:
+      assert left['score'] == pytest.approx(right['score'], rel=1e-4)
+
+
+def test_a_prompt_file_on_its_base_is_the_run(trained, tmp_path):
+  got = run(
+    tmp_path / 'a',
+    checkpoint_path=tiny.base(),
+    prompt_file=str(trained / 'prompts' / 'best.npy'),
+  )
+  assert got == run(tmp_path / 'b', model_dir=trained)
+
+
+def test_lines_end_where_lines_end(trained, tmp_path):
+  # A BOM, Windows line ends, and characters that str.splitlines would split at.
+  text = tmp_path / 'a.txt'
+  text.write_bytes('\ufeffab\r\na\u2028b\x0cb\r\nä'.encode())
+  got = run(tmp_path, model_dir=trained, input_file=str(text))
+  assert [r['inputs'] for r in got] == ['ab', 'a\u2028b\x0cb', 'ä']
+  jsonl = write(tmp_path / 'b.jsonl', '{"inputs": "a\u2028b"}')
+  got = run(tmp_path, model_dir=trained, input_file=jsonl)
+  assert [r['inputs'] for r in got] == ['a\u2028b']
+
+
+def test_what_is_wrong_is_named_by_file_and_line(trained, tmp_path):
+  good = '{"inputs": "a", "targets": "yes"}'
+  latin = tmp_path / 'latin.txt'
+  latin.write_bytes(b'ab\n\xe4\n')
+  (tmp_path / 'file').write_text('')
+  for changes, message in (
+    (
+      {'input_file': write(tmp_path / 'a.jsonl', good, '{"inp')},
+      'a.jsonl:2 is',
+    ),
+    ({'input_file': write(tmp_path / 'b.jsonl', '', '3')}, 'b.jsonl:2: .* got'),
+    (
+      {'input_file': write(tmp_path / 'c.jsonl', '{"inputs": 3}')},
+      'c.jsonl:1:',
+    ),
+    (
+      {
+        'input_file': write(
+          tmp_path / 'd.jsonl', '{"inputs": "a", "targets": 1}'
+        )
+      },
+      'd.jsonl:1: targets must be a string',
+    ),
+    (
+      {
+        'mode': 'score',
+        'input_file': write(tmp_path / 'e.jsonl', good, '{"inputs": "a"}'),
+      },
+      'e.jsonl:2: to score, each line must be',
+    ),
+    ({'mode': 'score', 'input_file': str(latin)}, 'must be a .jsonl file'),
+    ({'input_file': str(latin)}, 'latin.txt:2 is not UTF-8'),
+    ({'input_file': write(tmp_path / 'f.txt', '', ' ')}, 'there is nothing to'),
+    ({'mode': 'guess'}, "INFER_MODE is 'guess'; it must be one of"),
+    ({'split': 'dev'}, "no split 'dev'"),
+    ({'batch_size': 12}, 'BATCH_SIZE is 12, .* Use 8 or 16'),
+    ({'task_feature_lengths': {'inputs': 8}}, "no length for 'targets'"),
+    (
+      {'output_dir': tmp_path / 'file'},
+      'INFER_OUTPUT_DIR .* cannot be written',
+    ),
+    ({'output_dir': None, 'model_dir': None}, 'INFER_OUTPUT_DIR is needed'),
+    ({'model_dir': None}, 'set MODEL_DIR'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      run(**{'output_dir': tmp_path / 'out', 'model_dir': trained, **changes})
+    assert not tiny.files(tmp_path / 'out')
+  with pytest.raises(FileNotFoundError, match='no INFER_FILE'):
+    run(tmp_path / 'out', model_dir=trained, input_file=str(tmp_path / 'none'))

@@ -1,0 +1,464 @@
+"""`ptune train` as a program: what it leaves, stopping, going on, refusing."""
+
+import errno
+import json
+import logging
+import os
+import pathlib
+import random
+import shutil
+import signal
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from ptune import checkpoints, evaluate, predictor, prompt_init, report, train
+from ptune.methods import full, prompt
+from tests import tiny
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  """The MODEL_DIR of a run that nothing happened to."""
+  path = tmp_path_factory.mktemp('undisturbed') / 'run'
+  tiny.run(path)
+  return path
+
+
+@pytest.fixture
+def started(undisturbed, tmp_path):
+  """A copy of it, to be done something to."""
+  return shutil.copytree(undisturbed, tmp_path / 'run')
+
+
+def final_prompt(model_dir, step=12):
+  return np.load(pathlib.Path(model_dir, 'prompts', f'step_{step}.npy'))
+
+
+def assert_same_run(left, right):
+  """The same prompts to the bit, the same records, checkpoints and best."""
+  assert tiny.records(left) == tiny.records(right)
+  for name in ('checkpoints', 'best'):
+    steps = [checkpoints.finished_steps(d / name) for d in (left, right)]
+    assert steps[0] == steps[1] != []
+  for step in checkpoints.finished_steps(left / 'checkpoints'):
+    assert np.array_equal(final_prompt(left, step), final_prompt(right, step))
+  for name in ('best.npy', 'best.json'):
+    got, expected = ((d / 'prompts' / name).read_bytes() for d in (left, right))
+    assert got == expected
+
+
+# ------------------------------------------------------------ what a run leaves
+
+
+def test_a_run_leaves_what_it_promises(undisturbed):
+  assert {path.name for path in undisturbed.iterdir()} == {
+    *('best', 'checkpoints', 'config.gin', 'curves.png', 'eval'),
+    *('metrics.jsonl', 'model-info.txt', 'prompts', 'run.json', 'train'),
+  }
+  steps = checkpoints.finished_steps(undisturbed / 'checkpoints')
+  assert steps == [4, 8, 12]
+  for step in steps:
+    array = final_prompt(undisturbed, step)
+    assert array.shape == (3, 16) and array.dtype == np.float32
+    facts = json.loads((undisturbed / f'prompts/step_{step}.json').read_text())
+    assert facts['step'] == step and facts['task'] == 'tiny'
+  assert set(facts['scores']['tiny']) == {
+    *('accuracy', 'mean_score', 'loss', 'token_accuracy')
+  }
+  info = (undisturbed / 'model-info.txt').read_text()
+  assert info.startswith('prompt: trainable 48 parameters (192 bytes)')
+  assert 'token_embedder/embedding' in info
+  kinds = [(r['step'], r['split']) for r in tiny.records(undisturbed)]
+  assert kinds == [
+    *((3, 'train'), (5, 'train'), (5, 'validation'), (6, 'train')),
+    *((9, 'train'), (10, 'train'), (10, 'validation')),
+    *((12, 'train'), (12, 'validation')),
+  ]
+  for step in (5, 10, 12):
+    lines = (undisturbed / f'eval/tiny/predictions-{step}.jsonl').read_text()
+    assert len(lines.splitlines()) == tiny.SIZES['validation']
+  assert list((undisturbed / 'eval' / 'tiny').glob('events*'))
+
+
+def test_only_what_is_trained_is_in_a_checkpoint(undisturbed):
+  # 59 kB are frozen. What Orbax needs for itself is small too.
+  state = undisturbed / 'checkpoints' / '12'
+  assert sum(map(len, tiny.files(state).values())) < 30_000
+  text = (state / 'state' / '_METADATA').read_text()
+  assert 'prompt' in text and 'attention' not in text
+
+
+def test_the_best_prompt_is_that_of_the_best_score(undisturbed):
+  scores = {
+    r['step']: train.score(None, {'tiny': {k: r[k] for k in r if k != 'step'}})
+    for r in (
+      {k: v for k, v in r.items() if k not in ('split', 'task')}
+      for r in tiny.records(undisturbed)
+      if 'task' in r
+    )
+  }
+  best = max(scores, key=lambda step: (scores[step], -step))
+  facts = json.loads((undisturbed / 'prompts' / 'best.json').read_text())
+  assert facts['step'] == best
+  assert checkpoints.finished_steps(undisturbed / 'best') == [best]
+
+
+def test_the_best_metric_can_be_named_and_less_can_be_better():
+  scores = {'a': {'f1': 2.0, 'loss': 3.0}, 'b': {'f1': 4.0, 'loss': 1.0}}
+  assert train.score('f1', scores) == 3
+  assert train.score('-loss', scores) == -2
+  assert train.score(None, scores) == 3
+  assert train.score(None, {'a': {'loss': 3.0, 'token_accuracy': 9.0}}) == -3
+  with pytest.raises(ValueError, match=r"'acc' is not among .*'f1', 'loss'"):
+    train.score('acc', scores)
+
+
+def test_every_parameter_can_be_trained_from_a_checkpoint(tmp_path):
+  state = tiny.run(tmp_path, method=full.full(), train_steps=3, eval_split=None)
+  assert len(jax.tree.leaves(state.trainable)) == 29
+  assert not (tmp_path / 'prompts').exists()
+  # Its checkpoint is a base model in turn.
+  tiny.run(
+    tmp_path / 'prompt', initial_checkpoint_path=str(tmp_path), train_steps=1
+  )
+
+
+def test_a_task_without_a_validation_split_is_trained(tmp_path, caplog):
+  tiny.run(tmp_path, mixture_or_task_name='tiny_no_validation', train_steps=2)
+  assert 'nothing is evaluated' in caplog.text
+  assert final_prompt(tmp_path, 2).shape == (3, 16)
+  assert not (tmp_path / 'best').exists()
+
+
+def test_a_mixture_is_evaluated_task_by_task(tmp_path):
+  tiny.run(tmp_path, mixture_or_task_name='tiny_mixture', train_steps=2)
+  found = [r['task'] for r in tiny.records(tmp_path) if 'task' in r]
+  assert found == ['tiny', 'tiny_b']
+
+
+# ------------------------------------------------------- stopping and going on
+
+
+class Killed(BaseException):
+  """Ends a run where it stands."""
+
+
+@pytest.mark.parametrize(
+  ('owner', 'name', 'call'),
+  [
+    (evaluate.Evaluation, '__call__', 2),
+    (checkpoints, 'save_best', 1),
+    (report.Report, 'evaluate', 2),
+    (checkpoints.Checkpoints, 'save', 3),
+    (train, '_write_prompt', 3),
+    (train, '_add_sums', 11),
+  ],
+)
+@pytest.mark.parametrize('after', [False, True])
+def test_a_run_cut_short_anywhere_ends_with_the_same_bits(
+  undisturbed, tmp_path, monkeypatch, owner, name, call, after
+):
+  original, calls = getattr(owner, name), 0
+
+  def cut(*args, **kwargs):
+    nonlocal calls
+    calls += 1
+    if calls == call and not after:
+      raise Killed
+    result = original(*args, **kwargs)
+    if calls == call:
+      raise Killed
+    return result
+
+  with monkeypatch.context() as patch:
+    patch.setattr(owner, name, cut)
+    with pytest.raises(Killed):
+      tiny.run(tmp_path)
+  tiny.run(tmp_path)
+  assert_same_run(tmp_path, undisturbed)
+
+
+def test_killed_or_stopped_at_any_moment_it_ends_with_the_same_bits(tmp_path):
+  args = lambda name: tiny.arguments(
+    'train',
+    '--gin.train.log_period=7',
+    MODEL_DIR=str(tmp_path / name),
+    TRAIN_STEPS=90,
+    EVAL_PERIOD=30,
+    CHECKPOINT_PERIOD=8,
+    BUCKET_MULTIPLE=8,
+  )
+  assert tiny.command(*args('calm'))[0] == 0
+  draw = random.Random(0)
+  for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
+    process = tiny.Command(args('rough'))
+    process.wait_for(f'step {draw.choice([7, 14, 21])} ', seconds=5)
+    process.send(how)
+    assert process.wait() == (-9 if how == signal.SIGKILL else 0)
+  assert tiny.command(*args('rough'))[0] == 0
+
+
+def test_a_stop_during_an_evaluation_loses_nothing(
+  undisturbed, tmp_path, monkeypatch
+):
+  original = predictor.Predictor.predict
+
+  def interrupted(self, *args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return original(self, *args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(predictor.Predictor, 'predict', interrupted)
+    tiny.run(tmp_path)
+  assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [4, 5]
+  assert not any('task' in r for r in tiny.records(tmp_path))
+  assert np.array_equal(final_prompt(tmp_path, 4), final_prompt(undisturbed, 4))
+  tiny.run(tmp_path)
+  assert tiny.records(tmp_path) == tiny.records(undisturbed)
+  assert np.array_equal(final_prompt(tmp_path), final_prompt(undisturbed))
+
+
+def test_a_stop_during_the_last_evaluation_leaves_it_to_be_done(
+  undisturbed, tmp_path, monkeypatch, caplog
+):
+  original, calls = evaluate.Evaluation.__call__, 0
+
+  def interrupted(self, *args):
+    nonlocal calls
+    calls += 1
+    if calls == 3:
+      os.kill(os.getpid(), signal.SIGINT)
+    return original(self, *args)
+
+  caplog.set_level(logging.INFO)
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate.Evaluation, '__call__', interrupted)
+    tiny.run(tmp_path)
+  assert 'stopped at step 12, which is saved' in caplog.text
+  tiny.run(tmp_path)
+  assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_finished_run_says_so_and_reads_no_model(
+  started, monkeypatch, caplog
+):
+  def fail(*args, **kwargs):
+    raise AssertionError
+
+  monkeypatch.setattr(train, 'restore', fail)
+  monkeypatch.setattr(train.data, 'Batches', fail)
+  caplog.set_level(logging.INFO)
+  before = tiny.files(started)
+  state = tiny.run(started)
+  assert int(state.step) == 12
+  assert 'is finished, at step 12; for more steps raise TRAIN_STEPS' in (
+    caplog.text
+  )
+  assert tiny.files(started) == before
+
+
+def test_a_finished_run_goes_on_with_more_steps(undisturbed, started):
+  tiny.run(started, train_steps=16)
+  assert tiny.records(started)[: len(tiny.records(undisturbed))] == (
+    tiny.records(undisturbed)
+  )
+  assert final_prompt(started, 16).shape == (3, 16)
+  # With fewer it is finished, too.
+  before = tiny.files(started)
+  tiny.run(started, train_steps=10)
+  assert tiny.files(started) == before
+
+
+def test_training_ends_when_scores_get_no_better(tmp_path, caplog):
+  caplog.set_level(logging.INFO)
+  # Nothing is learned at a rate of 0, so the first score is never beaten.
+  settings = {
+    'early_stopping': 2,
+    'eval_period': 2,
+    'optimizer': lambda initial_step: optax.sgd(0.0),
+  }
+  state = tiny.run(tmp_path, **settings)
+  assert int(state.step) == 6
+  assert 'finished at step 6' in caplog.text
+  assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [4, 6]
+  before = tiny.files(tmp_path)
+  tiny.run(tmp_path, **settings)
+  assert 'for more steps raise EARLY_STOPPING' in caplog.text
+  assert tiny.files(tmp_path) == before
+  assert int(tiny.run(tmp_path, **{**settings, 'early_stopping': 3}).step) == 8
+
+
+def damage(checkpoint):
+  for path in checkpoint.rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_is_passed_over(undisturbed, started, caplog):
+  damage(started / 'checkpoints' / '12')
+  tiny.run(started)
+  assert f'{started}/checkpoints/12 cannot be read and is passed' in caplog.text
+  assert (started / 'checkpoints' / '12.damaged').is_dir()
+  assert_same_run(started, undisturbed)
+
+
+def test_without_a_readable_checkpoint_nothing_is_overwritten(started):
+  for step in (4, 8, 12):
+    damage(started / 'checkpoints' / str(step))
+  before = tiny.files(started)
+  with pytest.raises(ValueError, match=r'none of the checkpoints \[12, 8, 4\]'):
+    tiny.run(started)
+  assert tiny.files(started) == before
+
+
+# -------------------------------------------------------------------- refusing
+
+
+@pytest.fixture(scope='module')
+def other_base(tmp_path_factory):
+  path = tmp_path_factory.mktemp('other') / 'base'
+  tiny.run(
+    path,
+    method=full.full(),
+    config=tiny.CONFIG,
+    initial_checkpoint_path=None,
+    train_steps=8,
+    seed=2,
+    eval_split=None,
+  )
+  return str(path)
+
+
+def test_a_directory_with_another_run_is_refused_untouched(started, other_base):
+  # As after a hard stop, with more recorded than there are checkpoints for.
+  shutil.rmtree(started / 'checkpoints' / '12')
+  before = tiny.files(started)
+  for changes, message in (
+    ({'initial_checkpoint_path': other_base}, 'INITIAL_CHECKPOINT_PATH'),
+    (
+      {'method': prompt.prompt(4)},
+      r'trainable: .*\[3, 16\]}? there.*\[4, 16\]',
+    ),
+    ({'method': full.full()}, "method: 'prompt' there, 'full' here"),
+    ({'mixture_or_task_name': 'tiny_b'}, "task: 'tiny' there, 'tiny_b' here"),
+    ({'batch_size': 16}, 'batch_size: 8 there, 16 here'),
+    ({'seed': 5}, 'seed: 1 there, 5 here'),
+    ({'task_feature_lengths': {'inputs': 16, 'targets': 4}}, "'inputs': 32"),
+    ({'optimizer': optax.sgd}, "optimizer: 'adafactor' there, 'sgd' here"),
+  ):
+    with pytest.raises(ValueError, match=message) as error:
+      tiny.run(started, **changes)
+    assert 'Nothing was changed' in str(error.value)
+    assert tiny.files(started) == before
+
+
+def test_what_is_wrong_is_said_before_anything_is_written(tmp_path):
+  wrong_shape = tmp_path / 'prompt.npy'
+  np.save(wrong_shape, np.zeros((4, 16), np.float32))
+  pickled = tmp_path / 'pickled.npy'
+  np.save(pickled, np.array([{}], object), allow_pickle=True)
+  from_file = lambda path: {
+    'method': prompt.prompt(3, prompt_init.from_file(path))
+  }
+  target = tmp_path / 'run'
+  for changes, message in (
+    ({'train_steps': 0}, 'TRAIN_STEPS is 0; expected a whole number of at'),
+    ({'train_steps': 1e3, 'eval_period': None}, 'is 1000.0, EVAL_PERIOD is No'),
+    ({'keep_checkpoints': 0}, 'KEEP_CHECKPOINTS is 0; .* or None'),
+    ({'batch_size': 12}, 'BATCH_SIZE is 12, .* the 8 devices .* Use 8 or 16'),
+    ({'microbatches': 3}, '8 devices .* times 3 MICROBATCHES. Use 24'),
+    ({'mixture_or_task_name': 'tinny'}, 'nearest of the .*: tiny'),
+    ({'mixture_or_task_module': 'no.such'}, "no module 'no'"),
+    ({'task_feature_lengths': {'inputs': 8}}, "no length for 'targets'"),
+    ({'task_feature_lengths': 8}, 'TASK_FEATURE_LENGTHS is 8, expected'),
+    ({'mixture_or_task_name': 'tiny_large_vocabulary'}, 'vocabulary of 359'),
+    ({'mixture_or_task_name': 'tiny_no_train_rows'}, 'has no examples'),
+    ({'mixture_or_task_name': 'tiny_no_validation_rows'}, 'is empty'),
+    ({'eval_split': 'valid'}, 'EVAL_SPLIT .* splits test, train, validation'),
+    ({'eval_split': None, 'early_stopping': 3}, 'nothing is evaluated'),
+    ({'initial_checkpoint_path': None}, 'INITIAL_CHECKPOINT_PATH is needed'),
+    ({'config': None, 'model_dir': ''}, "MODEL_DIR is ''; it must be a dir"),
+    (from_file(wrong_shape), r'has shape \[4, 16\].* \[3, 16\]'),
+    (from_file(pickled), 'pickled objects, which are not loaded'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      tiny.run(**{'model_dir': target, **changes})
+    assert not target.exists() or not tiny.files(target), changes
+  with pytest.raises(FileNotFoundError, match=r"did you mean \['prompt.npy'\]"):
+    tiny.run(target, **from_file(tmp_path / 'promt'))
+  with pytest.raises(FileNotFoundError, match='Nothing is at /nowhere'):
+    tiny.run(target, initial_checkpoint_path='/nowhere')
+  assert not tiny.files(target)
+
+
+def test_a_base_that_does_not_fit_is_refused_with_all_that_differs(tmp_path):
+  config = train.T5Config(**{**vars(tiny.CONFIG), 'num_encoder_layers': 2})
+  with pytest.raises(ValueError, match='9 missing in the checkpoint') as error:
+    tiny.run(tmp_path, config=config)
+  assert str(error.value).count('encoder/layers_1/') == 9
+  assert not tiny.files(tmp_path)
+
+
+@pytest.mark.parametrize('model_dir', ['file', 'file/run', '/proc/run'])
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path, model_dir):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match=r'MODEL_DIR .* cannot be written'):
+    tiny.run(tmp_path / model_dir)
+
+
+# --------------------------------------------------------------------- failing
+
+
+def sgd(rate):
+  """An optimizer with a rate for each step."""
+  return lambda initial_step: optax.sgd(rate)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path):
+  broken = sgd(lambda step: jax.numpy.where(step == 5, jax.numpy.inf, 0.01))
+  with pytest.raises(
+    FloatingPointError, match='the loss is nan at step 7'
+  ) as e:
+    tiny.run(tmp_path, optimizer=broken)
+  assert 'The checkpoint of step 4 is good and was kept' in str(e.value)
+  assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [4]
+  assert int(tiny.run(tmp_path, optimizer=sgd(0.01)).step) == 12
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+  # The update of step 8 spoils the prompt; its own loss is still finite.
+  broken = sgd(lambda step: jax.numpy.where(step == 7, jax.numpy.inf, 0.01))
+  with pytest.raises(FloatingPointError, match='not finite after step 8'):
+    tiny.run(tmp_path, optimizer=broken)
+  assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [4]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(
+  undisturbed, tmp_path, monkeypatch
+):
+  original = checkpoints.Checkpoints.save
+
+  def full_disk(self, state, sums):
+    if int(state.step) == 8:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    original(self, state, sums)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints.Checkpoints, 'save', full_disk)
+    with pytest.raises(OSError, match='no space is left for') as error:
+      tiny.run(tmp_path)
+  assert 'checkpoint of step 4 is whole: free space, and start the same' in (
+    str(error.value)
+  )
+  tiny.run(tmp_path)
+  assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_wrong_best_metric_costs_no_steps(tmp_path):
+  with pytest.raises(ValueError, match="BEST_METRIC 'f1' is not among"):
+    tiny.run(tmp_path, best_metric='f1')
+  assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [4, 5]
+  tiny.run(tmp_path, best_metric='-loss')
