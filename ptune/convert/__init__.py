@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from etils import epath
 
 from ptune.convert.account import account
+from ptune.convert.hub import locate
 from ptune.convert.identity import check_config
 from ptune.convert.source import Leaf, Source, restore, sizes
 
@@ -64,11 +65,7 @@ def open_checkpoint(path: epath.PathLike) -> Source:
     ValueError: what is there is no such checkpoint, is damaged, or holds a
       model that ptune has no network for.
   """
-  if str(path).startswith('hf://'):
-    from ptune.convert.hub import download
-
-    path = download(str(path))
-  path = epath.Path(path).expanduser()
+  path = locate(path)
   if not path.exists():
     raise FileNotFoundError(_absent(path))
   if not path.is_dir():

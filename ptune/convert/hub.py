@@ -1,12 +1,27 @@
-"""Models on the Hugging Face Hub, by name: hf://google/flan-t5-base."""
+"""Models by name: hf://google/flan-t5-base from the Hub, ptune://tiny of ours."""
 
 import re
 
 from etils import epath
 
+from ptune import pretrained
+
 # No weights but safetensors: the others are pickles, or of other frameworks.
 FILES = ('*.json', '*.safetensors', '*.model')
 SCHEME = 'hf://'
+
+
+def locate(path: epath.PathLike) -> epath.Path:
+  """Where a model lies: the path itself, or the directory of a name.
+
+  Raises:
+    ValueError: A name is unknown, or cannot be had.
+  """
+  if str(path).startswith(SCHEME):
+    return download(str(path))
+  if str(path).startswith(pretrained.SCHEME):
+    return epath.Path(pretrained.directory(str(path)))
+  return epath.Path(path).expanduser()
 
 
 def download(name: str) -> epath.Path:

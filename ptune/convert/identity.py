@@ -12,6 +12,7 @@ from ptune.convert.source import (
   Index,
   Leaf,
   Source,
+  give_back,
   is_finite,
   parts,
   sizes,
@@ -185,6 +186,7 @@ class Checksums:
     """
 
     def fetch(index: Index) -> np.ndarray:
+      give_back()  # Of the leaf before.
       array = leaf.fetch(index)
       if not is_finite(array):
         raise ValueError(

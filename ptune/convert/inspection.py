@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from ptune.convert import identity, open_checkpoint, peft, prompts
+from ptune.convert.hub import locate
 from ptune.convert.huggingface import read_json
 from ptune.convert.safetensors_files import open_file
 from ptune.convert.source import Leaf, Source, nbytes
@@ -50,7 +51,7 @@ def inspect(
     ValueError: it is nothing that ptune knows, or is damaged.
   """
   place = prompts.find(path)
-  whole = epath.Path(path).expanduser()
+  whole = locate(path)
   found: dict[str, Any] = {'path': str(path)}
   if whole.is_dir() and (whole / RUN_FILE).exists():
     return found | _run(whole, place)

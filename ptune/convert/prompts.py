@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from ptune.convert import open_checkpoint, peft, safetensors_files
+from ptune.convert.hub import locate
 from ptune.convert.huggingface import read_json
 from ptune.methods.prompt import PATH
 
@@ -91,11 +92,7 @@ def find(path: epath.PathLike) -> epath.Path:
     FileNotFoundError: nothing is at `path`.
     ValueError: it holds nothing that could be a prompt.
   """
-  if str(path).startswith('hf://'):
-    from ptune.convert.hub import download
-
-    path = download(str(path))
-  path = epath.Path(path).expanduser()
+  path = locate(path)
   if not path.exists():
     suffixed = epath.Path(f'{path}.npy')
     if suffixed.is_file():

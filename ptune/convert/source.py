@@ -187,7 +187,7 @@ def restore(
     spec = abstract[path]
     cast = jnp.dtype(spec.dtype if dtype is None else dtype)
     arrays[path], finite = _place(source.leaves[path], spec, cast)
-    _give_back()
+    give_back()
     if not finite:
       broken[path] = f'  {path} {_text(spec.shape)} as {cast.name}'
   if broken:
@@ -324,11 +324,11 @@ def _place(
   return array, finite
 
 
-def _give_back() -> None:
+def give_back() -> None:
   """Returns to the system what TensorStore's threads have freed.
 
-  glibc keeps it, thread by thread, for later: during a restore that adds up to
-  more than the largest leaf.
+  glibc keeps it, thread by thread, for later: over a whole checkpoint that adds
+  up to more than the largest leaf.
   """
   trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
   if trim is not None:

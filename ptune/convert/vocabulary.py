@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from ptune.convert.hub import locate
 from ptune.convert.huggingface import BYT5, CONFIG, read_json
 
 if TYPE_CHECKING:
@@ -31,11 +32,7 @@ def vocabulary_of(path: epath.PathLike) -> 'seqio.Vocabulary':
     FileNotFoundError: nothing is at `path`.
     ValueError: there is no vocabulary, or it is damaged.
   """
-  if str(path).startswith('hf://'):
-    from ptune.convert.hub import download
-
-    path = download(str(path))
-  path = epath.Path(path).expanduser()
+  path = locate(path)
   if not path.exists():
     raise FileNotFoundError(f'Nothing is at {path}, to read a vocabulary from.')
   if not path.is_dir():
