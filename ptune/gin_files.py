@@ -61,7 +61,7 @@ CHOICES = {
   'MODEL': (('models',), ()),
   'METHOD': (('methods', 'prompts'), ('OPTIMIZER', 'LEARNING_RATE')),
 }
-KINDS = ('methods', 'models', 'prompts', 'runs')
+KINDS = ('methods', 'models', 'prompts', 'runs', 'tasks')
 
 _SETS_MACRO = re.compile(r'^([A-Za-z_]\w*)\s*=', re.MULTILINE)
 _READS_MACRO = re.compile(r'%([A-Za-z_]\w*)')

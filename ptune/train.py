@@ -263,9 +263,9 @@ def train(
   ahead = data.prefetch(batches, start, train_steps, mesh)
   # A stream is first read up to here, which can take long.
   following = next(ahead, None)
-  base_path = initial_checkpoint_path and os.fspath(
-    checkpoints.absolute(initial_checkpoint_path)
-  )
+  base_path = initial_checkpoint_path
+  if base_path is not None and '://' not in base_path:
+    base_path = os.fspath(checkpoints.absolute(base_path))
   pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
   sums, step, stop = dict(sums), start, False
   with (
@@ -487,7 +487,7 @@ def score(
     value
     for values in scores.values()
     for name, value in values.items()
-    if name not in ('loss', 'token_accuracy')
+    if name not in ('loss', 'token_accuracy', 'invalid')
   ]
   if own:
     return float(np.mean(own))

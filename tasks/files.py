@@ -235,6 +235,11 @@ def _labels(targets: str, names: Sequence[str]) -> tuple[str, list[str]]:
   return columns[0], texts
 
 
+def label_texts(targets: str, names: Sequence[str]) -> list[str]:
+  """The targets of a classification, in the order of its labels."""
+  return _labels(targets, names)[1]
+
+
 def _label_text(row: Row, column: str, names: Sequence[str], texts) -> str:
   value = _value(row, column)
   if value in names:
@@ -459,7 +464,7 @@ def from_files(
     name,
     read,
     paths,
-    label_names and _labels(targets, label_names)[1],
+    label_names and label_texts(targets, label_names),
     metrics,
     rank,
   )

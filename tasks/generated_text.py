@@ -324,8 +324,11 @@ def _fill(
   while '{adjective}' in template:
     judgement = _judgement(rng, words, polarity)
     template = template.replace('{adjective}', judgement, 1)
+  noun = rng.choice(words.nouns)
+  if templates is REVIEWS:  # Which tell neither a place nor a verb.
+    return template.format(noun=noun)
   return template.format(
-    noun=rng.choice(words.nouns),
+    noun=noun,
     place=rng.choice(words.places),
     verb=_conjugate(rng.choice(words.verbs), 'past'),
   )

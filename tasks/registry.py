@@ -33,6 +33,8 @@ VOCABULARY_VARIABLE = 'PTUNE_VOCABULARY'
 T5_VOCABULARY = 'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model'
 MT5_VOCABULARY = 'gs://t5-data/vocabs/mc4.250000.100extra/sentencepiece.model'
 
+PTUNE_SENTINELS = 20  # as in tasks/generated.py, which trained the models
+
 PLAIN, TASKLESS, TASK_INDEX = 'plain', 'taskless', 'task_index'
 PREFIXES = {PLAIN: '', TASKLESS: 'taskless_', TASK_INDEX: 'task_index_'}
 
@@ -41,7 +43,7 @@ Preprocessor = Callable[..., tf.data.Dataset]
 
 @gin.configurable
 def t5_vocabulary(
-  path: str | None = None, extra_ids: int = 100
+  path: str | None = None, extra_ids: int | None = None
 ) -> seqio.Vocabulary:
   """The vocabulary of all tasks without a prefix. No file is read before use.
 
@@ -56,14 +58,18 @@ def t5_vocabulary(
     path: A SentencePiece file, local or on gs://, or `ptune://` for that of
       ptune's own models. If not given, what PTUNE_VOCABULARY names, and T5's
       if it names none.
-    extra_ids: Sentinels beyond the pieces of the file.
+    extra_ids: Sentinels beyond the pieces of the file; if not given, T5's 100,
+      and those that ptune's own models have.
   """
   path = path or os.environ.get(VOCABULARY_VARIABLE) or T5_VOCABULARY
   if path.startswith('ptune://'):
     from ptune import pretrained
 
     path = str(pretrained.VOCABULARY)
-  return seqio.SentencePieceVocabulary(path, extra_ids=extra_ids)
+    extra_ids = PTUNE_SENTINELS if extra_ids is None else extra_ids
+  return seqio.SentencePieceVocabulary(
+    path, extra_ids=100 if extra_ids is None else extra_ids
+  )
 
 
 @functools.cache
@@ -122,7 +128,8 @@ def rank_labels(
 
   In `train` there is one example a row, as in the task itself. In all other
   splits there is one for each label, whose text is the target, with the `row`
-  it belongs to and the `gold` text that the row has.
+  it belongs to and the `gold` text that the row has. An evaluation's `loss` and
+  `token_accuracy` are over all of them, so they say nothing of the task.
   """
 
   def every_label(number, example):

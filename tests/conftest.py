@@ -12,6 +12,8 @@ os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 )
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+# The library's tasks have T5's vocabulary, which is on gs://, unless told.
+os.environ['PTUNE_VOCABULARY'] = 'ptune://tiny'
 
 import jax
 import pytest

@@ -10,7 +10,12 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
-from ptune.convert import identity, open_checkpoint, output
+from ptune.convert import (
+  identity,
+  open_checkpoint,
+  output,
+  safetensors_files,
+)
 from ptune.convert.export import export
 from ptune.convert.prompts import PATH, read_prompt
 from tests import layouts
@@ -360,6 +365,12 @@ def _model_file(tmp_path):
   return file
 
 
+def test_files_that_are_not_local_say_so(tmp_path):
+  # Nothing of it is asked for: the name is enough.
+  with pytest.raises(ValueError, match=r'gcloud storage cp -r gs://bucket/a .'):
+    safetensors_files.open_file(epath.Path('gs://bucket/a/p.safetensors'))
+
+
 @pytest.mark.parametrize('length', [5, 100])
 def test_peft_directory_is_as_peft_writes_it(numerics, tmp_path, length):
   prompts = layouts.load(numerics / 'prompt_encoder' / 'prompts.npz')
@@ -471,10 +482,10 @@ def test_every_export_comes_back_bit_equal(numerics, run, tmp_path, layout):
   np.save(run / 'prompts' / 'best.npy', rows)
   layouts.run(
     *('export', '--prompt', run, '--format', layout),
-    *('--output', tmp_path / 'p.safetensors'),
+    *('--output', tmp_path / 'p'),
   )
-  path = tmp_path / 'p.safetensors'
-  path = path if path.exists() else f'{path}.npy'
+  suffix = f'.{layout}' if layout in ('npy', 'safetensors') else ''
+  path = tmp_path / f'p{suffix}'
   layouts.run('import', path, '--output', tmp_path / 'q')
   got = np.load(tmp_path / 'q.npy')
   np.testing.assert_array_equal(got.view('u4'), rows.view('u4'))
@@ -499,9 +510,13 @@ def test_a_directory_that_is_no_output_is_never_replaced(run, tmp_path):
   home = tmp_path / 'home'
   home.mkdir()
   (home / 'letter.txt').write_text('dear')
-  for layout in ('peft', 't5x', 'safetensors'):
+  for layout in ('peft', 't5x'):
     with pytest.raises(ValueError, match=r'letter.txt'):
       export(read_prompt(run), layout, home, overwrite=True)
+  (tmp_path / 'p.npy').mkdir()
+  (tmp_path / 'p.npy' / 'x').mkdir()
+  with pytest.raises(ValueError, match='x: and no file'):
+    export(read_prompt(run), 'npy', tmp_path / 'p', overwrite=True)
   # Nor one that holds what is read.
   (tmp_path / 'adapter_config.json').write_text('')
   with pytest.raises(ValueError, match='which is read'):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from ptune import cli
 from ptune.convert import identity, open_checkpoint
 from ptune.convert.inspection import inspect, text
 from tests import layouts
@@ -133,6 +134,14 @@ def test_json_and_text_say_the_same(numerics, capsys):
   out = capsys.readouterr().out
   assert 'kind        huggingface checkpoint' in out
   assert 'model       no published size' in out
+
+
+def test_the_command_line(numerics, tmp_path, capsys):
+  assert cli.main(['inspect', str(numerics / 'hf' / 'peft_p5')]) == 0
+  assert 'kind        prompt (peft)' in capsys.readouterr().out
+  assert cli.main(['inspect', str(tmp_path / 'gone')]) == 2
+  error = capsys.readouterr().err
+  assert error.startswith(f'ptune inspect: Nothing is at {tmp_path}/gone')
 
 
 @pytest.mark.parametrize('content', [b'', b'\x80\x04K\x01.', b'text'])

@@ -25,7 +25,7 @@ with warnings.catch_warnings():
   peft = pytest.importorskip('peft', reason=f'peft is {WHY}')
 
 # They warn of one another's deprecations.
-pytestmark = pytest.mark.filterwarnings('default')
+pytestmark = pytest.mark.filterwarnings('ignore')
 
 PEFT_KINDS = ('PROMPT_TUNING', 'P_TUNING', 'MULTITASK_PROMPT_TUNING')
 DECODED = 10

@@ -1,12 +1,9 @@
 """tasks/files.py: a user's TSV, CSV and JSON lines as a task."""
 
 import json
-import os
 import pathlib
 
 import pytest
-
-os.environ.setdefault('PTUNE_VOCABULARY', 'ptune://tiny')
 
 from ptune import data  # isort: skip  (first: it quiets TensorFlow)
 
@@ -273,3 +270,48 @@ def test_real_data_has_no_bad_rows(name):
     rows = texts(file, '{label}', '{label}', ['a', 'b'])
     lines = pathlib.Path(file).read_text().splitlines()
     assert len(rows) == len([line for line in lines if line]) - 1
+
+
+def test_a_hugging_face_data_set_is_a_task(tmp_path):
+  datasets = pytest.importorskip('datasets')
+  from ptune.tasks import hugging_face
+
+  rows = {'text': ['a', 'b', 'c'], 'label': [1, 0, 1]}
+  part = datasets.Dataset.from_dict(rows)
+  datasets.DatasetDict(train=part, test=part).save_to_disk(str(tmp_path))
+  name = hugging_face.from_hugging_face(
+    str(tmp_path),
+    'x: {text}',
+    '{label}',
+    splits={'train': 'train', 'validation': 'test', 'other': 'none'},
+    label_names=NAMES,
+  )
+  task = data.load_task(name)
+  got = [t for t, _ in data.examples(task, LENGTHS, 'validation')]
+  assert got[0] == {'inputs': 'x: a', 'targets': 'positive'}
+  assert len(got) == 3
+  with pytest.raises(ValueError, match="no split 'none', it has"):
+    list(data.examples(task, LENGTHS, 'other'))
+
+
+def test_gin_files_and_flags_alone_make_a_task(sentiment, capsys):
+  import gin
+  from ptune import list_tasks
+
+  arguments = ['show', '--gin_file=tasks/from_files.gin', '--examples=1']
+  arguments += [
+    f'--gin.TASK_FILES={sentiment["files"]}',
+    "--gin.INPUTS='text: {text}'",
+    "--gin.TARGETS='{label}'",
+    f'--gin.LABEL_NAMES={NAMES}',
+    "--gin.METRICS=['accuracy', 'f1']",
+    "--gin.TASK_NAME='mine'",
+  ]
+  try:
+    assert list_tasks.main(arguments) == 0
+  finally:
+    gin.clear_config()
+  out = capsys.readouterr().out
+  assert out.startswith('mine: FunctionDataSource')
+  assert 'accuracy, f1, invalid' in out
+  assert "'text: 0 good film'" in out

@@ -16,8 +16,6 @@ import jax
 import numpy as np
 import pytest
 
-os.environ.setdefault('PTUNE_VOCABULARY', 'ptune://tiny')
-
 from ptune import (
   data,
   evaluate,
@@ -258,7 +256,7 @@ def test_byt5_tasks_have_bytes():
 # ------------------------------------------------------------------- training
 
 CONFIG = network.T5Config(
-  vocab_size=3080,
+  vocab_size=3000,
   emb_dim=16,
   num_heads=2,
   head_dim=8,
@@ -348,8 +346,8 @@ def test_a_task_of_each_kind_is_evaluated_and_its_predictions_written(tmp_path):
     assert all(0 <= abs(scores[name][k]) <= 100 for k in expected), name
     if not expected:
       continue
-    # A random model writes no label.
-    assert scores[name].get('invalid', 100.0) == 100.0
+    if 'wsc' not in name:  # There, every word may be a referent.
+      assert scores[name].get('invalid', 100.0) == 100.0
     file = tmp_path / name / 'predictions-1.jsonl'
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert {'inputs', 'targets', 'target'} <= records[0].keys()

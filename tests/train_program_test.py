@@ -8,6 +8,7 @@ import pathlib
 import random
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -53,34 +54,43 @@ def assert_same_run(left, right):
 # ------------------------------------------------------------ what a run leaves
 
 
-def test_a_run_leaves_what_it_promises(undisturbed):
-  assert {path.name for path in undisturbed.iterdir()} == {
+def test_a_run_leaves_what_it_promises(tmp_path):
+  tiny.run(
+    tmp_path,
+    mixture_or_task_name='tiny_mixture',
+    train_steps=8,
+    eval_period=6,
+    eval_steps=2,
+  )
+  assert {path.name for path in tmp_path.iterdir()} == {
     *('best', 'checkpoints', 'config.gin', 'curves.png', 'eval'),
     *('metrics.jsonl', 'model-info.txt', 'prompts', 'run.json', 'train'),
   }
-  steps = checkpoints.finished_steps(undisturbed / 'checkpoints')
-  assert steps == [4, 8, 12]
+  steps = checkpoints.finished_steps(tmp_path / 'checkpoints')
+  assert steps == [4, 8]
   for step in steps:
-    array = final_prompt(undisturbed, step)
+    array = final_prompt(tmp_path, step)
     assert array.shape == (3, 16) and array.dtype == np.float32
-    facts = json.loads((undisturbed / f'prompts/step_{step}.json').read_text())
-    assert facts['step'] == step and facts['task'] == 'tiny'
-  assert set(facts['scores']['tiny']) == {
-    *('accuracy', 'mean_score', 'loss', 'token_accuracy')
-  }
-  info = (undisturbed / 'model-info.txt').read_text()
+    facts = json.loads((tmp_path / f'prompts/step_{step}.json').read_text())
+    assert facts['step'] == step and facts['task'] == 'tiny_mixture'
+  every_task_has = {'loss', 'token_accuracy', 'accuracy'}
+  assert set(facts['scores']['tiny']) == {*every_task_has, 'mean_score'}
+  assert set(facts['scores']['tiny_b']) == every_task_has
+  info = (tmp_path / 'model-info.txt').read_text()
   assert info.startswith('prompt: trainable 48 parameters (192 bytes)')
   assert 'token_embedder/embedding' in info
-  kinds = [(r['step'], r['split']) for r in tiny.records(undisturbed)]
-  assert kinds == [
-    *((3, 'train'), (5, 'train'), (5, 'validation'), (6, 'train')),
-    *((9, 'train'), (10, 'train'), (10, 'validation')),
-    *((12, 'train'), (12, 'validation')),
+  kinds = [
+    (r['step'], r.get('task', r['split'])) for r in tiny.records(tmp_path)
   ]
-  for step in (5, 10, 12):
-    lines = (undisturbed / f'eval/tiny/predictions-{step}.jsonl').read_text()
-    assert len(lines.splitlines()) == tiny.SIZES['validation']
-  assert list((undisturbed / 'eval' / 'tiny').glob('events*'))
+  assert kinds == [
+    *((3, 'train'), (6, 'train'), (6, 'tiny'), (6, 'tiny_b')),
+    *((8, 'train'), (8, 'tiny'), (8, 'tiny_b')),
+  ]
+  for task in ('tiny', 'tiny_b'):
+    for step in (6, 8):
+      lines = (tmp_path / f'eval/{task}/predictions-{step}.jsonl').read_text()
+      assert len(lines.splitlines()) == 16
+    assert list((tmp_path / 'eval' / task).glob('events*'))
 
 
 def test_only_what_is_trained_is_in_a_checkpoint(undisturbed):
@@ -92,17 +102,14 @@ def test_only_what_is_trained_is_in_a_checkpoint(undisturbed):
 
 
 def test_the_best_prompt_is_that_of_the_best_score(undisturbed):
-  scores = {
-    r['step']: train.score(None, {'tiny': {k: r[k] for k in r if k != 'step'}})
-    for r in (
-      {k: v for k, v in r.items() if k not in ('split', 'task')}
-      for r in tiny.records(undisturbed)
-      if 'task' in r
-    )
+  losses = {
+    r['step']: r['loss'] for r in tiny.records(undisturbed) if 'task' in r
   }
-  best = max(scores, key=lambda step: (scores[step], -step))
+  assert list(losses) == [5, 10, 12]
+  best = min(losses, key=losses.get)
   facts = json.loads((undisturbed / 'prompts' / 'best.json').read_text())
   assert facts['step'] == best
+  assert facts['scores']['tiny_no_metrics']['loss'] == losses[best]
   assert checkpoints.finished_steps(undisturbed / 'best') == [best]
 
 
@@ -133,12 +140,6 @@ def test_a_task_without_a_validation_split_is_trained(tmp_path, caplog):
   assert not (tmp_path / 'best').exists()
 
 
-def test_a_mixture_is_evaluated_task_by_task(tmp_path):
-  tiny.run(tmp_path, mixture_or_task_name='tiny_mixture', train_steps=2)
-  found = [r['task'] for r in tiny.records(tmp_path) if 'task' in r]
-  assert found == ['tiny', 'tiny_b']
-
-
 # ------------------------------------------------------- stopping and going on
 
 
@@ -147,17 +148,16 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-  ('owner', 'name', 'call'),
+  ('owner', 'name', 'call', 'after'),
   [
-    (evaluate.Evaluation, '__call__', 2),
-    (checkpoints, 'save_best', 1),
-    (report.Report, 'evaluate', 2),
-    (checkpoints.Checkpoints, 'save', 3),
-    (train, '_write_prompt', 3),
-    (train, '_add_sums', 11),
+    (evaluate.Evaluation, '__call__', 2, True),
+    (checkpoints, 'save_best', 1, True),
+    (report.Report, 'evaluate', 1, True),
+    (checkpoints.Checkpoints, 'save', 3, False),
+    (train, '_write_prompt', 3, False),
+    (train, '_add_sums', 11, True),
   ],
 )
-@pytest.mark.parametrize('after', [False, True])
 def test_a_run_cut_short_anywhere_ends_with_the_same_bits(
   undisturbed, tmp_path, monkeypatch, owner, name, call, after
 ):
@@ -182,36 +182,54 @@ def test_a_run_cut_short_anywhere_ends_with_the_same_bits(
 
 
 def test_killed_or_stopped_at_any_moment_it_ends_with_the_same_bits(tmp_path):
-  args = lambda name: tiny.arguments(
-    'train',
-    '--gin.train.log_period=7',
-    MODEL_DIR=str(tmp_path / name),
-    TRAIN_STEPS=90,
-    EVAL_PERIOD=30,
-    CHECKPOINT_PERIOD=8,
-    BUCKET_MULTIPLE=8,
-  )
-  assert tiny.command(*args('calm'))[0] == 0
-  draw = random.Random(0)
-  for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
-    process = tiny.Command(args('rough'))
-    process.wait_for(f'step {draw.choice([7, 14, 21])} ', seconds=5)
+  def arguments(name):
+    return tiny.arguments(
+      'train',
+      '--gin.train.log_period=7',
+      MODEL_DIR=str(tmp_path / name),
+      MIXTURE_OR_TASK_NAME='tiny_no_metrics',
+      TRAIN_STEPS=120,
+      EVAL_PERIOD=30,
+      CHECKPOINT_PERIOD=8,
+      BUCKET_MULTIPLE=16,
+    )
+
+  assert tiny.command(*arguments('calm'))[0] == 0
+  # With a seed: that a moment was a bad one should be seen again.
+  draw, steps = random.Random(0), []
+  for how in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGINT):
+    process = tiny.Command(arguments('rough'))
+    process.wait_for('restored')
+    process.wait_for('step ')
+    time.sleep(draw.uniform(0, 0.2))
     process.send(how)
-    assert process.wait() == (-9 if how == signal.SIGKILL else 0)
-  assert tiny.command(*args('rough'))[0] == 0
+    status = process.wait()
+    assert status in ((-9, 0) if how == signal.SIGKILL else (0,))
+    steps.append(checkpoints.finished_steps(tmp_path / 'rough/checkpoints')[-1])
+  assert tiny.command(*arguments('rough'))[0] == 0
+  calm, rough = tmp_path / 'calm', tmp_path / 'rough'
+  assert tiny.records(rough) == tiny.records(calm)
+  assert np.array_equal(final_prompt(rough, 120), final_prompt(calm, 120))
+  assert (rough / 'prompts/best.npy').read_bytes() == (
+    (calm / 'prompts/best.npy').read_bytes()
+  )
+  for step in checkpoints.finished_steps(rough / 'checkpoints'):
+    assert (rough / f'prompts/step_{step}.npy').exists()
+  for step in checkpoints.finished_steps(calm / 'checkpoints'):
+    assert np.array_equal(final_prompt(rough, step), final_prompt(calm, step))
 
 
 def test_a_stop_during_an_evaluation_loses_nothing(
   undisturbed, tmp_path, monkeypatch
 ):
-  original = predictor.Predictor.predict
+  original = predictor.Predictor.sums
 
   def interrupted(self, *args):
     os.kill(os.getpid(), signal.SIGTERM)
     return original(self, *args)
 
   with monkeypatch.context() as patch:
-    patch.setattr(predictor.Predictor, 'predict', interrupted)
+    patch.setattr(predictor.Predictor, 'sums', interrupted)
     tiny.run(tmp_path)
   assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [4, 5]
   assert not any('task' in r for r in tiny.records(tmp_path))
@@ -317,22 +335,8 @@ def test_without_a_readable_checkpoint_nothing_is_overwritten(started):
 # -------------------------------------------------------------------- refusing
 
 
-@pytest.fixture(scope='module')
-def other_base(tmp_path_factory):
-  path = tmp_path_factory.mktemp('other') / 'base'
-  tiny.run(
-    path,
-    method=full.full(),
-    config=tiny.CONFIG,
-    initial_checkpoint_path=None,
-    train_steps=8,
-    seed=2,
-    eval_split=None,
-  )
-  return str(path)
-
-
-def test_a_directory_with_another_run_is_refused_untouched(started, other_base):
+def test_a_directory_with_another_run_is_refused_untouched(started, tmp_path):
+  other_base = tiny.make_base(tmp_path / 'base', seed=1)
   # As after a hard stop, with more recorded than there are checkpoints for.
   shutil.rmtree(started / 'checkpoints' / '12')
   before = tiny.files(started)
@@ -343,7 +347,7 @@ def test_a_directory_with_another_run_is_refused_untouched(started, other_base):
       r'trainable: .*\[3, 16\]}? there.*\[4, 16\]',
     ),
     ({'method': full.full()}, "method: 'prompt' there, 'full' here"),
-    ({'mixture_or_task_name': 'tiny_b'}, "task: 'tiny' there, 'tiny_b' here"),
+    ({'mixture_or_task_name': 'tiny_b'}, "task: 'tiny_no_metrics' there"),
     ({'batch_size': 16}, 'batch_size: 8 there, 16 here'),
     ({'seed': 5}, 'seed: 1 there, 5 here'),
     ({'task_feature_lengths': {'inputs': 16, 'targets': 4}}, "'inputs': 32"),
@@ -368,8 +372,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path):
     ({'train_steps': 0}, 'TRAIN_STEPS is 0; expected a whole number of at'),
     ({'train_steps': 1e3, 'eval_period': None}, 'is 1000.0, EVAL_PERIOD is No'),
     ({'keep_checkpoints': 0}, 'KEEP_CHECKPOINTS is 0; .* or None'),
-    ({'batch_size': 12}, 'BATCH_SIZE is 12, .* the 8 devices .* Use 8 or 16'),
-    ({'microbatches': 3}, '8 devices .* times 3 MICROBATCHES. Use 24'),
+    ({'microbatches': 3}, '1 devices .* times 3 MICROBATCHES. Use 6 or 9'),
     ({'mixture_or_task_name': 'tinny'}, 'nearest of the .*: tiny'),
     ({'mixture_or_task_module': 'no.such'}, "no module 'no'"),
     ({'task_feature_lengths': {'inputs': 8}}, "no length for 'targets'"),
@@ -392,6 +395,20 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path):
   with pytest.raises(FileNotFoundError, match='Nothing is at /nowhere'):
     tiny.run(target, initial_checkpoint_path='/nowhere')
   assert not tiny.files(target)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_what_fits(tmp_path):
+  with pytest.raises(ValueError, match='12, .* the 8 devices .* Use 8 or 16'):
+    train.train(
+      model_dir=str(tmp_path),
+      mixture_or_task_name='tiny',
+      task_feature_lengths=tiny.LENGTHS,
+      train_steps=1,
+      config=tiny.CONFIG,
+      method=prompt.prompt(3),
+      initial_checkpoint_path=tiny.base(),
+      batch_size=12,
+    )
 
 
 def test_a_base_that_does_not_fit_is_refused_with_all_that_differs(tmp_path):

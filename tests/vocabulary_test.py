@@ -79,6 +79,21 @@ def test_byt5_reads_bytes(tmp_path, files):
   assert vocabulary.vocab_size == 384
 
 
+def test_no_sentinels_beyond_the_embedding(tmp_path, spiece):
+  pieces = vocabulary_of(_write(tmp_path / 'a', spiece__model=spiece()))
+  rows = pieces.vocab_size - 93
+  path = _write(
+    tmp_path / 'b', spiece__model=spiece(), config__json={'vocab_size': rows}
+  )
+  assert vocabulary_of(path).extra_ids == 7
+  assert vocabulary_of(path).vocab_size == rows
+
+
+def test_our_own_model_has_its_vocabulary():
+  vocabulary = vocabulary_of('ptune://tiny')
+  assert (vocabulary.vocab_size, vocabulary.extra_ids) == (3000, 20)
+
+
 def test_byt5_of_the_golden_data(numerics):
   assert vocabulary_of(numerics / 'hf' / 'byt5').encode('a') == [100]
 

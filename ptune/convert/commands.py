@@ -6,12 +6,7 @@ They copy files: no accelerator is used, and no gin file.
 import argparse
 import json
 
-COMMANDS = {
-  'export': 'write a prompt for PEFT, T5X, or as a plain file',
-  'import': "write another program's prompt as ptune's",
-  'convert': "copy a model between T5X's and Hugging Face's layout",
-  'inspect': 'say what a file or directory is',
-}
+COMMANDS = ('export', 'import', 'convert', 'inspect')
 
 
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:

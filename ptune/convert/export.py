@@ -21,6 +21,7 @@ from ptune.convert import (
   peft,
   safetensors_files,
 )
+from ptune.convert.hub import SCHEME
 from ptune.convert.huggingface import read_json
 from ptune.convert.prompts import FACTS, PATH, Prompt
 from ptune.convert.source import Leaf, Source
@@ -46,7 +47,7 @@ def export(
   Args:
     prompt: From `prompts.read_prompt`.
     layout: One of FORMATS.
-    path: The file or directory to be written.
+    path: The file or directory to be written; a file's suffix is added.
     base: The base model, as `open_checkpoint` takes it. If not given, the one
       that the prompt's run was started from, where that is still there. It
       must be the model that the prompt was trained on.
@@ -65,8 +66,8 @@ def export(
   """
   if layout not in FORMATS:
     raise ValueError(f'--format={layout}; expected one of {", ".join(FORMATS)}')
-  if layout == 'npy':
-    path = f'{os.fspath(path).removesuffix(".npy")}.npy'
+  if layout in ('npy', 'safetensors'):
+    path = f'{os.fspath(path).removesuffix("." + layout)}.{layout}'
   inputs = [p for p in (prompt.path, base) if p]
   marks = MARKS.get(layout, ())
   target = output.check(path, overwrite, marks, inputs=tuple(inputs))
@@ -159,11 +160,9 @@ def _export_peft(
     else:
       lines.append(_UNKNOWN_BASE)
   if name is None and source is not None and source.kind == 'huggingface':
-    name = str(base)
-    if name.startswith('hf://'):
-      name = name.removeprefix('hf://').partition('@')[0]
-    else:
-      name = os.path.abspath(os.path.expanduser(name))
+    name = os.path.abspath(source.path)
+    if str(base).startswith(SCHEME):
+      name = str(base).removeprefix(SCHEME).partition('@')[0]
   name = name or prompt.facts.get('base_model')
   if name is None:
     lines.append(

@@ -1,4 +1,4 @@
-"""Models by name: hf://google/flan-t5-base from the Hub, ptune://tiny of ours."""
+"""Models by name: hf://google/flan-t5-base, or ptune://tiny of our own."""
 
 import re
 

@@ -71,11 +71,6 @@ def open_huggingface(path: epath.Path) -> Source:
     ValueError: a file is damaged or missing, a tensor is unknown, config.json
       disagrees with the tensors, or the network is one that ptune has not.
   """
-  if path.as_posix().startswith('gs://'):
-    raise ValueError(
-      f'{path}: safetensors are mapped into memory, which needs local '
-      f'files. Copy it: gcloud storage cp -r {path} .'
-    )
   config = read_json(path / CONFIG)
   activations = _activations(config, path / CONFIG)
   tensors, metadata = _tensors(path)

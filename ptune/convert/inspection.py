@@ -50,8 +50,8 @@ def inspect(
     FileNotFoundError: nothing is there.
     ValueError: it is nothing that ptune knows, or is damaged.
   """
-  place = prompts.find(path)
   whole = locate(path)
+  place = prompts.find(whole)
   found: dict[str, Any] = {'path': str(path)}
   if whole.is_dir() and (whole / RUN_FILE).exists():
     return found | _run(whole, place)

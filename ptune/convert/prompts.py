@@ -102,7 +102,7 @@ def find(path: epath.PathLike) -> epath.Path:
       found = sorted(child.name for child in path.parent.iterdir())
     raise FileNotFoundError(
       f'Nothing is at {path}. In {path.parent}: '
-      f'{", ".join(found[:20]) or "nothing"}.\n{EXPECTED}'
+      f'{", ".join(found[:20]) or "nothing"}'
     )
   if not path.is_dir():
     return path

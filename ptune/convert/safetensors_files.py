@@ -46,8 +46,14 @@ def open_file(file: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
     Its tensors by name, as they are stored, and its metadata.
 
   Raises:
-    ValueError: the file is damaged, or a tensor has a dtype that is not read.
+    ValueError: the file is damaged or not local, or a tensor has a dtype that
+      is not read.
   """
+  if '://' in str(file):
+    raise ValueError(
+      f'{file}: safetensors are mapped into memory, which needs local files. '
+      f'Copy the directory: gcloud storage cp -r {file.parent} .'
+    )
   found = {}
   with _opened(file) as tensors:
     metadata = dict(tensors.metadata() or {})

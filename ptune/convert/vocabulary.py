@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from ptune import pretrained
 from ptune.convert.hub import locate
 from ptune.convert.huggingface import BYT5, CONFIG, read_json
 
@@ -26,7 +27,7 @@ def vocabulary_of(path: epath.PathLike) -> 'seqio.Vocabulary':
 
   Returns:
     The vocabulary; with the 100 sentinels at its end, where the file is
-    without them.
+    without them (and the embedding has rows for them).
 
   Raises:
     FileNotFoundError: nothing is at `path`.
@@ -38,10 +39,12 @@ def vocabulary_of(path: epath.PathLike) -> 'seqio.Vocabulary':
   if not path.is_dir():
     return _sentencepiece(path)
   names = sorted(child.name for child in path.iterdir())
-  for name in SENTENCEPIECE:
-    if name in names:
-      return _sentencepiece(path / name)
   config = read_json(path / CONFIG) if CONFIG in names else {}
+  files = [path / name for name in SENTENCEPIECE if name in names]
+  if path.parent == epath.Path(pretrained.DIRECTORY):
+    files.append(epath.Path(pretrained.VOCABULARY))
+  if files:
+    return _sentencepiece(files[0], config.get('vocab_size'))
   tokenizer = read_json(path / TOKENIZER) if TOKENIZER in names else {}
   if _of_bytes(config, tokenizer):
     import seqio
@@ -65,7 +68,15 @@ def _of_bytes(config: dict[str, Any], tokenizer: dict[str, Any]) -> bool:
   return classes == {None} and config.get('vocab_size') == BYT5
 
 
-def _sentencepiece(file: epath.Path) -> 'seqio.Vocabulary':
+def _sentencepiece(
+  file: epath.Path, rows: int | None = None
+) -> 'seqio.Vocabulary':
+  """A SentencePiece model with its sentinels.
+
+  Args:
+    file: The model.
+    rows: Of the embedding, where they are known: sentinels go no further.
+  """
   import sentencepiece
 
   processor = sentencepiece.SentencePieceProcessor()
@@ -77,6 +88,8 @@ def _sentencepiece(file: epath.Path) -> 'seqio.Vocabulary':
     ) from error
   unknown = processor.unk_id()
   extra = EXTRA_IDS
+  if isinstance(rows, int):
+    extra = max(0, min(extra, rows - processor.vocab_size()))
   # T5X's vocabularies have them as pieces of their own.
   for piece in ('<extra_id_0>', '▁<extra_id_0>'):
     if processor.PieceToId(piece) not in (unknown, -1):

@@ -1,0 +1,78 @@
+"""Data sets of Hugging Face as tasks, with the package `datasets`.
+
+    ptune train --gin_file=tasks/from_hugging_face.gin \\
+      --gin.DATASET="'imdb'" --gin.SPLITS="{'validation': 'test'}" \\
+      --gin.INPUTS="'review: {text}'" --gin.TARGETS="'{label}'" ...
+
+Templates, labels and metrics are those of `files`. A directory that
+`save_to_disk` wrote is opened without network. `pip install 'ptune[datasets]'`.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ptune.tasks import files
+
+
+def _load(dataset: str, config: str | None, split: str) -> Any:
+  """Opens one split of a directory or of the hub."""
+  try:
+    import datasets
+  except ModuleNotFoundError as error:
+    raise ValueError(
+      "DATASET needs the package datasets: pip install 'ptune[datasets]'"
+    ) from error
+  if os.path.isfile(os.path.join(dataset, 'dataset_dict.json')):
+    parts = datasets.load_from_disk(dataset)
+    if split not in parts:
+      raise ValueError(
+        f'DATASET {dataset} has no split {split!r}, it has {list(parts)}'
+      )
+    return parts[split]
+  return datasets.load_dataset(dataset, config, split=split)
+
+
+def from_hugging_face(
+  dataset: str,
+  inputs: str,
+  targets: str,
+  splits: Mapping[str, str] | None = None,
+  config: str | None = None,
+  label_names: Sequence[str] | None = None,
+  metrics: Sequence[str] | None = None,
+  skip_bad_rows: bool = False,
+  rank: bool = False,
+  name: str = 'from_hugging_face',
+) -> str:
+  """Registers a task that reads a data set of Hugging Face; returns its name.
+
+  Args:
+    dataset: Its name on the hub, or a directory of `save_to_disk`.
+    inputs: The template of the inputs, see `files.from_files`.
+    targets: That of the targets.
+    splits: SeqIO's name of a split to that of `datasets`, which may be a
+      slice such as 'train[:90%]'; train and validation if not given.
+    config: Which of several configurations of the data set.
+    label_names: See `files.from_files`.
+    metrics: See `files.register`.
+    skip_bad_rows: See `files.from_files`.
+    rank: See `files.register`.
+    name: Of the task.
+
+  Raises:
+    ValueError: The arguments do not fit together. What is wrong with the data
+      set is raised when a split is read.
+  """
+  splits = splits or {'train': 'train', 'validation': 'validation'}
+
+  def read(split):
+    rows = _load(dataset, config, splits[split])
+    numbered = (
+      (f'{dataset} {splits[split]}[{i}]', row) for i, row in enumerate(rows)
+    )
+    return files.to_texts(numbered, inputs, targets, label_names, skip_bad_rows)
+
+  labels = label_names and files.label_texts(targets, label_names)
+  files.register(name, read, splits, labels, metrics, rank)
+  return name
