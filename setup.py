@@ -8,26 +8,26 @@ for them, and are installed inside the package as `ptune.gin` (files only) and
 import setuptools
 
 setuptools.setup(
-    packages=[
-        'ptune',
-        'ptune.convert',
-        'ptune.methods',
-        'ptune.pretrained',
-        'ptune.tasks',
-        'ptune.gin',
+  packages=[
+    'ptune',
+    'ptune.convert',
+    'ptune.methods',
+    'ptune.pretrained',
+    'ptune.tasks',
+    'ptune.gin',
+  ],
+  package_dir={
+    'ptune': 'ptune',
+    'ptune.tasks': 'tasks',
+    'ptune.gin': 'gin',
+  },
+  package_data={
+    'ptune.gin': ['*/*.gin'],
+    'ptune.pretrained': [
+      'README.md',
+      'vocab.model',
+      '*/config.json',
+      '*/model.safetensors',
     ],
-    package_dir={
-        'ptune': 'ptune',
-        'ptune.tasks': 'tasks',
-        'ptune.gin': 'gin',
-    },
-    package_data={
-        'ptune.gin': ['*/*.gin'],
-        'ptune.pretrained': [
-            'README.md',
-            'vocab.model',
-            '*/config.json',
-            '*/model.safetensors',
-        ],
-    },
+  },
 )

@@ -107,6 +107,12 @@ def restore(
         state = flax.serialization.from_state_dict(like, found['state'])
         return state, found['sums']
       except Exception as error:  # Whatever a damaged file may raise.
+        if 'tree structures do not match' in str(error):
+          raise ValueError(
+            f'checkpoint {directory / str(step)} holds the state of another'
+            ' optimizer: set OPTIMIZER and its settings as they were, or choose'
+            ' another MODEL_DIR. Nothing was changed'
+          ) from error
         logging.error(
           'checkpoint %s cannot be read and is passed over: %s',
           directory / str(step),

@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 
 from ptune import checkpoints, parameters, partitioning, prompt_init
-from ptune.convert import open_checkpoint, restore
+from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.models import Decoding, EncoderDecoderModel
 
 Trees = tuple[Mapping[str, Any], ...]
@@ -135,9 +135,11 @@ def load(
   rest = plan.select(frozenset(plan.params) - frozenset(values))
   if rest:
     source = open_checkpoint(checkpoint_path or '')
+    check_config(source, plan.network.config)
     step = source.step if step is None else step
-    values |= restore(source, rest, ignore=plan.params.__contains__)
-    logging.info('restored %s', source.describe())
+    restored = restore(source, rest, ignore=plan.params.__contains__)
+    values |= restored
+    logging.info('%s', account(source, restored))
   if (model_dir or prompt_file) and plan.frozen:
     frozen = {path: values[path] for path in plan.frozen}
     base = checkpoints.fingerprint(frozen)

@@ -193,7 +193,7 @@ def read(path: str | os.PathLike[str]) -> np.ndarray:
     try:
       # Pickled content could run code: never loaded.
       array = np.lib.format.read_array(f, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, MemoryError) as error:
       raise ValueError(
         f'prompt file {file} is not a NumPy array file (or it is cut short,'
         f' or holds pickled objects, which are not loaded): {error}'

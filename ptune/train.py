@@ -41,7 +41,7 @@ from ptune import report as report_lib
 from ptune import state as state_lib
 from ptune.adapters import Method
 from ptune.checkpoints import Checkpoints
-from ptune.convert import open_checkpoint, restore
+from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.models import Decoding, EncoderDecoderModel
 from ptune.network import T5Config
 
@@ -173,6 +173,7 @@ def train(
   source = None
   if initial_checkpoint_path is not None:
     source = open_checkpoint(initial_checkpoint_path)
+    check_config(source, config)
   run['initial_step'] = (source and source.step) or 0
   tx = optimizer(initial_step=run['initial_step'])
   like = state_lib.abstract_state(tx, plan)
@@ -230,7 +231,8 @@ def train(
   needed = plan.base if state is None else plan.frozen
   if source is not None and needed:
     base = restore(source, plan.select(needed), ignore=plan.params.__contains__)
-    logging.info('restored %s', source.describe())
+    fresh = plan.select(plan.adapters) if state is None else {}
+    logging.info('%s', account(source, base, fresh))
   else:
     base = parameters.initialize(plan, needed, seed)
     if needed:

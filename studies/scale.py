@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib import figure
-from ptune.tasks import generated_text
 
 from ptune import demo, miniature, optim, pretrained, prompt_init
 from ptune.methods import full, prompt
+from ptune.tasks import generated_text
 
 SIZES = ('nano', 'tiny', 'mini', 'midi')
 STEPS = demo.STEPS

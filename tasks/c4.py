@@ -17,6 +17,7 @@ webtextlike today. Preparing C4 takes a cluster: see TFDS.
 import functools
 
 import seqio
+
 from ptune.tasks import pretraining, registry
 
 SPAN_CORRUPTION = {

@@ -28,6 +28,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 from absl import logging
+
 from ptune.tasks import metrics as metrics_lib
 from ptune.tasks import postprocessors, registry
 from ptune.tasks.preprocessors import UNLABELLED

@@ -26,9 +26,9 @@ import random
 import numpy as np
 import seqio
 import tensorflow as tf
-from ptune.tasks import generated_text, pretraining
 
 from ptune import pretrained
+from ptune.tasks import generated_text, pretraining
 
 SEED = 0
 PIECES, SENTINELS = 2980, 20

@@ -5,9 +5,9 @@
     taskless_glue_mrpc_from_qqp_zeroshot_v002    trained on QQP, tested on MRPC
     glue_v002_proportional                       all, by their sizes
 
-A name's version is TFDS's: v002 is 1.0.0, v200 is 2.0.0, in which AX, MNLI and
-QNLI have other numbers of rows. `spot_glue_...` are aliases for v200, but for
-MNLI, whose three splits are a task each.
+A name's version is TFDS's: v002 is 1.0.0, v200 is 2.0.0, which has QQP from
+another place. `spot_glue_...` are aliases for v200, but for MNLI, whose three
+splits are a task each.
 
 The reference's tasks `..._from_...` without `_examples` cannot be evaluated,
 and its mixtures `taskless_glue_mnli_and_dev_...` hold the plain tasks; here

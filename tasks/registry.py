@@ -23,11 +23,11 @@ from typing import Any
 
 import seqio
 import tensorflow as tf
+
+import gin
 from ptune.tasks import metrics as metrics_lib
 from ptune.tasks import postprocessors, preprocessors
 from ptune.tasks.pretraining import prepend_sentinel
-
-import gin
 
 VOCABULARY_VARIABLE = 'PTUNE_VOCABULARY'
 T5_VOCABULARY = 'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model'

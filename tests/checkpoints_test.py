@@ -104,13 +104,27 @@ def test_what_was_cut_short_is_no_checkpoint(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ['2', '3']
 
 
-def test_of_another_optimizer_nothing_is_restored(tmp_path, caplog):
+def test_the_state_of_another_optimizer_is_told_from_damage(tmp_path):
   state, like = make_state()
   save(tmp_path, state.replace(opt_state={'m': jnp.zeros(3)}))
+  with pytest.raises(
+    ValueError, match='4 holds the state of another optimizer'
+  ):
+    checkpoints.restore(tmp_path, like)
+
+
+def test_damage_is_told_in_one_line(tmp_path, caplog):
+  state, like = make_state()
+  save(tmp_path, state)
+  for path in (tmp_path / '4' / 'state').rglob('*'):
+    if path.is_file():
+      path.write_bytes(b'')
   with pytest.raises(ValueError, match=r'none of the checkpoints \[4\] in'):
     checkpoints.restore(tmp_path, like)
-  assert f'{tmp_path}/4 cannot be read' in caplog.text
-  assert '\n' not in caplog.records[-1].getMessage()
+  assert caplog.messages[-1].startswith(
+    f'checkpoint {tmp_path}/4 cannot be read and is passed over: '
+  )
+  assert '\n' not in caplog.messages[-1]
 
 
 def test_the_best_state_replaces_the_one_before(tmp_path):

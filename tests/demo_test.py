@@ -10,11 +10,11 @@ import sys
 import numpy as np
 import pytest
 import rich.console
-from ptune.tasks import generated_text
 
 from ptune import checkpoints, demo, miniature, parameters, pretrained
 from ptune.convert import open_checkpoint, restore
 from ptune.methods import full
+from ptune.tasks import generated_text
 
 
 @pytest.fixture(scope='module')

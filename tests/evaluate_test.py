@@ -17,7 +17,7 @@ from tests import tiny
 def trained(tmp_path_factory):
   """The MODEL_DIR of a run."""
   path = tmp_path_factory.mktemp('trained') / 'run'
-  tiny.run(path, eval_period=12)
+  tiny.run(path, mixture_or_task_name='tiny', eval_period=12)
   return path
 
 
@@ -32,7 +32,8 @@ def run(output_dir, **changes):
     'batch_size': 8,
     **changes,
   }
-  scores = evaluate.evaluate(**settings)
+  with tiny.one_device():
+    scores = evaluate.evaluate(**settings)
   return scores.get(settings['mixture_or_task_name'], scores)
 
 
@@ -81,7 +82,7 @@ def test_every_example_is_there_once_in_order(reference):
 
 
 def load(trained):
-  mesh = partitioning.make_mesh()
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   plan = parameters.plan(tiny.CONFIG, prompt.prompt(3), mesh)
   params, step = predictor.load(plan, trained)
   return plan, params, step
@@ -139,16 +140,7 @@ def test_a_prompt_file_on_its_base_is_the_run(trained, reference, tmp_path):
 def test_a_prompt_of_another_base_is_evaluated_with_a_warning(
   trained, tmp_path, caplog
 ):
-  path = tmp_path / 'other'
-  tiny.run(
-    path,
-    method=full.full(),
-    config=tiny.CONFIG,
-    initial_checkpoint_path=None,
-    train_steps=2,
-    seed=3,
-    eval_split=None,
-  )
+  path = tiny.make_base(tmp_path / 'other', seed=1)
   file = str(trained / 'prompts' / 'best.npy')
   settings = {'prompt_file': file, 'eval_steps': 1}
   run(tmp_path / 'a', checkpoint_path=str(path), **settings)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from ptune import data, infer, parameters, partitioning, predictor
@@ -16,7 +17,7 @@ WORDS = [word for word, _ in tiny.rows('test')]
 def trained(tmp_path_factory):
   """The MODEL_DIR of a run, and the file of its prompt."""
   path = tmp_path_factory.mktemp('trained') / 'run'
-  tiny.run(path, eval_period=12)
+  tiny.run(path, mixture_or_task_name='tiny', eval_period=12)
   return path
 
 
@@ -31,7 +32,8 @@ def run(output_dir, **changes):
     'batch_size': 8,
     **changes,
   }
-  path = infer.infer(**settings)
+  with tiny.one_device():
+    path = infer.infer(**settings)
   assert not list(path.parent.glob('.*'))  # Nothing half written is left.
   return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -103,7 +105,7 @@ def test_scores_are_those_of_the_model(trained, tmp_path):
   assert [(r['inputs'], r['targets']) for r in got] == rows
   assert all('prediction' not in r for r in got)
 
-  mesh = partitioning.make_mesh()
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   plan = parameters.plan(tiny.CONFIG, prompt.prompt(3), mesh)
   params, _ = predictor.load(plan, trained)
   model = EncoderDecoderModel(plan.network)

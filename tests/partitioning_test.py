@@ -24,8 +24,9 @@ from tests.network_test import SHALLOW, make_batch, nested
 MESHES = {'8x1': (8, 1), '4x2': (8, 2), '2x4': (8, 4), '1x8': (8, 8)}
 ONE = '1x1'
 meshes = pytest.mark.parametrize('mesh', MESHES)
-INPUTS = [16, 9, 1, 16, 12, 3, 7, 16]
-TARGETS = [10, 4, 1, 10, 2, 10, 5, 3]
+# 32 rows: four microbatches of a row for each of eight devices.
+TARGETS = [10, 4, 1, 10, 2, 10, 5, 3] * 4
+BATCH = make_batch([16, 9, 1, 16, 12, 3, 7, 16] * 4, TARGETS)
 
 
 @functools.cache
@@ -58,10 +59,6 @@ def placed(plan, paths):
   }
 
 
-def rows_on(mesh, batch):
-  return data.device_put(batch, mesh)
-
-
 def program(plan, **settings):
   """The compiled update of an Adafactor at its first step."""
   model = models.EncoderDecoderModel(
@@ -72,30 +69,23 @@ def program(plan, **settings):
   return tx, like, state_lib.compile_step(model, tx, plan, like, **settings)
 
 
-def update(plan, batch, **settings):
-  """The trained parameters after a step, its sums, and the frozen arrays."""
+@functools.cache
+def update(mesh, method='prompt', **settings):
+  """The trained parameters after a step, and its sums."""
+  plan = plan_on(mesh, method)
   tx, like, step = program(plan, **settings)
   state = state_lib.first_state(tx, nested(placed(plan, plan.trainable)), like)
   frozen = nested(placed(plan, plan.frozen))
   with plan.scope():
-    state, sums = step(state, frozen, rows_on(plan.mesh, batch))
-  return parameters.flatten(state.trainable), jax.device_get(sums), frozen
+    state, sums = step(state, frozen, data.device_put(BATCH, plan.mesh))
+  return parameters.flatten(state.trainable), jax.device_get(sums)
 
 
-BATCH = make_batch(INPUTS, TARGETS)
-
-
-@functools.cache
-def on_one_device(method='prompt'):
-  trained, sums, _ = update(plan_on(ONE, method), BATCH)
-  return jax.device_get(trained), sums
-
-
-def assert_same(got, want, atol=1e-5):
-  """Trained parameters and sums."""
+def assert_same(got, want):
+  """Compares trained parameters and sums."""
   for path, value in want[0].items():
     np.testing.assert_allclose(
-      got[0][path], value, atol=atol, rtol=1e-5, err_msg=path
+      got[0][path], value, atol=1e-5, rtol=1e-5, err_msg=path
     )
   for name, value in want[1].items():
     np.testing.assert_allclose(got[1][name], value, rtol=1e-5, err_msg=name)
@@ -103,31 +93,26 @@ def assert_same(got, want, atol=1e-5):
 
 @meshes
 def test_an_update_is_the_same_on_every_mesh(mesh):
-  trained, sums, _ = update(plan_on(mesh), BATCH)
-  want = on_one_device()
-  assert_same((trained, sums), want)
-  before = values(frozenset(want[0]))[prompt.PATH]
+  got, want = update(mesh), update(ONE)
+  assert_same(got, want)
+  assert got[1]['tokens'] == sum(TARGETS)
+  (before,) = values(frozenset([prompt.PATH])).values()
   moved = want[0][prompt.PATH] - before
   assert np.sqrt(np.mean(moved**2)) > 0.1, 'nothing was trained'
   # Every process must be able to write the whole prompt.
-  assert trained[prompt.PATH].sharding.is_fully_replicated
+  assert got[0][prompt.PATH].sharding.is_fully_replicated
 
 
 def test_full_tuning_is_the_same_on_a_mesh():
-  plan = plan_on('2x4', 'full')
-  trained, sums, frozen = update(plan, BATCH)
-  assert not frozen
-  assert_same((trained, sums), on_one_device('full'))
-  kernel = trained['encoder/layers_0/mlp/wi_0/kernel']
+  got = update('2x4', 'full')
+  assert got[0].keys() == plan_on('2x4', 'full').params.keys()
+  assert_same(got, update(ONE, 'full'))
+  kernel = got[0]['encoder/layers_0/mlp/wi_0/kernel']
   assert kernel.sharding.spec == P(None, 'model')
 
 
 def test_microbatches_change_nothing():
-  batch = make_batch(INPUTS * 4, TARGETS[::-1] * 4)
-  plan = plan_on('8x1')
-  whole = update(plan, batch)
-  assert_same(update(plan, batch, microbatches=4), whole)
-  assert whole[1]['tokens'] == 4 * sum(TARGETS)
+  assert_same(update('8x1', microbatches=4), update('8x1'))
 
 
 # ---------------------------------------------------------------------- shards
@@ -254,7 +239,7 @@ def test_a_batch_that_does_not_come_out_names_those_that_do():
   with pytest.raises(ValueError, match=r'BATCH_SIZE is 6.* 4 .*Use 4 or 8'):
     data.check_batch_size(6, mesh)
   with pytest.raises(ValueError, match=r'BATCH_SIZE is 6'):
-    rows_on(mesh, {k: x[:6] for k, x in BATCH.items()})
+    data.device_put({k: x[:6] for k, x in BATCH.items()}, mesh)
 
 
 def test_rules_keep_a_split_only_where_it_comes_out():

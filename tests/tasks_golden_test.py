@@ -19,6 +19,7 @@ from ptune import data  # isort: skip  (first: it quiets TensorFlow)
 
 import seqio
 import tensorflow as tf
+
 from ptune.tasks import (
   library,  # noqa: F401
   metrics,

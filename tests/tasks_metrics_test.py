@@ -1,6 +1,7 @@
 """tasks/metrics.py beyond the reference's values."""
 
 import pytest
+
 from ptune.tasks import metrics
 
 
