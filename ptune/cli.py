@@ -11,7 +11,7 @@ Nothing heavy is imported before the command line has been read.
 import argparse
 import contextlib
 import dis
-import importlib
+import importlib.util
 import logging as python_logging
 import os
 import pathlib

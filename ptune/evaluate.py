@@ -21,6 +21,7 @@ from ptune import report as report_lib
 from ptune.adapters import Method
 from ptune.models import Decoding, EncoderDecoderModel
 from ptune.network import T5Config
+from ptune.tasks import metrics as task_metrics
 
 Scores = dict[str, dict[str, float]]
 
@@ -232,6 +233,11 @@ class PredictionLogger(seqio.loggers.Logger):
       for kind, values in (inferences or {}).items():
         if isinstance(values, Sequence | np.ndarray):
           record[kind] = values[i]
+      # Of labels and texts; other things have no plain right or wrong.
+      if isinstance(record.get('prediction'), str | int | float):
+        record['right'] = task_metrics.is_right(
+          record.get('target'), record['prediction']
+        )
       lines.append(to_json(record))
     report_lib.write_atomically(
       directory / f'predictions-{step}.jsonl', '\n'.join([*lines, ''])
@@ -304,12 +310,12 @@ def evaluate(
   task = data.load_task(mixture_or_task_name, mixture_or_task_module)
   data.check_task(task, task_feature_lengths, split, use_cached)
   data.check_vocabulary(task, config.vocab_size)
-  directory = predictor.output_directory(
-    'EVAL_OUTPUT_DIR', output_dir, model_dir, f'eval_{split}'
-  )
   plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
   data.check_batch_size(batch_size, plan.mesh)
   predictor.check(plan, model_dir, checkpoint_path, prompt_file)
+  directory = predictor.output_directory(
+    'EVAL_OUTPUT_DIR', output_dir, model_dir, f'eval_{split}'
+  )
   evaluation = Evaluation(
     task,
     plan,

@@ -96,12 +96,12 @@ def infer(
     data.check_task(task, task_feature_lengths, None)
     texts = list(_read_texts(epath.Path(input_file), mode))
     examples = (data.encode(task, task_feature_lengths, text) for text in texts)
-  directory = predictor.output_directory(
-    'INFER_OUTPUT_DIR', output_dir, model_dir, 'infer'
-  )
   plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
   data.check_batch_size(batch_size, plan.mesh)
   predictor.check(plan, model_dir, checkpoint_path, prompt_file)
+  directory = predictor.output_directory(
+    'INFER_OUTPUT_DIR', output_dir, model_dir, 'infer'
+  )
   params, _ = predictor.load(plan, model_dir, checkpoint_path, prompt_file)
   answers = predictor.Predictor(
     plan,

@@ -9,6 +9,7 @@ said in the docstrings.
 """
 
 import collections
+import importlib
 import re
 import string
 import warnings
@@ -21,6 +22,20 @@ Scores = dict[str, float]
 Metric = Callable[..., Scores]
 
 _UNLABELLED = (-1, '<unk>', [])
+
+
+def _library(module: str) -> Any:
+  """Imports what computes a metric, when it is first asked for.
+
+  Raises:
+    ValueError: It is not installed.
+  """
+  try:
+    return importlib.import_module(module)
+  except ModuleNotFoundError as error:
+    raise ValueError(
+      f'a metric needs {module.split(".")[0]}: pip install "ptune[metrics]"'
+    ) from error
 
 
 def _value(of: Any) -> Any:
@@ -68,9 +83,9 @@ def f1(targets, predictions) -> Scores:
   pairs = _labelled(targets, predictions)
   if not pairs:
     return {}
-  from sklearn import metrics
-
-  score = metrics.f1_score(*_wrong_if_invalid(pairs), zero_division=0)
+  score = _library('sklearn.metrics').f1_score(
+    *_wrong_if_invalid(pairs), zero_division=0
+  )
   return {'f1': 100.0 * float(score)}
 
 
@@ -81,9 +96,7 @@ def macro_f1(classes: int) -> Metric:
     pairs = _labelled(targets, predictions)
     if not pairs:
       return {}
-    from sklearn import metrics
-
-    score = metrics.f1_score(
+    score = _library('sklearn.metrics').f1_score(
       *zip(*pairs, strict=True),
       labels=range(classes),
       average='macro',
@@ -103,8 +116,7 @@ def matthews(targets, predictions) -> Scores:
   pairs = _labelled(targets, predictions)
   if not pairs:
     return {}
-  from sklearn import metrics
-
+  metrics = _library('sklearn.metrics')
   with warnings.catch_warnings():  # That there is one label only.
     warnings.simplefilter('ignore')
     score = metrics.matthews_corrcoef(*_wrong_if_invalid(pairs))
@@ -230,10 +242,8 @@ def rouge(targets, predictions) -> Scores:
   """
   if not targets:
     return {}
-  from rouge_score import rouge_scorer
-
   kinds = ['rouge1', 'rouge2', 'rougeLsum']
-  scorer = rouge_scorer.RougeScorer(kinds)
+  scorer = _library('rouge_score.rouge_scorer').RougeScorer(kinds)
 
   def sentences(text):
     return text.replace(' . ', ' .\n')
@@ -253,15 +263,13 @@ def bleu(targets, predictions) -> Scores:
   """
   if not targets:
     return {}
-  import sacrebleu
-
   lists = [[t] if isinstance(t, str) else list(t) for t in targets]
   most = max(map(len, lists))
   streams = [
     [texts[i] if i < len(texts) else None for texts in lists]
     for i in range(most)
   ]
-  score = sacrebleu.corpus_bleu(
+  score = _library('sacrebleu').corpus_bleu(
     list(predictions), streams, smooth_method='exp', tokenize='intl'
   )
   return {'bleu': float(score.score)}

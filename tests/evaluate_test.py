@@ -1,5 +1,6 @@
 """`ptune eval`: every example once, the same scores however it is done."""
 
+import collections
 import json
 import shutil
 
@@ -14,11 +15,9 @@ from tests import tiny
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
+def trained():
   """The MODEL_DIR of a run."""
-  path = tmp_path_factory.mktemp('trained') / 'run'
-  tiny.run(path, mixture_or_task_name='tiny', eval_period=12)
-  return path
+  return tiny.trained()
 
 
 def run(output_dir, **changes):
@@ -28,7 +27,7 @@ def run(output_dir, **changes):
     'task_feature_lengths': tiny.LENGTHS,
     'config': tiny.CONFIG,
     'method': prompt.prompt(3),
-    'output_dir': str(output_dir),
+    'output_dir': output_dir and str(output_dir),
     'batch_size': 8,
     **changes,
   }
@@ -57,7 +56,7 @@ def assert_close(got, expected):
 
 
 @pytest.mark.parametrize(
-  ('batch_size', 'bucket_multiple'), [(8, 8), (24, None), (16, 32), (64, 8)]
+  ('batch_size', 'bucket_multiple'), [(24, None), (6, 16)]
 )
 def test_no_score_depends_on_the_batches(
   trained, reference, tmp_path, batch_size, bucket_multiple
@@ -92,18 +91,21 @@ def test_scores_equal_those_made_by_hand(trained, reference):
   plan, params, step = load(trained)
   assert step == 12
   model = EncoderDecoderModel(plan.network)
-  task = data.load_task('tiny')
-  rows = [x for _, x in data.examples(task, tiny.LENGTHS, 'validation')]
-  loss = correct = tokens = 0.0
+  loss = jax.jit(model.loss)
+  score = jax.jit(model.score)
+  totals: collections.Counter[str] = collections.Counter()
   scores = []
-  for row in rows:  # One by one, without padding.
-    batch = {k: v[None] for k, v in row.items()}
+  examples = data.examples(data.load_task('tiny'), tiny.LENGTHS, 'validation')
+  for _, row in examples:  # One by one.
+    ((_, batch),) = data.padded_batches([row], 1, None)
+    batch = {
+      k: np.pad(v, ((0, 0), (0, tiny.LENGTHS[side] - v.shape[1])))
+      for k, v in batch.items()
+      for side in ['inputs' if k.startswith('encoder') else 'targets']
+    }
     with plan.scope():
-      _, sums = model.loss(params, batch)
-      scores.append(float(model.score(params, batch)[0]))
-    loss += float(sums['loss'])
-    correct += float(sums['correct'])
-    tokens += float(sums['tokens'])
+      totals.update({k: float(v) for k, v in loss(params, batch)[1].items()})
+      scores.append(float(score(params, batch)[0]))
   records = reference[1]
   np.testing.assert_allclose([r['score'] for r in records], scores, rtol=1e-5)
   right = [r['prediction'] == r['target'] for r in records]
@@ -112,8 +114,8 @@ def test_scores_equal_those_made_by_hand(trained, reference):
     {
       'accuracy': 100 * np.mean(right),
       'mean_score': np.mean(scores),
-      'loss': loss / tokens,
-      'token_accuracy': correct / tokens,
+      'loss': totals['loss'] / totals['tokens'],
+      'token_accuracy': totals['correct'] / totals['tokens'],
     },
   )
 
@@ -153,10 +155,14 @@ def test_a_prompt_of_another_base_is_evaluated_with_a_warning(
 
 
 def test_a_base_alone_is_evaluated_without_a_prompt(tmp_path):
-  settings = {'method': full.full(), 'eval_steps': 2, 'split': 'train'}
-  scores = run(tmp_path, checkpoint_path=tiny.base(), **settings)
+  run(
+    tmp_path,
+    method=full.full(),
+    checkpoint_path=tiny.base(),
+    eval_steps=2,
+    split='train',
+  )
   assert len(predictions(tmp_path)) == 16
-  assert_close(run(tmp_path / 'a', model_dir=tiny.base(), **settings), scores)
 
 
 def test_what_a_task_does_not_define_is_left_out(trained, tmp_path):
@@ -177,23 +183,26 @@ def test_metrics_may_read_scores_beside_predictions(trained, tmp_path):
   assert scores['right_score'] <= 0
 
 
-def test_beams_and_samples_do_not_depend_on_the_batches(trained, tmp_path):
-  for name, how in (
-    ('beams', Decoding(num_beams=3)),
-    ('sample', Decoding(temperature=1.0)),
-  ):
-    found = []
-    for i, size in enumerate((8, 24)):
-      path = tmp_path / f'{name}{i}'
-      run(path, model_dir=trained, decoding=how, batch_size=size)
-      found.append([r['prediction'] for r in predictions(path)])
-    assert found[0] == found[1]
+def test_samples_do_not_depend_on_the_batches(trained, tmp_path):
+  found = []
+  for size in (8, 24):
+    path = tmp_path / str(size)
+    run(
+      path,
+      model_dir=trained,
+      mixture_or_task_name='tiny_b',
+      decoding=Decoding(temperature=1.0),
+      batch_size=size,
+      bucket_multiple=None,
+    )
+    found.append([r['prediction'] for r in predictions(path, 'tiny_b')])
+  assert found[0] == found[1]
 
 
 def test_the_output_lies_in_model_dir_if_not_said_otherwise(trained, tmp_path):
   copy = shutil.copytree(trained, tmp_path / 'run')
   before = tiny.files(copy)
-  run(tmp_path, output_dir=None, model_dir=copy, split='test')
+  run(None, model_dir=copy, split='test')
   added = {
     name: v for name, v in tiny.files(copy).items() if name not in before
   }
@@ -207,12 +216,17 @@ def test_what_is_wrong_is_said(trained, tmp_path):
   base, file = tiny.base(), str(trained / 'prompts' / 'best.npy')
   (tmp_path / 'file').write_text('')
   for changes, message in (
-    ({'batch_size': 12, 'model_dir': trained}, 'BATCH_SIZE is 12, .* 8 or 16'),
     ({'batch_size': 0}, 'BATCH_SIZE is 0'),
     ({'eval_steps': 0}, 'EVAL_STEPS is 0'),
     ({'split': 'dev', 'model_dir': trained}, "no split 'dev'; its splits: te"),
-    ({'output_dir': None, 'prompt_file': file}, 'EVAL_OUTPUT_DIR is needed'),
-    ({'output_dir': tmp_path / 'file' / 'a'}, 'EVAL_OUTPUT_DIR .* cannot be'),
+    (
+      {'output_dir': None, 'prompt_file': file, 'checkpoint_path': base},
+      'EVAL_OUTPUT_DIR is needed',
+    ),
+    (
+      {'output_dir': tmp_path / 'file' / 'a', 'model_dir': trained},
+      'EVAL_OUTPUT_DIR .* cannot be',
+    ),
     ({}, 'set MODEL_DIR .* or PROMPT_FILE'),
     ({'model_dir': trained, 'prompt_file': file}, 'not both'),
     ({'prompt_file': file}, 'CHECKPOINT_PATH, the base model, is needed'),
@@ -238,6 +252,19 @@ def test_what_is_wrong_is_said(trained, tmp_path):
     run(tmp_path / 'o', prompt_file=f'{file}x', checkpoint_path=base)
   with pytest.raises(FileNotFoundError, match='Nothing is at /nowhere'):
     run(tmp_path / 'o', prompt_file=file, checkpoint_path='/nowhere')
+
+
+def test_batches_are_split_over_all_devices(trained, reference, tmp_path):
+  settings = {
+    **{'mixture_or_task_name': 'tiny_no_metrics', 'config': tiny.CONFIG},
+    **{'task_feature_lengths': tiny.LENGTHS, 'method': prompt.prompt(3)},
+    **{'model_dir': trained, 'output_dir': str(tmp_path), 'model_parallel': 2},
+  }
+  with pytest.raises(ValueError, match=r'6, .* the 4 devices .* Use 4 or 8'):
+    evaluate.evaluate(batch_size=6, **settings)
+  scores = evaluate.evaluate(batch_size=8, bucket_multiple=None, **settings)
+  expected = reference[0]['loss']
+  assert scores['tiny_no_metrics']['loss'] == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_evaluation_can_be_given_up(trained):

@@ -199,6 +199,14 @@ def run(model_dir, **changes):
     return train.train(**settings)
 
 
+@functools.cache
+def trained() -> pathlib.Path:
+  """A finished run, evaluated once at its end."""
+  path = directory() / 'trained'
+  run(path, mixture_or_task_name='tiny', eval_period=12)
+  return path
+
+
 def one_device():
   """A context in which meshes are of one device: there is less to compile."""
   directory()
