@@ -355,10 +355,13 @@ def _set_up_logging() -> None:
 
   def shown(record):
     # Gin calls each place where it does not find an included file an error;
-    # Orbax shows the traceback of what it also raises.
-    loud = record.levelno >= python_logging.ERROR
-    loud = loud and record.module != 'resource_reader'
-    loud = loud and f'{os.sep}orbax{os.sep}' not in record.pathname
+    # Orbax and its threads show tracebacks of what is raised too.
+    quiet = (
+      record.module == 'resource_reader'
+      or f'{os.sep}orbax{os.sep}' in record.pathname
+      or record.name in ('asyncio', 'concurrent.futures')
+    )
+    loud = record.levelno >= python_logging.ERROR and not quiet
     return loud or record.pathname.startswith(package)
 
   for old in list(handler.filters):

@@ -168,7 +168,7 @@ def parse(
   if program is not None:
     _check_needed(program)
     _check_read(bindings, '\n'.join([*texts, *bindings]))
-    gin.finalize()
+  # Not finalised: modules of tasks, imported later, may be configurable too.
 
 
 def flag(name: str) -> str:
@@ -178,7 +178,7 @@ def flag(name: str) -> str:
   return f'--gin.{name}=' + (example if plain else f'"{example}"')
 
 
-def _nearest(name: str, known: Iterable[str], most: int = 40) -> str:
+def _nearest(name: str, known: Iterable[str], most: int = 60) -> str:
   """'; did you mean ...?', or what there is if none is like the name."""
   by_lower = {k.lower(): k for k in sorted(set(known))}
   near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
@@ -348,7 +348,11 @@ def _check_needed(program: Callable[..., object]) -> None:
   import gin
 
   module = program.__module__.removeprefix('ptune.')
-  if not gin.get_bindings(program, resolve_references=False):
+  try:
+    bound = gin.get_bindings(program, resolve_references=False)
+  except ValueError:  # No file has named it.
+    bound = {}
+  if not bound:
     files = [f for f in own_files(['runs']) if _mentions(f, f'{module}.')]
     raise UsageError(
       'the gin files do not say what to run; add'

@@ -7,11 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 
-from ptune import checkpoints, parameters, partitioning, prompt_init
+from ptune import (
+  checkpoints,
+  decoding,
+  parameters,
+  partitioning,
+  prompt_init,
+)
 from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.models import Decoding, EncoderDecoderModel
 
@@ -193,6 +200,14 @@ class Predictor:
       how: How predictions are decoded.
       seed: For sampling.
     """
+    # What is out of range is said now, and not when a run has long trained.
+    if how.num_beams < 1:
+      raise ValueError(f'num_beams is {how.num_beams}; it must be at least 1')
+    jax.eval_shape(
+      lambda: decoding.sampling_probabilities(
+        jnp.zeros((1, 2)), how.temperature, how.top_k, how.top_p
+      )
+    )
     self._plan = plan
     merge = parameters.merge
 

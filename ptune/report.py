@@ -112,14 +112,14 @@ class Report:
       write_atomically(self._dir / 'metrics.jsonl', text)
     self._time, self._step = time.monotonic(), start_step
     self._bar = None
-    self._shown = 'compiling'
-    if rich.console.Console(stderr=True).is_terminal and write:
+    console = rich.console.Console(stderr=True)
+    if console.is_terminal and not console.is_dumb_terminal and write:
       self._bar = _progress_bar()
       self._task = self._bar.add_task(
         'training',
         total=total_steps,
         completed=start_step,
-        shown=self._shown,
+        shown='',
       )
 
   def __enter__(self) -> 'Report':
@@ -145,17 +145,31 @@ class Report:
       sums: `loss`, `z_loss`, `correct` and `tokens` over the steps since the
         last record, and whatever else is to be recorded as it is.
     """
-    now = time.monotonic()
+    values = self._values(step, sums)
+    self._step, self._time = step, time.monotonic()
+    self._add([{'step': step, 'split': 'train', **values}], 'train')
+    if self._bar is None:
+      logging.info('step %d  %s', step, _shown(values))
+    else:
+      self._bar.update(self._task, completed=step, shown=_shown(values))
+
+  def progress(self, step: int, sums: Mapping[str, float]) -> None:
+    """Moves the progress bar, where there is one; see `train`."""
+    if self._bar is not None:
+      shown = _shown(self._values(step, sums))
+      self._bar.update(self._task, completed=step, shown=shown)
+
+  def _values(self, step: int, sums: Mapping[str, float]) -> dict[str, float]:
     # Of the steps of this start: those before have no time.
-    steps, seconds = max(step - self._step, 1), max(now - self._time, 1e-9)
-    self._step, self._time = step, now
+    steps = max(step - self._step, 1)
+    seconds = max(time.monotonic() - self._time, 1e-9)
     tokens = max(sums['tokens'], 1.0)
     others = {
       k: v
       for k, v in sums.items()
       if k not in ('loss', 'z_loss', 'correct', 'tokens')
     }
-    values = {
+    return {
       'loss': sums['loss'] / tokens,
       'z_loss': sums['z_loss'] / tokens,
       'accuracy': sums['correct'] / tokens,
@@ -163,19 +177,6 @@ class Report:
       'seconds_per_step': seconds / steps,
       'examples_per_second': steps * self._batch_size / seconds,
     }
-    self._add([{'step': step, 'split': 'train', **values}], 'train')
-    self._shown = (
-      f'loss {values["loss"]:.4f}  accuracy {values["accuracy"]:.3f}'
-      f'  {values["examples_per_second"]:.1f} examples/s'
-    )
-    if self._bar is None:
-      logging.info('step %d  %s', step, self._shown)
-    self.progress(step)
-
-  def progress(self, step: int) -> None:
-    """Moves the progress bar, where there is one."""
-    if self._bar is not None:
-      self._bar.update(self._task, completed=step, shown=self._shown)
 
   def evaluate(
     self, step: int, split: str, scores: Mapping[str, Mapping[str, float]]
@@ -195,13 +196,16 @@ class Report:
   @contextlib.contextmanager
   def paused(self, doing: str) -> Iterator[None]:
     """Leaves what is done inside out of the rate of training."""
-    start = time.monotonic()
+    start, before = time.monotonic(), ''
     if self._bar is not None:
+      before = self._bar.tasks[0].fields['shown']
       self._bar.update(self._task, shown=doing)
     try:
       yield
     finally:
       self._time += time.monotonic() - start
+      if self._bar is not None:
+        self._bar.update(self._task, shown=before)
 
   def _add(self, records: Sequence[Record], directory: str) -> None:
     self.records.extend(records)
@@ -223,6 +227,13 @@ class Report:
       scalars = numbers({k: v for k, v in record.items() if k != 'step'})
       self._writers[name].write_scalars(record['step'], scalars)
       self._writers[name].flush()
+
+
+def _shown(values: Mapping[str, float]) -> str:
+  return (
+    f'loss {values["loss"]:.4f}  accuracy {values["accuracy"]:.3f}'
+    f'  {values["examples_per_second"]:.1f} examples/s'
+  )
 
 
 def _progress_bar() -> rich.progress.Progress:

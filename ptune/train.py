@@ -301,7 +301,7 @@ def train(
       while len(pending) > (0 if log or keep or look else 2):
         done = step - len(pending) + 1
         _add_sums(sums, pending.popleft(), done, saved)
-        report.progress(done)
+        report.progress(done, sums)
       if sums and (log or look):
         report.train(step, sums)
         sums = {}

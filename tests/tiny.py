@@ -94,6 +94,13 @@ def _source(splits, empty=()):
   )
 
 
+def _interrupted(split, shuffle_files, seed=None):
+  """Reads nothing: while a run is set up, someone wants it to stop."""
+  del split, shuffle_files, seed
+  os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(60)
+
+
 def accuracy(targets, predictions):
   right = sum(t == p for t, p in zip(targets, predictions, strict=True))
   return {'accuracy': 100 * right / len(targets)}
@@ -112,11 +119,13 @@ def mean_score(targets, scores):
   return {'mean_score': sum(scores) / len(scores)}
 
 
-def _add(name, splits=tuple(SIZES), empty=(), metrics=(), extra_ids=0):
+def _add(
+  name, splits=tuple(SIZES), empty=(), metrics=(), extra_ids=0, source=None
+):
   feature = seqio.Feature(seqio.ByteVocabulary(extra_ids), add_eos=True)
   seqio.TaskRegistry.add(
     name,
-    source=_source(splits, empty),
+    source=source or _source(splits, empty),
     preprocessors=[
       seqio.preprocessors.tokenize,
       seqio.preprocessors.append_eos_after_trim,
@@ -134,6 +143,10 @@ _add('tiny_no_validation', splits=('train',))
 _add('tiny_no_train_rows', empty=('train',))
 _add('tiny_no_validation_rows', empty=('validation',), metrics=(accuracy,))
 _add('tiny_large_vocabulary', extra_ids=100)
+_add(
+  'tiny_interrupted',
+  source=seqio.FunctionDataSource(_interrupted, splits=list(SIZES)),
+)
 seqio.MixtureRegistry.add('tiny_mixture', ['tiny', 'tiny_b'], default_rate=1.0)
 
 
