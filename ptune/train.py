@@ -322,6 +322,7 @@ def train(
           _save(saved, state, sums)
           raise
         if better:
+          saved.wait()  # Two writes at once would confuse several processes.
           checkpoints.save_best(directory / 'best', state.replace(opt_state={}))
           _write_prompt(directory, 'best', plan, state, scores, run)
         # Recorded last: what is recorded is not done again after a hard stop.

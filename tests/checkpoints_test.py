@@ -121,10 +121,9 @@ def test_damage_is_told_in_one_line(tmp_path, caplog):
       path.write_bytes(b'')
   with pytest.raises(ValueError, match=r'none of the checkpoints \[4\] in'):
     checkpoints.restore(tmp_path, like)
-  assert caplog.messages[-1].startswith(
-    f'checkpoint {tmp_path}/4 cannot be read and is passed over: '
-  )
-  assert '\n' not in caplog.messages[-1]
+  text = f'checkpoint {tmp_path}/4 cannot be read and is passed over: '
+  (message,) = (m for m in caplog.messages if m.startswith(text))
+  assert '\n' not in message
 
 
 def test_the_best_state_replaces_the_one_before(tmp_path):

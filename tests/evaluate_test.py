@@ -10,7 +10,7 @@ import pytest
 
 from ptune import data, evaluate, parameters, partitioning, predictor
 from ptune.methods import full, prompt
-from ptune.models import Decoding, EncoderDecoderModel
+from ptune.models import EncoderDecoderModel
 from tests import tiny
 
 
@@ -181,22 +181,6 @@ def test_metrics_may_read_scores_beside_predictions(trained, tmp_path):
   records = predictions(tmp_path, 'tiny_aux')
   assert len(records) == tiny.SIZES['validation']
   assert scores['right_score'] <= 0
-
-
-def test_samples_do_not_depend_on_the_batches(trained, tmp_path):
-  found = []
-  for size in (8, 24):
-    path = tmp_path / str(size)
-    run(
-      path,
-      model_dir=trained,
-      mixture_or_task_name='tiny_b',
-      decoding=Decoding(temperature=1.0),
-      batch_size=size,
-      bucket_multiple=None,
-    )
-    found.append([r['prediction'] for r in predictions(path, 'tiny_b')])
-  assert found[0] == found[1]
 
 
 def test_the_output_lies_in_model_dir_if_not_said_otherwise(trained, tmp_path):

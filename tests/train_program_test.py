@@ -8,6 +8,7 @@ import pathlib
 import random
 import shutil
 import signal
+import socket
 import time
 
 import jax
@@ -15,7 +16,15 @@ import numpy as np
 import optax
 import pytest
 
-from ptune import checkpoints, evaluate, predictor, prompt_init, report, train
+from ptune import (
+  checkpoints,
+  convert,
+  evaluate,
+  predictor,
+  prompt_init,
+  report,
+  train,
+)
 from ptune.methods import full, prompt
 from tests import tiny
 
@@ -32,6 +41,11 @@ def undisturbed(tmp_path_factory):
 def started(undisturbed, tmp_path):
   """A copy of it, to be done something to."""
   return shutil.copytree(undisturbed, tmp_path / 'run')
+
+
+def sgd(rate):
+  """An optimizer with a rate for each step."""
+  return lambda initial_step: optax.sgd(rate)
 
 
 def final_prompt(model_dir, step=12):
@@ -123,14 +137,20 @@ def test_the_best_metric_can_be_named_and_less_can_be_better():
     train.score('acc', scores)
 
 
-def test_every_parameter_can_be_trained_from_a_checkpoint(tmp_path):
-  state = tiny.run(tmp_path, method=full.full(), train_steps=3, eval_split=None)
+def test_every_parameter_can_be_trained_from_random_weights(tmp_path):
+  state = tiny.run(
+    tmp_path,
+    method=full.full(),
+    optimizer=sgd(0.01),
+    initial_checkpoint_path=None,
+    train_steps=3,
+    eval_split=None,
+  )
   assert len(jax.tree.leaves(state.trainable)) == 29
   assert not (tmp_path / 'prompts').exists()
   # Its checkpoint is a base model in turn.
-  tiny.run(
-    tmp_path / 'prompt', initial_checkpoint_path=str(tmp_path), train_steps=1
-  )
+  source = convert.open_checkpoint(tmp_path)
+  assert source.step == 3 and len(source.leaves) == 29
 
 
 def test_a_task_without_a_validation_split_is_trained(tmp_path, caplog):
@@ -197,7 +217,7 @@ def test_killed_or_stopped_at_any_moment_it_ends_with_the_same_bits(tmp_path):
   assert tiny.command(*arguments('calm'))[0] == 0
   # With a seed: that a moment was a bad one should be seen again.
   draw = random.Random(0)
-  for how in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGINT):
+  for how in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
     process = tiny.Command(arguments('rough'))
     process.wait_for('restored')
     process.wait_for('step ')
@@ -216,6 +236,49 @@ def test_killed_or_stopped_at_any_moment_it_ends_with_the_same_bits(tmp_path):
     assert (rough / f'prompts/step_{step}.npy').exists()
   for step in checkpoints.finished_steps(calm / 'checkpoints'):
     assert np.array_equal(final_prompt(rough, step), final_prompt(calm, step))
+
+
+def test_processes_of_one_run_stop_together_and_go_on(tmp_path):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+
+  def start(**macros):
+    return [
+      tiny.Command(
+        tiny.arguments(
+          'train',
+          f'--coordinator_address=localhost:{port}',
+          '--process_count=2',
+          f'--process_index={index}',
+          MODEL_DIR=str(tmp_path),
+          MIXTURE_OR_TASK_NAME='tiny_no_metrics',
+          CHECKPOINT_PERIOD=10,
+          **macros,
+        )
+      )
+      for index in range(2)
+    ]
+
+  first, second = start(TRAIN_STEPS=100_000, EVAL_PERIOD=20)
+  first.wait_for('step 40 ')
+  second.send(signal.SIGTERM)  # Only one of them is told.
+  assert [first.wait(), second.wait()] == [0, 0]
+  assert 'stopped at step' in first.output
+  step = checkpoints.finished_steps(tmp_path / 'checkpoints')[-1]
+  again = start(TRAIN_STEPS=step + 7, EVAL_SPLIT=None)
+  assert [process.wait() for process in again] == [0, 0]
+  assert final_prompt(tmp_path, step + 7).shape == (3, 16)
+
+
+def test_a_second_ctrl_c_is_not_waited_with():
+  handler = signal.getsignal(signal.SIGINT)
+  with train._stop_signals() as received:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert received == ['SIGTERM', 'SIGTERM']
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+  assert signal.getsignal(signal.SIGINT) == handler
 
 
 def test_a_stop_during_an_evaluation_loses_nothing(
@@ -427,11 +490,6 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path, model_dir):
 # --------------------------------------------------------------------- failing
 
 
-def sgd(rate):
-  """An optimizer with a rate for each step."""
-  return lambda initial_step: optax.sgd(rate)
-
-
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path):
   broken = sgd(lambda step: jax.numpy.where(step == 5, jax.numpy.inf, 0.01))
   with pytest.raises(
@@ -440,7 +498,6 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path):
     tiny.run(tmp_path, optimizer=broken)
   assert 'The checkpoint of step 4 is good and was kept' in str(e.value)
   assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [4]
-  assert int(tiny.run(tmp_path, optimizer=sgd(lambda step: 0.01)).step) == 12
 
 
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
