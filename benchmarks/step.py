@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptune import network, optim, parameters, partitioning
+from ptune import optim, parameters, partitioning, sizes
 from ptune import state as state_lib
 from ptune.methods import prompt
 from ptune.models import EncoderDecoderModel
@@ -62,7 +62,7 @@ def compile_step(plan, batch):
 
 def measure(args) -> dict[str, object]:
   """Runs the steps; returns what is printed."""
-  config = network.t5(f'{args.family}_{args.size}', dtype=args.dtype)
+  config = sizes.t5(f'{args.family}_{args.size}', dtype=args.dtype)
   mesh = partitioning.make_mesh()
   plan = parameters.plan(config, prompt.prompt(args.prompt_length), mesh)
   batch = batch_of(config, args.batch, args.inputs, args.targets, mesh)

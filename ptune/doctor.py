@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 from packaging.requirements import Requirement
 
-from ptune import network, optim, parameters, partitioning
+from ptune import optim, parameters, partitioning, sizes
 from ptune import state as state_lib
 from ptune.convert import open_checkpoint
 from ptune.methods import prompt
@@ -247,7 +247,7 @@ def check_step() -> str:
   """All devices together take a step of prompt tuning on a tiny T5."""
   count = jax.device_count()
   mesh = partitioning.make_mesh(2 if count % 2 == 0 else 1)
-  config = network.t5(
+  config = sizes.t5(
     vocab_size=32,
     emb_dim=16,
     num_heads=2,

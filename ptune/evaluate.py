@@ -16,11 +16,11 @@ import seqio
 import tensorflow_datasets as tfds
 from etils import epath
 
-from ptune import data, parameters, partitioning, predictor
+from ptune import data, parameters, partitioning, predictor, seqio_task
 from ptune import report as report_lib
 from ptune.adapters import Method
 from ptune.models import Decoding, EncoderDecoderModel
-from ptune.network import T5Config
+from ptune.sizes import T5Config
 from ptune.tasks import metrics as task_metrics
 
 Scores = dict[str, dict[str, float]]
@@ -64,7 +64,7 @@ class Evaluation:
 
   def __init__(
     self,
-    task: data.Provider,
+    task: seqio_task.Provider,
     plan: parameters.Plan,
     model: EncoderDecoderModel,
     *,
@@ -101,7 +101,7 @@ class Evaluation:
     self._plan, self._model = plan, model
     self._batch_size, self._multiple = batch_size, bucket_multiple
     self._seed, self.split = seed, split
-    data.check_task(task, feature_lengths, split, use_cached)
+    seqio_task.check(task, feature_lengths, split, use_cached)
     lengths = dict(feature_lengths)
     converter = seqio.EncDecFeatureConverter(pack=False)
     write = directory is not None and jax.process_index() == 0
@@ -307,9 +307,9 @@ def evaluate(
   """
   check_counts(BATCH_SIZE=batch_size)
   check_counts(optional=True, EVAL_STEPS=eval_steps)
-  task = data.load_task(mixture_or_task_name, mixture_or_task_module)
-  data.check_task(task, task_feature_lengths, split, use_cached)
-  data.check_vocabulary(task, config.vocab_size)
+  task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
+  seqio_task.check(task, task_feature_lengths, split, use_cached)
+  seqio_task.check_vocabulary(task, config.vocab_size)
   plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
   data.check_batch_size(batch_size, plan.mesh)
   predictor.check(plan, model_dir, checkpoint_path, prompt_file)

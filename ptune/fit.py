@@ -36,11 +36,11 @@ import optax
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ptune import network as network_lib
 from ptune import parameters, partitioning
 from ptune import state as state_lib
 from ptune.adapters import Method
 from ptune.models import EncoderDecoderModel
+from ptune.sizes import T5Config
 
 GIB = 2**30
 
@@ -79,7 +79,7 @@ TOPOLOGIES: Mapping[str, Mapping[int, str]] = {
 class Run:
   """What decides the memory of a training run; see `train.train`."""
 
-  config: network_lib.T5Config
+  config: T5Config
   method: Method
   optimizer: Callable[..., optax.GradientTransformation]
   model: Callable[..., EncoderDecoderModel]
@@ -266,7 +266,7 @@ def _depth(run: Run) -> tuple[int, int]:
   return run.config.num_encoder_layers, run.config.num_decoder_layers
 
 
-def _with_depth(config, depth: tuple[int, int]) -> network_lib.T5Config:
+def _with_depth(config, depth: tuple[int, int]) -> T5Config:
   return dataclasses.replace(
     config, num_encoder_layers=depth[0], num_decoder_layers=depth[1]
   )

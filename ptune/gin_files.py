@@ -48,7 +48,7 @@ MACROS = {
   'MICROBATCHES': ('parts that a batch is computed in', '4'),
   'MIXTURE_OR_TASK_MODULE': ('registers the task', "'my_tasks'"),
   'MIXTURE_OR_TASK_NAME': ('the SeqIO task', "'my_sst2'"),
-  'MODEL': ('set by a file of models/', '@network.t5()'),
+  'MODEL': ('set by a file of models/', '@sizes.t5()'),
   'MODEL_DIR': ('where a run writes', "'/runs/sst2'"),
   'MODEL_PARALLEL': ('devices that hold one copy of the weights', '4'),
   'OPTIMIZER': ('set by a file of methods/', '@optim.adafactor'),

@@ -12,11 +12,18 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ptune import data, evaluate, parameters, partitioning, predictor
+from ptune import (
+  data,
+  evaluate,
+  parameters,
+  partitioning,
+  predictor,
+  seqio_task,
+)
 from ptune.adapters import Method
 from ptune.evaluate import to_json
 from ptune.models import Decoding, EncoderDecoderModel
-from ptune.network import T5Config
+from ptune.sizes import T5Config
 
 MODES = ('predict', 'score')
 # Batches that are read, sorted by length and written together.
@@ -84,18 +91,22 @@ def infer(
   if mode not in MODES:
     raise ValueError(f'INFER_MODE is {mode!r}; it must be one of {MODES}')
   evaluate.check_counts(BATCH_SIZE=batch_size)
-  task = data.load_task(mixture_or_task_name, mixture_or_task_module)
-  data.check_vocabulary(task, config.vocab_size)
-  vocabulary = data.vocabulary(task)
+  task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
+  seqio_task.check_vocabulary(task, config.vocab_size)
+  vocabulary = seqio_task.vocabulary(task)
   if input_file is None:
     name = f'{mixture_or_task_name}-{split}'
-    data.check_task(task, task_feature_lengths, split, use_cached)
-    examples = data.examples(task, task_feature_lengths, split, use_cached)
+    seqio_task.check(task, task_feature_lengths, split, use_cached)
+    examples = seqio_task.examples(
+      task, task_feature_lengths, split, use_cached
+    )
   else:
     name = epath.Path(input_file).stem
-    data.check_task(task, task_feature_lengths, None)
+    seqio_task.check(task, task_feature_lengths, None)
     texts = list(_read_texts(epath.Path(input_file), mode))
-    examples = (data.encode(task, task_feature_lengths, text) for text in texts)
+    examples = (
+      seqio_task.encode(task, task_feature_lengths, text) for text in texts
+    )
   plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
   data.check_batch_size(batch_size, plan.mesh)
   predictor.check(plan, model_dir, checkpoint_path, prompt_file)

@@ -37,7 +37,7 @@ def main(
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
   with quiet():
-    importlib.import_module('ptune.data')
+    importlib.import_module('ptune.seqio_task')
   try:
     for module in args.module:
       importlib.import_module(module)
@@ -168,7 +168,7 @@ def _vocabulary(vocabulary: Any) -> str:
 
 
 def _show(args: argparse.Namespace) -> Iterator[str]:
-  from ptune import data
+  from ptune import seqio_task
 
   if args.tfds_data_dir:
     import seqio
@@ -179,7 +179,7 @@ def _show(args: argparse.Namespace) -> Iterator[str]:
     gin_files.parse(args.gin_file, args.bindings)
     name = _named_by_gin()
   return examples(
-    data.load_task(name),
+    seqio_task.load(name),
     args.split,
     {'inputs': args.inputs, 'targets': args.targets},
     args.examples,
@@ -217,7 +217,7 @@ def examples(
   """
   import seqio
 
-  from ptune import data
+  from ptune import seqio_task
 
   splits = list(task.splits)
   split = split or ('train' if 'train' in splits else splits[0])
@@ -230,7 +230,7 @@ def examples(
   parts = [t for t in seqio.get_subtasks(task) if split in t.splits]
   if not parts:
     raise ValueError(f'{task.name} has no split {split!r}; it has {splits}')
-  rows = data.examples(parts[0], lengths, split)
+  rows = seqio_task.examples(parts[0], lengths, split)
   for i, (texts, batch) in enumerate(itertools.islice(rows, count)):
     yield f'\n{parts[0].name}, {split} {i}'
     for name, ids in (

@@ -37,7 +37,7 @@ from ptune.adapters import Method
 from ptune.convert import identity, open_checkpoint, restore
 from ptune.methods import prompt
 from ptune.models import EncoderDecoderModel
-from ptune.network import T5Config
+from ptune.sizes import T5Config
 
 BATCH_SIZE = 32
 TEST_BATCH = 200  # Rows that are tested at once; splits hold a multiple of it.

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from ptune import network as network_lib
 from ptune import partitioning, prompt_init
 from ptune.adapters import Method
+from ptune.sizes import T5Config
 
 Flat = dict[str, Any]
 
@@ -84,7 +85,7 @@ class Plan:
     return partitioning.scope(self.mesh, self.rules)
 
 
-def plan(config: network_lib.T5Config, method: Method, mesh: Mesh) -> Plan:
+def plan(config: T5Config, method: Method, mesh: Mesh) -> Plan:
   """Works out every parameter; builds nothing.
 
   Raises:

@@ -13,7 +13,7 @@ from absl import logging
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ptune.network import T5Config
+from ptune.sizes import T5Config
 
 # Logical axis -> mesh axis. The axes of adapters are replicated, so that every
 # process holds the whole prompt.

@@ -49,9 +49,16 @@ from flax.core import freeze, unfreeze
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ptune import data, optim, parameters, partitioning, prompt_init
 from ptune import models as models_lib
 from ptune import network as network_lib
+from ptune import (
+  optim,
+  parameters,
+  partitioning,
+  prompt_init,
+  seqio_task,
+  sizes,
+)
 from ptune.adapters import Method
 from ptune.convert import open_checkpoint, restore
 
@@ -72,7 +79,7 @@ class Model(t5x_models.EncoderDecoderModel):
 
   def __init__(
     self,
-    config: network_lib.T5Config,
+    config: sizes.T5Config,
     method: Method,
     mixture_or_task_name: str,
     mixture_or_task_module: str | Sequence[str] | None = None,
@@ -94,9 +101,9 @@ class Model(t5x_models.EncoderDecoderModel):
     """
     self.config = config
     self.method = method
-    self.task = data.load_task(mixture_or_task_name, mixture_or_task_module)
-    data.check_vocabulary(self.task, config.vocab_size)
-    vocabulary = data.vocabulary(self.task)
+    self.task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
+    seqio_task.check_vocabulary(self.task, config.vocab_size)
+    vocabulary = seqio_task.vocabulary(self.task)
     network = network_lib.Transformer(config, method.placements)
     settings = loss(network)
     super().__init__(
@@ -379,8 +386,8 @@ class Initializer(t5x_utils.TrainStateInitializer):
       plan,
       prompt_init.Base(
         embedding=functools.partial(parameters.embedding_rows, base),
-        vocabulary=lambda: data.vocabulary(task),
-        labels=lambda: data.distinct_targets(
+        vocabulary=lambda: seqio_task.vocabulary(task),
+        labels=lambda: seqio_task.distinct_targets(
           task, self._feature_lengths, use_cached=self._use_cached
         ),
       ),

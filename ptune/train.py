@@ -36,6 +36,7 @@ from ptune import (
   parameters,
   partitioning,
   prompt_init,
+  seqio_task,
 )
 from ptune import report as report_lib
 from ptune import state as state_lib
@@ -43,7 +44,7 @@ from ptune.adapters import Method
 from ptune.checkpoints import Checkpoints
 from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.models import Decoding, EncoderDecoderModel
-from ptune.network import T5Config
+from ptune.sizes import T5Config
 
 Optimizer = Callable[..., optax.GradientTransformation]
 
@@ -140,9 +141,9 @@ def train(
     KEEP_CHECKPOINTS=keep_checkpoints,
   )
   directory = checkpoints.run_directory(model_dir)
-  task = data.load_task(mixture_or_task_name, mixture_or_task_module)
-  data.check_task(task, task_feature_lengths, 'train', use_cached)
-  data.check_vocabulary(task, config.vocab_size)
+  task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
+  seqio_task.check(task, task_feature_lengths, 'train', use_cached)
+  seqio_task.check_vocabulary(task, config.vocab_size)
   evaluates = _check_evaluation(task, eval_split, early_stopping, best_metric)
   mesh = partitioning.make_mesh(model_parallel)
   data.check_batch_size(batch_size, mesh, microbatches)
@@ -246,8 +247,8 @@ def train(
       plan,
       prompt_init.Base(
         embedding=functools.partial(parameters.embedding_rows, base),
-        vocabulary=lambda: data.vocabulary(task),
-        labels=lambda: data.distinct_targets(
+        vocabulary=lambda: seqio_task.vocabulary(task),
+        labels=lambda: seqio_task.distinct_targets(
           task, task_feature_lengths, use_cached=use_cached
         ),
       ),
@@ -358,7 +359,7 @@ def train(
 
 
 def _check_evaluation(
-  task: data.Provider,
+  task: seqio_task.Provider,
   split: str | None,
   early_stopping: int | None,
   best_metric: str | None,

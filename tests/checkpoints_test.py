@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import checkpoints, network, optim, parameters, partitioning
+from ptune import checkpoints, optim, parameters, partitioning, sizes
 from ptune import state as state_lib
 from ptune.methods import prompt
 from tests import tiny
@@ -62,7 +62,7 @@ def test_nothing_is_restored_from_nothing(tmp_path):
 
 def test_a_checkpoint_for_t5_small_stays_under_2_mb(tmp_path):
   # The prompt of 100 tokens is 205 kB; Adafactor keeps a moment of its size.
-  state, _ = make_state(network.t5('t5_1_1_small'), length=100)
+  state, _ = make_state(sizes.t5('t5_1_1_small'), length=100)
   save(tmp_path, state)
   size = sum(map(len, tiny.files(tmp_path / '4').values()))
   assert 200_000 < size < 2_000_000  # The moment is zero: compressed.

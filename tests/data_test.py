@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from ptune import data
+from ptune import data, seqio_task
 
-import seqio  # isort: skip  (after ptune.data, which quiets TensorFlow)
+import seqio  # isort: skip  (after seqio_task, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip
 
 LENGTHS = {'inputs': 48, 'targets': 8}
@@ -577,18 +577,18 @@ def test_load_task_imports_the_module_that_registers_it(tmp_path, monkeypatch):
   with pytest.raises(
     ValueError, match=r'not registered.*MIXTURE_OR_TASK_MODULE'
   ):
-    data.load_task(name)
-  assert data.load_task(name, module).name == name
-  assert data.load_task(name, [module, 'ptune.data']).name == name
+    seqio_task.load(name)
+  assert seqio_task.load(name, module).name == name
+  assert seqio_task.load(name, [module, 'ptune.data']).name == name
   with pytest.raises(ValueError, match=f'nearest .*{name}'):
-    data.load_task(name[:-1] + '_', module)
+    seqio_task.load(name[:-1] + '_', module)
   with pytest.raises(
     ValueError, match=r"no module 'module_absent'.*PYTHONPATH"
   ):
-    data.load_task(name, 'module_absent.tasks')
+    seqio_task.load(name, 'module_absent.tasks')
   # What a module fails to import itself is its own error, with its traceback.
   with pytest.raises(ModuleNotFoundError, match='absent_module'):
-    data.load_task(name, f'{module}_broken')
+    seqio_task.load(name, f'{module}_broken')
 
 
 def test_all_that_is_wrong_with_a_task_is_listed_at_once(task):
@@ -612,13 +612,13 @@ def test_features_that_t5_cannot_read_are_refused():
   with pytest.raises(
     ValueError, match=r"no feature 'targets'; .*\(it has: answer, inputs\)"
   ):
-    data.check_task(named, LENGTHS, 'train')
+    seqio_task.check(named, LENGTHS, 'train')
   scores = seqio.ContinuousFeature(dtype=tf.float32, rank=2)
   typed = make_task(
     [], features={'inputs': seqio.Feature(text), 'targets': scores}
   )
   with pytest.raises(ValueError, match="'targets' is float32 of rank 2"):
-    data.check_task(typed, LENGTHS, 'train')
+    seqio_task.check(typed, LENGTHS, 'train')
 
 
 @pytest.mark.parametrize('in_memory', [True, False])
@@ -708,19 +708,19 @@ def write_cache(directory: pathlib.Path, task):
 
 
 def test_the_vocabulary_must_be_one_and_fit_the_embedding(task):
-  assert data.vocabulary(task) == seqio.ByteVocabulary()
+  assert seqio_task.vocabulary(task) == seqio.ByteVocabulary()
   size = seqio.ByteVocabulary().vocab_size
-  data.check_vocabulary(task, size)
+  seqio_task.check_vocabulary(task, size)
   with pytest.raises(
     ValueError, match=f'vocabulary of {size} ids, .* {size - 1} rows'
   ):
-    data.check_vocabulary(task, size - 1)
+    seqio_task.check_vocabulary(task, size - 1)
   features = {
     **FEATURES,
     'targets': seqio.Feature(seqio.PassThroughVocabulary(9)),
   }
   with pytest.raises(ValueError, match='expected one for both'):
-    data.vocabulary(make_task([], features=features))
+    seqio_task.vocabulary(make_task([], features=features))
 
 
 def test_tensorflow_leaves_the_accelerators_to_jax():

@@ -8,7 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from ptune import data, evaluate, parameters, partitioning, predictor
+from ptune import (
+  data,
+  evaluate,
+  parameters,
+  partitioning,
+  predictor,
+  seqio_task,
+)
 from ptune.methods import full, prompt
 from ptune.models import EncoderDecoderModel
 from tests import tiny
@@ -95,7 +102,9 @@ def test_scores_equal_those_made_by_hand(trained, reference):
   score = jax.jit(model.score)
   totals: collections.Counter[str] = collections.Counter()
   scores = []
-  examples = data.examples(data.load_task('tiny'), tiny.LENGTHS, 'validation')
+  examples = seqio_task.examples(
+    seqio_task.load('tiny'), tiny.LENGTHS, 'validation'
+  )
   for _, row in examples:  # One by one.
     ((_, batch),) = data.padded_batches([row], 1, None)
     batch = {
@@ -254,7 +263,7 @@ def test_batches_are_split_over_all_devices(trained, reference, tmp_path):
 def test_an_evaluation_can_be_given_up(trained):
   plan, params, _ = load(trained)
   evaluation = evaluate.Evaluation(
-    data.load_task('tiny'),
+    seqio_task.load('tiny'),
     plan,
     EncoderDecoderModel(plan.network),
     split='validation',

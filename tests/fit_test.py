@@ -8,12 +8,12 @@ import dataclasses
 import jax
 import pytest
 
-from ptune import fit, network, optim, parameters, partitioning
+from ptune import fit, optim, parameters, partitioning, sizes
 from ptune import state as state_lib
 from ptune.methods import full, prompt
 from ptune.models import EncoderDecoderModel
 
-CONFIG = network.T5Config(
+CONFIG = sizes.T5Config(
   vocab_size=512,
   emb_dim=64,
   num_heads=4,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import checkpoints, network
+from ptune import checkpoints, network, sizes
 from ptune.convert import check_config, identity, open_checkpoint
 from ptune.convert.layout import shapes
 from ptune.convert.source import Leaf, Source
@@ -28,8 +28,8 @@ def _source(config, activations=None, **changed):
 @pytest.mark.parametrize(
   'config',
   [
-    network.T5Config(11, 4, 2, 3, 5, 2, 1),
-    network.T5Config(11, 4, 2, 3, 5, 1, 2, ('relu',), True),
+    sizes.T5Config(11, 4, 2, 3, 5, 2, 1),
+    sizes.T5Config(11, 4, 2, 3, 5, 1, 2, ('relu',), True),
   ],
   ids=['gated', 'plain, tied'],
 )
@@ -38,9 +38,9 @@ def test_shapes_are_those_of_the_network(config):
   assert shapes(config) == {path: x.shape for path, x in params.items()}
 
 
-@pytest.mark.parametrize('name', network.SIZES)
+@pytest.mark.parametrize('name', sizes.SIZES)
 def test_every_published_size_is_known_by_its_shapes(name):
-  config = network.SIZES[name]
+  config = sizes.SIZES[name]
   source = _source(config)
   names = identity.names(identity.facts(source))
   twin = name.replace('flan_t5', 't5_1_1'), name.replace('t5_1_1', 'flan_t5')
@@ -51,7 +51,7 @@ def test_every_published_size_is_known_by_its_shapes(name):
 
 
 def test_disagreement_shows_both_and_the_file_to_take():
-  base, small = network.SIZES['t5_1_1_base'], network.SIZES['t5_1_1_small']
+  base, small = sizes.SIZES['t5_1_1_base'], sizes.SIZES['t5_1_1_small']
   with pytest.raises(ValueError) as error:
     check_config(_source(base), small)
   text = str(error.value)
@@ -69,7 +69,7 @@ def test_disagreement_shows_both_and_the_file_to_take():
 
 
 def test_another_activation_is_refused_though_all_shapes_fit():
-  config = network.SIZES['t5_1_1_small']
+  config = sizes.SIZES['t5_1_1_small']
   check_config(_source(config, ('gelu', 'linear')), config)
   with pytest.raises(ValueError, match=r"\('silu', 'linear'\)  \('gelu', 'lin"):
     check_config(_source(config, ('silu', 'linear')), config)
@@ -89,19 +89,19 @@ def test_another_activation_is_refused_though_all_shapes_fit():
 )
 def test_other_families_are_refused(name, other, field):
   with pytest.raises(ValueError, match=f'\n  {field} '):
-    check_config(_source(network.SIZES[name]), network.SIZES[other])
+    check_config(_source(sizes.SIZES[name]), sizes.SIZES[other])
 
 
 def test_sizes_of_ones_own_have_no_file_to_take():
-  config = network.T5Config(11, 4, 2, 3, 5, 2, 1)
+  config = sizes.T5Config(11, 4, 2, 3, 5, 2, 1)
   with pytest.raises(ValueError, match='No published model is like this'):
-    check_config(_source(config), network.SIZES['t5_small'])
+    check_config(_source(config), sizes.SIZES['t5_small'])
 
 
 def test_a_prompt_alone_contradicts_no_model():
   leaf = Leaf((5, 4), np.dtype('float32'), np.zeros((5, 4)).__getitem__)
   source = Source('/run', 'ptune', 3, {'encoder/prompt/prompt/prompt': leaf})
-  check_config(source, network.SIZES['t5_small'])
+  check_config(source, sizes.SIZES['t5_small'])
   with pytest.raises(ValueError, match='no whole model'):
     identity.config(source)
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ptune import data, infer, parameters, partitioning, predictor
+from ptune import infer, parameters, partitioning, predictor, seqio_task
 from ptune.methods import prompt
 from ptune.models import Decoding, EncoderDecoderModel
 from tests import tiny
@@ -106,10 +106,10 @@ def test_scores_are_those_of_the_model(trained, tmp_path):
   plan = parameters.plan(tiny.CONFIG, prompt.prompt(3), mesh)
   params, _ = predictor.load(plan, trained)
   score = jax.jit(EncoderDecoderModel(plan.network).score)
-  task = data.load_task('tiny')
+  task = seqio_task.load('tiny')
   for record, (inputs, targets) in zip(got, rows, strict=True):
     texts = {'inputs': inputs, 'targets': targets}
-    _, row = data.encode(task, tiny.LENGTHS, texts)
+    _, row = seqio_task.encode(task, tiny.LENGTHS, texts)
     sides = {k: 'inputs' if 'encoder' in k else 'targets' for k in row}
     batch = {
       k: np.pad(v, (0, tiny.LENGTHS[sides[k]] - len(v)))[None]

@@ -105,7 +105,7 @@ def test_multitask_adapters_say_how_many(tmp_path):
 
 
 def test_published_sizes_are_named(tmp_path):
-  from ptune import network
+  from ptune import sizes
   from ptune.convert.inspection import _model
   from ptune.convert.layout import shapes
   from ptune.convert.source import Leaf, Source
@@ -115,7 +115,7 @@ def test_published_sizes_are_named(tmp_path):
 
   leaves = {
     path: Leaf(shape, np.dtype('float32'), fetch)
-    for path, shape in shapes(network.SIZES['t5_1_1_xxl']).items()
+    for path, shape in shapes(sizes.SIZES['t5_1_1_xxl']).items()
   }
   found = _model(Source('/x', 't5x', 1, leaves), False)
   assert found['parameters'] == 11_135_332_352

@@ -13,13 +13,13 @@ from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
 from jax import lax
 
-from ptune import convert, decoding, network
+from ptune import convert, decoding, network, sizes
 from ptune.adapters import Placement
 from ptune.layers import grow
 from ptune.methods import prompt
 from ptune.models import Decoding, EncoderDecoderModel
 
-TINY = network.T5Config(
+TINY = sizes.T5Config(
   vocab_size=128,
   emb_dim=32,
   num_heads=4,
@@ -208,7 +208,7 @@ def open_family(directory):
   source = convert.open_checkpoint(directory)
   numbers = convert.sizes(source.shapes)
   numbers.pop('gated')
-  config = network.t5(**numbers, mlp_activations=source.activations)
+  config = sizes.t5(**numbers, mlp_activations=source.activations)
   abstract = network.parameters(network.Transformer(config))
   return config, convert.restore(source, abstract)
 
@@ -353,29 +353,29 @@ def test_beams_and_a_temperature_exclude_each_other():
   }.items(),
 )
 def test_published_sizes_have_the_published_number_of_parameters(name, count):
-  params = network.parameters(network.Transformer(network.t5(name)))
+  params = network.parameters(network.Transformer(sizes.t5(name)))
   assert sum(math.prod(x.shape) for x in params.values()) == count
 
 
 def test_flan_t5_has_the_sizes_of_t5_1_1():
   for size in ('small', 'base', 'large', 'xl', 'xxl'):
-    assert network.t5(f'flan_t5_{size}') == network.t5(f't5_1_1_{size}')
+    assert sizes.t5(f'flan_t5_{size}') == sizes.t5(f't5_1_1_{size}')
 
 
 def test_a_size_takes_changes_and_wrong_ones_name_what_there_is():
-  changed = network.t5('t5_1_1_small', dropout_rate=0.1)
+  changed = sizes.t5('t5_1_1_small', dropout_rate=0.1)
   assert changed.dropout_rate == 0.1
-  assert changed.mlp_dim == network.t5('t5_1_1_small').mlp_dim
+  assert changed.mlp_dim == sizes.t5('t5_1_1_small').mlp_dim
   with pytest.raises(ValueError, match='t5_1_1_small'):
-    network.t5('t5_1_1_smal')
+    sizes.t5('t5_1_1_smal')
   with pytest.raises(ValueError, match=r"no \['d_model'\].*'emb_dim'"):
-    network.t5('t5_1_1_small', d_model=8)
+    sizes.t5('t5_1_1_small', d_model=8)
   with pytest.raises(ValueError, match=r"needs \['emb_dim', 'num_heads'"):
-    network.t5(vocab_size=8)
+    sizes.t5(vocab_size=8)
   with pytest.raises(ValueError, match=r"float16.*must be 'float32'"):
-    network.t5('t5_1_1_small', dtype='float16')
+    sizes.t5('t5_1_1_small', dtype='float16')
   with pytest.raises(ValueError, match=r'DROPOUT_RATE is 1.0.*\[0, 1\)'):
-    network.t5('t5_1_1_small', dropout_rate=1.0)
+    sizes.t5('t5_1_1_small', dropout_rate=1.0)
 
 
 def test_parameters_have_the_names_and_shapes_of_t5x(numerics):

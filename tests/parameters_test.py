@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ptune import checkpoints, network, parameters, partitioning, prompt_init
+from ptune import (
+  checkpoints,
+  network,
+  parameters,
+  partitioning,
+  prompt_init,
+  sizes,
+)
 from ptune.adapters import Method, Placement
 from ptune.methods import full, prompt
 from tests.network_test import SHALLOW, TINY, load
@@ -95,7 +102,7 @@ def test_merge_and_flatten_are_inverse():
 
 @functools.cache
 def small_plan(dtype):
-  config = network.t5('t5_1_1_small', dtype=dtype)
+  config = sizes.t5('t5_1_1_small', dtype=dtype)
   return parameters.plan(config, prompt.prompt(100), ONE)
 
 

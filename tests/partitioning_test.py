@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ptune import data, models, network, optim, parameters, partitioning
+from ptune import data, models, optim, parameters, partitioning, sizes
 from ptune import state as state_lib
 from ptune.methods import full, prompt
 from tests.network_test import SHALLOW, make_batch, nested
@@ -243,7 +243,7 @@ def test_a_batch_that_does_not_come_out_names_those_that_do():
 
 
 def test_rules_keep_a_split_only_where_it_comes_out():
-  config = network.t5('t5_1_1_small')  # 6 heads of 64, d_ff 1024.
+  config = sizes.t5('t5_1_1_small')  # 6 heads of 64, d_ff 1024.
   split = {
     m: {
       a

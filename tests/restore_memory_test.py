@@ -14,14 +14,14 @@ import pytest
 import tensorstore as ts
 from flax import serialization, traverse_util
 
-from ptune import network
+from ptune import sizes
 from ptune.convert.layout import layout, shapes
 
 pytestmark = pytest.mark.skipif(
   not sys.platform.startswith('linux'), reason='reads /proc/self/status'
 )
 
-CONFIG = network.SIZES['t5_1_1_base']
+CONFIG = sizes.SIZES['t5_1_1_base']
 CHUNK_BYTES = 1 << 26  # T5X writes no larger ones.
 
 # Of this program alone: ru_maxrss begins with that of the process that
@@ -34,12 +34,12 @@ def memory(name):
 
 RESTORE = """
 import sys
-from ptune import network, parameters, partitioning
+from ptune import sizes, parameters, partitioning
 from ptune.convert import open_checkpoint, restore
 from ptune.methods import full
 
 mesh = partitioning.make_mesh(8)
-plan = parameters.plan(network.t5('t5_1_1_base'), full.full(), mesh)
+plan = parameters.plan(sizes.t5('t5_1_1_base'), full.full(), mesh)
 source = open_checkpoint(sys.argv[1])
 before = memory('VmRSS')
 arrays = restore(source, plan.params)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import step as benchmark
-from ptune import models, network, optim, parameters, partitioning
+from ptune import models, network, optim, parameters, partitioning, sizes
 from ptune import state as state_lib
 from ptune.methods import prompt
 from tests.network_test import SHALLOW, TINY, load, make_batch, random_params
@@ -89,7 +89,7 @@ def test_dropout_follows_the_seed_and_the_step():
 def test_a_prompt_step_costs_at_most_2_1_forward_passes():
   # Were a single gradient of a frozen kernel read, even by a metric, XLA
   # would compute it; all of them make it three forward passes.
-  config = network.t5('t5_1_1_small')
+  config = sizes.t5('t5_1_1_small')
   plan = parameters.plan(config, prompt.prompt(100), ONE)
   rows = NamedSharding(ONE, PartitionSpec('data'))
   batch = {

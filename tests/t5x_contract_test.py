@@ -19,11 +19,11 @@ import pytest
 from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
 
-from ptune import methods, network, partitioning
+from ptune import methods, network, partitioning, sizes
 from ptune.adapters import Method
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONFIG = network.T5Config(
+CONFIG = sizes.T5Config(
   vocab_size=64,
   emb_dim=16,
   num_heads=2,

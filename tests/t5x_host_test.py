@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from ptune import models, network, optim, parameters, prompt_init
+from ptune import models, network, optim, parameters, prompt_init, sizes
 from ptune.convert import open_checkpoint
 from ptune.methods import prompt
 from tests.network_test import TINY, load
@@ -81,8 +81,8 @@ seqio.TaskRegistry.add(
 GIN = """\
 from __gin__ import dynamic_registration
 from ptune import network
-MODEL = @network.t5()
-network.t5:
+MODEL = @sizes.t5()
+sizes.t5:
   vocab_size = 128
   emb_dim = 32
   num_heads = 4
@@ -259,7 +259,7 @@ def test_every_method_trains_and_predicts_as_under_ptune(method, base, work):
 
 def test_a_base_that_does_not_fit_is_refused_with_all_offenders(base, work):
   method = prompt.prompt(5)
-  other = network.t5(
+  other = sizes.t5(
     **{f: getattr(TINY, f) for f in TINY.__dataclass_fields__}
     | {'mlp_dim': 32, 'num_encoder_layers': 3}
   )

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from ptune import data  # isort: skip  (first: it quiets TensorFlow)
+from ptune import data, seqio_task  # isort: skip  (first: it quiets TensorFlow)
 
 import seqio  # isort: skip
 
@@ -183,13 +183,13 @@ def sentiment(tmp_path):
 
 def test_the_task_batches_and_knows_its_labels(sentiment):
   name = files.from_files(**sentiment)
-  task = data.load_task(name)
+  task = seqio_task.load(name)
   assert sorted(task.splits) == ['train', 'validation']
   batches = data.Batches(task, LENGTHS, 8)
   assert batches.num_examples == 40
   assert batches(3)['encoder_input_tokens'].shape == (8, 32)
-  assert data.distinct_targets(task, LENGTHS) == NAMES
-  first, _ = next(data.examples(task, LENGTHS, 'validation'))
+  assert seqio_task.distinct_targets(task, LENGTHS) == NAMES
+  first, _ = next(seqio_task.examples(task, LENGTHS, 'validation'))
   assert first == {'inputs': 'text: 0 good film', 'targets': 'positive'}
 
 
@@ -237,7 +237,7 @@ def test_rows_come_in_an_order_of_the_seed_when_streamed(sentiment):
 
 def test_ranking_has_every_label_of_a_row_but_to_train_on(sentiment):
   task = seqio.get_mixture_or_task(files.from_files(**sentiment, rank=True))
-  train = list(data.examples(task, LENGTHS, 'train'))
+  train = list(seqio_task.examples(task, LENGTHS, 'train'))
   assert len(train) == 40
   rows = list(
     task.get_dataset(LENGTHS, 'validation', shuffle=False).as_numpy_iterator()
@@ -286,12 +286,12 @@ def test_a_hugging_face_data_set_is_a_task(tmp_path):
     splits={'train': 'train', 'validation': 'test', 'other': 'none'},
     label_names=NAMES,
   )
-  task = data.load_task(name)
-  got = [t for t, _ in data.examples(task, LENGTHS, 'validation')]
+  task = seqio_task.load(name)
+  got = [t for t, _ in seqio_task.examples(task, LENGTHS, 'validation')]
   assert got[0] == {'inputs': 'x: a', 'targets': 'positive'}
   assert len(got) == 3
   with pytest.raises(ValueError, match="no split 'none', it has"):
-    list(data.examples(task, LENGTHS, 'other'))
+    list(seqio_task.examples(task, LENGTHS, 'other'))
 
 
 def test_gin_files_and_flags_alone_make_a_task(sentiment, capsys):

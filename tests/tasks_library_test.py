@@ -19,16 +19,17 @@ import pytest
 from ptune import (
   data,
   evaluate,
-  network,
   optim,
   parameters,
   partitioning,
+  seqio_task,
   state,
 )
 from ptune.methods import prompt
 from ptune.models import EncoderDecoderModel
+from ptune.sizes import T5Config
 
-import seqio  # isort: skip  (after ptune.data, which quiets TensorFlow)
+import seqio  # isort: skip  (after seqio_task, which quiets TensorFlow)
 import tensorflow_datasets as tfds  # isort: skip
 import tensorflow as tf  # isort: skip
 
@@ -181,7 +182,7 @@ def test_all_other_names_are_the_same_with_another_source_or_vocabulary():
   for name in OURS:
     task, model = map(seqio.TaskRegistry.get, (name, model_of(name)))
     assert parts(task) == parts(model), name
-    vocabulary = data.vocabulary(task)
+    vocabulary = seqio_task.vocabulary(task)
     if name.startswith('byt5_'):
       assert isinstance(vocabulary, seqio.ByteVocabulary)
     elif name.startswith('mt5_'):
@@ -255,7 +256,7 @@ def test_byt5_tasks_have_bytes():
 
 # ------------------------------------------------------------------- training
 
-CONFIG = network.T5Config(
+CONFIG = T5Config(
   vocab_size=3000,
   emb_dim=16,
   num_heads=2,
@@ -310,7 +311,7 @@ def test_a_task_of_each_kind_trains():
   for step, name in enumerate([*KINDS, 'squad_to_bio_asq_examples']):
     if 'wsc' in name:  # Evaluated on one task, trained on another.
       name = 'taskless_super_glue_wsc_and_dev_v102_simple'
-    task = data.load_task(name)
+    task = seqio_task.load(name)
     batches = data.Batches(task, LENGTHS, 8, bucket_multiple=None)
     with plan.scope():
       now, sums = update(now, frozen, data.device_put(batches(0), plan.mesh))
@@ -328,7 +329,7 @@ def test_a_task_of_each_kind_is_evaluated_and_its_predictions_written(tmp_path):
   # A mixture, so that one program predicts for all.
   seqio.MixtureRegistry.add('of_each_kind', list(KINDS), default_rate=1.0)
   evaluation = evaluate.Evaluation(
-    data.load_task('of_each_kind'),
+    seqio_task.load('of_each_kind'),
     plan,
     model,
     split='validation',
@@ -362,10 +363,10 @@ import time
 from ptune import data
 import seqio
 before = len(seqio.TaskRegistry.names())
-print(data.load_task('taskless_glue_sst2_v200').name)
+print(seqio_task.load('taskless_glue_sst2_v200').name)
 print(time.process_time(), before, len(seqio.TaskRegistry.names()))
 try:
-  data.load_task('taskless_glue_sst3_v200')
+  seqio_task.load('taskless_glue_sst3_v200')
 except ValueError as error:
   print(error)
 """

@@ -19,7 +19,7 @@ import pytest
 
 from ptune import data
 
-import seqio  # isort: skip  (after ptune.data, which quiets TensorFlow)
+import seqio  # isort: skip  (after seqio_task, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip
 
 from ptune.tasks import pretraining, vocabulary  # isort: skip

@@ -29,15 +29,16 @@ from ptune import (
   network,
   parameters,
   partitioning,
+  sizes,
   train,
 )
 from ptune.methods import prompt
 from ptune.state import TrainState
 
-import seqio  # isort: skip  (after ptune.data, which quiets TensorFlow)
+import seqio  # isort: skip  (after seqio_task, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip
 
-CONFIG = network.T5Config(
+CONFIG = sizes.T5Config(
   vocab_size=264,
   emb_dim=16,
   num_heads=2,
@@ -49,8 +50,8 @@ CONFIG = network.T5Config(
 GIN = """\
 from __gin__ import dynamic_registration
 from ptune import network
-MODEL = @network.t5()
-network.t5:
+MODEL = @sizes.t5()
+sizes.t5:
   vocab_size = 264
   emb_dim = 16
   num_heads = 2

@@ -17,7 +17,7 @@ from ptune.convert.source import (
   parts,
   sizes,
 )
-from ptune.network import SIZES, T5Config
+from ptune.sizes import SIZES, T5Config
 
 # The fields of T5Config that tell one model from another; the rest (dropout,
 # dtype) is free.
@@ -119,7 +119,7 @@ def check_config(source: Source, config: T5Config) -> None:
   table = '\n'.join(
     '  ' + '  '.join(map(str.ljust, row, widths)).rstrip() for row in rows
   )
-  advice = 'No published model is like this checkpoint; set network.t5 in a gin'
+  advice = 'No published model is like this checkpoint; set sizes.t5 in a gin'
   advice += ' file of your own.'
   if theirs:
     advice = f'Take --gin_file=models/{theirs[0]}.gin.'

@@ -42,7 +42,7 @@ def train(
     'TRAIN_STEPS': steps,
     'RANDOM_SEED': seed,
     'EVAL_STEPS': 4,
-    'network.t5.vocab_size': embedding_rows,
+    'sizes.t5.vocab_size': embedding_rows,
   }
   command = [
     *(sys.executable, '-m', 'ptune.cli', 'train'),
