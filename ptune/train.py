@@ -13,10 +13,8 @@ import functools
 import io
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +23,6 @@ import numpy as np
 import optax
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
 import gin
 from ptune import (
@@ -36,7 +33,9 @@ from ptune import (
   parameters,
   partitioning,
   prompt_init,
+  selection,
   seqio_task,
+  stopping,
 )
 from ptune import report as report_lib
 from ptune import state as state_lib
@@ -188,7 +187,7 @@ def train(
   ]
   if state is not None:
     scored = not evaluates or bool(report_lib.scores_at(records, start))
-    early = _patience_is_over(records, best_metric, early_stopping)
+    early = selection.patience_is_over(records, best_metric, early_stopping)
     if start > train_steps or (scored and (early or start == train_steps)):
       scores = report_lib.scores_at(records, start)
       _write_prompt(directory, f'step_{start}', plan, state, scores, present)
@@ -272,8 +271,8 @@ def train(
   pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
   sums, step, stop = dict(sums), start, False
   with (
-    _explained(directory),
-    _stop_signals() as stopping,
+    stopping.explained(directory),
+    stopping.signals() as received,
     contextlib.closing(ahead),
     Checkpoints(directory / 'checkpoints', start, keep_checkpoints) as saved,
     report_lib.Report(
@@ -289,7 +288,7 @@ def train(
         directory / 'config.gin', gin.operative_config_str()
       )
     while True:
-      stop, last = stop or _asked(stopping, step), step >= train_steps
+      stop, last = stop or stopping.asked(received, step), step >= train_steps
       log, keep, look = (
         step > 0 and (last or step % period == 0)
         for period in (log_period, checkpoint_period, eval_period)
@@ -313,9 +312,9 @@ def train(
         try:
           with report.paused('evaluating'):
             scores = evaluation(
-              (state.trainable, frozen), step, lambda: _asked(stopping)
+              (state.trainable, frozen), step, lambda: stopping.asked(received)
             )
-          better = _is_best(report.records, best_metric, scores)
+          better = selection.is_best(report.records, best_metric, scores)
         except evaluate.Stopped:
           stop = True
           continue  # To the top, which saves.
@@ -328,7 +327,9 @@ def train(
           _write_prompt(directory, 'best', plan, state, scores, run)
         # Recorded last: what is recorded is not done again after a hard stop.
         report.evaluate(step, evaluation.split, scores)
-        if _patience_is_over(report.records, best_metric, early_stopping):
+        if selection.patience_is_over(
+          report.records, best_metric, early_stopping
+        ):
           last = keep = True
           _save(saved, state, sums)
       if keep:
@@ -392,39 +393,6 @@ def _check_evaluation(
   return False
 
 
-@contextlib.contextmanager
-def _explained(directory: epath.Path) -> Iterator[None]:
-  """Says what to do about a full disk, whoever ran into it."""
-  try:
-    yield
-  except Exception as error:
-    # Orbax, TensorStore and TensorFlow each have an exception of their own.
-    full = ('No space left on device', 'Disk quota exceeded')
-    if not any(text in f'{error} {error.__cause__}' for text in full):
-      raise
-    steps = checkpoints.finished_steps(directory / 'checkpoints')
-    raise OSError(
-      f'no space is left for {directory}. '
-      + (
-        f'Its checkpoint of step {steps[-1]} is whole'
-        if steps
-        else 'It holds no checkpoint yet'
-      )
-      + ': free space, and start the same command again, which goes on from'
-      f' {"there" if steps else "the beginning"}'
-    ) from error
-
-
-def _asked(received: Sequence[str], step: int = 0) -> bool:
-  """Whether to stop: every process does, or none."""
-  if jax.process_count() == 1:
-    return bool(received)
-  if step % 10:  # Asking the others takes time.
-    return False
-  asked = multihost_utils.process_allgather(np.array(bool(received)))
-  return bool(np.any(asked))
-
-
 def _save(
   saved: Checkpoints, state: state_lib.TrainState, sums: Mapping[str, float]
 ) -> None:
@@ -472,66 +440,6 @@ def _last_good(saved: Checkpoints) -> str:
   ) + '. Lower LEARNING_RATE, or look at the batch of that step'
 
 
-def score(
-  best_metric: str | None, scores: Mapping[str, Mapping[str, float]]
-) -> float:
-  """What is maximised: one number from the metrics of all tasks."""
-  if best_metric is not None:
-    name, sign = best_metric.removeprefix('-'), 1.0
-    if name != best_metric:
-      sign = -1.0
-    found = [s[name] for s in scores.values() if name in s]
-    if not found:
-      known = sorted({k for s in scores.values() for k in s})
-      raise ValueError(
-        f'BEST_METRIC {best_metric!r} is not among the metrics {known}'
-      )
-    return sign * float(np.mean(found))
-  own = [
-    value
-    for values in scores.values()
-    for name, value in values.items()
-    if name not in ('loss', 'token_accuracy', 'invalid')
-  ]
-  if own:
-    return float(np.mean(own))
-  return -float(np.mean([s['loss'] for s in scores.values()]))
-
-
-def _is_best(
-  records: Sequence[report_lib.Record],
-  best_metric: str | None,
-  scores: Mapping[str, Mapping[str, float]],
-) -> bool:
-  """Whether scores are better than all recorded ones."""
-  return score(best_metric, scores) > max(
-    _history(records, best_metric), default=-np.inf
-  )
-
-
-def _patience_is_over(
-  records: Sequence[report_lib.Record],
-  best_metric: str | None,
-  evaluations: int | None,
-) -> bool:
-  """Whether so many evaluations have brought no better score."""
-  values = _history(records, best_metric)
-  if evaluations is None or not values:
-    return False
-  return len(values) - 1 - int(np.argmax(values)) >= evaluations
-
-
-def _history(
-  records: Sequence[report_lib.Record], best_metric: str | None
-) -> list[float]:
-  """The score of each evaluation; one that is not a number is the least."""
-  values = [
-    score(best_metric, report_lib.scores_at(records, step))
-    for step in report_lib.evaluated_steps(records)
-  ]
-  return [-np.inf if np.isnan(value) else value for value in values]
-
-
 def _write_prompt(
   directory: epath.Path,
   name: str,
@@ -560,35 +468,6 @@ def _write_prompt(
   report_lib.write_atomically(
     folder / f'{name}.json', json.dumps(facts, indent=2) + '\n'
   )
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[str]]:
-  """Notes SIGTERM and Ctrl-C, to be acted on between two steps.
-
-  Once one has come, Ctrl-C ends the process where it stands.
-  """
-  received: list[str] = []
-  if threading.current_thread() is not threading.main_thread():
-    yield received
-    return
-
-  def note(number, frame):
-    del frame
-    received.append(signal.Signals(number).name)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Not by logging: the signal may have come in the middle of that. The code
-    # shows the cursor, which the progress bar hides.
-    cursor = '\x1b[?25h' if os.isatty(2) else ''
-    text = f'{cursor}{received[-1]}: saving; Ctrl-C leaves at once\n'
-    os.write(2, text.encode())
-
-  before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield received
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
 
 
 if __name__ == '__main__':

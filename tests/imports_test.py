@@ -32,6 +32,8 @@ LAYERS = (
   'seqio_task',
   'data',
   'report',
+  'selection',
+  'stopping',
   'predictor',
   'evaluate',
   'infer',

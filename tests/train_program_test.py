@@ -23,6 +23,8 @@ from ptune import (
   predictor,
   prompt_init,
   report,
+  selection,
+  stopping,
   train,
 )
 from ptune.methods import full, prompt
@@ -129,12 +131,14 @@ def test_the_best_prompt_is_that_of_the_best_score(undisturbed):
 
 def test_the_best_metric_can_be_named_and_less_can_be_better():
   scores = {'a': {'f1': 2.0, 'loss': 3.0}, 'b': {'f1': 4.0, 'loss': 1.0}}
-  assert train.score('f1', scores) == 3
-  assert train.score('-loss', scores) == -2
-  assert train.score(None, scores) == 3
-  assert train.score(None, {'a': {'loss': 3.0, 'token_accuracy': 9.0}}) == -3
+  assert selection.score('f1', scores) == 3
+  assert selection.score('-loss', scores) == -2
+  assert selection.score(None, scores) == 3
+  assert (
+    selection.score(None, {'a': {'loss': 3.0, 'token_accuracy': 9.0}}) == -3
+  )
   with pytest.raises(ValueError, match=r"'acc' is not among .*'f1', 'loss'"):
-    train.score('acc', scores)
+    selection.score('acc', scores)
 
 
 def test_every_parameter_can_be_trained_from_random_weights(tmp_path):
@@ -273,7 +277,7 @@ def test_processes_of_one_run_stop_together_and_go_on(tmp_path):
 
 def test_a_second_ctrl_c_is_not_waited_with():
   handler = signal.getsignal(signal.SIGINT)
-  with train._stop_signals() as received:
+  with stopping.signals() as received:
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
     assert received == ['SIGTERM', 'SIGTERM']
