@@ -220,8 +220,9 @@ class RelativePositionBias(nn.Module):
 class Attention(nn.Module):
   """Multi-head attention. T5 does not scale its logits by the head size.
 
-  Sites: `query`, `key`, `value` [batch, length, heads, kv], `out` [batch,
-  length, embed].
+  Sites: `query`, `key`, `value` [batch, length, heads, kv], what is projected;
+  `keys`, `values` [batch, k, heads, kv], all that is attended to, with what
+  lies in the cache; `out` [batch, length, embed].
   """
 
   num_heads: int
@@ -239,6 +240,7 @@ class Attention(nn.Module):
     bias: jax.Array | None = None,
     *,
     cache_index: jax.Array | None = None,
+    prefill: bool = False,
     enable_dropout: bool = False,
   ) -> jax.Array:
     """Attends from each query position to the keys that the mask allows.
@@ -249,8 +251,9 @@ class Attention(nn.Module):
       mask: Broadcasts to [batch, heads, q, k]; True where a query may look.
       bias: Broadcasts to [batch, heads, q, k], added to the logits.
       cache_index: When decoding, the position of the one query; the keys and
-        values of all positions are then kept in the `cache` collection, whose
-        length the first call (which makes the cache) sets.
+        values of all positions are then kept in the `cache` collection. The
+        first call makes it, with the length of its inputs, at position 0.
+      prefill: Whether that call's own keys and values are kept.
       enable_dropout: Whether attention weights are dropped.
 
     Returns:
@@ -260,7 +263,14 @@ class Attention(nn.Module):
     k = self._project('key', inputs_kv)
     v = self._project('value', inputs_kv)
     if cache_index is not None:
-      k, v = self._cached(k, v, cache_index)
+      k, v = self._cached(k, v, cache_index, prefill)
+    k = adapt(self, self.placements, 'keys', inputs_kv, k)
+    v = adapt(self, self.placements, 'values', inputs_kv, v)
+    # What adapters put before the keys is seen from everywhere.
+    added = [(0, 0)] * 3 + [(k.shape[1] - mask.shape[-1], 0)]
+    mask = jnp.pad(mask, added, constant_values=True)
+    if bias is not None:
+      bias = jnp.pad(bias, added)
 
     # [b, q, h, d], [b, k, h, d] -> [b, h, q, k]
     logits = jnp.einsum(
@@ -303,13 +313,14 @@ class Attention(nn.Module):
     return adapt(self, self.placements, site, x, y)
 
   def _cached(
-    self, k: jax.Array, v: jax.Array, index: jax.Array
+    self, k: jax.Array, v: jax.Array, index: jax.Array, prefill: bool
   ) -> tuple[jax.Array, jax.Array]:
     """Writes one position into the cache, and returns all positions."""
     filled = self.has_variable('cache', 'cached_key')
     cached = []
     for name, x in (('cached_key', k), ('cached_value', v)):
-      cache = self.variable('cache', name, jnp.zeros, x.shape, x.dtype)
+      start = x if prefill else jnp.zeros_like(x)
+      cache = self.variable('cache', name, lambda start=start: start)
       if filled:
         cache.value = lax.dynamic_update_slice(
           cache.value, x.astype(cache.value.dtype), (0, index, 0, 0)

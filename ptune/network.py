@@ -96,6 +96,7 @@ class DecoderLayer(nn.Module):
     bias,
     *,
     cache_index=None,
+    prefill: bool = False,
     enable_dropout: bool = False,
   ):
     """[batch, length, embed] -> the same shape."""
@@ -120,7 +121,15 @@ class DecoderLayer(nn.Module):
     x = adapt(self, place, 'input', x, x)
 
     h = LayerNorm(dtype, name='pre_self_attention_layer_norm')(x)
-    y = attention('self_attention', h, h, mask, bias, cache_index=cache_index)
+    y = attention(
+      'self_attention',
+      h,
+      h,
+      mask,
+      bias,
+      cache_index=cache_index,
+      prefill=prefill,
+    )
     x = x + dropout(adapt(self, place, 'self_attention', h, y))
 
     h = LayerNorm(dtype, name='pre_cross_attention_layer_norm')(x)
@@ -141,7 +150,11 @@ class DecoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-  """The encoder. Site `embed`: tokens [batch, length] in, embeddings out."""
+  """The encoder.
+
+  Sites: `embed` (tokens [batch, length] in, embeddings out), `mask` (which
+  positions each one sees: bool, broadcasts to [batch, heads, q, k]), `output`.
+  """
 
   config: T5Config
   token_embedder: Embed
@@ -161,6 +174,7 @@ class Encoder(nn.Module):
     if segment_ids is not None:
       _refuse_packing(tokens, length)
       mask &= segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    mask = adapt(self, self.placements, 'mask', tokens, mask)
     bias = RelativePositionBias(
       cfg.num_heads,
       True,
@@ -184,7 +198,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """The decoder and the output layer. Site `embed` as in the encoder."""
+  """The decoder and the output layer.
+
+  Sites: `embed`, `mask` and `output` as in the encoder, `encoder_mask` (which
+  encoded positions are seen).
+  """
 
   config: T5Config
   token_embedder: Embed
@@ -195,8 +213,10 @@ class Decoder(nn.Module):
     self,
     tokens,
     encoded,
-    mask,
-    encoder_mask,
+    encoder_tokens,
+    target_tokens,
+    encoder_segment_ids=None,
+    segment_ids=None,
     *,
     decode=False,
     enable_dropout=False,
@@ -206,14 +226,16 @@ class Decoder(nn.Module):
     With decode, the first call makes the cache for `length` positions, and
     each later one takes the token of the next position, [batch, 1].
     """
-    cfg = self.config
+    cfg, place = self.config, self.placements
     dtype = jnp.dtype(cfg.dtype)
     x = self.token_embedder(tokens)
-    x = adapt(self, self.placements, 'embed', tokens, x)
+    x = adapt(self, place, 'embed', tokens, x)
     x = constrain(x, 'batch', 'length', 'embed')
+    added = x.shape[1] - tokens.shape[1]
 
     cache_index = None
     if decode and self.has_variable('cache', 'cache_index'):
+      x = x[:, added:]  # What was added lies in the cache.
       bias = self.get_variable('cache', 'cached_bias')
       cache_index = self.get_variable('cache', 'cache_index')
       length = bias.shape[-1]
@@ -222,17 +244,34 @@ class Decoder(nn.Module):
       mask = (jnp.arange(length) <= cache_index)[None, None, None, :]
       self.put_variable('cache', 'cache_index', cache_index + 1)
     else:
+      length = x.shape[1]
       bias = RelativePositionBias(
         cfg.num_heads,
         False,
         cfg.relative_attention_num_buckets,
         cfg.relative_attention_max_distance,
         name='relpos_bias',
-      )(x.shape[1])
+      )(length)
+      positions = jnp.arange(length)
+      # [1, 1, q, k] & [batch, 1, 1, k]
+      mask = (positions[:, None] >= positions[None, :])[None, None]
       if decode:
         cache_index = jnp.zeros((), jnp.int32)
         self.put_variable('cache', 'cached_bias', bias)
-        self.put_variable('cache', 'cache_index', cache_index)
+        self.put_variable('cache', 'cache_index', cache_index + added)
+      else:
+        mask = mask & grow(target_tokens > 0, length)[:, None, None, :]
+    encoder_mask = grow(encoder_tokens > 0, encoded.shape[1])[:, None, None, :]
+    if segment_ids is not None:
+      _refuse_packing(encoder_tokens, encoded.shape[1])
+      _refuse_packing(tokens, length)
+      queries = segment_ids[:, None, :, None]
+      mask = mask & (queries == segment_ids[:, None, None, :])
+      encoder_mask &= queries == encoder_segment_ids[:, None, None, :]
+    mask = adapt(self, place, 'mask', tokens, mask)
+    encoder_mask = adapt(
+      self, place, 'encoder_mask', encoder_tokens, encoder_mask
+    )
 
     dropout = nn.Dropout(
       cfg.dropout_rate,
@@ -248,10 +287,12 @@ class Decoder(nn.Module):
         encoder_mask,
         bias,
         cache_index=cache_index,
+        prefill=added > 0,
         enable_dropout=enable_dropout,
       )
+    x = x[:, -tokens.shape[1] :]
     x = dropout(LayerNorm(dtype, name='decoder_norm')(x))
-    x = adapt(self, self.placements, 'output', tokens, x)
+    x = adapt(self, place, 'output', tokens, x)
     if cfg.logits_via_embedding:
       logits = self.token_embedder.attend(x * cfg.emb_dim**-0.5)
     else:
@@ -337,26 +378,13 @@ class Transformer(nn.Module):
       Logits [batch, target length, vocab], float32.
     """
     del decoder_positions, max_decode_length
-    valid = grow(encoder_input_tokens > 0, encoded.shape[1])
-    encoder_mask = valid[:, None, None, :]
-    length = decoder_input_tokens.shape[1]
-    positions = jnp.arange(length)
-    # [1, 1, q, k] & [batch, 1, 1, k]
-    mask = (positions[:, None] >= positions[None, :])[None, None]
-    if not decode:
-      mask = mask & (decoder_target_tokens > 0)[:, None, None, :]
-    if decoder_segment_ids is not None:
-      _refuse_packing(encoder_input_tokens, encoded.shape[1])
-      queries = decoder_segment_ids[:, None, :, None]
-      mask = mask & (queries == decoder_segment_ids[:, None, None, :])
-      encoder_mask = encoder_mask & (
-        queries == encoder_segment_ids[:, None, None, :]
-      )
     return self.decoder(
       decoder_input_tokens,
       encoded,
-      mask,
-      encoder_mask,
+      encoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids,
+      decoder_segment_ids,
       decode=decode,
       enable_dropout=enable_dropout,
     )
@@ -395,7 +423,7 @@ class Transformer(nn.Module):
 def _refuse_packing(tokens: jax.Array, length: int) -> None:
   if length != tokens.shape[1]:
     raise ValueError(
-      'an adapter changes the length of the encoder, so examples cannot be'
+      'an adapter changes the length of what is read, so examples cannot be'
       ' packed: each would need a prompt of its own. Turn packing off'
     )
 

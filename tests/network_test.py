@@ -694,7 +694,7 @@ class Scale(nn.Module):
 
 
 def shallow_sites():
-  attention = ('query', 'key', 'value', 'out')
+  attention = ('query', 'key', 'value', 'keys', 'values', 'out')
   mlp = ('wi_0', 'wi_1', 'hidden', 'wo')
   layers = {
     'encoder/layers_0': {'attention': attention, 'mlp': mlp},
@@ -705,6 +705,7 @@ def shallow_sites():
     },
   }
   sites = [f'{s}/{site}' for s in ('encoder', 'decoder') for site in ENDS]
+  sites += MASKS
   for layer, sublayers in layers.items():
     sites.append(f'{layer}/input')
     for sublayer, inner in sublayers.items():
@@ -714,15 +715,16 @@ def shallow_sites():
 
 
 ENDS = ('embed', 'output')
+MASKS = ('encoder/mask', 'decoder/mask', 'decoder/encoder_mask')
 
 
 def test_all_sites_are_listed_and_an_adapter_at_each_matters():
   assert network.sites(network.Transformer(SHALLOW)) == shallow_sites()
+  scaled = [site for site in shallow_sites() if site not in MASKS]
   net = network.Transformer(
     SHALLOW,
     tuple(
-      Placement(site, f'test_{site.split("/")[-1]}', Scale)
-      for site in shallow_sites()
+      Placement(site, f'test_{site.split("/")[-1]}', Scale) for site in scaled
     ),
   )
   # Names of the base's parameters do not change, whatever is adapted.
@@ -730,7 +732,7 @@ def test_all_sites_are_listed_and_an_adapter_at_each_matters():
   added = {k for k in network.parameters(net) if k.endswith('/factor')}
   assert network.parameters(net).keys() - added == base.keys()
   owners = {k.replace('test_', '').removesuffix('/factor') for k in added}
-  assert owners == set(shallow_sites())
+  assert owners == set(scaled)
   assert network.sites(net) == shallow_sites()
 
   model, plain = EncoderDecoderModel(net), network.Transformer(SHALLOW)
@@ -747,6 +749,80 @@ def test_all_sites_are_listed_and_an_adapter_at_each_matters():
   np.testing.assert_allclose(value, want, rtol=1e-6)
 
 
+class OnlyFirst(nn.Module):
+  """A mask that shows the first key alone."""
+
+  @nn.compact
+  def __call__(self, x, y):
+    del x
+    first = jnp.arange(y.shape[-1]) == 0
+    return y & first[None, None, None]
+
+
+@pytest.mark.parametrize('site', MASKS)
+def test_a_mask_is_changed_where_it_stands(site):
+  def logits(*placements):
+    net = network.Transformer(SHALLOW, placements)
+    return EncoderDecoderModel(net).logits(params, BATCH)
+
+  params = random_params(network.Transformer(SHALLOW))
+  plain, masked = logits(), logits(Placement(site, 'test', OnlyFirst))
+  # The decoder's first position sees nothing but itself in any case.
+  first = np.abs(plain - masked)[:, 0].max()
+  assert np.abs(plain - masked).max() > 1e-2
+  assert (first < 1e-5) == (site == 'decoder/mask')
+
+
+class Before(nn.Module):
+  """Two learned positions before whatever comes, on axis 1."""
+
+  @nn.compact
+  def __call__(self, x, y):
+    del x
+    shape = (2, *y.shape[2:])
+    added = self.param('added', nn.initializers.normal(1.0), shape)
+    added = jnp.broadcast_to(added, (len(y), *shape)).astype(y.dtype)
+    return jnp.concatenate([added, y], axis=1)
+
+
+@pytest.mark.parametrize(
+  'sites',
+  [
+    ('decoder/embed',),
+    ('decoder/layers_*/*attention/keys', 'decoder/layers_*/*attention/values'),
+  ],
+)
+def test_what_stands_before_the_decoder_s_positions_is_cached(sites):
+  placements = tuple(
+    Placement(site, f'test_{i}', Before) for i, site in enumerate(sites)
+  )
+  net = network.Transformer(SHALLOW, placements)
+  params = random_params(net)
+  model = EncoderDecoderModel(net)
+  tokens, _ = jax.jit(lambda p, x: model.predict(p, x, 8))(
+    params, BATCH['encoder_input_tokens']
+  )
+  batch = {
+    'encoder_input_tokens': BATCH['encoder_input_tokens'],
+    'decoder_input_tokens': jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1],
+    'decoder_target_tokens': jnp.ones_like(tokens),
+  }
+  logits = model.logits(params, batch)
+  assert logits.shape[:2] == tokens.shape
+  greedy = np.array(jnp.argmax(logits, axis=-1))
+  ended = np.cumsum(np.asarray(tokens) == 1, axis=1) > 0
+  keep = np.pad(~ended, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
+  np.testing.assert_array_equal(greedy[keep], np.asarray(tokens)[keep])
+  # And it is seen: without it the logits are others.
+  gone = {k: v for k, v in flat(params).items() if 'test_' not in k}
+  plain = EncoderDecoderModel(network.Transformer(SHALLOW))
+  assert np.abs(plain.logits(nested(gone), batch) - logits).max() > 1e-2
+
+
+def flat(tree):
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
 def test_sites_of_an_mlp_without_gate_and_of_a_prompted_network():
   tied = set(network.sites(network.Transformer(TIED)))
   assert {'encoder/layers_1/mlp/wi', 'decoder/layers_2/mlp/wi'} <= tied
@@ -756,7 +832,7 @@ def test_sites_of_an_mlp_without_gate_and_of_a_prompted_network():
 
 def test_a_pattern_stays_within_a_component_and_sites_share_no_parameters():
   net = network.Transformer(
-    TINY, (Placement('*/layers_*/attention/k*', 'test', Scale),)
+    TINY, (Placement('*/layers_*/attention/q*', 'test', Scale),)
   )
   added = network.parameters(net).keys() - network.parameters(PLAIN).keys()
   assert added == {
