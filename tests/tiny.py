@@ -49,7 +49,7 @@ CONFIG = sizes.T5Config(
 )
 GIN = """\
 from __gin__ import dynamic_registration
-from ptune import network
+from ptune import sizes
 MODEL = @sizes.t5()
 sizes.t5:
   vocab_size = 264
