@@ -49,8 +49,11 @@ class Method:
     placements: The adapters, applied in this order where they share a site.
     trainable: Path patterns of the parameters that are trained; here `*`
       stands for any text, `/` included. All others are frozen.
-    prompt: Path of the [prompt, embed] parameter that is written as
-      `prompts/step_N.npy`, for methods that have one.
+    prompt: Path of the [prompt, embed] array, among the folded parameters,
+      that is written as `prompts/step_N.npy`, for methods that have one.
+    fold: Turns the trained parameters, by path, into those of a simpler method
+      that answers the same, such as a network that makes a prompt into the
+      prompt. None where there is nothing to fold.
     initial: Initialisers of `prompt_init`, by path, for parameters whose first
       value is made on the host; the others have Flax's.
   """
@@ -59,6 +62,7 @@ class Method:
   placements: tuple[Placement, ...]
   trainable: tuple[str, ...]
   prompt: str | None = None
+  fold: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
   initial: Mapping[str, Callable[..., Any]] = dataclasses.field(
     default_factory=dict
   )

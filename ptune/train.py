@@ -453,7 +453,9 @@ def _write_prompt(
   if path is None or jax.process_index() != 0:
     return
   step = int(state.step)
-  prompt = np.asarray(parameters.flatten(state.trainable)[path], np.float32)
+  trained = parameters.flatten(state.trainable)
+  folded = plan.method.fold(trained) if plan.method.fold else trained
+  prompt = np.asarray(folded[path], np.float32)
   buffer = io.BytesIO()
   np.save(buffer, prompt)
   facts = {
