@@ -29,6 +29,11 @@ LOGICAL_AXIS_RULES = (
   ('relpos_buckets', None),
   ('prompt', None),
   ('prompt_embed', None),
+  ('adapter_in', None),
+  ('adapter_hidden', None),
+  ('adapter_out', None),
+  ('adapter_heads', None),
+  ('adapter_kv', None),
 )
 
 Rules = Sequence[tuple[str, str | None]]

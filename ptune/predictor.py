@@ -71,10 +71,11 @@ def check(
     run = _check_run(model_dir)
     checkpoints.compare(model_dir, run, parameters.identity(plan))
     return
-  if prompt_file is not None and plan.method.prompt is None:
+  # None, or one that it folds others into, which methods/prompt.gin reads.
+  if prompt_file is not None and plan.method.prompt not in plan.params:
     raise ValueError(
       f'method {plan.method.name!r} has no prompt to be read from PROMPT_FILE;'
-      ' give MODEL_DIR'
+      ' give MODEL_DIR, or read a prompt with methods/prompt.gin'
     )
   if prompt_file is None and plan.adapters:
     raise ValueError(

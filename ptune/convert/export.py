@@ -26,6 +26,8 @@ from ptune.convert.huggingface import read_json
 from ptune.convert.prompts import FACTS, PATH, Prompt
 from ptune.convert.source import Leaf, Source
 
+# Methods whose prompts stand before the first token, and are all there is.
+PLAIN = ('prompt', 'p_tuning/mlp', 'p_tuning/lstm', 'residual')
 FORMATS = ('npy', 'peft', 't5x', 'safetensors')
 
 # What a directory must hold one of, to be replaced as an earlier output.
@@ -76,7 +78,7 @@ def export(
   if layout == 'safetensors':
     return _export_safetensors(prompt, target)
   method = prompt.facts.get('method', 'prompt')
-  if method != 'prompt':
+  if method not in PLAIN:
     raise ValueError(
       f'{prompt.path} was trained by method {method!r}; {layout} puts a prompt '
       'before the first token, and nothing else, so that it would mean '

@@ -13,6 +13,7 @@ small).
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +31,13 @@ class Prompt(nn.Module):
   """The parameter, float32 [prompt, embed], by T5X's name and axes."""
 
   length: int
+  init: nn.initializers.Initializer = nn.initializers.uniform(1.0)
 
   @nn.compact
   def __call__(self, embed: int) -> jax.Array:
     return partitioning.param_with_axes(
       'prompt',
-      nn.initializers.uniform(1.0),
+      self.init,
       (self.length, embed),
       jnp.float32,
       axes=('prompt', 'prompt_embed'),
@@ -49,10 +51,12 @@ class InsertPrompt(nn.Module):
     length: Rows of the prompt.
     position: 'start'; 'after_first', behind the first token; 'before_eos',
       behind the last token but its EOS.
+    source: The module that holds, or makes, the prompt; called as `Prompt`.
   """
 
   length: int
   position: str = 'start'
+  source: Callable[..., nn.Module] = Prompt
 
   @nn.compact
   def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -65,7 +69,7 @@ class InsertPrompt(nn.Module):
     Returns:
       [batch, prompt + length, embed]
     """
-    prompt = Prompt(self.length, name='prompt')(y.shape[-1])
+    prompt = self.source(length=self.length, name='prompt')(y.shape[-1])
     prompt = jnp.broadcast_to(
       prompt.astype(y.dtype), (y.shape[0], *prompt.shape)
     )
@@ -101,8 +105,7 @@ def prompt(
   Raises:
     ValueError: If the length is below 1 or the position unknown.
   """
-  if length < 1:
-    raise ValueError(f'PROMPT_LENGTH is {length}; it must be at least 1')
+  check_length(length)
   if position not in POSITIONS:
     raise ValueError(f'prompt position {position!r} is not one of {POSITIONS}')
   adapter = functools.partial(InsertPrompt, length=length, position=position)
@@ -113,3 +116,9 @@ def prompt(
     prompt=PATH,
     initial={PATH: init or prompt_init.random_uniform()},
   )
+
+
+def check_length(length: int) -> None:
+  """Raises a ValueError if a prompt cannot have this length."""
+  if length < 1:
+    raise ValueError(f'PROMPT_LENGTH is {length}; it must be at least 1')
