@@ -17,7 +17,7 @@ parameters it trains.
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,13 @@ class Method:
     fold: Turns the trained parameters, by path, into those of a simpler method
       that answers the same, such as a network that makes a prompt into the
       prompt. None where there is nothing to fold.
+    merge: Called with the path and the value (float32, NumPy) of a base
+      parameter, and the folded parameters; returns what the parameter is in a
+      model of the base's own shape that answers the same. None where there is
+      no such model.
+    settings: What the folded parameters mean, where their names and shapes do
+      not tell: arguments of the method's function, as JSON has them. Stored
+      with a run and beside its parameters.
     initial: Initialisers of `prompt_init`, by path, for parameters whose first
       value is made on the host; the others have Flax's.
   """
@@ -63,6 +70,8 @@ class Method:
   trainable: tuple[str, ...]
   prompt: str | None = None
   fold: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+  merge: Callable[[str, Any, Mapping[str, Any]], Any] | None = None
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   initial: Mapping[str, Callable[..., Any]] = dataclasses.field(
     default_factory=dict
   )
@@ -70,6 +79,55 @@ class Method:
   def trains(self, path: str) -> bool:
     """Whether the parameter at `path`, such as `encoder/prompt/...`, learns."""
     return any(fnmatch.fnmatchcase(path, p) for p in self.trainable)
+
+
+def take(path: str, value: Any, trained: Mapping[str, Any]) -> Any:
+  """`Method.merge` of methods that train parameters of the base itself."""
+  return trained.get(path, value)
+
+
+def combine(methods: Sequence[Method]) -> Method:
+  """Several methods as one: a prompt together with LoRA, say.
+
+  Their adapters are placed, and what each trains is trained. Trained
+  parameters are written together; they can be merged if those of each can.
+
+  Raises:
+    ValueError: If two of them have an adapter of the same name at a site.
+  """
+  places = [(p.site, p.name) for m in methods for p in m.placements]
+  twice = sorted({place for place in places if places.count(place) > 1})
+  if twice or not methods:
+    raise ValueError(
+      f'methods {[m.name for m in methods]} cannot be combined: there must be'
+      f' one at least, and these (site, name) are taken twice: {twice}'
+    )
+
+  def own(method, trained):
+    return {path: x for path, x in trained.items() if method.trains(path)}
+
+  def fold(trained):
+    folded = {}
+    for method in methods:
+      mine = own(method, trained)
+      folded |= method.fold(mine) if method.fold else mine
+    return folded
+
+  def merge(path, value, trained):
+    for method in methods:
+      assert method.merge is not None
+      value = method.merge(path, value, trained)
+    return value
+
+  return Method(
+    name='+'.join(method.name for method in methods),
+    placements=tuple(p for m in methods for p in m.placements),
+    trainable=tuple(p for m in methods for p in m.trainable),
+    fold=fold,
+    merge=merge if all(m.merge for m in methods) else None,
+    settings={'methods': [dict(m.settings) for m in methods]},
+    initial={path: init for m in methods for path, init in m.initial.items()},
+  )
 
 
 def matches(pattern: str, path: str) -> bool:

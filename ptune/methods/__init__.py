@@ -1,1 +1,39 @@
 """Parameter-efficient methods, one module each; see `adapters.Method`."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ptune.adapters import Method, combine
+
+
+def functions() -> dict[str, Callable[..., Method]]:
+  """Every method by name: the function that is called as its module."""
+  found = {}
+  for module in pkgutil.iter_modules(__path__):
+    of = importlib.import_module(f'{__name__}.{module.name}')
+    if hasattr(of, module.name):
+      found[module.name] = getattr(of, module.name)
+  return found
+
+
+def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
+  """The method that a run was trained with, up to its sizes.
+
+  Args:
+    name: Its `Method.name`, such as 'lora', 'prefix/mlp', 'prompt+lora'.
+    settings: Its `Method.settings`.
+
+  Raises:
+    ValueError: If there is no such method.
+  """
+  settings = dict(settings or {})
+  if '+' in name:
+    parts = zip(name.split('+'), settings['methods'], strict=True)
+    return combine([make(*part) for part in parts])
+  known = functions()
+  function = known.get(name.partition('/')[0])
+  if function is None:
+    raise ValueError(f'no method {name!r}; there are {sorted(known)}')
+  return function(**settings)

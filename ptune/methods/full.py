@@ -6,9 +6,9 @@ tuning" in Lester et al. 2021), and what pre-training uses.
     --gin_file=methods/full.gin
 """
 
-from ptune.adapters import Method
+from ptune.adapters import Method, take
 
 
 def full() -> Method:
   """Trains all parameters of the network as it is."""
-  return Method(name='full', placements=(), trainable=('*',))
+  return Method(name='full', placements=(), trainable=('*',), merge=take)

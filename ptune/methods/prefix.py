@@ -1,0 +1,158 @@
+"""Prefix tuning: learned keys and values before those of every attention.
+
+Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation"
+(arXiv 2101.00190), section 4. In an attention with keys K and values V [length,
+heads, kv], each head attends to
+
+    [P_k; K]  and  [P_v; V]      [prefix + length, heads, kv]
+
+for queries from everywhere, at a relative position bias of 0. As in the paper,
+the encoder, the decoder and its attention to the encoder all have a prefix; in
+PEFT only the two of the decoder have one (`attentions`).
+
+Learned directly, P often trains badly; the paper makes it (section 4.3) of a
+smaller matrix by an MLP, which is dropped afterwards:
+
+    P = tanh(E A) B      E [prefix, hidden], A [hidden, hidden],
+                         B [hidden, joined_kv]
+
+Here each P has an E and an A of its own, where the paper's layers share them,
+and there are no biases.
+
+Trained: P, or E, A and B. What a run writes is P in both cases, to be used
+without `hidden`.
+
+    --gin_file=methods/prefix.gin
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen import partitioning
+
+from ptune.adapters import Method, Placement
+from ptune.layers import Dense
+from ptune.methods.prompt import check_length
+
+STACKS = {
+  'attention': 'encoder',
+  'self_attention': 'decoder',
+  'encoder_decoder_attention': 'decoder',
+}
+# About the size of a T5's keys and values.
+_INIT = nn.initializers.normal(1.0)
+
+
+class Prefix(nn.Module):
+  """Puts learned rows before those of every example.
+
+  Attributes:
+    length: How many.
+    hidden: Units of the MLP that makes them; None where they are learned.
+  """
+
+  length: int
+  hidden: int | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    """y [batch, k, heads, kv] -> [batch, prefix + k, heads, kv]."""
+    del x
+    joined = math.prod(y.shape[2:])
+    if self.hidden is None:
+      prefix = partitioning.param_with_axes(
+        'prefix',
+        _INIT,
+        (self.length, joined),
+        jnp.float32,
+        axes=('prompt', 'adapter_out'),
+      )
+    else:
+      prefix = Made(self.length, self.hidden, name='made')(joined)
+    prefix = prefix.astype(y.dtype).reshape(1, self.length, *y.shape[2:])
+    prefix = jnp.broadcast_to(prefix, (y.shape[0], *prefix.shape[1:]))
+    return jnp.concatenate([prefix, y], axis=1)
+
+
+class Made(nn.Module):
+  """A prefix [prefix, joined_kv] that an MLP makes of a smaller matrix."""
+
+  length: int
+  hidden: int
+
+  @nn.compact
+  def __call__(self, joined: int) -> jax.Array:
+    rows = partitioning.param_with_axes(
+      'embedding',
+      _INIT,
+      (self.length, self.hidden),
+      jnp.float32,
+      axes=('prompt', 'adapter_in'),
+    )
+    h = Dense(self.hidden, ('adapter_in', 'adapter_hidden'), name='wi')(rows)
+    return Dense(joined, ('adapter_hidden', 'adapter_out'), name='wo')(
+      jnp.tanh(h)
+    )
+
+
+def _fold(trained: Mapping[str, Any]) -> dict[str, Any]:
+  """{'.../made/embedding': E, ...} -> {'.../prefix': tanh(E A) B}."""
+  places = {path.partition('/made/')[0] for path in trained}
+  return {
+    f'{place}/prefix': np.tanh(
+      trained[f'{place}/made/embedding'] @ trained[f'{place}/made/wi/kernel']
+    )
+    @ trained[f'{place}/made/wo/kernel']
+    for place in sorted(places)
+  }
+
+
+def prefix(
+  length: int = 20,
+  hidden: int | None = None,
+  attentions: Sequence[str] = tuple(STACKS),
+) -> Method:
+  """Prefixes of `length` keys and values in every layer; the rest is frozen.
+
+  Args:
+    length: Rows of each prefix (PROMPT_LENGTH).
+    hidden: Units of the MLP that makes them while they are trained; None to
+      learn them directly.
+    attentions: Which have one: 'attention' (the encoder's), 'self_attention'
+      and 'encoder_decoder_attention' (the decoder's).
+
+  Raises:
+    ValueError: If a size is below 1, or an attention unknown.
+  """
+  check_length(length)
+  if hidden is not None and hidden < 1:
+    raise ValueError(f'hidden is {hidden}; it must be None or at least 1')
+  unknown = sorted(set(attentions) - set(STACKS))
+  if unknown or not attentions:
+    raise ValueError(
+      f'attentions are {list(attentions)}; choose at least one of'
+      f' {list(STACKS)}'
+    )
+  adapter = functools.partial(Prefix, length=length, hidden=hidden)
+  return Method(
+    name='prefix' if hidden is None else 'prefix/mlp',
+    placements=tuple(
+      Placement(
+        f'{STACKS[attention]}/layers_*/{attention}/{site}',
+        f'{site}_prefix',
+        adapter,
+      )
+      for attention in STACKS
+      if attention in attentions
+      for site in ('keys', 'values')
+    ),
+    trainable=('*_prefix/*',),
+    fold=None if hidden is None else _fold,
+    settings={'attentions': [a for a in STACKS if a in attentions]},
+  )
