@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,10 @@ _FACTS = {
   'base': 'frozen weights, from INITIAL_CHECKPOINT_PATH (their fingerprint)',
   'initial_step': 'step of INITIAL_CHECKPOINT_PATH',
 }
+
+# Seconds before a failed save is tried again: what is to be freed on a disk, or
+# to come back in a bucket, may take a moment.
+PAUSES = (1.0, 5.0, 25.0)
 
 # What an optimizer step leaves behind between two records of the log.
 Sums = Mapping[str, float]
@@ -79,6 +84,9 @@ def restore(
 ) -> tuple[TrainState, Sums] | None:
   """Reads the newest checkpoint that can be read; changes nothing on disk.
 
+  Of several processes, each reads what its devices hold, and they agree: a
+  checkpoint that one of them cannot read is passed over by all.
+
   Args:
     directory: Usually MODEL_DIR/checkpoints; need not exist.
     like: Shapes, types and shardings of the state.
@@ -91,12 +99,18 @@ def restore(
     ValueError: If there are checkpoints and none can be read.
   """
   directory = epath.Path(directory)
-  if not directory.is_dir():
+  steps = finished_steps(directory)[::-1]
+  if len(set(_gathered(steps[0] if steps else -1))) > 1:
+    raise ValueError(
+      f'the processes see different checkpoints in {directory}: MODEL_DIR must'
+      ' be in a bucket, or on a file system that all hosts share'
+    )
+  if not steps:
     return None
   target = flax.serialization.to_state_dict(like)
   with _reader(directory) as reader:
-    steps = sorted(reader.all_steps(), reverse=True)
     for step in steps:
+      found, problem = None, 'another process cannot read it'
       try:
         found = reader.restore(
           step,
@@ -104,8 +118,6 @@ def restore(
             state=ocp.args.StandardRestore(target), sums=ocp.args.JsonRestore()
           ),
         )
-        state = flax.serialization.from_state_dict(like, found['state'])
-        return state, found['sums']
       except Exception as error:  # Whatever a damaged file may raise.
         if 'tree structures do not match' in str(error):
           raise ValueError(
@@ -113,18 +125,28 @@ def restore(
             ' optimizer: set OPTIMIZER and its settings as they were, or choose'
             ' another MODEL_DIR. Nothing was changed'
           ) from error
-        logging.error(
-          'checkpoint %s cannot be read and is passed over: %s',
-          directory / str(step),
-          _first_line(error),
-        )
-  if not steps:
-    return None
+        problem = _first_line(error)
+      if all(_gathered(found is not None)):
+        assert found is not None
+        state = flax.serialization.from_state_dict(like, found['state'])
+        return state, found['sums']
+      logging.error(
+        'checkpoint %s cannot be read and is passed over: %s',
+        directory / str(step),
+        problem,
+      )
   raise ValueError(
     f'none of the checkpoints {steps} in {directory} can be read (see above).'
     ' Nothing was changed. Restore their files, or, to train from the'
     ' beginning, choose another MODEL_DIR'
   )
+
+
+def _gathered(value: int) -> list[int]:
+  """What each process has for a value."""
+  if jax.process_count() == 1:
+    return [value]
+  return multihost_utils.process_allgather(np.int32(value)).tolist()
 
 
 def _first_line(error: Exception) -> str:
@@ -146,8 +168,17 @@ def finished_steps(directory: os.PathLike[str]) -> list[int]:
 
 
 def _reader(directory: epath.Path) -> ocp.CheckpointManager:
+  # Each process by itself: Orbax would wait for one that has failed.
+  this = jax.process_index()
   options = ocp.CheckpointManagerOptions(
-    read_only=True, create=False, save_interval_steps=0
+    read_only=True,
+    create=False,
+    save_interval_steps=0,
+    multiprocessing_options=ocp.options.MultiprocessingOptions(
+      primary_host=this,
+      active_processes={this},
+      barrier_sync_key_prefix=f'process {this}',
+    ),
   )
   return ocp.CheckpointManager(directory, options=options)
 
@@ -176,11 +207,61 @@ class Checkpoints:
           _set_aside(self.directory / str(step))
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f'opened {self.directory}')
+    self._keep = keep
     self._manager = _manager(self.directory, keep)
 
-  def save(self, state: TrainState, sums: Sums) -> None:
-    """Starts writing a state; the caller may donate it afterwards."""
-    _save(self._manager, state, sums)
+  @property
+  def failed(self) -> bool:
+    """Whether what was being written is lost, and a state is to be saved.
+
+    Known in one process alone: several cannot try again together.
+    """
+    if jax.process_count() > 1:
+      return False
+    try:
+      self._manager.check_for_errors()
+    except Exception:  # Which `save` finds, too.
+      return True
+    return False
+
+  def save(self, state: TrainState, sums: Sums, wait: bool = False) -> None:
+    """Starts writing a state; the caller may donate it afterwards.
+
+    If that fails, or what was written before has failed, the disk or bucket is
+    given some time, and the state is written again.
+
+    Args:
+      state: The state.
+      sums: What the log has not told yet.
+      wait: Return when it is on disk.
+
+    Raises:
+      Exception: Whatever the file system raised, in the end.
+    """
+    for pause in (*PAUSES, None):
+      try:
+        self._manager.wait_until_finished()
+        _save(self._manager, state, sums)
+        if wait:
+          self._manager.wait_until_finished()
+        return
+      except Exception as error:
+        # Orbax, TensorStore and TensorFlow each have an exception of their own.
+        if pause is None or jax.process_count() > 1:
+          raise
+        logging.error(
+          'step %d could not be saved in %s (%s); trying again in %g s',
+          int(state.step),
+          self.directory,
+          _first_line(error),
+          pause,
+        )
+        time.sleep(pause)
+        wait = True
+        with contextlib.suppress(Exception):
+          self._manager.close()
+        with contextlib.suppress(Exception):  # Cleans up what was begun.
+          self._manager = _manager(self.directory, self._keep)
 
   @property
   def newest(self) -> int | None:

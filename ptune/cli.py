@@ -18,9 +18,10 @@ import pathlib
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
-from ptune import gin_files
+from ptune import gin_files, processes
 
 # Programs that gin configures: module, function, what it does.
 PROGRAMS = {
@@ -84,12 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
   _set_up_logging()
   try:
     _initialize_processes(args)
-    return _use(args) if args.program in TOOLS else _run(args)
+    status = _use(args) if args.program in TOOLS else _run(args)
   except Exception as error:
-    if not _is_for_users(error):
-      raise
-    print(f'ptune {args.program}: {_message(error)}', file=sys.stderr)
-    return 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+    if _is_for_users(error):
+      print(f'ptune {args.program}: {_message(error)}', file=sys.stderr)
+      status = 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+    else:
+      processes.wait_for_news()
+      if not processes.several():
+        raise
+      traceback.print_exc()
+      status = 1
+  return processes.leave(status)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -246,7 +253,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _initialize_processes(args: argparse.Namespace) -> None:
-  """Joins the other processes of a run, where there are any."""
+  """Sets up JAX, and joins the other processes where there are any."""
   import jax
 
   # Compiled programs are kept: a second start skips the compilation.
@@ -259,12 +266,14 @@ def _initialize_processes(args: argparse.Namespace) -> None:
     jax.config.update('jax_traceback_filtering', 'off')
   if args.program in TOOLS:
     return
-  if args.coordinator_address:
-    jax.distributed.initialize(
+  if args.coordinator_address or args.multiprocess:
+    processes.join(
       args.coordinator_address, args.process_count, args.process_index
     )
-  elif args.multiprocess:
-    jax.distributed.initialize()
+    if jax.process_index() > 0:  # Process 0 tells it for all.
+      from absl import logging
+
+      logging.set_verbosity(logging.WARNING)
 
 
 def _is_for_users(error: Exception) -> bool:
@@ -318,6 +327,7 @@ def _leave_on_signals(program: str) -> None:
     os.write(
       stderr, f'ptune {program}: stopped by {name}; {message}\n'.encode()
     )
+    processes.leave_early(status)
     os._exit(status)
 
   for number in (signal.SIGINT, signal.SIGTERM):

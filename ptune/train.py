@@ -29,6 +29,7 @@ from ptune import (
   checkpoints,
   data,
   evaluate,
+  lock,
   optim,
   parameters,
   partitioning,
@@ -165,198 +166,201 @@ def train(
     'seed': seed,
     'optimizer': getattr(optimizer, '__name__', type(optimizer).__name__),
   }
-  present = checkpoints.read_run(directory)
-  checkpoints.compare(directory, present, run)
   checkpoints.check_writable('MODEL_DIR', directory)
+  with lock.held(directory):
+    present = checkpoints.read_run(directory)
+    checkpoints.compare(directory, present, run)
 
-  # ------------------------------------------------- where an earlier start was
-  source = None
-  if initial_checkpoint_path is not None:
-    source = open_checkpoint(initial_checkpoint_path)
-    check_config(source, config)
-  run['initial_step'] = (source and source.step) or 0
-  tx = optimizer(initial_step=run['initial_step'])
-  like = state_lib.abstract_state(tx, plan)
-  state, sums = checkpoints.restore(directory / 'checkpoints', like) or (
-    None,
-    {},
-  )
-  start = 0 if state is None else int(state.step)
-  records = [
-    r for r in report_lib.read_records(directory) if r['step'] <= start
-  ]
-  if state is not None:
-    scored = not evaluates or bool(report_lib.scores_at(records, start))
-    early = selection.patience_is_over(records, best_metric, early_stopping)
-    if start > train_steps or (scored and (early or start == train_steps)):
-      scores = report_lib.scores_at(records, start)
-      _write_prompt(directory, f'step_{start}', plan, state, scores, present)
-      logging.info(
-        'the run in %s is finished, at step %d; for more steps raise %s',
-        directory,
-        start,
-        'EARLY_STOPPING' if early else 'TRAIN_STEPS',
-      )
-      return state
-    logging.info('going on from step %d of %s', start, directory)
+    # ----------------------------------------------- where an earlier start was
+    source = None
+    if initial_checkpoint_path is not None:
+      source = open_checkpoint(initial_checkpoint_path)
+      check_config(source, config)
+    run['initial_step'] = (source and source.step) or 0
+    tx = optimizer(initial_step=run['initial_step'])
+    like = state_lib.abstract_state(tx, plan)
+    state, sums = checkpoints.restore(directory / 'checkpoints', like) or (
+      None,
+      {},
+    )
+    start = 0 if state is None else int(state.step)
+    records = [
+      r for r in report_lib.read_records(directory) if r['step'] <= start
+    ]
+    if state is not None:
+      scored = not evaluates or bool(report_lib.scores_at(records, start))
+      early = selection.patience_is_over(records, best_metric, early_stopping)
+      if start > train_steps or (scored and (early or start == train_steps)):
+        scores = report_lib.scores_at(records, start)
+        _write_prompt(directory, f'step_{start}', plan, state, scores, present)
+        logging.info(
+          'the run in %s is finished, at step %d; for more steps raise %s',
+          directory,
+          start,
+          'EARLY_STOPPING' if early else 'TRAIN_STEPS',
+        )
+        return state
+      logging.info('going on from step %d of %s', start, directory)
 
-  # -------------------------------------------------------------------- data
-  batches = data.Batches(
-    task,
-    task_feature_lengths,
-    batch_size,
-    seed=seed,
-    bucket_multiple=bucket_multiple,
-    use_cached=use_cached,
-    in_memory=in_memory,
-  )
-  evaluation = None
-  if evaluates:
-    evaluation = evaluate.Evaluation(
+    # ------------------------------------------------------------------ data
+    batches = data.Batches(
       task,
-      plan,
-      model(plan.network),
-      split=eval_split or '',
-      feature_lengths=task_feature_lengths,
-      batch_size=eval_batch_size,
-      how=decoding,
-      num_examples=eval_steps and eval_steps * eval_batch_size,
+      task_feature_lengths,
+      batch_size,
+      seed=seed,
       bucket_multiple=bucket_multiple,
       use_cached=use_cached,
-      seed=seed,
-      directory=directory / 'eval',
+      in_memory=in_memory,
     )
+    evaluation = None
+    if evaluates:
+      evaluation = evaluate.Evaluation(
+        task,
+        plan,
+        model(plan.network),
+        split=eval_split or '',
+        feature_lengths=task_feature_lengths,
+        batch_size=eval_batch_size,
+        how=decoding,
+        num_examples=eval_steps and eval_steps * eval_batch_size,
+        bucket_multiple=bucket_multiple,
+        use_cached=use_cached,
+        seed=seed,
+        directory=directory / 'eval',
+      )
 
-  # -------------------------------------------------------------- parameters
-  needed = plan.base if state is None else plan.frozen
-  if source is not None and needed:
-    base = restore(source, plan.select(needed), ignore=plan.params.__contains__)
-    fresh = plan.select(plan.adapters) if state is None else {}
-    logging.info('%s', account(source, base, fresh))
-  else:
-    base = parameters.initialize(plan, needed, seed)
-    if needed:
-      logging.info('the model starts from random weights')
-  frozen = {path: base[path] for path in plan.frozen}
-  run['base'] = checkpoints.fingerprint(frozen) if frozen else None
-  checkpoints.compare(directory, present, run)
-  if state is None:
-    trainable = {path: base[path] for path in plan.trainable & plan.base}
-    trainable |= parameters.initialize_adapters(
-      plan,
-      prompt_init.Base(
-        embedding=functools.partial(parameters.embedding_rows, base),
-        vocabulary=lambda: seqio_task.vocabulary(task),
-        labels=lambda: seqio_task.distinct_targets(
-          task, task_feature_lengths, use_cached=use_cached
+    # ------------------------------------------------------------ parameters
+    needed = plan.base if state is None else plan.frozen
+    if source is not None and needed:
+      base = restore(
+        source, plan.select(needed), ignore=plan.params.__contains__
+      )
+      fresh = plan.select(plan.adapters) if state is None else {}
+      logging.info('%s', account(source, base, fresh))
+    else:
+      base = parameters.initialize(plan, needed, seed)
+      if needed:
+        logging.info('the model starts from random weights')
+    frozen = {path: base[path] for path in plan.frozen}
+    run['base'] = checkpoints.fingerprint(frozen) if frozen else None
+    checkpoints.compare(directory, present, run)
+    if state is None:
+      trainable = {path: base[path] for path in plan.trainable & plan.base}
+      trainable |= parameters.initialize_adapters(
+        plan,
+        prompt_init.Base(
+          embedding=functools.partial(parameters.embedding_rows, base),
+          vocabulary=lambda: seqio_task.vocabulary(task),
+          labels=lambda: seqio_task.distinct_targets(
+            task, task_feature_lengths, use_cached=use_cached
+          ),
         ),
-      ),
-      seed,
-    )
-    state = state_lib.first_state(tx, parameters.unflatten(trainable), like)
-  frozen = parameters.unflatten(frozen)
-  del base
+        seed,
+      )
+      state = state_lib.first_state(tx, parameters.unflatten(trainable), like)
+    frozen = parameters.unflatten(frozen)
+    del base
 
-  # -------------------------------------------------------------------- loop
-  # From here on MODEL_DIR is written to: all that can be wrong was looked at.
-  update = state_lib.compile_step(
-    model(plan.network), tx, plan, like, microbatches, seed
-  )
-  ahead = data.prefetch(batches, start, train_steps, mesh)
-  # A stream is first read up to here, which can take long.
-  following = next(ahead, None)
-  base_path = initial_checkpoint_path
-  if base_path is not None and '://' not in base_path:
-    base_path = os.fspath(checkpoints.absolute(base_path))
-  pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
-  sums, step, stop = dict(sums), start, False
-  with (
-    stopping.explained(directory),
-    stopping.signals() as received,
-    contextlib.closing(ahead),
-    Checkpoints(directory / 'checkpoints', start, keep_checkpoints) as saved,
-    report_lib.Report(
-      directory, start, train_steps, batch_size, jax.process_index() == 0
-    ) as report,
-  ):
-    checkpoints.claim(directory, run, {'initial_checkpoint_path': base_path})
-    if jax.process_index() == 0:
-      report_lib.write_atomically(
-        directory / 'model-info.txt', parameters.describe(plan)
-      )
-      report_lib.write_atomically(
-        directory / 'config.gin', gin.operative_config_str()
-      )
-    while True:
-      stop, last = stop or stopping.asked(received, step), step >= train_steps
-      log, keep, look = (
-        step > 0 and (last or step % period == 0)
-        for period in (log_period, checkpoint_period, eval_period)
-      )
-      look = look and evaluation is not None
-      # The restored step's prompt may not have been written.
-      keep = keep or (step > 0 and (stop or step == start))
-      # Metrics are read when the device is two steps further, so that it never
-      # waits for the host; all of them before anything is written.
-      while len(pending) > (0 if log or keep or look else 2):
-        done = step - len(pending) + 1
-        _add_sums(sums, pending.popleft(), done, saved)
-        report.progress(done, sums)
-      if sums and (log or look):
-        report.train(step, sums)
-        sums = {}
-      if keep:
-        _save(saved, state, sums)
-      scores = report_lib.scores_at(report.records, step)
-      if evaluation and look and not stop and not scores:
-        try:
-          with report.paused('evaluating'):
-            scores = evaluation(
-              (state.trainable, frozen), step, lambda: stopping.asked(received)
-            )
-          better = selection.is_best(report.records, best_metric, scores)
-        except evaluate.Stopped:
-          stop = True
-          continue  # To the top, which saves.
-        except Exception:  # A metric's, or BEST_METRIC: what is trained stays.
-          _save(saved, state, sums)
-          raise
-        if better:
-          saved.wait()  # Two writes at once would confuse several processes.
-          checkpoints.save_best(directory / 'best', state.replace(opt_state={}))
-          _write_prompt(directory, 'best', plan, state, scores, run)
-        # Recorded last: what is recorded is not done again after a hard stop.
-        report.evaluate(step, evaluation.split, scores)
-        if selection.patience_is_over(
-          report.records, best_metric, early_stopping
-        ):
-          last = keep = True
-          _save(saved, state, sums)
-      if keep:
-        _write_prompt(directory, f'step_{step}', plan, state, scores, run)
-      if last or stop:
-        break
-      assert following is not None and following[0] == step
-      _, batch = following
-      with plan.scope():
-        if step == start:  # Compiles; later only new lengths do.
-          with report.paused('compiling'):
-            state, metrics = update(state, frozen, batch)
-        else:
-          state, metrics = update(state, frozen, batch)
-      pending.append(metrics)
-      step += 1
-      following = next(ahead, None)
-  if last and (scores or not look):
-    logging.info('finished at step %d: %s', step, directory)
-  else:
-    logging.info(
-      'stopped at step %d, which is saved in %s; the same command goes on from'
-      ' there',
-      step,
-      directory,
+    # ------------------------------------------------------------------ loop
+    # From here on MODEL_DIR is written to: all that can be wrong was looked at.
+    update = state_lib.compile_step(
+      model(plan.network), tx, plan, like, microbatches, seed
     )
-  return state
+    ahead = data.prefetch(batches, start, train_steps, mesh)
+    # A stream is first read up to here, which can take long.
+    following = next(ahead, None)
+    base_path = initial_checkpoint_path
+    if base_path is not None and '://' not in base_path:
+      base_path = os.fspath(checkpoints.absolute(base_path))
+    pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
+    sums, step, stop = dict(sums), start, False
+    with (
+      stopping.explained(directory),
+      stopping.signals() as asked,
+      contextlib.closing(ahead),
+      Checkpoints(directory / 'checkpoints', start, keep_checkpoints) as saved,
+      report_lib.Report(
+        directory, start, train_steps, batch_size, jax.process_index() == 0
+      ) as report,
+    ):
+      checkpoints.claim(directory, run, {'initial_checkpoint_path': base_path})
+      if jax.process_index() == 0:
+        report_lib.write_atomically(
+          directory / 'model-info.txt', parameters.describe(plan)
+        )
+        report_lib.write_atomically(
+          directory / 'config.gin', gin.operative_config_str()
+        )
+      while True:
+        stop, last = stop or asked(step), step >= train_steps
+        log, keep, look = (
+          step > 0 and (last or step % period == 0)
+          for period in (log_period, checkpoint_period, eval_period)
+        )
+        look = look and evaluation is not None
+        # The restored step's prompt may not have been written.
+        keep = keep or (step > 0 and (stop or step == start or saved.failed))
+        # Metrics are read when the device is two steps further, so that it
+        # never waits for the host; all of them before anything is written.
+        while len(pending) > (0 if log or keep or look else 2):
+          done = step - len(pending) + 1
+          _add_sums(sums, pending.popleft(), done, saved)
+          report.progress(done, sums)
+        if sums and (log or look):
+          report.train(step, sums)
+          sums = {}
+        if keep:
+          _save(saved, state, sums, wait=last or stop)
+        scores = report_lib.scores_at(report.records, step)
+        if evaluation and look and not stop and not scores:
+          try:
+            with report.paused('evaluating'):
+              scores = evaluation((state.trainable, frozen), step, asked)
+            better = selection.is_best(report.records, best_metric, scores)
+          except evaluate.Stopped:
+            stop = True
+            continue  # To the top, which saves.
+          except Exception:  # A metric's, or BEST_METRIC; nothing is lost.
+            _save(saved, state, sums, wait=True)
+            raise
+          if better:
+            saved.wait()  # Two writes at once would confuse several processes.
+            checkpoints.save_best(
+              directory / 'best', state.replace(opt_state={})
+            )
+            _write_prompt(directory, 'best', plan, state, scores, run)
+          # Recorded last: what is recorded is not done again after a hard stop.
+          report.evaluate(step, evaluation.split, scores)
+          if selection.patience_is_over(
+            report.records, best_metric, early_stopping
+          ):
+            last = keep = True
+            _save(saved, state, sums, wait=True)
+        if keep:
+          _write_prompt(directory, f'step_{step}', plan, state, scores, run)
+        if last or stop:
+          break
+        assert following is not None and following[0] == step
+        _, batch = following
+        with plan.scope():
+          if step == start:  # Compiles; later only new lengths do.
+            with report.paused('compiling'):
+              state, metrics = update(state, frozen, batch)
+          else:
+            state, metrics = update(state, frozen, batch)
+        pending.append(metrics)
+        step += 1
+        following = next(ahead, None)
+    if last and (scores or not look):
+      logging.info('finished at step %d: %s', step, directory)
+    else:
+      logging.info(
+        'stopped at step %d, which is saved in %s; the same command goes on'
+        ' from there',
+        step,
+        directory,
+      )
+    return state
 
 
 def _check_evaluation(
@@ -394,7 +398,10 @@ def _check_evaluation(
 
 
 def _save(
-  saved: Checkpoints, state: state_lib.TrainState, sums: Mapping[str, float]
+  saved: Checkpoints,
+  state: state_lib.TrainState,
+  sums: Mapping[str, float],
+  wait: bool,
 ) -> None:
   """Saves a state, unless its last update spoiled it."""
   step = int(state.step)
@@ -403,7 +410,7 @@ def _save(
       f'the trained parameters are not finite after step {step}.'
       f' {_last_good(saved)}'
     )
-  saved.save(state, sums)
+  saved.save(state, sums, wait)
 
 
 @jax.jit

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # From the bottom to the top. A module or package may import from those before
 # it and, if a package, from itself. A new module is to be put in its place.
 LAYERS = (
+  'processes',
   'pretrained',
   'tasks',
   'adapters',
@@ -33,6 +34,7 @@ LAYERS = (
   'data',
   'report',
   'selection',
+  'lock',
   'stopping',
   'predictor',
   'evaluate',

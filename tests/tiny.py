@@ -7,12 +7,14 @@ command lines that they run with `command`.
 import atexit
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import pathlib
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,7 @@ import numpy as np
 
 from ptune import (
   checkpoints,
-  cli,
+  cli,  # noqa: F401, for the server, which forks with it imported.
   network,
   parameters,
   partitioning,
@@ -282,12 +284,18 @@ class Command:
   in no time.
   """
 
-  def __init__(self, arguments, log=None, **environment):
+  def __init__(self, arguments, log=None, call='', **environment):
+    """Starts `ptune` with arguments, or calls `module:function` with them."""
     self._log = pathlib.Path(log or tempfile.mkstemp(dir=directory())[1])
     self._server = _server()
     _send(
       self._server,
-      {'arguments': arguments, 'log': str(self._log), 'env': environment},
+      {
+        'arguments': arguments,
+        'log': str(self._log),
+        'call': call or 'ptune.cli:main',
+        'env': environment,
+      },
     )
     self.pid = int(self._server.stdout.readline())
 
@@ -310,6 +318,29 @@ class Command:
     """Its exit status, or minus the signal that ended it."""
     _send(self._server, {'wait': self.pid})
     return int(self._server.stdout.readline())
+
+
+def processes(
+  count: int, arguments: list[str], devices: int = 1, **how: str
+) -> list[Command]:
+  """Starts the processes of one run, each with so many fake devices."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  flag = f'--xla_force_host_platform_device_count={devices}'
+  return [
+    Command(
+      [
+        *arguments,
+        f'--coordinator_address=localhost:{port}',
+        f'--process_count={count}',
+        f'--process_index={index}',
+      ],
+      XLA_FLAGS=flag,
+      **how,
+    )
+    for index in range(count)
+  ]
 
 
 def command(*arguments: str, **environment: str) -> tuple[int, str]:
@@ -336,6 +367,10 @@ def _server() -> subprocess.Popen:
       **os.environ,
       'XLA_FLAGS': '',
       'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+      # Kept, however little time it took: the next process need not compile.
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+      'JAX_COMPILATION_CACHE_DIR': str(directory() / 'compiled'),
     },
   )
   atexit.register(server.stdin.close)
@@ -359,4 +394,5 @@ def serve() -> None:
     os.dup2(log, 2)
     os.environ.update(message['env'])
     sys.argv = ['ptune', *message['arguments']]
-    sys.exit(cli.main())
+    module, function = message['call'].split(':')
+    sys.exit(getattr(importlib.import_module(module), function)())
