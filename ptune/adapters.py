@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 
 
@@ -61,6 +62,8 @@ class Method:
     settings: What the folded parameters mean, where their names and shapes do
       not tell: arguments of the method's function, as JSON has them. Stored
       with a run and beside its parameters.
+    check: Looks at the encoder's input tokens [batch, length] of a batch, on
+      the host, and raises a ValueError for what the adapters cannot read.
     initial: Initialisers of `prompt_init`, by path, for parameters whose first
       value is made on the host; the others have Flax's.
   """
@@ -72,6 +75,7 @@ class Method:
   fold: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
   merge: Callable[[str, Any, Mapping[str, Any]], Any] | None = None
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  check: Callable[[np.ndarray], None] | None = None
   initial: Mapping[str, Callable[..., Any]] = dataclasses.field(
     default_factory=dict
   )
@@ -119,13 +123,19 @@ def combine(methods: Sequence[Method]) -> Method:
       value = method.merge(path, value, trained)
     return value
 
+  def check(tokens):
+    for method in methods:
+      if method.check:
+        method.check(tokens)
+
   return Method(
     name='+'.join(method.name for method in methods),
     placements=tuple(p for m in methods for p in m.placements),
     trainable=tuple(p for m in methods for p in m.trainable),
-    fold=fold,
+    fold=fold if any(m.fold for m in methods) else None,
     merge=merge if all(m.merge for m in methods) else None,
     settings={'methods': [dict(m.settings) for m in methods]},
+    check=check,
     initial={path: init for m in methods for path, init in m.initial.items()},
   )
 

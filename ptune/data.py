@@ -34,6 +34,8 @@ from ptune.seqio_task import check as check_task
 import seqio  # isort: skip  (after ptune.seqio_task, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip
 
+Check = Callable[[np.ndarray], None]
+
 BUCKET_MULTIPLE = 32
 # Rows kept in memory: 2M rows of 128 + 4 int32 tokens are 1 GB. A source that
 # does not say its size is read up to the second limit to find out.
@@ -422,14 +424,24 @@ def check_batch_size(
     )
 
 
-def device_put(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+def device_put(
+  batch: Batch, mesh: jax.sharding.Mesh, check: Check | None = None
+) -> dict[str, jax.Array]:
   """Puts a global batch on devices, its rows split over the axis `data`.
 
   Each process passes the same batch, and copies the rows of its devices only.
 
+  Args:
+    batch: Features [batch, length].
+    mesh: The devices.
+    check: The method's, of the encoder's input tokens.
+
   Raises:
-    ValueError: The mesh has no axis `data`, or it does not divide the batch.
+    ValueError: The mesh has no axis `data`, or it does not divide the batch;
+      or what `check` says.
   """
+  if check is not None:
+    check(batch['encoder_input_tokens'])
   check_batch_size(len(next(iter(batch.values()))), mesh)
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   return {
@@ -444,6 +456,7 @@ def prefetch(
   stop: int,
   mesh: jax.sharding.Mesh,
   depth: int = 2,
+  check: Check | None = None,
 ) -> Iterator[tuple[int, dict[str, jax.Array]]]:
   """Yields (step, batch on devices) for steps start..stop-1.
 
@@ -452,7 +465,7 @@ def prefetch(
   """
 
   def make(step):
-    return device_put(batches(step), mesh)
+    return device_put(batches(step), mesh, check)
 
   steps = iter(range(start, stop))
   thread = concurrent.futures.ThreadPoolExecutor(1, 'ptune-data')

@@ -193,7 +193,8 @@ class Evaluation:
     ):
       if should_stop():
         raise Stopped
-      yield rows, data.device_put(batch, self._plan.mesh)
+      check = self._plan.method.check
+      yield rows, data.device_put(batch, self._plan.mesh, check)
 
   def _predict(self, trees, should_stop, dataset):
     """What SeqIO asks for: [(row, tokens)] in any order, and their scores."""

@@ -128,7 +128,7 @@ def infer(
     for rows, batch in data.padded_batches(
       [features for _, features in chunk], batch_size, bucket_multiple
     ):
-      placed = data.device_put(batch, plan.mesh)
+      placed = data.device_put(batch, plan.mesh, method.check)
       filled = np.pad(first + rows, (0, batch_size - len(rows)), 'edge')
       if mode == 'score':
         scores = answers.score((params,), placed)

@@ -29,6 +29,7 @@ LOGICAL_AXIS_RULES = (
   ('relpos_buckets', None),
   ('prompt', None),
   ('prompt_embed', None),
+  ('task', None),
   ('adapter_in', None),
   ('adapter_hidden', None),
   ('adapter_out', None),

@@ -266,7 +266,9 @@ def train(
     update = state_lib.compile_step(
       model(plan.network), tx, plan, like, microbatches, seed
     )
-    ahead = data.prefetch(batches, start, train_steps, mesh)
+    ahead = data.prefetch(
+      batches, start, train_steps, mesh, check=method.check
+    )
     # A stream is first read up to here, which can take long.
     following = next(ahead, None)
     base_path = initial_checkpoint_path

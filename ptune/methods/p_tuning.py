@@ -29,11 +29,10 @@ from flax.linen import partitioning
 from ptune import prompt_init
 from ptune.adapters import Method, Placement
 from ptune.layers import Dense, kernel_init
-from ptune.methods.prompt import PATH, InsertPrompt, check_length
+from ptune.methods.prompt import PATH, SCOPE, InsertPrompt, check_length
 
 AXES = ('prompt_embed', 'adapter_hidden')  # Of a map to hidden units.
 ENCODERS = ('mlp', 'lstm')
-_SCOPE = PATH.rpartition('/')[0]
 
 
 class Lstm(nn.Module):
@@ -122,9 +121,7 @@ def encoded_prompt(
 
   def fold(trained):
     # On the host: one process alone may ask for it.
-    own = {
-      k.removeprefix(f'{_SCOPE}/'): np.array(x) for k, x in trained.items()
-    }
+    own = {k.removeprefix(f'{SCOPE}/'): np.array(x) for k, x in trained.items()}
     params = traverse_util.unflatten_dict(own, sep='/')
     embed = own['embedding'].shape[-1]
     return {PATH: source(length=length).apply({'params': params}, embed)}
@@ -138,10 +135,10 @@ def encoded_prompt(
         functools.partial(InsertPrompt, length=length, source=source),
       ),
     ),
-    trainable=(f'{_SCOPE}/*',),
+    trainable=(f'{SCOPE}/*',),
     prompt=PATH,
     fold=fold,
-    initial={f'{_SCOPE}/embedding': init or prompt_init.random_uniform()},
+    initial={f'{SCOPE}/embedding': init or prompt_init.random_uniform()},
   )
 
 

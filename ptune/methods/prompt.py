@@ -23,7 +23,8 @@ from flax.linen import partitioning
 from ptune import prompt_init
 from ptune.adapters import Method, Placement
 
-PATH = 'encoder/prompt/prompt/prompt'
+SCOPE = 'encoder/prompt/prompt'
+PATH = f'{SCOPE}/prompt'
 POSITIONS = ('start', 'after_first', 'before_eos')
 
 
@@ -90,10 +91,26 @@ class InsertPrompt(nn.Module):
     return jnp.take_along_axis(both, source[..., None], axis=1)
 
 
+class CausalPrompt(nn.Module):
+  """Hides from each of the first `length` positions those of them behind it."""
+
+  length: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    """y [batch, heads, q, k] or what broadcasts to it -> the same."""
+    del x
+    positions = jnp.arange(y.shape[-1])
+    behind = positions[None, :] > positions[:, None]
+    hidden = behind & (positions < self.length)[None, :]
+    return y & ~hidden[None, None]
+
+
 def prompt(
   length: int = 100,
   init: prompt_init.Initializer | None = None,
   position: str = 'start',
+  causal: bool = False,
 ) -> Method:
   """A soft prompt of `length` tokens; the rest of the model is frozen.
 
@@ -101,17 +118,29 @@ def prompt(
     length: Rows of the prompt (PROMPT_LENGTH).
     init: One of `prompt_init`; the paper's random uniform if not given.
     position: Where it stands, see `InsertPrompt`.
+    causal: Whether its rows see only those before them, and all of the input,
+      as the prompts of `multitask` do.
 
   Raises:
-    ValueError: If the length is below 1 or the position unknown.
+    ValueError: If the length is below 1, the position unknown, or a causal
+      prompt not at the start.
   """
   check_length(length)
   if position not in POSITIONS:
     raise ValueError(f'prompt position {position!r} is not one of {POSITIONS}')
+  if causal and position != 'start':
+    raise ValueError(
+      f"a causal prompt stands at position 'start', not at {position!r}"
+    )
   adapter = functools.partial(InsertPrompt, length=length, position=position)
+  mask = functools.partial(CausalPrompt, length=length)
+  kind = 'causal' if causal else position
   return Method(
-    name='prompt' if position == 'start' else f'prompt/{position}',
-    placements=(Placement('encoder/embed', 'prompt', adapter),),
+    name='prompt' if kind == 'start' else f'prompt/{kind}',
+    placements=(
+      Placement('encoder/embed', 'prompt', adapter),
+      *((Placement('encoder/mask', 'causal_prompt', mask),) if causal else ()),
+    ),
     trainable=(PATH,),
     prompt=PATH,
     initial={PATH: init or prompt_init.random_uniform()},

@@ -48,7 +48,8 @@ class Residual(nn.Module):
     )
     hidden = nn.relu(Dense(self.bottleneck, AXES, name='wi')(rows))
     added = Dense(embed, AXES[::-1], name='wo')(hidden)
-    return rows + nn.standardize(added, epsilon=1e-5) * scale + bias
+    variance = jnp.var(added, axis=-1, keepdims=True)
+    return rows + nn.standardize(added, variance=variance) * scale + bias
 
 
 def residual(

@@ -1,0 +1,286 @@
+"""Multi-task prompts: one model, one run, a prompt for each task.
+
+A row's first token says its task: token vocab_size - 1 - t, as SeqIO tasks
+named task_index_... have it, stands for task t. It is no part of the input: in
+its place the encoder reads a prompt that is made of what all tasks share, S
+[prompt, embed], and of the task's own, T_t [prompt, embed] if not said
+otherwise:
+
+    add               S + T_t
+    concat            [S; T_t], T_t [task_length, embed], S the other rows
+    concat_features   [S, T_t], S [prompt, shared_features], T_t the others
+    project           S W_t + b_t, S [prompt, shared_features]
+    scale             S * (u_t v_t), u_t [prompt, 1], v_t [1, embed]
+
+The first four are those of the paper's implementation of prompt tuning (Lester
+et al. 2021, arXiv 2104.08691); `scale` is the prompt of Wang, Panda, Karlinsky,
+Feris, Sun and Kim 2023, "Multitask Prompt Tuning" (arXiv 2303.02861), section
+3.2, trained at once on all tasks and without a teacher.
+
+As in that implementation, a prompt's rows see only those of them that stand
+before, and all of the input. `ptune export --task=t` writes one task's prompt;
+METHOD prompt with causal = True answers with it as this one does, where no
+token stands for a task.
+
+Trained: S and all T_t, as encoder/prompt/prompt/shared_prompt and
+.../task_prompts/embedding [tasks, numbers of a task].
+
+    --gin_file=methods/multitask.gin
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen import partitioning
+
+from ptune import prompt_init
+from ptune.adapters import Method, Placement
+from ptune.layers import kernel_init
+from ptune.methods.prompt import SCOPE, CausalPrompt, check_length
+
+COMBINE = ('add', 'concat', 'concat_features', 'project', 'scale')
+SHARED = f'{SCOPE}/shared_prompt'
+TASKS = f'{SCOPE}/task_prompts/embedding'
+
+
+def prompts(combine: str, shared: jax.Array, own: jax.Array) -> jax.Array:
+  """The prompts of all tasks.
+
+  Args:
+    combine: One of COMBINE.
+    shared: What the tasks share, [rows, features].
+    own: What each has of its own, [task, numbers].
+
+  Returns:
+    [task, prompt, embed].
+  """
+  rows, features = shared.shape
+  shared = jnp.broadcast_to(shared, (own.shape[0], *shared.shape))
+  if combine == 'project':
+    # [task, embed * features + embed]: W_t transposed, then b_t.
+    embed = own.shape[1] // (features + 1)
+    maps, biases = own[:, :-embed], own[:, -embed:]
+    maps = maps.reshape(own.shape[0], embed, features)
+    return jnp.einsum('tpf,tef->tpe', shared, maps) + biases[:, None]
+  if combine == 'scale':
+    return shared * own[:, :rows, None] * own[:, None, rows:]
+  if combine == 'concat_features':
+    own = own.reshape(own.shape[0], rows, -1)
+    return jnp.concatenate([shared, own], axis=2)
+  own = own.reshape(own.shape[0], -1, features)
+  if combine == 'add':
+    return shared + own
+  return jnp.concatenate([shared, own], axis=1)
+
+
+def task_prompt(
+  settings: Mapping[str, Any],
+  trained: Mapping[str, np.ndarray],
+  task: int | None,
+) -> np.ndarray:
+  """One task's prompt, as methods/prompt.gin takes it.
+
+  Args:
+    settings: Of the method, as a run stores them.
+    trained: Its parameters, by path.
+    task: Which.
+
+  Returns:
+    [prompt, embed] float32.
+
+  Raises:
+    ValueError: If there is no such task.
+  """
+  own = np.asarray(trained[TASKS], np.float32)
+  if task is None or not 0 <= task < len(own):
+    raise ValueError(
+      f'it holds the prompts of {len(own)} tasks, and got task {task}; choose'
+      f' one of 0 ... {len(own) - 1}'
+    )
+  shared = np.asarray(trained[SHARED], np.float32)
+  own = own[task : task + 1]
+  return np.asarray(prompts(settings['combine'], shared, own)[0])
+
+
+class MultitaskPrompt(nn.Module):
+  """The parameters, and what they are together: [task, prompt, embed]."""
+
+  length: int
+  tasks: int
+  combine: str
+  task_length: int
+  shared_features: int | None
+
+  @nn.compact
+  def __call__(self, embed: int) -> jax.Array:
+    rows, features = self.length, embed
+    if self.combine == 'concat':
+      rows = self.length - self.task_length
+    elif self.combine in ('concat_features', 'project'):
+      features = self.shared_features or embed // 2
+    if self.combine == 'concat_features' and features >= embed:
+      raise ValueError(
+        f'shared_features is {features}, and d_model of the model {embed}: no'
+        ' feature is left for the tasks; lower shared_features'
+      )
+    shared = partitioning.param_with_axes(
+      'shared_prompt',
+      nn.initializers.uniform(1.0),
+      (rows, features),
+      jnp.float32,
+      axes=('prompt', 'prompt_embed'),
+    )
+    numbers, init = {
+      # All start as what they share.
+      'add': (rows * embed, nn.initializers.zeros),
+      'scale': (rows + embed, nn.initializers.ones),
+      'concat': (self.task_length * embed, _uniform),
+      'concat_features': (rows * (embed - features), _uniform),
+      'project': (
+        (features + 1) * embed,
+        functools.partial(_projections, features),
+      ),
+    }[self.combine]
+    own = TaskPrompts(self.tasks, numbers, init, name='task_prompts')()
+    return prompts(self.combine, shared, own)
+
+
+class TaskPrompts(nn.Module):
+  """What each task has of its own, float32 [task, numbers]."""
+
+  tasks: int
+  numbers: int
+  init: nn.initializers.Initializer
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    return partitioning.param_with_axes(
+      'embedding',
+      self.init,
+      (self.tasks, self.numbers),
+      jnp.float32,
+      axes=('task', 'prompt_embed'),
+    )
+
+
+def _uniform(rng, shape, dtype) -> jax.Array:
+  """As a prompt starts."""
+  return jax.random.uniform(rng, shape, dtype, -0.5, 0.5)
+
+
+def _projections(features, rng, shape, dtype) -> jax.Array:
+  """A random map and no bias for each task, in one row."""
+  embed = shape[1] // (features + 1)
+  keys = jax.random.split(rng, shape[0])
+  maps = jax.vmap(lambda key: kernel_init(key, (features, embed), dtype))(keys)
+  maps = maps.swapaxes(1, 2).reshape(shape[0], -1)
+  return jnp.pad(maps, ((0, 0), (0, embed)))
+
+
+class InsertTaskPrompt(nn.Module):
+  """Puts each row's prompt in the place of its first token."""
+
+  source: functools.partial
+  vocab_size: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    """x [batch, length], y [batch, length, embed] -> [batch, p - 1 + l, e]."""
+    prompts = self.source(name='prompt')(y.shape[-1])
+    task = self.vocab_size - 1 - x[:, 0]
+    # No other task's prompt where there is none: an index below 0 would be
+    # counted from the end.
+    task = jnp.where(task < 0, prompts.shape[0], task)
+    prompt = jnp.take(prompts, task, axis=0, mode='fill', fill_value=jnp.nan)
+    return jnp.concatenate([prompt.astype(y.dtype), y[:, 1:]], axis=1)
+
+
+def check_tokens(vocab_size: int, tasks: int, tokens: np.ndarray) -> None:
+  """Raises a ValueError unless all rows [batch, length] begin with a task."""
+  first = tokens[:, 0]
+  known = (first >= vocab_size - tasks) & (first < vocab_size)
+  if not known.all():
+    raise ValueError(
+      f'inputs begin with the tokens {sorted(set(first[~known].tolist()))}, and'
+      f' those of the {tasks} tasks are {vocab_size - 1} (task 0) to'
+      f' {vocab_size - tasks} (task {tasks - 1}): train on tasks named'
+      ' task_index_..., set multitask.multitask.tasks to their number and'
+      ' vocab_size to the ids of their vocabulary (32100 for T5, 250100 for'
+      ' mT5, 259 for ByT5). For other inputs, export the prompt of one task'
+    )
+
+
+def multitask(
+  length: int = 100,
+  combine: str = 'add',
+  tasks: int = 9,
+  vocab_size: int = 32100,
+  task_length: int | None = None,
+  shared_features: int | None = None,
+  causal: bool = True,
+  init: prompt_init.Initializer | None = None,
+) -> Method:
+  """A prompt of `length` tokens for each task; the rest of the model is frozen.
+
+  Args:
+    length: Rows of a prompt (PROMPT_LENGTH).
+    combine: What it is made of, see the module.
+    tasks: How many there are; GLUE's are numbered 0 to 8, SuperGLUE's 0
+      to 7.
+    vocab_size: Ids of the task's vocabulary, the last of which is task 0.
+    task_length: With 'concat', rows that are the task's own; half if not
+      given.
+    shared_features: With 'concat_features' and 'project', columns of what is
+      shared; half of the model's if not given.
+    causal: Whether the prompt's rows see only those before them, as in the
+      paper's implementation; all of them otherwise, as in prompt tuning.
+    init: One of `prompt_init`, of what is shared; random uniform if not given.
+
+  Raises:
+    ValueError: If a number is out of range, or `combine` unknown.
+  """
+  check_length(length)
+  if combine not in COMBINE:
+    raise ValueError(f'combine is {combine!r}; it must be one of {COMBINE}')
+  if not 1 <= tasks < vocab_size:
+    raise ValueError(
+      f'tasks is {tasks}; it must be at least 1, and less than the vocab_size'
+      f' {vocab_size}'
+    )
+  task_length = math.ceil(length / 2) if task_length is None else task_length
+  if combine == 'concat' and not 1 <= task_length < length:
+    raise ValueError(
+      f'task_length is {task_length}; it must be at least 1, and less than the'
+      f' PROMPT_LENGTH {length}, so that rows are left to be shared'
+    )
+  if shared_features is not None and shared_features < 1:
+    raise ValueError(
+      f'shared_features is {shared_features}; it must be at least 1'
+    )
+  source = functools.partial(
+    MultitaskPrompt,
+    length=length,
+    tasks=tasks,
+    combine=combine,
+    task_length=task_length,
+    shared_features=shared_features,
+  )
+  insert = functools.partial(
+    InsertTaskPrompt, source=source, vocab_size=vocab_size
+  )
+  see = functools.partial(CausalPrompt, length=length)
+  mask = (Placement('encoder/mask', 'causal_prompt', see),) if causal else ()
+  return Method(
+    name='multitask',
+    placements=(Placement('encoder/embed', 'prompt', insert), *mask),
+    trainable=(SHARED, TASKS),
+    settings={'combine': combine, 'causal': causal, 'vocab_size': vocab_size},
+    check=functools.partial(check_tokens, vocab_size, tasks),
+    initial={SHARED: init or prompt_init.random_uniform()},
+  )
