@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ptune import network as network_lib
@@ -188,6 +189,13 @@ def place(value: np.ndarray, struct: jax.ShapeDtypeStruct) -> jax.Array:
   )
 
 
+def whole(x: jax.Array) -> np.ndarray:
+  """Copies an array to this host; by all processes, where they share it."""
+  if x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 def embedding_rows(
   params: Mapping[str, jax.Array], ids: np.ndarray
 ) -> np.ndarray:
@@ -219,7 +227,10 @@ def identity(plan: Plan) -> dict[str, Any]:
   if len(shapes) > 8:
     count = sum(math.prod(x.shape) for x in trained.values())
     shapes = {'arrays': len(shapes), 'parameters': count}
-  return {'method': plan.method.name, 'trainable': shapes}
+  found = {'method': plan.method.name, 'trainable': shapes}
+  # Runs of methods without any have no such entry.
+  settings = dict(plan.method.settings)
+  return found | ({'settings': settings} if settings else {})
 
 
 def describe(plan: Plan) -> str:

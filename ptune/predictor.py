@@ -20,6 +20,7 @@ from ptune import (
   prompt_init,
 )
 from ptune.convert import account, check_config, open_checkpoint, restore
+from ptune.convert.trained import open_trained
 from ptune.models import Decoding, EncoderDecoderModel
 
 Trees = tuple[Mapping[str, Any], ...]
@@ -71,11 +72,16 @@ def check(
     run = _check_run(model_dir)
     checkpoints.compare(model_dir, run, parameters.identity(plan))
     return
-  # None, or one that it folds others into, which methods/prompt.gin reads.
-  if prompt_file is not None and plan.method.prompt not in plan.params:
+  if prompt_file is not None and not plan.frozen:
     raise ValueError(
-      f'method {plan.method.name!r} has no prompt to be read from PROMPT_FILE;'
-      ' give MODEL_DIR, or read a prompt with methods/prompt.gin'
+      f'method {plan.method.name!r} trains all of the model: it'
+      ' has no prompt to be read from PROMPT_FILE; give MODEL_DIR'
+    )
+  if prompt_file is not None and plan.method.fold:
+    raise ValueError(
+      f'method {plan.method.name!r} folds what it trained into a simpler'
+      ' method: set METHOD to that one, such as methods/prompt.gin for a .npy,'
+      f' to read PROMPT_FILE={prompt_file!r}; or give MODEL_DIR'
     )
   if prompt_file is None and plan.adapters:
     raise ValueError(
@@ -114,7 +120,7 @@ def load(
       where none was evaluated.
     checkpoint_path: The base model; the one that the run was started from if
       not given. A method without adapters needs nothing else.
-    prompt_file: The prompt, where there is no model_dir.
+    prompt_file: A file of a run's prompts/, where there is no model_dir.
 
   Returns:
     The parameters, and the step they were trained for.
@@ -126,12 +132,8 @@ def load(
   values: dict[str, jax.Array] = {}
   step = None
   if prompt_file is not None:
-    struct = plan.params[plan.method.prompt or '']
-    prompt = prompt_init.fit(
-      prompt_init.read(prompt_file), struct.shape, f'prompt file {prompt_file}'
-    )
-    values[plan.method.prompt or ''] = parameters.place(prompt, struct)
-    facts = _facts(prompt_file)
+    trained, facts = _read(plan, prompt_file)
+    values |= trained
     step = facts.get('step')
   elif model_dir is not None:
     directory = checkpoints.run_directory(model_dir)
@@ -165,10 +167,30 @@ def load(
   return parameters.unflatten(values), step or 0
 
 
-def _facts(prompt_file: PathLike) -> dict[str, Any]:
-  """What `ptune train` wrote beside a prompt; nothing for another's."""
-  path = epath.Path(os.fspath(prompt_file).removesuffix('.npy') + '.json')
-  return json.loads(path.read_text()) if path.is_file() else {}
+def _read(
+  plan: parameters.Plan, prompt_file: PathLike
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+  """What `ptune train` wrote to `prompts/`, and what stands beside it."""
+  path = plan.method.prompt
+  if path is None:
+    source, facts = open_trained(prompt_file)
+    ours = dict(plan.method.settings)
+    theirs = facts.get('settings', ours)
+    if theirs != ours:
+      raise ValueError(
+        f'prompt file {os.fspath(prompt_file)} was trained with the settings'
+        f' {theirs}, and METHOD {plan.method.name!r} has {ours}; give those of'
+        ' the file'
+      )
+    return restore(source, plan.select(plan.trainable)), facts
+  struct = plan.params[path]
+  prompt = prompt_init.fit(
+    prompt_init.read(prompt_file), struct.shape, f'prompt file {prompt_file}'
+  )
+  beside = epath.Path(os.fspath(prompt_file).removesuffix('.npy') + '.json')
+  # Another's has no such file.
+  facts = json.loads(beside.read_text()) if beside.is_file() else {}
+  return {path: parameters.place(prompt, struct)}, facts
 
 
 def _best_or_newest(model_dir: epath.Path) -> epath.Path:

@@ -46,7 +46,6 @@ import optax
 from etils import epath
 from flax import serialization
 from flax.core import freeze, unfreeze
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ptune import models as models_lib
@@ -434,16 +433,10 @@ def save_adapter(
     flat = parameters.flatten(unfreeze(state_dict['target']))
     for path, x in flat.items():
       if method.trains(path):
-        value = _whole(x)  # By all processes, where they share the array.
+        value = parameters.whole(x)  # By all processes that share it.
         if jax.process_index() == 0:
           _write(directory / path.replace('/', '.'), value)
   return state_dict, parameter_infos
-
-
-def _whole(x: jax.Array) -> np.ndarray:
-  if x.is_fully_addressable or x.is_fully_replicated:
-    return np.asarray(x)
-  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def _write(file: epath.Path, value: np.ndarray) -> None:

@@ -398,7 +398,7 @@ def test_peft_export_of_a_run_finds_and_checks_its_base(
   numerics, run, tmp_path
 ):
   lines = export(read_prompt(run), 'peft', tmp_path / 'a')
-  assert 'the model that the prompt was trained on' in '\n'.join(lines)
+  assert 'the model that it was trained on' in '\n'.join(lines)
   config = json.loads((tmp_path / 'a' / 'adapter_config.json').read_text())
   assert config['base_model_name_or_path'] == str(numerics / BASE)
   assert (config['num_layers'], config['num_attention_heads']) == (2, 4)

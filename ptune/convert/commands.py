@@ -24,10 +24,14 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
       '--prompt',
       required=True,
-      help='a MODEL_DIR (its best prompt is taken), a .npy file, an adapter',
+      help='a MODEL_DIR (its best is taken), a file of its prompts/, or an'
+      ' adapter',
     )
     parser.add_argument(
-      '--format', required=True, choices=['npy', 'peft', 't5x', 'safetensors']
+      '--format',
+      required=True,
+      choices=['npy', 'peft', 't5x', 'safetensors', 'huggingface'],
+      help='what is no prompt is merged into the base: t5x or huggingface',
     )
     parser.add_argument(
       '--base',
@@ -53,11 +57,11 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
       action='store_true',
       help='leave out prompts and other adapters',
     )
-  if command == 'import':
+  if command != 'convert':
     parser.add_argument(
-      '--task', type=int, help='which prompt, of a multi-task PEFT adapter'
+      '--task', type=int, help='which prompt, of multi-task runs and adapters'
     )
-  else:
+  if command != 'import':
     parser.add_argument(
       '--step', type=int, help='the training step of a T5X checkpoint'
     )
@@ -93,14 +97,26 @@ def run(args: argparse.Namespace) -> None:
     )
     print('\n'.join(lines))
     return
+  from ptune.convert import merged
   from ptune.convert.export import export
-  from ptune.convert.prompts import read_prompt
+  from ptune.convert.prompts import find, read_prompt
 
   if args.program == 'import':
     prompt = read_prompt(args.path, args.task)
     lines = export(prompt, 'npy', args.output, overwrite=args.overwrite)
+  elif merged.is_trained(place := find(args.prompt)):
+    lines = merged.export_merged(
+      place,
+      args.format,
+      args.output,
+      base=args.base,
+      step=args.step,
+      overwrite=args.overwrite,
+    )
+    print('\n'.join(lines))
+    return
   else:
-    prompt = read_prompt(args.prompt)
+    prompt = read_prompt(args.prompt, args.task)
     lines = export(
       prompt,
       args.format,

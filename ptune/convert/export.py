@@ -9,6 +9,7 @@ t5x          a whole checkpoint: the base model, and the prompt in it
 import io
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,11 @@ def export(
     ValueError: the prompt is not for this format, the base is another model,
       or the output is there.
   """
+  if layout == 'huggingface':
+    raise ValueError(
+      f'{prompt.path} is a prompt, for which a model of Hugging Face has no'
+      ' place; --format=peft writes it as an adapter beside the model'
+    )
   if layout not in FORMATS:
     raise ValueError(f'--format={layout}; expected one of {", ".join(FORMATS)}')
   if layout in ('npy', 'safetensors'):
@@ -85,7 +91,7 @@ def export(
       'something else there. Export it as npy or safetensors'
     )
   named = base is not None
-  base = base or _recorded_base(prompt)
+  base = base or recorded_base(prompt.path)
   if base is None and layout == 't5x':
     raise ValueError(
       'A T5X checkpoint holds the base model too; name it with --base=PATH'
@@ -157,10 +163,9 @@ def _export_peft(
   sizes: dict[str, Any] = {}
   if source is not None:
     sizes = identity.facts(source)
-    if 'base' in prompt.facts:
-      lines.append(_check_base(prompt, source, identity.fingerprint(source)))
-    else:
-      lines.append(_UNKNOWN_BASE)
+    known = 'base' in prompt.facts
+    fingerprint = identity.fingerprint(source) if known else ''
+    lines.append(check_base(prompt.path, prompt.facts, source, fingerprint))
   if name is None and source is not None and source.kind == 'huggingface':
     name = os.path.abspath(source.path)
     if str(base).startswith(SCHEME):
@@ -188,33 +193,48 @@ def _export_t5x(
   array = prompt.array
   read[PATH] = Leaf(array.shape, array.dtype, array.__getitem__)
   if step is None:
-    step = _step(prompt, source)
+    step = step_after(prompt.facts, source)
   with output.new_directory(target) as temporary:
     write_t5x(temporary, read, step, trained=(PATH,))
-    base = _UNKNOWN_BASE
-    if 'base' in prompt.facts:
-      base = _check_base(prompt, source, checksums.digest())
+    base = check_base(prompt.path, prompt.facts, source, checksums.digest())
   return [
     base,
     f'wrote {target}: step {step}, {_text(prompt)} at {PATH}',
   ]
 
 
-_UNKNOWN_BASE = (
-  'nothing says on which model the prompt was trained; its width alone was '
-  'compared with the base'
-)
+def check_base(
+  path: epath.PathLike,
+  facts: Mapping[str, Any],
+  source: Source,
+  fingerprint: str,
+) -> str:
+  """Compares the fingerprints of a base and of what was trained on one.
 
+  Args:
+    path: What was trained, for messages.
+    facts: What is known of it.
+    source: The base.
+    fingerprint: Of the base.
 
-def _check_base(prompt: Prompt, source: Source, fingerprint: str) -> str:
-  """Compares fingerprints; says that they are equal."""
-  if fingerprint != prompt.facts['base']:
-    raise ValueError(
-      f'{prompt.path} was trained on a model of fingerprint '
-      f'{prompt.facts["base"]}; the {source.where} has {fingerprint}. Nothing '
-      'was written. Give the model that it was trained on as --base'
+  Returns:
+    A line that says that they are equal, or that nothing is known.
+
+  Raises:
+    ValueError: They differ.
+  """
+  if 'base' not in facts:
+    return (
+      f'nothing says on which model {path} was trained; its width alone was '
+      'compared with the base'
     )
-  return f'base {fingerprint}: the model that the prompt was trained on'
+  if fingerprint != facts['base']:
+    raise ValueError(
+      f'{path} was trained on a model of fingerprint {facts["base"]}; the '
+      f'{source.where} has {fingerprint}. Nothing was written. Give the model '
+      'that it was trained on as --base'
+    )
+  return f'base {fingerprint}: the model that it was trained on'
 
 
 def _check_width(prompt: Prompt, source: Source) -> None:
@@ -227,19 +247,19 @@ def _check_width(prompt: Prompt, source: Source) -> None:
     )
 
 
-def _step(prompt: Prompt, source: Source) -> int:
-  """T5X's steps go on from those of the base."""
+def step_after(facts: Mapping[str, Any], source: Source) -> int:
+  """The step of T5X, which counts the base's too, after a training on it."""
   for key, before in (('t5x_step', 0), ('step', source.step or 0)):
-    steps = prompt.facts.get(key)
+    steps = facts.get(key)
     if isinstance(steps, int) and 0 <= steps < 2**31 - before:
       return before + steps
   return source.step or 0
 
 
-def _recorded_base(prompt: Prompt) -> str | None:
-  """The base that the run was started from, of a prompt in its MODEL_DIR."""
-  run = epath.Path(prompt.path).parent.parent / 'run.json'
-  if prompt.kind != 'npy' or not run.is_file():
+def recorded_base(path: epath.PathLike) -> str | None:
+  """The base that a run was started from, for a file of its prompts/."""
+  run = epath.Path(path).parent.parent / 'run.json'
+  if not run.is_file():
     return None
   base = read_json(run).get('initial_checkpoint_path')
   return base if isinstance(base, str) else None

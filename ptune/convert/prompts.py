@@ -19,6 +19,8 @@ from etils import epath
 from ptune.convert import open_checkpoint, peft, safetensors_files
 from ptune.convert.hub import locate
 from ptune.convert.huggingface import read_json
+from ptune.convert.trained import SUFFIX, open_trained
+from ptune.methods import multitask
 from ptune.methods.prompt import PATH
 
 # What the paper's implementation calls the prompt's file.
@@ -26,6 +28,8 @@ REFERENCE_FILE = 'encoder.prompt.prompt.prompt'
 REFERENCE_DIRECTORY = 'numpy_checkpoints'
 # Where a .safetensors file keeps what is known of its prompt.
 FACTS = 'ptune'
+# What such files hold: one prompt, or what `multitask` made of several.
+ONE, SEVERAL = {peft.ROWS}, {multitask.SHARED, multitask.TASKS}
 
 EXPECTED = """\
 Expected a prompt: a .npy file, the MODEL_DIR of a run (ptune's, or the paper's
@@ -60,18 +64,20 @@ def read_prompt(path: epath.PathLike, task: int | None = None) -> Prompt:
   Args:
     path: See the module. Of a run, the best prompt is taken, or the newest
       where none was evaluated.
-    task: Which task's prompt, of a multi-task PEFT adapter.
+    task: Which task's prompt, of a multi-task run or PEFT adapter.
 
   Raises:
     FileNotFoundError: nothing is there.
     ValueError: there is no prompt, or its file is damaged.
   """
   place = find(path)
-  if task is not None and not (place / peft.CONFIG).exists():
-    raise ValueError(f'{place} is one prompt: there is no task to choose')
   notes: list[str] = []
   if (place / peft.CONFIG).exists():
     kind, (array, facts, notes) = 'peft', peft.read_peft(place, task)
+  elif is_multitask(place):
+    kind, (array, facts) = 'safetensors', _of_task(place, task)
+  elif task is not None:
+    raise ValueError(f'{place} is one prompt: there is no task to choose')
   elif place.is_dir():
     kind, array, facts = _of_checkpoint(place)
   elif place.suffix == '.safetensors':
@@ -126,13 +132,15 @@ def find(path: epath.PathLike) -> epath.Path:
 
 
 def _written(folder: epath.Path) -> epath.Path | None:
-  """The best prompt of a `prompts/` directory, or its newest."""
-  if (folder / 'best.npy').is_file():
-    return folder / 'best.npy'
+  """The best file of a `prompts/` directory, or its newest."""
+  for best in ('best.npy', 'best.safetensors'):
+    if (folder / best).is_file():
+      return folder / best
+  name = re.compile(r'step_(\d{1,15})\.(npy|safetensors)')
   steps = {
     int(match[1]): child
     for child in folder.iterdir()
-    if (match := re.fullmatch(r'step_(\d{1,15})\.npy', child.name))
+    if (match := name.fullmatch(child.name))
   }
   return steps[max(steps)] if steps else None
 
@@ -160,12 +168,39 @@ def _of_checkpoint(path: epath.Path) -> tuple[str, np.ndarray, dict[str, Any]]:
   return source.kind, source.leaves[PATH].read(), facts
 
 
+def is_multitask(file: epath.Path) -> bool:
+  """Whether a file holds the prompts of several tasks."""
+  if file.suffix != SUFFIX or file.is_dir():
+    return False
+  return set(safetensors_files.open_file(file)[0]) == SEVERAL
+
+
+def _of_task(
+  file: epath.Path, task: int | None
+) -> tuple[np.ndarray, dict[str, Any]]:
+  source, facts = open_trained(file)
+  trained = {path: leaf.read() for path, leaf in source.leaves.items()}
+  settings = facts.pop('settings', None)
+  if settings is None:
+    raise ValueError(
+      f'{file} holds the prompts of several tasks; the .json that a run wrote'
+      ' beside it says what they are made of, and is needed'
+    )
+  try:
+    array = multitask.task_prompt(settings, trained, task)
+  except ValueError as error:
+    raise ValueError(f'{file}: {error}, with --task') from error
+  method = 'prompt/causal' if settings['causal'] else 'prompt'
+  return array, {**facts, 'method': method, 'task_index': task}
+
+
 def _of_safetensors(file: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
   tensors, metadata = safetensors_files.open_file(file)
-  if set(tensors) != {peft.ROWS}:
+  if set(tensors) != ONE:
     raise ValueError(
       f'{file} holds {sorted(tensors)[:20]}; the file of a prompt holds '
-      f'{peft.ROWS} alone'
+      f'{peft.ROWS} alone. What another method trained is a PROMPT_FILE as it '
+      'is, and merged by ptune export --format=t5x or huggingface'
     )
   try:
     facts = json.loads(metadata.get(FACTS, '{}'))

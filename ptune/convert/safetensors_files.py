@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -89,10 +89,20 @@ def open_file(file: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
 def write_file(
   file: epath.Path, tensors: Mapping[str, Leaf], metadata: Mapping[str, str]
 ) -> None:
+  """Writes tensors to a file, as `write` does; not atomic, see `output`."""
+  with open(file, 'wb') as f:
+    write(f, tensors, metadata)
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def write(
+  f: BinaryIO, tensors: Mapping[str, Leaf], metadata: Mapping[str, str]
+) -> None:
   """Writes tensors one after the other; holds one at a time.
 
   Args:
-    file: Where to; not atomic, see `output`.
+    f: Where to.
     tensors: By name.
     metadata: Stored beside them; `format: pt` is added, which transformers
       asks for.
@@ -111,10 +121,7 @@ def write_file(
     }
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
-  with open(file, 'wb') as f:
-    f.write(len(text).to_bytes(8, 'little') + text)
-    for name in order:
-      block = np.ascontiguousarray(tensors[name].read())
-      f.write(block.reshape(-1).view(np.uint8).data)
-    f.flush()
-    os.fsync(f.fileno())
+  f.write(len(text).to_bytes(8, 'little') + text)
+  for name in order:
+    block = np.ascontiguousarray(tensors[name].read())
+    f.write(block.reshape(-1).view(np.uint8).data)

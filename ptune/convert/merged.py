@@ -1,0 +1,153 @@
+"""`ptune export` of a method that is no prompt: the base model, changed.
+
+A merged model has the base's own parameters and answers as the base with the
+method's adapters; any program that reads the layout can use it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from ptune import methods, network
+from ptune.adapters import Method
+from ptune.convert import identity, open_checkpoint, output
+from ptune.convert.conversion import MARKS
+from ptune.convert.export import check_base, recorded_base, step_after
+from ptune.convert.prompts import ONE, SEVERAL
+from ptune.convert.prompts import ONE, SEVERAL
+from ptune.convert.safetensors_files import open_file
+from ptune.convert.source import Index, Leaf, Source
+from ptune.convert.trained import SUFFIX, open_trained
+from ptune.sizes import T5Config
+
+
+def is_trained(place: epath.Path) -> bool:
+  """Whether a file holds what a method trained, and no prompts."""
+  if place.suffix != SUFFIX or place.is_dir():
+    return False
+  return set(open_file(place)[0]) not in (ONE, SEVERAL)
+
+
+def export_merged(
+  file: epath.PathLike,
+  layout: str,
+  directory: epath.PathLike,
+  *,
+  base: str | None = None,
+  step: int | None = None,
+  overwrite: bool = False,
+) -> list[str]:
+  """Writes a merged model, in float32; holds one array of it at a time.
+
+  Args:
+    file: A .safetensors file of a run's `prompts/`.
+    layout: 't5x' or 'huggingface'.
+    directory: Where to.
+    base: The base model, as `open_checkpoint` takes it; that of the run if not
+      given. It must be the model that was trained on.
+    step: The training step of a T5X checkpoint; that of the base and the run's
+      if not given.
+    overwrite: Replaces an earlier output.
+
+  Returns:
+    Lines that say what was done.
+
+  Raises:
+    ValueError: the method cannot be merged, the base is another model, or the
+      output is there.
+  """
+  if layout not in MARKS:
+    raise ValueError(
+      f'{file} holds what a method trained, and no prompt: --format={layout}'
+      f' cannot hold it; {" and ".join(MARKS)} hold it merged into its base'
+    )
+  trained, facts = open_trained(file)
+  method = _method(file, facts)
+  base = base or recorded_base(file)
+  if base is None:
+    raise ValueError(
+      f'{file} is merged into the model that it was trained on; name it with'
+      ' --base=PATH'
+    )
+  target = output.check(
+    directory, overwrite, MARKS[layout], inputs=(str(file), base)
+  )
+  source = open_checkpoint(base)
+  config = identity.config(source)
+  identity.check_whole(source, config)
+  _check_shapes(method, trained, config)
+  checksums = identity.Checksums()
+  leaves = {
+    # The fingerprint is that of what was frozen.
+    path: leaf if path in trained.leaves else checksums.reading(path, leaf)
+    for path, leaf in identity.base_leaves(source).items()
+  }
+  values = {path: leaf.read() for path, leaf in trained.leaves.items()}
+  merged = {
+    path: _merged(method, path, leaf, values) for path, leaf in leaves.items()
+  }
+  if step is None:
+    step = step_after(facts, source)
+  with output.new_directory(target) as temporary:
+    if layout == 't5x':
+      from ptune.convert.t5x import write_t5x
+
+      write_t5x(temporary, merged, step)
+    else:
+      from ptune.convert.huggingface import write_huggingface
+
+      write_huggingface(temporary, merged, config, step)
+    line = check_base(file, facts, source, checksums.digest())
+  return [
+    f'base {source.describe()}',
+    line,
+    f'wrote {target}: step {step}, {method.name} of {file} merged',
+  ]
+
+
+def _method(file: epath.PathLike, facts: Mapping[str, Any]) -> Method:
+  if 'method' not in facts:
+    raise ValueError(
+      f'{file} does not say by which method it was trained: the .json that a'
+      ' run writes beside it is missing'
+    )
+  method = methods.make(facts['method'], facts.get('settings'))
+  if method.merge is None:
+    raise ValueError(
+      f'{file} was trained by method {method.name!r}, as which no model'
+      ' without adapters answers, so that it cannot be merged. Use the file as'
+      ' PROMPT_FILE'
+    )
+  return method
+
+
+def _check_shapes(method: Method, trained: Source, config: T5Config) -> None:
+  """Raises ValueError where something is missing, unknown or misshapen."""
+  params = network.parameters(network.Transformer(config, method.placements))
+  expected = {p: x.shape for p, x in params.items() if method.trains(p)}
+  got = trained.shapes
+  wrong = [
+    f'  {path}: {list(got[path]) if path in got else "missing"}, expected '
+    f'{list(expected[path]) if path in expected else "none"}'
+    for path in sorted(expected.keys() | got.keys())
+    if got.get(path) != expected.get(path)
+  ]
+  if wrong:
+    raise ValueError(
+      f'{trained.path} is not what method {method.name!r} trains of the base:\n'
+      + '\n'.join(wrong)
+    )
+
+
+def _merged(
+  method: Method, path: str, leaf: Leaf, trained: Mapping[str, np.ndarray]
+) -> Leaf:
+  def fetch(index: Index) -> np.ndarray:
+    assert method.merge is not None
+    value = np.asarray(leaf.read(), np.float32)
+    return np.asarray(method.merge(path, value, trained), np.float32)[index]
+
+  return Leaf(leaf.shape, jnp.dtype(jnp.float32), fetch)
