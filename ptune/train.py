@@ -43,6 +43,7 @@ from ptune import state as state_lib
 from ptune.adapters import Method
 from ptune.checkpoints import Checkpoints
 from ptune.convert import account, check_config, open_checkpoint, restore
+from ptune.convert.trained import dump as dump_trained
 from ptune.models import Decoding, EncoderDecoderModel
 from ptune.sizes import T5Config
 
@@ -457,25 +458,35 @@ def _write_prompt(
   scores: Mapping[str, Mapping[str, float]],
   run: Mapping[str, Any],
 ) -> None:
-  """Writes the prompt for other programs, with what it was trained on."""
-  path = plan.method.prompt
-  if path is None or jax.process_index() != 0:
-    return
-  step = int(state.step)
+  """Writes what is trained for other programs, and what it was trained on."""
+  method = plan.method
+  if not plan.frozen:
+    return  # The checkpoints are the whole model.
   trained = parameters.flatten(state.trainable)
-  folded = plan.method.fold(trained) if plan.method.fold else trained
-  prompt = np.asarray(folded[path], np.float32)
-  buffer = io.BytesIO()
-  np.save(buffer, prompt)
+  trained = {path: parameters.whole(x) for path, x in trained.items()}
+  if jax.process_index() != 0:
+    return
+  if method.fold:
+    trained = method.fold(trained)
+  known = ('task', 'base', 'method', 'settings', 'seed', 'batch_size')
   facts = {
-    'step': step,
-    'prompt_length': prompt.shape[0],
+    'step': int(state.step),
     'scores': scores,
-    **{k: run[k] for k in ('task', 'base', 'method', 'seed', 'batch_size')},
+    **{k: run[k] for k in known if k in run},
   }
+  if method.prompt is None:
+    file, contents = f'{name}.safetensors', dump_trained(trained)
+  else:
+    prompt, buffer = (
+      np.asarray(trained[method.prompt], np.float32),
+      io.BytesIO(),
+    )
+    np.save(buffer, prompt)
+    file, contents = f'{name}.npy', buffer.getvalue()
+    facts['prompt_length'] = prompt.shape[0]
   folder = directory / 'prompts'
   folder.mkdir(parents=True, exist_ok=True)
-  report_lib.write_atomically(folder / f'{name}.npy', buffer.getvalue())
+  report_lib.write_atomically(folder / file, contents)
   report_lib.write_atomically(
     folder / f'{name}.json', json.dumps(facts, indent=2) + '\n'
   )

@@ -17,7 +17,6 @@ from ptune.convert import identity, open_checkpoint, output
 from ptune.convert.conversion import MARKS
 from ptune.convert.export import check_base, recorded_base, step_after
 from ptune.convert.prompts import ONE, SEVERAL
-from ptune.convert.prompts import ONE, SEVERAL
 from ptune.convert.safetensors_files import open_file
 from ptune.convert.source import Index, Leaf, Source
 from ptune.convert.trained import SUFFIX, open_trained
