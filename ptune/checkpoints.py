@@ -236,7 +236,7 @@ class Checkpoints:
       wait: Return when it is on disk.
 
     Raises:
-      Exception: Whatever the file system raised, in the end.
+      OSError: If it failed each time; says what is kept.
     """
     for pause in (*PAUSES, None):
       try:
@@ -247,15 +247,13 @@ class Checkpoints:
         return
       except Exception as error:
         # Orbax, TensorStore and TensorFlow each have an exception of their own.
-        if pause is None or jax.process_count() > 1:
-          raise
-        logging.error(
-          'step %d could not be saved in %s (%s); trying again in %g s',
-          int(state.step),
-          self.directory,
-          _first_line(error),
-          pause,
+        problem = (
+          f'step {int(state.step)} could not be saved in {self.directory}'
+          f' ({_first_line(error)})'
         )
+        if pause is None or jax.process_count() > 1:
+          raise OSError(f'{problem}. {self.last_good()}') from error
+        logging.error('%s; trying again in %g s', problem, pause)
         time.sleep(pause)
         wait = True
         with contextlib.suppress(Exception):
@@ -263,10 +261,15 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # Cleans up what was begun.
           self._manager = _manager(self.directory, self._keep)
 
-  @property
-  def newest(self) -> int | None:
-    """The step of the newest checkpoint that is whole."""
-    return max(finished_steps(self.directory), default=None)
+  def last_good(self) -> str:
+    """What is on disk whatever happens, as a sentence."""
+    steps = finished_steps(self.directory)
+    if not steps:
+      return 'Nothing was saved yet; the same command begins again'
+    return (
+      f'The checkpoint of step {steps[-1]} is good and was kept; the same'
+      ' command goes on from there'
+    )
 
   def wait(self) -> None:
     """Returns when everything is on disk; raises what went wrong."""
@@ -283,7 +286,10 @@ class Checkpoints:
 
 def _manager(directory: epath.Path, keep: int | None) -> ocp.CheckpointManager:
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=keep, cleanup_tmp_directories=True
+    max_to_keep=keep,
+    cleanup_tmp_directories=True,
+    # Else, where that fails, Orbax's threads wait minutes for the directory.
+    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
   )
   return ocp.CheckpointManager(directory, options=options)
 

@@ -441,13 +441,10 @@ def _add_sums(
 
 def _last_good(saved: Checkpoints) -> str:
   saved.wait()
-  newest = saved.newest
   return (
-    'Nothing was saved yet'
-    if newest is None
-    else f'The checkpoint of step {newest} is good and was kept; the same'
-    ' command goes on from there'
-  ) + '. Lower LEARNING_RATE, or look at the batch of that step'
+    f'{saved.last_good()}. Lower LEARNING_RATE, or look at the batch of that'
+    ' step'
+  )
 
 
 def _write_prompt(

@@ -113,6 +113,38 @@ def test_the_state_of_another_optimizer_is_told_from_damage(tmp_path):
     checkpoints.restore(tmp_path, like)
 
 
+def spoiled(contents):
+  """What may become of a file: cut short, emptied, garbled, lost."""
+  half = len(contents) // 2
+  noise = bytes(b ^ 0x55 for b in contents[half : half + 8])
+  yield contents[:half]
+  yield b''
+  yield contents[:half] + noise + contents[half + 8 :]
+  yield None
+
+
+# Of Orbax's threads.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_whatever_file_is_damaged_no_other_values_are_restored(tmp_path):
+  old, like = make_state(step=4, seed=0)
+  new, _ = make_state(step=8, seed=1)
+  save(tmp_path, old, new)
+  noticed = 0
+  for path in sorted((tmp_path / '8').rglob('*')):
+    if not path.is_file():
+      continue
+    contents = path.read_bytes()
+    for damaged in spoiled(contents):
+      path.unlink() if damaged is None else path.write_bytes(damaged)
+      restored, _ = checkpoints.restore(tmp_path, like)
+      assert_equal(restored, {4: old, 8: new}[int(restored.step)])
+      noticed += int(restored.step) == 4
+      path.write_bytes(contents)
+  assert noticed > 10
+  restored, _ = checkpoints.restore(tmp_path, like)
+  assert_equal(restored, new)
+
+
 def test_damage_is_told_in_one_line(tmp_path, caplog):
   state, like = make_state()
   save(tmp_path, state)

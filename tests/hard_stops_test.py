@@ -3,7 +3,9 @@
 docs/promises.md says which test shows what.
 """
 
+import errno
 import itertools
+import logging
 import os
 import pathlib
 import random
@@ -18,7 +20,13 @@ from ptune import checkpoints
 from tests import tiny
 
 KILLS = 20
+MOMENTS = ('writing', 'written', 'training', 'setting up')
 STEPS = 60
+SAVE = checkpoints._save
+# Of Orbax's threads, where files that they read or write are not there.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
 
 
 def arguments(model_dir, *more, **macros):
@@ -30,7 +38,7 @@ def arguments(model_dir, *more, **macros):
       'MODEL_DIR': os.fspath(model_dir),
       'MIXTURE_OR_TASK_NAME': 'tiny_no_metrics',
       'TRAIN_STEPS': STEPS,
-      'EVAL_PERIOD': 30,
+      'EVAL_SPLIT': None,  # Half of what a start takes; see train_program_test.
       'CHECKPOINT_PERIOD': 5,
       'BUCKET_MULTIPLE': 16,
       **macros,
@@ -52,67 +60,223 @@ def calm(tmp_path_factory):
 
 
 def assert_same_run(left, right):
-  """The same prompts to the bit, the same records and best."""
+  """The same prompts to the bit, and the same records."""
   assert tiny.records(left) == tiny.records(right)
   steps = checkpoints.finished_steps(right / 'checkpoints')
   assert set(steps) <= set(checkpoints.finished_steps(left / 'checkpoints'))
   for step in steps:
     assert np.array_equal(final_prompt(left, step), final_prompt(right, step))
-  assert (left / 'prompts/best.npy').read_bytes() == (
-    (right / 'prompts/best.npy').read_bytes()
-  )
 
 
 # ------------------------------------------------------------ signals and kills
 
 
-def wait_until(process, condition, seconds=60):
-  """Waits, closely, for a condition; False if the process ends before it."""
-  end = time.monotonic() + seconds
-  while not condition():
-    if not pathlib.Path(f'/proc/{process.pid}/stat').exists():
-      return False
-    if pathlib.Path(f'/proc/{process.pid}/stat').read_text().split()[2] == 'Z':
-      return False
+def is_running(process):
+  try:
+    stat = pathlib.Path(f'/proc/{process.pid}/stat').read_text()
+  except FileNotFoundError:
+    return False
+  return stat.rpartition(')')[2].split()[0] != 'Z'
+
+
+def wait_until(process, condition):
+  """Returns as soon as a condition holds, or the process has ended."""
+  end = time.monotonic() + 60
+  while is_running(process) and not condition():
     assert time.monotonic() < end, process.output
-  return True
+
+
+def names(folder):
+  return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def test_killed_at_20_moments_it_ends_with_the_same_bits(calm, tmp_path):
   """Kills in a checkpoint's writing, right after it, and at any moment."""
   run = tmp_path / 'run'
+  folder = run / 'checkpoints'
   draw = random.Random(0)  # With a seed: a bad moment should be seen again.
-
-  def names():
-    folder = run / 'checkpoints'
-    return {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-
-  def writing():
-    return any('tmp' in name for name in names() - before)
-
-  def written():
-    return any(name.isdecimal() for name in names() - before)
-
-  killed = {'setting up': 0, 'writing': 0, 'written': 0, 'training': 0}
-  moments = itertools.cycle(['writing', 'written', 'training', 'setting up'])
-  while sum(killed.values()) < KILLS:
-    moment, before = next(moments), names()
+  killed = dict.fromkeys(MOMENTS, 0)
+  for moment in itertools.cycle(MOMENTS):
+    before = names(folder)
     process = tiny.Command(arguments(run))
     if moment == 'setting up':
-      time.sleep(draw.uniform(0, 1.5))
+      time.sleep(draw.uniform(0, 2))
     elif moment == 'training':
       wait_until(process, lambda: 'restored' in process.output)  # noqa: B023
-      time.sleep(draw.uniform(0, 0.6))
+      time.sleep(draw.uniform(0, 1))
     else:
-      wait_until(process, writing if moment == 'writing' else written)
+      sign = 'tmp' if moment == 'writing' else ''
+      wait_until(
+        process,
+        lambda: any(  # The functions are called at once.
+          sign in name and (sign or name.isdecimal())  # noqa: B023
+          for name in names(folder) - before  # noqa: B023
+        ),
+      )
     process.send(signal.SIGKILL)
-    if process.wait() == -signal.SIGKILL:
-      killed[moment] += 1
-    else:  # It had finished. Once more, from an earlier step.
-      for path in (run / 'checkpoints').iterdir():
-        if not path.name.isdecimal() or int(path.name) > STEPS // 4:
-          shutil.rmtree(path)
-  assert min(killed.values()) >= 3
+    killed[moment] += process.wait() == -signal.SIGKILL
+    if sum(killed.values()) == KILLS:
+      break
+    # Else it would finish too early.
+    for name in names(folder):
+      if name.isdecimal() and int(name) > STEPS // 2:
+        shutil.rmtree(folder / name)
+  assert min(killed.values()) >= 3, killed
   status, output = tiny.command(*arguments(run))
   assert status == 0, output
+  assert 'going on from step' in output
   assert_same_run(run, calm)
+
+
+def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(calm, tmp_path):
+  process = tiny.Command(arguments(tmp_path))
+  process.wait_for('step 7')
+  begin = time.monotonic()
+  process.send(signal.SIGTERM)
+  assert process.wait() == 0
+  assert time.monotonic() - begin < 30
+  step = checkpoints.finished_steps(tmp_path / 'checkpoints')[-1]
+  assert 'SIGTERM: saving' in process.output
+  assert f'stopped at step {step}, which is saved in' in process.output
+  assert 'the same command goes on from there' in process.output
+  status, output = tiny.command(*arguments(tmp_path))
+  assert status == 0, output
+  assert f'going on from step {step}' in output
+  assert_same_run(tmp_path, calm)
+
+
+# ---------------------------------------------------------- damaged checkpoints
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  """The MODEL_DIR of a run in this process."""
+  path = tmp_path_factory.mktemp('undisturbed') / 'run'
+  tiny.run(path, eval_split=None)
+  return path
+
+
+@pytest.fixture
+def started(undisturbed, tmp_path):
+  """A copy of it, to be done something to."""
+  return shutil.copytree(undisturbed, tmp_path / 'run')
+
+
+def truncate(checkpoint):
+  for path in checkpoint.rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lose_a_file(checkpoint):
+  (checkpoint / 'state' / 'manifest.ocdbt').unlink()
+
+
+def garble(checkpoint):
+  (checkpoint / 'state' / '_METADATA').write_text('{"tree_metadata": 5')
+
+
+def empty(checkpoint):
+  shutil.rmtree(checkpoint)
+  checkpoint.mkdir()
+
+
+@pytest.mark.parametrize('damage', [truncate, lose_a_file, garble, empty])
+def test_a_damaged_checkpoint_is_passed_over(
+  undisturbed, started, caplog, damage
+):
+  damage(started / 'checkpoints' / '12')
+  caplog.set_level(logging.INFO)
+  tiny.run(started, eval_split=None)
+  assert f'{started}/checkpoints/12 cannot be read and is passed' in caplog.text
+  assert 'going on from step 8' in caplog.text
+  assert (started / 'checkpoints' / '12.damaged').is_dir()
+  assert_same_run(started, undisturbed)
+
+
+def test_without_a_readable_checkpoint_nothing_is_overwritten(started):
+  for step, damage in ((4, truncate), (8, garble), (12, lose_a_file)):
+    damage(started / 'checkpoints' / str(step))
+  before = tiny.files(started)
+  with pytest.raises(ValueError, match=r'none of the checkpoints \[12, 8, 4\]'):
+    tiny.run(started, eval_split=None)
+  assert tiny.files(started) == before
+
+
+# ------------------------------------------------------- a disk that is full
+
+
+@pytest.fixture
+def broken_disk(tmp_path, monkeypatch):
+  """Makes checkpoints fail from a step on; returns a function that mends it.
+
+  What fails is real: a file stands where the directory was.
+  """
+  folder, aside = tmp_path / 'checkpoints', tmp_path / 'aside'
+  original = checkpoints._save
+
+  def mend():
+    folder.unlink()
+    aside.rename(folder)
+
+  def save(manager, state, sums):
+    if int(state.step) == 8 and not aside.exists():
+      folder.rename(aside)
+      folder.write_text('')
+    original(manager, state, sums)
+
+  monkeypatch.setattr(checkpoints, '_save', save)
+  return mend
+
+
+def test_a_save_that_fails_is_tried_again(
+  undisturbed, tmp_path, monkeypatch, caplog, broken_disk
+):
+  pauses = []
+
+  def pause(seconds):
+    pauses.append(seconds)
+    if len(pauses) == 2:
+      broken_disk()
+      monkeypatch.setattr(checkpoints, '_save', SAVE)
+
+  monkeypatch.setattr(checkpoints.time, 'sleep', pause)
+  tiny.run(tmp_path, eval_split=None)
+  assert pauses == [1, 5]
+  assert caplog.text.count('step 8 could not be saved in') == 2
+  assert 'trying again in 5 s' in caplog.text
+  assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_save_that_fails_again_and_again_ends_the_run(
+  undisturbed, tmp_path, monkeypatch, broken_disk
+):
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints.time, 'sleep', lambda seconds: None)
+    with pytest.raises(OSError, match=r'step \d+ could not be saved in'):
+      tiny.run(tmp_path, eval_split=None)
+  broken_disk()
+  assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [4]
+  monkeypatch.undo()
+  tiny.run(tmp_path, eval_split=None)
+  assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(
+  undisturbed, tmp_path, monkeypatch
+):
+  def full_disk(manager, state, sums):
+    if int(state.step) >= 8:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    SAVE(manager, state, sums)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints, '_save', full_disk)
+    patch.setattr(checkpoints, 'PAUSES', (0.0,))
+    with pytest.raises(OSError, match='no space is left for') as error:
+      tiny.run(tmp_path, eval_split=None)
+  assert 'checkpoint of step 4 is whole: free space, and start the same' in (
+    str(error.value)
+  )
+  tiny.run(tmp_path, eval_split=None)
+  assert_same_run(tmp_path, undisturbed)
