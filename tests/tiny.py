@@ -189,12 +189,11 @@ def make_base(path: os.PathLike[str], seed: int) -> str:
   return os.fspath(path)
 
 
-def run(model_dir, **changes):
-  """A short run of `train` in this process: 12 steps, evaluated thrice.
-
-  On one device, for a task without metrics: there is little to compile.
-  """
-  settings = {
+def settings(model_dir, **changes):
+  """Of `train`, for a short run: 12 steps, evaluated thrice."""
+  if 'initial_checkpoint_path' not in changes:
+    changes['initial_checkpoint_path'] = base()
+  return {
     'model_dir': os.fspath(model_dir),
     'mixture_or_task_name': 'tiny_no_metrics',
     'task_feature_lengths': LENGTHS,
@@ -209,10 +208,16 @@ def run(model_dir, **changes):
     'seed': 1,
     **changes,
   }
-  if 'initial_checkpoint_path' not in settings:
-    settings['initial_checkpoint_path'] = base()
+
+
+def run(model_dir, **changes):
+  """Trains in this process, for a task without metrics unless told otherwise.
+
+  On one device: there is little to compile.
+  """
+  settled = settings(model_dir, **changes)
   with one_device():
-    return train.train(**settings)
+    return train.train(**settled)
 
 
 @functools.cache
@@ -354,6 +359,19 @@ def _send(server, message) -> None:
   server.stdin.flush()
 
 
+def environment() -> dict[str, str]:
+  """Of programs that tests start: with one device, and quick to compile."""
+  return {
+    **os.environ,
+    'XLA_FLAGS': '',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    # Kept, however little time it took: the next process need not compile.
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+    'JAX_COMPILATION_CACHE_DIR': str(directory() / 'compiled'),
+  }
+
+
 @functools.cache
 def _server() -> subprocess.Popen:
   server = subprocess.Popen(
@@ -362,16 +380,7 @@ def _server() -> subprocess.Popen:
     stdout=subprocess.PIPE,
     text=True,
     cwd=pathlib.Path(__file__).parents[1],
-    # One device, unless a command says otherwise.
-    env={
-      **os.environ,
-      'XLA_FLAGS': '',
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-      # Kept, however little time it took: the next process need not compile.
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-      'JAX_COMPILATION_CACHE_DIR': str(directory() / 'compiled'),
-    },
+    env=environment(),
   )
   atexit.register(server.stdin.close)
   return server
