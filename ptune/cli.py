@@ -55,6 +55,7 @@ TOOLS = {
     "copy a model between T5X's and Hugging Face's layout",
   ),
   'inspect': ('ptune.convert.commands', 'say what a file or directory is'),
+  'methods': ('ptune.list_methods', 'list methods, and how much they train'),
   'tasks': ('ptune.list_tasks', 'list tasks, or show examples of one'),
 }
 

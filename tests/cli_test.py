@@ -175,7 +175,7 @@ def test_all_that_is_missing_is_named_with_an_example(says):
     'to be set: MODEL, by a --gin_file: one of models/byt5_base.gin' in said
   )
   _, said = says(*train_with(without=['prompts/', 'PROMPT_LENGTH']))
-  assert 'to be set: METHOD, by a --gin_file: one of methods/full.gin' in said
+  assert 'METHOD, by a --gin_file: one of methods/bottleneck.gin' in said
   assert 'OPTIMIZER' not in said
   _, said = says(*train_with(without=['runs/']))
   assert 'do not say what to run; add --gin_file=runs/' in said

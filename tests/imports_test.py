@@ -24,6 +24,7 @@ LAYERS = (
   'methods',
   'decoding',
   'models',
+  'losses',
   'optim',
   'partitioning',
   'parameters',
@@ -45,6 +46,7 @@ LAYERS = (
   'miniature',
   'pretrained.make',  # The program that made what `pretrained` finds.
   'demo',
+  'list_methods',
   'list_tasks',
   'fit',
   'doctor',

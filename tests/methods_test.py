@@ -1,8 +1,12 @@
 """What every method promises; the modules of ptune/methods are found here."""
 
+import dataclasses
 import functools
 import inspect
 import json
+import math
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,8 @@ import pytest
 
 from ptune import (
   adapters,
+  cli,
+  list_methods,
   methods,
   network,
   optim,
@@ -20,7 +26,7 @@ from ptune import (
   predictor,
 )
 from ptune import state as state_lib
-from ptune.convert import open_checkpoint
+from ptune.convert import open_checkpoint, restore
 from ptune.convert.safetensors_files import open_file
 from ptune.methods import (
   bottleneck,
@@ -101,6 +107,14 @@ def first_values(name):
   return parameters.merge(
     random_params(network.Transformer(SHALLOW)), parameters.unflatten(added)
   )
+
+
+@pytest.fixture
+def quick_compiler():
+  """Programs run a few times only."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
 
 
 # ------------------------------------------------- equal to the reference
@@ -234,7 +248,9 @@ def test_cached_decoding_equals_the_whole_forward_pass(name):
 
 
 @several
-def test_a_step_changes_what_is_trained_and_is_the_same_when_sharded(name):
+def test_a_step_changes_what_is_trained_and_is_the_same_when_sharded(
+  name, quick_compiler
+):
   mesh = partitioning.make_mesh(2)
   plan = parameters.plan(SHALLOW, METHODS[name], mesh)
   model = EncoderDecoderModel(plan.network)
@@ -271,10 +287,8 @@ def test_a_step_changes_what_is_trained_and_is_the_same_when_sharded(name):
     lambda path: parameters.place(np.asarray(values[path]), plan.params[path])
   )
   state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, like))
-  jax.config.update('jax_disable_most_optimizations', True)
   with plan.scope():
     many, sharded_sums = update(state, frozen, batch)
-  jax.config.update('jax_disable_most_optimizations', False)
   np.testing.assert_allclose(sharded_sums['loss'], sums['loss'], rtol=1e-5)
   for path, x in parameters.flatten(many.trainable).items():
     np.testing.assert_allclose(x, one[path], atol=1e-5, err_msg=path)
@@ -337,21 +351,26 @@ def test_a_folded_prefix_answers_as_the_mlp_that_made_it():
 
 
 @several
-def test_a_run_resumes_and_leaves_only_what_it_trained(name, tmp_path):
+def test_a_run_resumes_and_leaves_only_what_it_trained(
+  name, tmp_path, quick_compiler
+):
   method = METHODS[name]
 
-  def run(where, steps):
+  def run(where):
     return tiny.run(
       tmp_path / where,
       method=method,
       optimizer=optim.adamw,
-      train_steps=steps,
+      train_steps=4,
+      checkpoint_period=2,
       eval_split=None,
     )
 
-  whole = run('whole', 4)
-  run('parts', 2)
-  parts = run('parts', 4)
+  whole = run('whole')
+  shutil.copytree(tmp_path / 'whole', tmp_path / 'parts')
+  for newer in (tmp_path / 'parts').glob('*/*4*'):
+    (shutil.rmtree if newer.is_dir() else os.remove)(newer)
+  parts = run('parts')
   same = jax.tree.map(
     lambda a, b: np.array_equal(a, b), whole.trainable, parts.trainable
   )
@@ -392,3 +411,148 @@ def test_a_run_resumes_and_leaves_only_what_it_trained(name, tmp_path):
   flat = parameters.flatten(values)
   for path, x in folded.items():
     np.testing.assert_array_equal(flat[path], x, err_msg=path)
+
+
+@pytest.fixture(scope='module')
+def lora_run(tmp_path_factory):
+  """A run of LoRA and the norms, whose base has two layers' worth of steps."""
+  path = tmp_path_factory.mktemp('lora') / 'run'
+  state = tiny.run(
+    path,
+    method=METHODS['lora+norms'],
+    optimizer=functools.partial(optim.adamw, learning_rate=0.1),
+    train_steps=2,
+    eval_split=None,
+  )
+  return path, parameters.flatten(jax.device_get(state.trainable))
+
+
+@pytest.mark.parametrize('layout', ['t5x', 'huggingface'])
+def test_an_exported_model_answers_as_the_run(lora_run, layout, tmp_path):
+  path, trained = lora_run
+  out = tmp_path / 'merged'
+  arguments = ['export', f'--prompt={path}', f'--format={layout}']
+  assert cli.main([*arguments, f'--output={out}']) == 0
+  source = open_checkpoint(out)
+  assert source.step == 8 + 2  # The base's and the run's.
+  plain = network.Transformer(tiny.CONFIG)
+  merged = restore(source, network.parameters(plain))
+  base = restore(open_checkpoint(tiny.base()), network.parameters(plain))
+  net = network.Transformer(tiny.CONFIG, METHODS['lora+norms'].placements)
+  batch = make_batch([16, 9, 1], [4, 3, 1], 16, 6)
+  want = logits_of(net, parameters.unflatten({**base, **trained}), batch)
+  got = logits_of(plain, parameters.unflatten(merged), batch)
+  np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+  before = logits_of(plain, parameters.unflatten(base), batch)
+  assert np.abs(before - want).max() > 0.1
+
+
+def test_export_refuses_what_cannot_be(lora_run, tmp_path, capsys):
+  path, _ = lora_run
+  file = path / 'prompts' / 'step_2.safetensors'
+  other = tiny.make_base(tmp_path / 'other', seed=1)
+  for arguments, says in (
+    (['--format=peft'], 'holds what a method trained, and no prompt'),
+    (['--format=t5x', f'--base={other}'], 'was trained on a model of finger'),
+  ):
+    out = tmp_path / 'out'
+    command = ['export', f'--prompt={file}', f'--output={out}', *arguments]
+    assert cli.main(command) == 2
+    assert says in capsys.readouterr().err
+    assert not out.exists()
+  copy = tmp_path / 'prefix.safetensors'
+  shutil.copy(file, copy)
+  copy.with_suffix('.json').write_text('{"method": "prefix"}')
+  command = ['export', f'--prompt={copy}', '--format=t5x', '--output=x']
+  assert cli.main(command) == 2
+  assert 'cannot be merged. Use the file as PROMPT_FILE' in (
+    capsys.readouterr().err
+  )
+
+
+def test_other_settings_than_those_of_the_file_are_refused(lora_run):
+  path, _ = lora_run
+  file = path / 'prompts' / 'step_2.safetensors'
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  other = adapters.combine([lora.lora(2, alpha=7), norms.norms()])
+  for method, says in (
+    (other, 'was trained with the settings'),
+    (lora.lora(2, alpha=6), 'was trained with the settings'),
+    (METHODS['lora+norms'], None),
+  ):
+    plan = parameters.plan(tiny.CONFIG, method, mesh)
+    if says is None:
+      predictor.load(plan, checkpoint_path=tiny.base(), prompt_file=file)
+      continue
+    with pytest.raises(ValueError, match=says):
+      predictor.load(plan, checkpoint_path=tiny.base(), prompt_file=file)
+  with pytest.raises(ValueError, match='holds a run that is not this one'):
+    tiny.run(path, method=other, optimizer=optim.adamw, eval_split=None)
+
+
+# ------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+  ('call', 'says'),
+  [
+    (lambda: lora.lora(0), 'rank of LoRA is 0'),
+    (lambda: lora.lora(sites=['q']), r"\['q'\]; choose at least one of"),
+    (lambda: lora.lora(sites=[]), 'choose at least one of'),
+    (lambda: prefix.prefix(0), 'PROMPT_LENGTH is 0'),
+    (lambda: prefix.prefix(attentions=['x']), 'choose at least one of'),
+    (lambda: prefix.prefix(hidden=0), 'hidden is 0'),
+    (lambda: per_layer.per_layer(combine='x'), "combine is 'x'"),
+    (lambda: bottleneck.bottleneck(0), 'size is 0'),
+    (lambda: bottleneck.bottleneck(place='x'), "place 'x' is not one of"),
+    (lambda: adapters.combine([]), 'one at least'),
+    (
+      lambda: adapters.combine([prompt.prompt(3), per_layer.per_layer(3)]),
+      r"taken twice: \[\('encoder/embed', 'prompt'\)\]",
+    ),
+    (lambda: methods.make('nosuch'), "no method 'nosuch'; there are"),
+  ],
+)
+def test_errors_name_the_choices(call, says):
+  with pytest.raises(ValueError, match=says):
+    call()
+
+
+@each
+def test_a_method_is_made_again_from_its_name_and_settings(name):
+  method = METHODS[name]
+  settings = json.loads(json.dumps(dict(method.settings)))
+  assert settings == method.settings
+  again = methods.make(method.name, settings)
+  assert again.settings == method.settings
+  assert (again.merge is None) == (method.merge is None)
+
+
+# ---------------------------------------------------------------------- list
+
+
+def test_the_list_counts_as_the_whole_network():
+  config = dataclasses.replace(TINY, num_encoder_layers=3)
+  base = network.parameters(network.Transformer(config))
+  for name, method in METHODS.items():
+    net = network.Transformer(config, method.placements)
+    trained = sum(
+      math.prod(x.shape)
+      for path, x in network.parameters(net).items()
+      if method.trains(path)
+    )
+    whole = sum(math.prod(x.shape) for x in base.values())
+    assert list_methods.counts(config, method) == (trained, whole), name
+
+
+def test_the_list_has_a_column_for_each_size(capsys):
+  sizes = ['--size=t5_1_1_small', '--size=t5_1_1_xxl']
+  assert cli.main(['methods', 'prompt', 'lora', *sizes]) == 0
+  table = [line.split() for line in capsys.readouterr().out.splitlines()]
+  assert table == [
+    ['method', 't5_1_1_small', 't5_1_1_xxl'],
+    ['prompt', '51,200', '0.0665%', '409,600', '0.00368%'],
+    ['lora', '344,064', '0.447%', '9,437,184', '0.0847%'],
+  ]
+  assert cli.main(['methods', '--size=t5_1_1_bas']) == 2
+  assert "did you mean ['t5_1_1_base'" in capsys.readouterr().err
