@@ -58,6 +58,7 @@ MACROS = {
   'RANDOM_SEED': ('of data order, initialisation, dropout', '0'),
   'SKIP_BAD_ROWS': ('count and list them, do not stop', 'True'),
   'TARGETS': ('template of the targets', "'{label}'"),
+  'TARGET_TEXT': ('text that a loss draws the prompt to', "'Say yes or no:'"),
   'TASK_FILES': ('a file or files for each split', "{'train': 'train.tsv'}"),
   'TASK_NAME': ('of the task made of files', "'mine'"),
   'TASK_FEATURE_LENGTHS': ('in tokens', "{'inputs': 128, 'targets': 8}"),
@@ -70,7 +71,7 @@ CHOICES = {
   'MODEL': (('models',), ()),
   'METHOD': (('methods', 'prompts'), ('OPTIMIZER', 'LEARNING_RATE')),
 }
-KINDS = ('methods', 'models', 'prompts', 'runs', 'tasks')
+KINDS = ('losses', 'methods', 'models', 'prompts', 'runs', 'tasks')
 
 _SETS_MACRO = re.compile(r'^([A-Za-z_]\w*)\s*=', re.MULTILINE)
 _READS_MACRO = re.compile(r'%([A-Za-z_]\w*)')

@@ -1,7 +1,7 @@
 """What is asked of a network: the loss, the score of targets, a prediction."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -51,6 +51,8 @@ class EncoderDecoderModel:
     loss_normalizing_factor: What the summed loss is divided by: nothing
       (None), a number, or 'NUM_REAL_TARGET_TOKENS'.
     eos_id: The token that ends a target.
+    objective: What is minimised in place of the cross entropy, one of
+      `losses`: called as `loss`, with the model before.
   """
 
   network: Transformer
@@ -58,6 +60,7 @@ class EncoderDecoderModel:
   label_smoothing: float = 0.0
   loss_normalizing_factor: float | str | None = None
   eos_id: int = 1
+  objective: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
 
   def logits(
     self,
@@ -85,6 +88,8 @@ class EncoderDecoderModel:
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a batch and its parts, summed over target tokens.
 
+    The cross entropy, if there is no other `objective`.
+
     Args:
       params: Parameters of the network.
       batch: The features of `seqio.EncDecFeatureConverter`.
@@ -94,6 +99,16 @@ class EncoderDecoderModel:
       The loss, and sums that add up over batches: `loss` and `z_loss` (the
       former contains the latter), `correct` and `tokens`.
     """
+    objective = self.objective or EncoderDecoderModel.cross_entropy
+    return objective(self, params, batch, dropout_rng)
+
+  def cross_entropy(
+    self,
+    params: Params,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """See `loss`."""
     logits = self.logits(params, batch, dropout_rng)
     targets = batch['decoder_target_tokens']
     weights = batch['decoder_loss_weights'].astype(jnp.float32)

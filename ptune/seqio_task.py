@@ -201,6 +201,55 @@ def _features(inputs: np.ndarray, targets: np.ndarray) -> Batch:
   }
 
 
+def text_ids(
+  text: str,
+  mixture_or_task_name: str,
+  mixture_or_task_module: str | Sequence[str] | None = None,
+) -> tuple[int, ...]:
+  """The pieces of a text in a task's vocabulary, without EOS."""
+  task = load(mixture_or_task_name, mixture_or_task_module)
+  return tuple(vocabulary(task).encode(text))
+
+
+def target_ids(
+  labels: Sequence[str] | None,
+  task_feature_lengths: Mapping[str, int],
+  mixture_or_task_name: str,
+  mixture_or_task_module: str | Sequence[str] | None = None,
+) -> tuple[tuple[int, ...], ...]:
+  """What the targets of a task are for each of its class labels.
+
+  Args:
+    labels: CLASS_LABELS.
+    task_feature_lengths: TASK_FEATURE_LENGTHS.
+    mixture_or_task_name: The task.
+    mixture_or_task_module: Imported first; registers it.
+
+  Raises:
+    ValueError: If there are not two labels at least, or two become the same.
+  """
+  if labels is None or isinstance(labels, str) or len(set(labels)) < 2:
+    raise ValueError(
+      f'CLASS_LABELS is {labels!r}; the loss needs the list of all targets,'
+      " such as ['no', 'yes']"
+    )
+  task = load(mixture_or_task_name, mixture_or_task_module)
+  found = {
+    label: tuple(
+      encode(task, task_feature_lengths, {'targets': label})[1][
+        'decoder_target_tokens'
+      ].tolist()
+    )
+    for label in labels
+  }
+  if len(set(found.values())) < len(found):
+    raise ValueError(
+      f'some of CLASS_LABELS are the same within the {task_feature_lengths}'
+      f' tokens of TASK_FEATURE_LENGTHS: {found}; raise targets'
+    )
+  return tuple(found.values())
+
+
 def distinct_targets(
   task: Provider,
   feature_lengths: Mapping[str, int],

@@ -105,6 +105,11 @@ class Model(t5x_models.EncoderDecoderModel):
     vocabulary = seqio_task.vocabulary(self.task)
     network = network_lib.Transformer(config, method.placements)
     settings = loss(network)
+    if settings.objective is not None:
+      raise ValueError(
+        'T5X minimises the cross entropy; leave the file of losses/ out, or'
+        ' train with ptune train'
+      )
     super().__init__(
       module=network,
       input_vocabulary=vocabulary,
