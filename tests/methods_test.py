@@ -16,6 +16,7 @@ import pytest
 
 from ptune import (
   adapters,
+  checkpoints,
   cli,
   list_methods,
   methods,
@@ -248,9 +249,10 @@ def test_cached_decoding_equals_the_whole_forward_pass(name):
 
 
 @several
-def test_a_step_changes_what_is_trained_and_is_the_same_when_sharded(
-  name, quick_compiler
+def test_a_step_is_the_same_when_sharded_and_after_a_restart(
+  name, tmp_path, quick_compiler
 ):
+  """And changes all that is trained, and nothing else."""
   mesh = partitioning.make_mesh(2)
   plan = parameters.plan(SHALLOW, METHODS[name], mesh)
   model = EncoderDecoderModel(plan.network)
@@ -294,6 +296,17 @@ def test_a_step_changes_what_is_trained_and_is_the_same_when_sharded(
     np.testing.assert_allclose(x, one[path], atol=1e-5, err_msg=path)
   for path, x in parameters.flatten(frozen).items():
     np.testing.assert_array_equal(x, values[path], err_msg=path)
+
+  # Saved, restored and gone on with: nothing else is needed, bit by bit.
+  with checkpoints.Checkpoints(tmp_path, start=0) as saved:
+    saved.save(many, {})
+  restored = checkpoints.restore(tmp_path, like)
+  on_disk = open_checkpoint(tmp_path / '1').shapes
+  assert on_disk == {p: plan.params[p].shape for p in plan.trainable}
+  with plan.scope():
+    want, _ = update(many, frozen, batch)
+    got, _ = update(restored[0], frozen, batch)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @each
@@ -350,7 +363,9 @@ def test_a_folded_prefix_answers_as_the_mlp_that_made_it():
 # ---------------------------------------------------------------------- runs
 
 
-@several
+@pytest.mark.parametrize(
+  'name', ['full', 'p_tuning', 'prefix, mlp', 'lora+norms']
+)
 def test_a_run_resumes_and_leaves_only_what_it_trained(
   name, tmp_path, quick_compiler
 ):
@@ -534,7 +549,8 @@ def test_a_method_is_made_again_from_its_name_and_settings(name):
 def test_the_list_counts_as_the_whole_network():
   config = dataclasses.replace(TINY, num_encoder_layers=3)
   base = network.parameters(network.Transformer(config))
-  for name, method in METHODS.items():
+  for name in ('lora', 'norms', 'per_layer', 'prefix'):
+    method = METHODS[name]
     net = network.Transformer(config, method.placements)
     trained = sum(
       math.prod(x.shape)
