@@ -6,6 +6,7 @@ file, and `tiny.processes` forks others from a server, which is quick.
 
 import argparse
 import functools
+import json
 import os
 import pathlib
 import shutil
@@ -108,7 +109,7 @@ def assert_close(left, right):
   np.testing.assert_allclose(left, right, rtol=0, atol=1e-5)
 
 
-SETTINGS = {'train_steps': STEPS, 'checkpoint_period': 5, 'eval_split': None}
+SETTINGS = {'train_steps': STEPS, 'checkpoint_period': 3, 'eval_split': None}
 
 
 @pytest.fixture(scope='module')
@@ -149,29 +150,28 @@ def together(directory, base):
   for n in (1, 2, 8):
     train.train(**run(directory / f'model_parallel_{n}', model_parallel=n))
 
-  # The newest checkpoint is damaged for all; then one process alone cannot
-  # read it. Whatever one sees, all go on from the same step.
-  damaged = directory / 'damaged'
-  train.train(**run(damaged))
-  multihost_utils.sync_global_devices('trained')
+  # On another mesh, from a checkpoint: the newest is damaged for all, and that
+  # before it for one process alone. All must go on from the same step.
   if index == 0:
-    shutil.rmtree(damaged / 'checkpoints' / '10' / 'state' / 'd')
+    restart = copy_of(directory / 'model_parallel_1', directory / 'restart')
+    shutil.rmtree(restart / 'checkpoints' / '10' / 'state' / 'd')
   multihost_utils.sync_global_devices('damaged')
-  train.train(**run(damaged))
   read = checkpoints.ocp.CheckpointManager.restore
 
   def fails(self, step, *args, **kwargs):
-    if step == STEPS and index == count - 1:
+    if step == 9 and index == count - 1:
       raise OSError('Input/output error')
     return read(self, step, *args, **kwargs)
 
   with mock.patch.object(checkpoints.ocp.CheckpointManager, 'restore', fails):
-    train.train(**run(damaged))
+    train.train(**run(directory / 'restart', model_parallel=8))
 
-  # To be gone on with elsewhere; and here, with another mesh.
-  train.train(**run(directory / 'half', train_steps=STEPS // 2))
-  train.train(**run(directory / 'other_mesh', train_steps=STEPS // 2))
-  train.train(**run(directory / 'other_mesh', model_parallel=8))
+
+def copy_of(run, target):
+  """A run without its prompts, which are to be written again."""
+  shutil.copytree(run, target)
+  shutil.rmtree(target / 'prompts')
+  return target
 
 
 def batches_of_all(directory):
@@ -203,8 +203,7 @@ def test_batches_are_the_same_whatever_the_number_of_processes(tmp_path):
       devices=8 // count,
       call='tests.multiprocess_test:make_batches',
     )
-    for process in started:
-      assert process.wait() == 0, process.output
+    wait_for_all(started)
   one, *others = (np.load(tmp_path / f'batches_{n}.npz') for n in (1, 2, 4))
   for other in others:
     assert set(one) == set(other)
@@ -240,27 +239,134 @@ def test_the_prompt_is_the_same_however_the_mesh_is_split(alone, two, n):
 
 
 def test_processes_agree_on_the_checkpoint_that_they_go_on_from(alone, two):
-  assert_close(final(two / 'damaged'), final(alone))
-  assert {p.name for p in (two / 'damaged' / 'checkpoints').iterdir()} == {
-    *('5', '10', '10.damaged', '10.damaged2')
-  }
+  assert_close(final(two / 'restart'), final(alone))
+  names = {path.name for path in (two / 'restart' / 'checkpoints').iterdir()}
+  assert names == {'3', '6', '9', '10', '9.damaged', '10.damaged'}
   output = (two / 'output').read_text()
-  assert output.count('checkpoints/10 cannot be read and is passed over') == 4
-  assert 'Error: Input/output error' in output
-  assert 'passed over: another process cannot read it' in output
+  assert output.count('checkpoints/10 cannot be read and is passed over') == 2
+  assert 'over: OSError: Input/output error' in output
+  assert 'over: another process cannot read it' in output
 
 
-def test_a_run_goes_on_with_other_devices_and_processes(alone, two, tmp_path):
-  assert_close(final(two / 'other_mesh'), final(alone))
-  # Of two processes to one; of eight devices to four.
-  for n, split in ((1, 1), (4, 4)):
-    path = shutil.copytree(two / 'half', tmp_path / f'{n}_{split}')
-    make_mesh = functools.partial(
-      partitioning.make_mesh, devices=jax.devices()[:n]
+@pytest.mark.parametrize(('devices', 'model_parallel'), [(1, 1), (4, 4)])
+def test_a_run_of_two_processes_goes_on_with_one(
+  alone, two, tmp_path, devices, model_parallel
+):
+  path = copy_of(two / 'model_parallel_1', tmp_path / 'run')
+  for step in (9, 10):
+    shutil.rmtree(path / 'checkpoints' / str(step))
+  make_mesh = functools.partial(
+    partitioning.make_mesh, devices=jax.devices()[:devices]
+  )
+  with mock.patch.object(partitioning, 'make_mesh', make_mesh):
+    train.train(**settings(path, model_parallel=model_parallel))
+  assert_close(final(path), final(alone))
+
+
+# ----------------------------------------------------------------- the programs
+
+
+def wait_for_all(started):
+  for process in started:
+    assert process.wait() == 0, process.output
+
+
+def lines_of(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same_records(left, right):
+  assert len(left) == len(right)
+  for a, b in zip(left, right, strict=True):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+      if isinstance(value, float):
+        assert value == pytest.approx(b[key], abs=1e-5), key
+      else:
+        assert value == b[key], key
+
+
+@pytest.mark.parametrize('program', ['eval', 'infer'])
+def test_two_processes_answer_as_one_does(tmp_path, program):
+  """21 rows in batches of 8, on a mesh of 4 x 2."""
+  output = 'EVAL_OUTPUT_DIR' if program == 'eval' else 'INFER_OUTPUT_DIR'
+  split = {} if program == 'eval' else {'INFER_SPLIT': 'validation'}
+
+  def arguments(name, **more):
+    return tiny.arguments(
+      program,
+      MODEL_DIR=os.fspath(tiny.trained()),
+      **{output: os.fspath(tmp_path / name)},
+      **split,
+      **more,
     )
-    with mock.patch.object(partitioning, 'make_mesh', make_mesh):
-      train.train(**settings(path, model_parallel=split))
-    assert_close(final(path), final(alone))
+
+  one = tiny.Command(arguments('one'))
+  two = tiny.processes(2, arguments('two', MODEL_PARALLEL=2), devices=4)
+  wait_for_all([one, *two])
+  files = sorted(
+    str(path.relative_to(tmp_path / 'one'))
+    for path in (tmp_path / 'one').rglob('*.jsonl')
+  )
+  assert set(tiny.files(tmp_path / 'two')) == set(files)
+  for file in files:
+    records = lines_of(tmp_path / 'one' / file)
+    assert_same_records(records, lines_of(tmp_path / 'two' / file))
+    if 'metrics' not in file:
+      assert len(records) == tiny.SIZES['validation']  # Each, and once.
+  assert len(files) == (2 if program == 'eval' else 1)
+  # Process 0 alone speaks.
+  assert 'validation' in two[0].output
+  said = [x for x in two[1].output.splitlines() if '[Gloo]' not in x]
+  assert not said
+
+
+def test_processes_stop_together_end_together_and_go_on(tmp_path):
+  """SIGTERM for one of them; then one is killed; then to the end."""
+
+  def start(**macros):
+    return tiny.processes(
+      2,
+      tiny.arguments(
+        'train',
+        MODEL_DIR=os.fspath(tmp_path / 'run'),
+        MIXTURE_OR_TASK_NAME='tiny_no_metrics',
+        CHECKPOINT_PERIOD=10,
+        EVAL_SPLIT=None,
+        **macros,
+      ),
+    )
+
+  def newest():
+    return checkpoints.finished_steps(tmp_path / 'run' / 'checkpoints')[-1]
+
+  first, second = start(TRAIN_STEPS=1_000_000)
+  first.wait_for('step 50 ')
+  second.send(signal.SIGTERM)  # Only one of them is told.
+  begin = time.monotonic()
+  assert [first.wait(), second.wait()] == [0, 0]
+  assert time.monotonic() - begin < 30
+  step = newest()
+  assert f'stopped at step {step}, which is saved' in first.output
+  assert 'stopped' not in second.output
+
+  first, second = start(TRAIN_STEPS=1_000_000)
+  first.wait_for(f'step {step - step % 50 + 50} ')
+  first.send(signal.SIGKILL)
+  begin = time.monotonic()
+  assert first.wait() == -signal.SIGKILL
+  assert second.wait() not in (0, -signal.SIGKILL)
+  assert time.monotonic() - begin < 60
+  assert f'process 0 (host {os.uname().nodename}, pid {first.pid}) is gone' in (
+    second.output
+  )
+
+  step = newest()
+  first, second = start(TRAIN_STEPS=step + 7)
+  wait_for_all([first, second])
+  assert f'going on from step {step}' in first.output
+  assert np.isfinite(final(tmp_path / 'run', step + 7)).all()
+  assert not (tmp_path / 'run' / 'run.lock').exists()
 
 
 def main():
