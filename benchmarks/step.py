@@ -48,7 +48,7 @@ def compile_step(plan, batch):
   model = EncoderDecoderModel(plan.network)
   tx = optim.adafactor()
   like = state_lib.abstract_state(tx, plan)
-  frozen = parameters.unflatten(plan.select(plan.frozen))
+  frozen = parameters.unflatten(parameters.held(plan))
   update = state_lib.compile_step(model, tx, plan, like)
 
   def loss(trainable, frozen, batch):
@@ -62,7 +62,11 @@ def compile_step(plan, batch):
 
 def measure(args) -> dict[str, object]:
   """Runs the steps; returns what is printed."""
-  config = sizes.t5(f'{args.family}_{args.size}', dtype=args.dtype)
+  config = sizes.t5(
+    f'{args.family}_{args.size}',
+    dtype=args.dtype,
+    frozen_dtype=args.frozen_dtype,
+  )
   mesh = partitioning.make_mesh()
   plan = parameters.plan(config, prompt.prompt(args.prompt_length), mesh)
   batch = batch_of(config, args.batch, args.inputs, args.targets, mesh)
@@ -71,7 +75,9 @@ def measure(args) -> dict[str, object]:
   compile_seconds = time.perf_counter() - start
 
   params = parameters.initialize(plan, plan.params, seed=0)
-  frozen = parameters.unflatten({p: params[p] for p in plan.frozen})
+  frozen = parameters.unflatten(
+    parameters.hold(plan, {p: params.pop(p) for p in plan.frozen})
+  )
   trainable = parameters.unflatten({p: params[p] for p in plan.trainable})
   state = state_lib.first_state(tx, trainable, like)
   wall, cpu = [], []
@@ -96,7 +102,7 @@ def measure(args) -> dict[str, object]:
     'temporary_bytes': temporary,
     'frozen_bytes': sum(
       math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
-      for x in plan.select(plan.frozen).values()
+      for x in parameters.held(plan).values()
     ),
     'peak_bytes': peak,
   }
@@ -111,6 +117,7 @@ def main() -> None:
   parser.add_argument('--targets', type=int, default=16)
   parser.add_argument('--prompt_length', type=int, default=100)
   parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--frozen_dtype')
   parser.add_argument('--steps', type=int, default=5)
   print(json.dumps(measure(parser.parse_args())))
 

@@ -329,7 +329,7 @@ def _held(run: Run, plan: parameters.Plan, temporary: int) -> Memory:
   tx = run.optimizer(initial_step=0)
   like = state_lib.abstract_state(tx, plan)
   return Memory(
-    frozen=_bytes_on_one(plan.select(plan.frozen)),
+    frozen=_bytes_on_one(parameters.held(plan)),
     trainable=_bytes_on_one(like.trainable),
     optimizer=_bytes_on_one(like.opt_state),
     temporary=temporary,
@@ -364,7 +364,7 @@ def _temporary(run: Run, plan: parameters.Plan) -> int:
     'decoder_target_tokens': tokens('targets'),
     'decoder_loss_weights': tokens('targets'),
   }
-  frozen = parameters.unflatten(plan.select(plan.frozen))
+  frozen = parameters.unflatten(parameters.held(plan))
   options = {}
   if plan.mesh.devices.flat[0].platform == 'cpu':
     # The order that needs the least memory, as on TPU and GPU; by default the

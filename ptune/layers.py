@@ -5,6 +5,7 @@ Parameters carry the names and the logical axes of T5X checkpoints. Compute
 happens in `dtype`; layer norm, softmax and logits are float32 in any case.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -60,6 +61,47 @@ def grow(valid: jax.Array, length: int) -> jax.Array:
   return jnp.pad(valid, ((0, 0), (added, 0)), constant_values=True)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """An einsum of two arrays whose operands stay in their type both ways.
+
+  Sums are made in float32 in any case. Left to itself, a derivative multiplies
+  the float32 cotangent with a bfloat16 operand, for which no hardware has a
+  unit: both are converted first. Here the cotangent is rounded to the
+  operands' type. In float32 nothing changes.
+
+  The cotangents of both operands are given; of a frozen one nothing is
+  computed, as nothing reads it.
+
+  Args:
+    spec: As for einsum, such as 'bti,io->bto'; each letter stands in two of
+      the three terms at least.
+    a: An array.
+    b: An array of the same type.
+
+  Returns:
+    The product, float32.
+  """
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _product_forward(spec, a, b):
+  return product(spec, a, b), (a, b)
+
+
+def _product_backward(spec, operands, cotangent):
+  a, b = operands
+  terms, out = spec.split('->')
+  left, right = terms.split(',')
+  cotangent = cotangent.astype(a.dtype)
+  da = product(f'{out},{right}->{left}', cotangent, b)
+  db = product(f'{left},{out}->{right}', a, cotangent)
+  return da.astype(a.dtype), db.astype(b.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 class Dense(nn.Module):
   """A linear map of the last axis, without bias.
 
@@ -86,11 +128,13 @@ class Dense(nn.Module):
       jnp.float32,
       axes=self.axes,
     )
-    y = jnp.matmul(
-      x.astype(self.dtype),
-      kernel.astype(self.dtype),
-      preferred_element_type=jnp.float32,
+    rows = 'abcd'[: x.ndim - 1]
+    y = product(
+      f'{rows}i,io->{rows}o', x.astype(self.dtype), kernel.astype(self.dtype)
     )
+    if self.has_variable('params', 'kernel_scale'):  # int8, see parameters.hold
+      scale = self.get_variable('params', 'kernel_scale')  # [features]
+      y = y * scale.reshape((1,) * (x.ndim - 1) + (-1,))
     return y.astype(self.out_dtype or self.dtype)
 
 
@@ -134,15 +178,30 @@ class Embed(nn.Module):
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Looks up rows: [batch, length] -> [batch, length, embed]."""
-    return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+    x = jnp.take(self.embedding, tokens, axis=0)
+    scale = self._scale()
+    if scale is not None:
+      x = x * jnp.take(scale, tokens)[..., None]
+    return x.astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Products with all rows: [..., embed] -> [..., vocab], float32."""
-    return jnp.matmul(
+    rows = 'abcd'[: x.ndim - 1]
+    y = product(
+      f'{rows}i,oi->{rows}o',
       x.astype(self.dtype),
-      self.embedding.astype(self.dtype).T,
-      preferred_element_type=jnp.float32,
+      self.embedding.astype(self.dtype),
     )
+    scale = self._scale()
+    if scale is not None:
+      y = y * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    return y
+
+  def _scale(self) -> jax.Array | None:
+    """Of each row, [vocab], where rows are int8; see parameters.hold."""
+    if self.has_variable('params', 'embedding_scale'):
+      return self.get_variable('params', 'embedding_scale')
+    return None
 
 
 def relative_position_bucket(
@@ -272,10 +331,9 @@ class Attention(nn.Module):
     if bias is not None:
       bias = jnp.pad(bias, added)
 
-    # [b, q, h, d], [b, k, h, d] -> [b, h, q, k]
-    logits = jnp.einsum(
-      'bqhd,bkhd->bhqk', q, k, preferred_element_type=jnp.float32
-    )
+    # Keys first: XLA's CPU backend lacks a product that the other order needs
+    # in its backward pass, in bfloat16. -> [b, h, q, k]
+    logits = product('bkhd,bqhd->bhqk', k, q)
     if bias is not None:
       logits = logits + bias
     logits = jnp.where(mask, logits, MASKED)
@@ -285,9 +343,7 @@ class Attention(nn.Module):
       weights, deterministic=not enable_dropout
     )
     # -> [b, q, h, d]
-    y = jnp.einsum(
-      'bhqk,bkhd->bqhd', weights, v, preferred_element_type=jnp.float32
-    ).astype(self.dtype)
+    y = product('bhqk,bkhd->bqhd', weights, v).astype(self.dtype)
     # -> [b, q, joined_kv] -> [b, q, embed]
     y = y.reshape(*y.shape[:2], -1)
     out = Dense(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ptune import network as network_lib
 from ptune import partitioning, prompt_init
@@ -131,10 +131,83 @@ def _any_match(pattern: str, paths: Iterable[str]) -> bool:
 
 
 def _frozen_dtype(config, path: str, x: jax.ShapeDtypeStruct) -> jnp.dtype:
-  """Matrices are kept in the compute type; what is used in float32, in that."""
+  """What a matrix is read in; what is used in float32 is kept in that."""
   if x.ndim < 2 or path.endswith('rel_embedding'):
     return jnp.dtype(jnp.float32)
-  return jnp.dtype(config.dtype)
+  if config.frozen_dtype in (None, 'int8'):  # int8 is made of it by `hold`.
+    return jnp.dtype(config.dtype)
+  return jnp.dtype(config.frozen_dtype)
+
+
+# The matrices that may be int8, and the axis along which a scale is shared.
+_SHARED_AXIS = {'kernel': 0, 'embedding': 1}
+
+
+def hold(plan: Plan, frozen: Flat) -> Flat:
+  """Frozen parameters as a run keeps them.
+
+  With frozen_dtype 'int8', a matrix becomes int8, and beside it stands
+  `<name>_scale`, float32, by which each output channel (of a kernel) or row
+  (of the embedding) is multiplied: the largest magnitude over 127.
+
+  Args:
+    plan: The plan.
+    frozen: The parameters, by path; emptied, so that memory is free for others.
+
+  Returns:
+    Arrays, by path; the given ones where there is nothing to do.
+  """
+  held = {}
+  for path in list(frozen):
+    if path in _quantized(plan):
+      value = frozen.pop(path)
+      with plan.scope():
+        held[path], held[f'{path}_scale'] = jax.jit(
+          _to_int8, static_argnums=1, out_shardings=_int8_shardings(plan, path)
+        )(value, _SHARED_AXIS[path.split('/')[-1]])
+    else:
+      held[path] = frozen.pop(path)
+  return held
+
+
+def held(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shape, type and sharding of what `hold` returns, by path."""
+  structs = plan.select(plan.frozen)
+  for path in _quantized(plan):
+    values, scales = _int8_shardings(plan, path)
+    shape = structs[path].shape
+    kept = 1 - _SHARED_AXIS[path.split('/')[-1]]
+    structs[path] = jax.ShapeDtypeStruct(shape, jnp.int8, sharding=values)
+    structs[f'{path}_scale'] = jax.ShapeDtypeStruct(
+      (shape[kept],), jnp.float32, sharding=scales
+    )
+  return structs
+
+
+def _quantized(plan: Plan) -> list[str]:
+  if plan.network.config.frozen_dtype != 'int8':
+    return []
+  return [
+    path
+    for path in plan.frozen & plan.base
+    if path.split('/')[-1] in _SHARED_AXIS
+  ]
+
+
+def _int8_shardings(plan: Plan, path: str):
+  """Of the values, and of their scales."""
+  sharding = plan.params[path].sharding
+  assert isinstance(sharding, NamedSharding)
+  kept = sharding.spec[1 - _SHARED_AXIS[path.split('/')[-1]]]
+  return sharding, NamedSharding(plan.mesh, PartitionSpec(kept))
+
+
+def _to_int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+  x = x.astype(jnp.float32)
+  scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127
+  # A channel of zeros stays one.
+  values = jnp.round(x / jnp.where(scale > 0, scale, 1))
+  return values.astype(jnp.int8), jnp.squeeze(scale, axis)
 
 
 def initialize(
@@ -236,13 +309,13 @@ def identity(plan: Plan) -> dict[str, Any]:
 def describe(plan: Plan) -> str:
   """A table of all parameters, for `model-info.txt`."""
   rows = [('name', 'shape', 'dtype', 'axes', '', 'bytes')]
-  for path, x in plan.params.items():
+  for path, x in (plan.select(plan.trainable) | held(plan)).items():
     rows.append(
       (
         path,
         str(list(x.shape)),
         x.dtype.name,
-        ', '.join(plan.axes[path]),
+        ', '.join(plan.axes.get(path, ())),
         'trainable' if path in plan.trainable else 'frozen',
         f'{nbytes(x):,}',
       )
@@ -265,9 +338,9 @@ def summary(plan: Plan) -> str:
     ('trainable', plan.trainable),
     ('frozen', plan.frozen),
   ):
-    chosen = plan.select(paths).values()
-    count = sum(math.prod(x.shape) for x in chosen)
-    size = sum(map(nbytes, chosen))
+    count = sum(math.prod(x.shape) for x in plan.select(paths).values())
+    kept = held(plan) if paths == plan.frozen else plan.select(paths)
+    size = sum(map(nbytes, kept.values()))
     parts.append(f'{name} {count:,} parameters ({format_bytes(size)})')
   mesh = ' x '.join(f'{n} {axis}' for axis, n in plan.mesh.shape.items())
   return f'{plan.method.name}: {", ".join(parts)}, on a mesh of {mesh}'

@@ -164,7 +164,8 @@ def load(
         base,
       )
   logging.info('%s', parameters.summary(plan))
-  return parameters.unflatten(values), step or 0
+  frozen = {path: values.pop(path) for path in plan.frozen}
+  return parameters.unflatten(values | parameters.hold(plan, frozen)), step or 0
 
 
 def _read(

@@ -5,6 +5,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+ACTIVATIONS = ('gelu', 'relu', 'silu', 'linear')
+
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
@@ -23,6 +25,8 @@ class T5Config:
       emb_dim**-0.5. Otherwise it has its own kernel.
     dropout_rate: In training, on inputs, sublayers and attention weights.
     dtype: 'float32' or 'bfloat16': what activations are computed in.
+    frozen_dtype: What frozen matrices are kept in: 'float32', 'bfloat16', or
+      'int8' with a scale for each output channel; `dtype` if not given.
     relative_attention_num_buckets: Buckets of the relative position bias.
     relative_attention_max_distance: Where its last bucket starts.
   """
@@ -38,6 +42,7 @@ class T5Config:
   logits_via_embedding: bool = False
   dropout_rate: float = 0.0
   dtype: str = 'float32'
+  frozen_dtype: str | None = None
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
 
@@ -45,6 +50,17 @@ class T5Config:
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(
         f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'"
+      )
+    if self.frozen_dtype not in (None, 'float32', 'bfloat16', 'int8'):
+      raise ValueError(
+        f'FROZEN_DTYPE is {self.frozen_dtype!r}; it must be None (as DTYPE),'
+        " 'float32', 'bfloat16' or 'int8'"
+      )
+    unknown = sorted(set(self.mlp_activations) - set(ACTIVATIONS))
+    if unknown or not self.mlp_activations:
+      raise ValueError(
+        f'mlp_activations are {self.mlp_activations}; they must be of'
+        f' {ACTIVATIONS}'
       )
     if not 0 <= self.dropout_rate < 1:
       raise ValueError(

@@ -259,17 +259,15 @@ def train(
         seed,
       )
       state = state_lib.first_state(tx, parameters.unflatten(trainable), like)
-    frozen = parameters.unflatten(frozen)
     del base
+    frozen = parameters.unflatten(parameters.hold(plan, frozen))
 
     # ------------------------------------------------------------------ loop
     # From here on MODEL_DIR is written to: all that can be wrong was looked at.
     update = state_lib.compile_step(
       model(plan.network), tx, plan, like, microbatches, seed
     )
-    ahead = data.prefetch(
-      batches, start, train_steps, mesh, check=method.check
-    )
+    ahead = data.prefetch(batches, start, train_steps, mesh, check=method.check)
     # A stream is first read up to here, which can take long.
     following = next(ahead, None)
     base_path = initial_checkpoint_path

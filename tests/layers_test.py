@@ -1,0 +1,160 @@
+"""Products in low precision, and frozen weights in bfloat16 and int8."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ptune import convert, layers, parameters, partitioning, sizes
+from ptune.convert import identity
+from ptune.methods import full, prompt
+from ptune.models import EncoderDecoderModel
+from tests.network_test import TINY
+
+SPECS = {
+  'bti,io->bto': ((2, 5, 8), (8, 3)),
+  'ti,oi->to': ((5, 8), (3, 8)),
+  'bkhd,bqhd->bhqk': ((2, 5, 3, 8), (2, 4, 3, 8)),
+  'bhqk,bkhd->bqhd': ((2, 3, 4, 5), (2, 5, 3, 8)),
+}
+
+
+def operands(shapes, dtype):
+  rng = np.random.default_rng(0)
+  return [jnp.asarray(rng.standard_normal(s), dtype) for s in shapes]
+
+
+@pytest.mark.parametrize('spec', SPECS)
+def test_a_product_and_its_derivatives_are_those_of_einsum(spec):
+  a, b = operands(SPECS[spec], jnp.float32)
+  out, pull = jax.vjp(lambda a, b: layers.product(spec, a, b), a, b)
+  want, want_pull = jax.vjp(lambda a, b: jnp.einsum(spec, a, b), a, b)
+  np.testing.assert_allclose(out, want, rtol=1e-6, atol=1e-6)
+  cotangent = jnp.cos(out)
+  for got, expected in zip(pull(cotangent), want_pull(cotangent), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('spec', SPECS)
+def test_no_operand_of_a_low_precision_product_is_widened(spec):
+  a, b = operands(SPECS[spec], jnp.bfloat16)
+
+  def both(a, b):
+    out, pull = jax.vjp(lambda a, b: layers.product(spec, a, b), a, b)
+    return out, pull(out)
+
+  text = jax.jit(both).lower(a, b).as_text()
+  dots = [line for line in text.splitlines() if 'dot_general' in line]
+  assert len(dots) == 3
+  for line in dots:
+    types = line.rsplit(': (', 1)[1]
+    assert types.count('xbf16>') == 2 and types.count('xf32>') == 1, line
+  out, grads = jax.jit(both)(a, b)
+  assert out.dtype == jnp.float32
+  assert [g.dtype for g in grads] == [jnp.bfloat16] * 2
+
+
+def cosine(a, b):
+  a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
+  return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+@functools.cache
+def pretrained():
+  """The weights of ptune://tiny, and a batch of its vocabulary."""
+  source = convert.open_checkpoint('ptune://tiny')
+  weights = {path: leaf.read() for path, leaf in source.leaves.items()}
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(3, 2900, (4, 30), np.int32)
+  targets = rng.integers(3, 2900, (4, 6), np.int32)
+  batch = {
+    'encoder_input_tokens': tokens,
+    'decoder_target_tokens': targets,
+    'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+    'decoder_loss_weights': np.ones_like(targets),
+  }
+  return identity.config(source), weights, batch
+
+
+def prompt_gradient(dtype, frozen_dtype=None):
+  config, weights, batch = pretrained()
+  config = dataclasses.replace(config, dtype=dtype, frozen_dtype=frozen_dtype)
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  plan = parameters.plan(config, prompt.prompt(20), mesh)
+  frozen = {
+    path: jnp.asarray(weights[path], plan.params[path].dtype)
+    for path in plan.frozen
+  }
+  held = parameters.hold(plan, frozen)
+  assert {k: (x.shape, x.dtype) for k, x in held.items()} == {
+    k: (x.shape, x.dtype) for k, x in parameters.held(plan).items()
+  }
+  model = EncoderDecoderModel(plan.network)
+
+  def loss(p):
+    params = parameters.unflatten(held | {prompt.PATH: p})
+    return model.loss(params, batch)[0]
+
+  rows = np.asarray(weights['token_embedder/embedding'][100:120], np.float32)
+  return jax.jit(jax.grad(loss))(rows)
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'frozen_dtype', 'least'),
+  [
+    ('bfloat16', None, 0.999),
+    ('float32', 'bfloat16', 0.999),
+    ('float32', 'int8', 0.995),
+    ('bfloat16', 'int8', 0.995),
+  ],
+)
+def test_the_prompt_learns_the_same_in_low_precision(
+  dtype, frozen_dtype, least, record_property
+):
+  found = cosine(
+    prompt_gradient(dtype, frozen_dtype), prompt_gradient('float32')
+  )
+  record_property('gradient_cosine', float(found))
+  assert found >= least
+
+
+def test_int8_holds_a_channel_to_half_a_step_and_zeros_exactly():
+  config = dataclasses.replace(TINY, frozen_dtype='int8')
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  plan = parameters.plan(config, prompt.prompt(2), mesh)
+  path = 'encoder/layers_0/mlp/wo/kernel'
+  value = np.random.default_rng(0).standard_normal(plan.params[path].shape)
+  value[:, 3] = 0
+  frozen = {path: jnp.asarray(value, jnp.float32)}
+  held = parameters.hold(plan, frozen)
+  assert not frozen, 'the caller keeps no second copy'
+  values, scale = held[path], held[f'{path}_scale']
+  assert values.dtype == jnp.int8
+  scale = np.asarray(scale)[None]
+  error = np.abs(np.asarray(values, np.float32) * scale - value)
+  assert np.all(error <= scale / 2 + 1e-6)
+  assert not error[:, 3].any()
+
+
+@pytest.mark.parametrize(
+  ('frozen_dtype', 'most'), [('bfloat16', 0.501), ('int8', 0.27)]
+)
+def test_frozen_weights_take_a_half_and_a_quarter(frozen_dtype, most):
+  def size(kept):
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    config = sizes.t5('t5_1_1_small', frozen_dtype=kept)
+    plan = parameters.plan(config, prompt.prompt(100), mesh)
+    return sum(map(parameters.nbytes, parameters.held(plan).values()))
+
+  assert size(frozen_dtype) / size('float32') <= most
+
+
+def test_what_is_trained_stays_float32():
+  config = dataclasses.replace(TINY, frozen_dtype='int8')
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  plan = parameters.plan(config, full.full(), mesh)
+  assert not parameters.held(plan)
+  assert {x.dtype for x in plan.params.values()} == {jnp.dtype(jnp.float32)}
