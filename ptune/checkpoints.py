@@ -22,6 +22,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from ptune.convert.identity import spread
 from ptune.state import TrainState
 
 RUN_FILE = 'run.json'
@@ -419,10 +420,10 @@ def _checksums(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
     bits = bits.astype(jnp.uint32)
     # Each value counts by its position, so that a permutation is noticed.
     # uint32 sums wrap around: the order of summation does not matter.
-    weights = jnp.ones((), jnp.uint32)
-    for axis in range(x.ndim):
+    position = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(x.shape):
       i = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-      weights = weights * np.uint32(31) + (i + 1) * np.uint32(2654435761)
-    return jnp.sum(bits * weights)
+      position = position * np.uint32(size % 2**32) + i
+    return jnp.sum(bits * spread(position))
 
   return {path: checksum(x) for path, x in params.items()}
