@@ -6,6 +6,8 @@ import inspect
 import json
 import math
 import os
+import pathlib
+import re
 import shutil
 
 import jax
@@ -25,6 +27,7 @@ from ptune import (
   parameters,
   partitioning,
   predictor,
+  sizes,
 )
 from ptune import state as state_lib
 from ptune.convert import open_checkpoint, restore
@@ -572,3 +575,16 @@ def test_the_list_has_a_column_for_each_size(capsys):
   ]
   assert cli.main(['methods', '--size=t5_1_1_bas']) == 2
   assert "did you mean ['t5_1_1_base'" in capsys.readouterr().err
+
+
+def test_the_readme_counts_right():
+  text = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
+  rows = re.findall(
+    r'^\| (\w+) \| `methods/(\w+).gin` \| ([\d,]+) \|', text, re.M
+  )
+  told = {name: int(count.replace(',', '')) for name, _, count in rows}
+  assert all(name == file for name, file, _ in rows)
+  assert told == {
+    name: list_methods.counts(sizes.SIZES['t5_1_1_base'], function())[0]
+    for name, function in methods.functions().items()
+  }
