@@ -65,6 +65,7 @@ MACROS = {
   'TASK_FEATURE_LENGTHS': ('in tokens', "{'inputs': 128, 'targets': 8}"),
   'TRAIN_STEPS': ('steps of this run', '30000'),
   'USE_CACHED_TASKS': ('read tasks cached by SeqIO', 'True'),
+  'VOCABULARY': ('of the tasks that come with ptune', "'ptune://tiny'"),
 }
 # Macros that are set by choosing a file of such a directory, which sets the
 # others beside them too.

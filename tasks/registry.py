@@ -33,8 +33,6 @@ VOCABULARY_VARIABLE = 'PTUNE_VOCABULARY'
 T5_VOCABULARY = 'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model'
 MT5_VOCABULARY = 'gs://t5-data/vocabs/mc4.250000.100extra/sentencepiece.model'
 
-PTUNE_SENTINELS = 20  # as in tasks/generated.py, which trained the models
-
 PLAIN, TASKLESS, TASK_INDEX = 'plain', 'taskless', 'task_index'
 PREFIXES = {PLAIN: '', TASKLESS: 'taskless_', TASK_INDEX: 'task_index_'}
 
@@ -45,31 +43,26 @@ Preprocessor = Callable[..., tf.data.Dataset]
 def t5_vocabulary(
   path: str | None = None, extra_ids: int | None = None
 ) -> seqio.Vocabulary:
-  """The vocabulary of all tasks without a prefix. No file is read before use.
+  """The vocabulary of all tasks without a prefix; T5's is read when it is used.
 
-  Another one is chosen before a module of tasks is imported, in a gin file
-
-      from ptune.tasks import registry
-      registry.t5_vocabulary.path = '/models/mine/vocab.model'
-
-  or by the environment, PTUNE_VOCABULARY=/models/mine/vocab.model.
+  Another one is chosen before a module of tasks is imported, by the macro
+  VOCABULARY, or by the environment, PTUNE_VOCABULARY=/models/mine.
 
   Args:
-    path: A SentencePiece file, local or on gs://, or `ptune://` for that of
-      ptune's own models. If not given, what PTUNE_VOCABULARY names, and T5's
-      if it names none.
+    path: A SentencePiece file, local or on gs://, a model's directory with one
+      in it, or a model by its name, such as `ptune://tiny`. If not given, what
+      PTUNE_VOCABULARY names, and T5's if it names none.
     extra_ids: Sentinels beyond the pieces of the file; if not given, T5's 100,
-      and those that ptune's own models have.
+      or as many as the model has rows for.
   """
   path = path or os.environ.get(VOCABULARY_VARIABLE) or T5_VOCABULARY
-  if path.startswith('ptune://'):
-    from ptune import pretrained
+  if path == T5_VOCABULARY or extra_ids is not None:
+    return seqio.SentencePieceVocabulary(
+      path, extra_ids=100 if extra_ids is None else extra_ids
+    )
+  from ptune.convert.vocabulary import vocabulary_of
 
-    path = str(pretrained.VOCABULARY)
-    extra_ids = PTUNE_SENTINELS if extra_ids is None else extra_ids
-  return seqio.SentencePieceVocabulary(
-    path, extra_ids=100 if extra_ids is None else extra_ids
-  )
+  return vocabulary_of(path)
 
 
 @functools.cache

@@ -15,7 +15,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = (
   'processes',
   'pretrained',
-  'tasks',
   'adapters',
   'layers',
   'sizes',
@@ -29,6 +28,7 @@ LAYERS = (
   'partitioning',
   'parameters',
   'convert',
+  'tasks',
   'state',
   'checkpoints',
   'seqio_task',
