@@ -10,6 +10,8 @@ import setuptools
 setuptools.setup(
   packages=[
     'ptune',
+    'ptune.analysis',
+    'ptune.analysis',
     'ptune.convert',
     'ptune.methods',
     'ptune.pretrained',

@@ -1,0 +1,119 @@
+"""ptune is found whole however it is installed, wherever Python starts."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Finds a module of tasks (SeqIO takes long to import) and a gin file.
+PROGRAM = """
+import importlib.util
+import gin
+import ptune, ptune.gin_files
+print(ptune.__file__)
+print(importlib.util.find_spec('ptune.tasks.pretraining').origin)
+print(ptune.gin_files.find('runs/train.gin'))
+print(gin.__file__)
+"""
+
+
+def found(cwd, *path):
+  """What the program prints, with `path` before all other packages."""
+  code = f'import sys; sys.path[1:1] = {[str(p) for p in path]!r}\n' + PROGRAM
+  done = subprocess.run(
+    # As `python -c` in an interpreter that has the dependencies, but whose
+    # own editable ptune is hidden.
+    [sys.executable, '-c', HIDE + code],
+    cwd=cwd,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  ptune, tasks, gin_file, gin = done.stdout.split('\n')[:4]
+  assert 'site-packages' in gin, 'the configuration library is hidden'
+  return ptune, tasks, gin_file
+
+
+HIDE = """
+import sys
+sys.meta_path[:] = [
+  f for f in sys.meta_path
+  if not str(getattr(f, '__module__', '')).startswith('__editable__')
+]
+"""
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+  """What `pip install .` puts into site-packages."""
+  folder = tmp_path_factory.mktemp('wheel')
+  source = folder / 'source'
+  shutil.copytree(
+    ROOT, source, ignore=shutil.ignore_patterns('.git', 'build', '*.egg-info')
+  )
+  subprocess.run(
+    [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps']
+    + ['--no-build-isolation', '--wheel-dir', folder, source],
+    check=True,
+    capture_output=True,
+  )
+  (file,) = folder.glob('*.whl')
+  with zipfile.ZipFile(file) as archive:
+    archive.extractall(folder / 'site')
+    names = archive.namelist()
+  return folder / 'site', names
+
+
+def test_an_editable_install_finds_all_from_anywhere(tmp_path):
+  done = subprocess.run(
+    [sys.executable, '-c', PROGRAM],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  lines = done.stdout.splitlines()
+  assert lines[2] == str(ROOT / 'gin' / 'runs' / 'train.gin')
+  assert lines[0] == str(ROOT / 'ptune' / '__init__.py')
+
+
+def test_a_wheel_is_whole_elsewhere(wheel, tmp_path):
+  site, _ = wheel
+  ptune, tasks, gin_file = found(tmp_path, site)
+  assert ptune == str(site / 'ptune' / '__init__.py')
+  assert tasks == str(site / 'ptune' / 'tasks' / 'pretraining.py')
+  assert gin_file == str(site / 'ptune' / 'gin' / 'runs' / 'train.gin')
+
+
+def test_a_wheel_does_not_disturb_a_checkout_that_python_starts_in(wheel):
+  site, _ = wheel
+  ptune, tasks, gin_file = found(ROOT, site)
+  assert ptune == str(ROOT / 'ptune' / '__init__.py')
+  assert tasks == str(ROOT / 'tasks' / 'pretraining.py')
+  assert gin_file == str(ROOT / 'gin' / 'runs' / 'train.gin')
+
+
+def test_every_source_file_is_in_the_wheel_and_nothing_else(wheel):
+  _, names = wheel
+  expected = {
+    *(p.relative_to(ROOT) for p in (ROOT / 'ptune').rglob('*.py')),
+    *(
+      pathlib.Path('ptune', p.relative_to(ROOT))
+      for folder, kind in (('tasks', '*.py'), ('gin', '*.gin'))
+      for p in (ROOT / folder).rglob(kind)
+    ),
+    pathlib.Path('ptune/pretrained/vocab.model'),
+    pathlib.Path('ptune/pretrained/README.md'),
+    *(
+      p.relative_to(ROOT)
+      for p in (ROOT / 'ptune' / 'pretrained').glob('*/*')
+      if p.suffix in ('.json', '.safetensors')
+    ),
+  }
+  inside = {pathlib.Path(n) for n in names if '.dist-info/' not in n}
+  assert inside == expected
