@@ -19,7 +19,8 @@ import pytest
 from ptune import checkpoints
 from tests import tiny
 
-KILLS = 20
+# A start takes 3 CPU seconds. All twenty: PTUNE_KILLS=20.
+KILLS = int(os.environ.get('PTUNE_KILLS', '8'))
 MOMENTS = ('writing', 'written', 'training', 'setting up')
 STEPS = 60
 SAVE = checkpoints._save
@@ -90,7 +91,7 @@ def names(folder):
   return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
-def test_killed_at_20_moments_it_ends_with_the_same_bits(calm, tmp_path):
+def test_killed_again_and_again_it_ends_with_the_same_bits(calm, tmp_path):
   """Kills in a checkpoint's writing, right after it, and at any moment."""
   run = tmp_path / 'run'
   folder = run / 'checkpoints'
@@ -121,7 +122,7 @@ def test_killed_at_20_moments_it_ends_with_the_same_bits(calm, tmp_path):
     for name in names(folder):
       if name.isdecimal() and int(name) > STEPS // 2:
         shutil.rmtree(folder / name)
-  assert min(killed.values()) >= 3, killed
+  assert min(killed.values()) >= KILLS // 5, killed
   status, output = tiny.command(*arguments(run))
   assert status == 0, output
   assert 'going on from step' in output
