@@ -488,6 +488,14 @@ def test_export_refuses_what_cannot_be(lora_run, tmp_path, capsys):
   )
 
 
+def test_a_run_without_a_prompt_can_be_inspected(lora_run, capsys):
+  path, trained = lora_run
+  assert cli.main(['inspect', str(path), '--json']) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found['method'] == 'lora+norms'
+  assert found['parameters'] == sum(x.size for x in trained.values())
+
+
 def test_other_settings_than_those_of_the_file_are_refused(lora_run):
   path, _ = lora_run
   file = path / 'prompts' / 'step_2.safetensors'

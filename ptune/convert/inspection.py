@@ -13,6 +13,7 @@ from ptune.convert.hub import locate
 from ptune.convert.huggingface import read_json
 from ptune.convert.safetensors_files import open_file
 from ptune.convert.source import Leaf, Source, nbytes
+from ptune.convert.trained import SUFFIX, open_trained
 from ptune.parameters import format_bytes
 
 RUN_FILE = 'run.json'
@@ -59,11 +60,15 @@ def inspect(
     return found | _adapter(place)
   if place.is_dir():
     return found | _checkpoint(place, fingerprint)
-  if place.suffix == '.safetensors':
-    tensors, _ = open_file(place)
-    if set(tensors) != {peft.ROWS}:
-      return found | {'kind': 'safetensors'} | _tensors(tensors)
-  return found | _prompt(place)
+  return found | _file(place)
+
+
+def _file(place: epath.Path) -> dict[str, Any]:
+  """What one file holds: a prompt, or what another method trained."""
+  if place.suffix == SUFFIX and set(open_file(place)[0]) != prompts.ONE:
+    source, facts = open_trained(place)
+    return {'kind': 'safetensors', **_tensors(source.leaves), **_shown(facts)}
+  return _prompt(place)
 
 
 def _prompt(place: epath.Path) -> dict[str, Any]:
@@ -109,7 +114,7 @@ def _run(directory: epath.Path, place: epath.Path) -> dict[str, Any]:
   run = read_json(directory / RUN_FILE)
   found: dict[str, Any] = {'kind': 'run of ptune', **_shown(run)}
   if not place.is_dir():
-    found |= {**_prompt(place), 'kind': 'run of ptune'}
+    found |= {**_file(place), 'kind': 'run of ptune'}
     if 'initial_checkpoint_path' in run:
       found['initial_checkpoint_path'] = run['initial_checkpoint_path']
   folder = directory / 'checkpoints'
