@@ -11,7 +11,7 @@ from ptune.convert import identity, open_checkpoint
 from ptune.convert.inspection import inspect, text
 from tests import layouts
 
-FINGERPRINT = '46b15967096e066f'
+FINGERPRINT = 'd70ea2f53564c132'
 
 
 @pytest.mark.parametrize('kind', layouts.T5_1_1)
