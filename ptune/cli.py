@@ -55,6 +55,10 @@ TOOLS = {
     "copy a model between T5X's and Hugging Face's layout",
   ),
   'inspect': ('ptune.convert.commands', 'say what a file or directory is'),
+  'neighbours': (
+    'ptune.analysis.neighbours',
+    'name the vocabulary pieces that a prompt points at',
+  ),
   'methods': ('ptune.list_methods', 'list methods, and how much they train'),
   'tasks': ('ptune.list_tasks', 'list tasks, or show examples of one'),
 }

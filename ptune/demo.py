@@ -27,6 +27,7 @@ from etils import epath
 
 from ptune import miniature, parameters, pretrained
 from ptune import report as report_lib
+from ptune.analysis import neighbours
 from ptune.methods import full, prompt
 from ptune.miniature import Row
 from ptune.tasks import generated_text
@@ -75,7 +76,7 @@ def demo(
   weights = pretrained.directory(MODEL) / 'model.safetensors'
   model_bytes = weights.stat().st_size
   count = sum(x.size for x in base.values())
-  answer = miniature.answerer(config, base, pieces)
+  bank = miniature.bank(config, base)
   out.rule('[bold]one frozen T5')
   out.print(
     f'ptune://{MODEL}: {count:,} parameters,'
@@ -98,9 +99,11 @@ def demo(
   )
   sentiment = tuner('prompt', reviews, steps, seed)
   shown = test[:SHOWN]
+  bank.add('untrained', sentiment.first[prompt.PATH])
+  bank.add('sentiment', sentiment.prompt)
   before, after = (
-    answer(shown, np.stack([values[prompt.PATH]] * SHOWN))
-    for values in (sentiment.first, sentiment.last)
+    miniature.answer(bank, pieces, shown, [name] * SHOWN)
+    for name in ('untrained', 'sentiment')
   )
   out.print(before_and_after(shown, before, after))
 
@@ -137,10 +140,9 @@ def demo(
   topics = tuner('prompt', rows, steps, seed)
   half = SHOWN // 2
   mixed = [*test[:half], *rows[2][:half]]
-  told = answer(
-    mixed, np.stack([sentiment.prompt] * half + [topics.prompt] * half)
-  )
+  bank.add('topics', topics.prompt)
   names = ['sentiment'] * half + ['topics'] * half
+  told = miniature.answer(bank, pieces, mixed, names)
   out.print(mixed_table(mixed, names, told))
 
   # ---------------------------------------------------------------- results
@@ -224,12 +226,11 @@ def nearest_words(
   Returns:
     For each vector of the prompt, the nearest piece first.
   """
-  table = np.asarray(base['token_embedder/embedding'])[: pieces.size]
-  unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
-  likeness = unit(vectors) @ unit(table).T  # [prompt, vocab], cosines
-  likeness[:, : pieces.first_word] = -1.0  # Special pieces and single bytes.
-  best = np.argsort(-likeness, axis=-1)[:, :3]
-  return [[pieces.word(i) for i in row] for row in best]
+  texts = neighbours.piece_texts(pieces.processor)
+  table = np.asarray(base['token_embedder/embedding'])
+  best, _ = neighbours.nearest(vectors, [table], texts, 3)
+  words = [(text or '').strip(neighbours.SPACE) for text in texts]
+  return [[words[i] for i in row] for row in best]
 
 
 # ---------------------------------------------------------------------- report

@@ -13,7 +13,7 @@ label). SeqIO, which `ptune train` reads tasks with, takes 9 seconds to import.
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,7 @@ from ptune import (
 )
 from ptune import state as state_lib
 from ptune.adapters import Method
+from ptune.bank import PromptBank
 from ptune.convert import identity, open_checkpoint, restore
 from ptune.methods import prompt
 from ptune.models import EncoderDecoderModel
@@ -53,20 +54,16 @@ class Pieces:
   """The vocabulary of ptune's models, without TensorFlow."""
 
   def __init__(self):
-    self._model = sentencepiece.SentencePieceProcessor(
+    self.processor = sentencepiece.SentencePieceProcessor(
       model_file=str(pretrained.VOCABULARY)
     )
-    self.unk_id = self._model.unk_id()
-    self.eos_id = self._model.eos_id()
-    self.size = self._model.get_piece_size()
-    # Behind the special pieces and those of single bytes.
-    self.first_word = next(
-      i for i in range(3, self.size) if not self._model.is_byte(i)
-    )
+    self.unk_id = self.processor.unk_id()
+    self.eos_id = self.processor.eos_id()
+    self.size = self.processor.get_piece_size()
 
   def encode(self, text: str) -> list[int]:
     """A text's ids, without EOS."""
-    return self._model.encode(text)
+    return self.processor.encode(text)
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids up to EOS or padding; sentinels are left out."""
@@ -76,11 +73,7 @@ class Pieces:
         break
       if i < self.size:
         kept.append(int(i))
-    return self._model.decode(kept)
-
-  def word(self, i: int) -> str:
-    """One piece, without the mark of a word's beginning."""
-    return self._model.id_to_piece(int(i)).replace('\u2581', ' ').strip()
+    return self.processor.decode(kept)
 
 
 def load(
@@ -333,33 +326,15 @@ def right(model: EncoderDecoderModel, trees, batch: Features) -> jax.Array:
   return jnp.all(same | (targets == 0), axis=-1)
 
 
-def answerer(
-  config: T5Config, base: Mapping[str, jax.Array], pieces: Pieces
-) -> Callable[[Sequence[Row], np.ndarray], list[str]]:
-  """Makes `answer(rows, prompts)`: what the model says, decoded greedily.
+def bank(config: T5Config, base: Mapping[str, jax.Array]) -> PromptBank:
+  """The model with any prompts; it decodes greedily."""
+  return PromptBank(config, base, ANSWER_LENGTH, mesh=one_device())
 
-  Every row has a prompt of its own, [rows, prompt, embed]: rows of several
-  tasks share one batch and one copy of the frozen weights.
-  """
 
-  @jax.jit
-  def predict(frozen, prompts, tokens):
-    method = prompt.prompt(prompts.shape[1])
-    plan = parameters.plan(config, method, one_device())
-    model = EncoderDecoderModel(plan.network)
-
-    def one(own, tokens):
-      own = parameters.unflatten({prompt.PATH: own})
-      params = parameters.merge(frozen, own)
-      return model.predict(params, tokens[None], ANSWER_LENGTH)[0][0]
-
-    return jax.vmap(one)(prompts, tokens)
-
-  frozen = parameters.unflatten(base)
-
-  def answer(rows: Sequence[Row], prompts: np.ndarray) -> list[str]:
-    tokens = features(pieces, rows)['encoder_input_tokens']
-    said = np.asarray(predict(frozen, prompts, tokens))
-    return [pieces.decode(ids) for ids in said]
-
-  return answer
+def answer(
+  bank: PromptBank, pieces: Pieces, rows: Sequence[Row], names: Sequence[str]
+) -> list[str]:
+  """What the model says to each row, with the prompt of the row's name."""
+  tokens = features(pieces, rows)['encoder_input_tokens']
+  said, _ = bank.predict(names, tokens)
+  return [pieces.decode(ids) for ids in said]

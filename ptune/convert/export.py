@@ -108,7 +108,7 @@ def export(
       lines.append(f'the base model of the run cannot be opened: {reason}')
   if source is not None:
     lines.append(f'base {source.describe()}')
-    _check_width(prompt, source)
+    check_width(prompt, source)
   if layout == 't5x':
     assert source is not None
     return lines + _export_t5x(prompt, target, source, step)
@@ -237,7 +237,7 @@ def check_base(
   return f'base {fingerprint}: the model that it was trained on'
 
 
-def _check_width(prompt: Prompt, source: Source) -> None:
+def check_width(prompt: Prompt, source: Source) -> None:
   width = identity.facts(source).get('emb_dim')
   if width != prompt.array.shape[1]:
     raise ValueError(

@@ -9,6 +9,7 @@ from ptune.convert.hub import locate
 from ptune.convert.huggingface import BYT5, CONFIG, read_json
 
 if TYPE_CHECKING:
+  import sentencepiece
   import seqio
 
 SENTENCEPIECE = ('spiece.model', 'sentencepiece.model', 'tokenizer.model')
@@ -33,25 +34,44 @@ def vocabulary_of(path: epath.PathLike) -> 'seqio.Vocabulary':
     FileNotFoundError: nothing is at `path`.
     ValueError: there is no vocabulary, or it is damaged.
   """
+  file, rows = find(path)
+  if file is not None:
+    return _sentencepiece(file, rows)
+  import seqio
+
+  # Three special tokens, the bytes, and sentinels in the rows that are left.
+  return seqio.ByteVocabulary(extra_ids=max(0, int(rows or BYT5) - 256 - 3))
+
+
+def find(path: epath.PathLike) -> tuple[epath.Path | None, int | None]:
+  """Where a vocabulary lies, without loading SeqIO.
+
+  Args:
+    path: As of `vocabulary_of`.
+
+  Returns:
+    The SentencePiece file, or None for the vocabulary of bytes; and the rows of
+    the model's embedding, where its directory says them.
+
+  Raises:
+    FileNotFoundError, ValueError: As `vocabulary_of`.
+  """
   path = locate(path)
   if not path.exists():
     raise FileNotFoundError(f'Nothing is at {path}, to read a vocabulary from.')
   if not path.is_dir():
-    return _sentencepiece(path)
+    return path, None
   names = sorted(child.name for child in path.iterdir())
   config = read_json(path / CONFIG) if CONFIG in names else {}
   files = [path / name for name in SENTENCEPIECE if name in names]
   if path.parent == epath.Path(pretrained.DIRECTORY):
     files.append(epath.Path(pretrained.VOCABULARY))
+  rows = config.get('vocab_size')
   if files:
-    return _sentencepiece(files[0], config.get('vocab_size'))
+    return files[0], rows
   tokenizer = read_json(path / TOKENIZER) if TOKENIZER in names else {}
   if _of_bytes(config, tokenizer):
-    import seqio
-
-    # Three special tokens, the bytes, and sentinels in the rows that are left.
-    rows = config.get('vocab_size', BYT5)
-    return seqio.ByteVocabulary(extra_ids=max(0, int(rows) - 256 - 3))
+    return None, rows
   message = f'{path} holds no vocabulary. Found: {", ".join(names)}. '
   if 'tokenizer.json' in names:
     message += 'tokenizer.json is not read. '
@@ -68,15 +88,10 @@ def _of_bytes(config: dict[str, Any], tokenizer: dict[str, Any]) -> bool:
   return classes == {None} and config.get('vocab_size') == BYT5
 
 
-def _sentencepiece(
-  file: epath.Path, rows: int | None = None
-) -> 'seqio.Vocabulary':
-  """A SentencePiece model with its sentinels.
-
-  Args:
-    file: The model.
-    rows: Of the embedding, where they are known: sentinels go no further.
-  """
+def load_sentencepiece(
+  file: epath.Path,
+) -> 'sentencepiece.SentencePieceProcessor':
+  """Reads a SentencePiece model; raises ValueError if it is none."""
   import sentencepiece
 
   processor = sentencepiece.SentencePieceProcessor()
@@ -86,6 +101,19 @@ def _sentencepiece(
     raise ValueError(
       f'{file} is no SentencePiece model, or is damaged: {error}'
     ) from error
+  return processor
+
+
+def _sentencepiece(
+  file: epath.Path, rows: int | None = None
+) -> 'seqio.Vocabulary':
+  """A SentencePiece model with its sentinels.
+
+  Args:
+    file: The model.
+    rows: Of the embedding, where they are known: sentinels go no further.
+  """
+  processor = load_sentencepiece(file)
   unknown = processor.unk_id()
   extra = EXTRA_IDS
   if isinstance(rows, int):

@@ -1,0 +1,1 @@
+"""What a prompt learned: its neighbours, its likes, its rows that matter."""

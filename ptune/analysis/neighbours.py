@@ -1,0 +1,327 @@
+"""`ptune neighbours`: the vocabulary pieces that a prompt points at.
+
+Lester et al. 2021 (arXiv 2104.08691), section 7: for each row of the prompt,
+the pieces of the frozen vocabulary that are nearest by cosine distance. They
+found that the nearest five form tight clusters of meaning, that class labels
+which a prompt started from are still among them, and that rows of a long prompt
+often have the same neighbours, which says that it has more rows than it needs.
+
+    ptune neighbours runs/sst2 --base=ptune://tiny --labels=negative,positive
+
+Of the base only the token embedding is read, block by block.
+"""
+
+import argparse
+import ast
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+import rich.text
+from etils import epath
+
+from ptune.convert import open_checkpoint, vocabulary
+from ptune.convert.export import check_width, recorded_base
+from ptune.convert.prompts import Prompt, read_prompt
+from ptune.convert.source import EMBEDDING, Leaf
+
+# Values of an embedding that are held at once: 64 MB as float32.
+BLOCK = 1 << 24
+SPACE = '\u2581'  # SentencePiece's mark of a word's beginning.
+
+
+def nearest(
+  vectors: np.ndarray,
+  blocks: Iterable[np.ndarray],
+  texts: Sequence[str | None],
+  top: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """The pieces that point most nearly along each vector.
+
+  Args:
+    vectors: [prompt, embed].
+    blocks: The embedding's rows in order, some [rows, embed] at a time.
+    texts: Of each id; where it is None, or there is none, the id is left out.
+    top: How many pieces, of which there must be as many.
+
+  Returns:
+    Their ids and cosines, [prompt, top], the nearest first; of equals, the
+    lower id.
+  """
+  unit = normalised(vectors)
+  ids = np.zeros((len(vectors), 0), np.int64)
+  cosines = np.zeros((len(vectors), 0), np.float32)
+  start = 0
+  for block in blocks:
+    named = [
+      i for i, text in enumerate(texts[start : start + len(block)]) if text
+    ]
+    found = np.broadcast_to(
+      start + np.array(named, np.int64), (len(vectors), len(named))
+    )
+    ids = np.concatenate([ids, found], axis=1)
+    cosines = np.concatenate(
+      [cosines, unit @ normalised(block[named]).T], axis=1
+    )
+    best = np.argsort(-cosines, axis=1, kind='stable')[:, :top]
+    ids = np.take_along_axis(ids, best, axis=1)
+    cosines = np.take_along_axis(cosines, best, axis=1)
+    start += len(block)
+  return ids, cosines
+
+
+def normalised(rows: np.ndarray) -> np.ndarray:
+  """Rows [n, embed] of length 1, float32; those of zeros stay so."""
+  rows = np.asarray(rows, np.float32)
+  lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+  return rows / np.where(lengths > 0, lengths, 1)
+
+
+def blocks_of(leaf: Leaf) -> Iterator[np.ndarray]:
+  """Reads a [rows, embed] parameter in blocks of bounded size."""
+  rows = max(1, BLOCK // leaf.shape[1])
+  for start in range(0, leaf.shape[0], rows):
+    yield leaf.read((slice(start, start + rows), slice(None)))
+
+
+def piece_texts(processor: Any) -> list[str | None]:
+  """The text of each piece of a SentencePiece model.
+
+  None for what is no text: control marks, the unknown, single bytes and
+  sentinels.
+  """
+
+  def text(i: int) -> str | None:
+    kinds = ('control', 'unknown', 'unused', 'byte')
+    piece = processor.id_to_piece(i)
+    if any(getattr(processor, f'is_{kind}')(i) for kind in kinds):
+      return None
+    return None if re.fullmatch(rf'{SPACE}?<extra_id_\d+>', piece) else piece
+
+  return [text(i) for i in range(processor.get_piece_size())]
+
+
+def read_vocabulary(
+  path: epath.PathLike,
+) -> tuple[list[str | None], Callable[[str], list[int]]]:
+  """A model's vocabulary: the text of each id, and how a text is encoded.
+
+  Raises:
+    FileNotFoundError, ValueError: As `convert.vocabulary.vocabulary_of`.
+  """
+  file, _ = vocabulary.find(path)
+  if file is not None:
+    processor = vocabulary.load_sentencepiece(file)
+    return piece_texts(processor), processor.encode
+  # ByT5's: bytes stand behind padding, EOS and the unknown.
+  shown = [chr(i) if 32 < i < 127 else f'0x{i:02x}' for i in range(256)]
+  return [None] * 3 + shown, lambda text: [3 + i for i in text.encode()]
+
+
+# ------------------------------------------------------------------- findings
+
+
+def neighbours(
+  prompt: Prompt,
+  base: epath.PathLike,
+  words: epath.PathLike | None = None,
+  top: int = 5,
+  labels: Sequence[str] = (),
+) -> dict[str, Any]:
+  """Finds each row's nearest pieces, the labels among them, and like rows.
+
+  Args:
+    prompt: From `prompts.read_prompt`.
+    base: The model that it was trained on, as `open_checkpoint` takes it.
+    words: The vocabulary, as `vocabulary.find` takes it; what lies with the
+      base if not given.
+    top: How many pieces a row.
+    labels: The class labels; none are looked for if not given.
+
+  Returns:
+    As JSON: `prompt`, `base`; `rows`, each with its `norm` and `neighbours`
+    (`id`, `piece`, `cosine`), the nearest first; `labels`, each with its
+    `pieces`, the `rows` that have one of them as a neighbour, and the
+    `closest_row` to their mean (which a prompt of class labels starts as) with
+    its `cosine`; `clusters` of `rows` that have the same `piece` nearest, the
+    largest first.
+
+  Raises:
+    ValueError: The prompt is not for this base, a label cannot be encoded, or
+      `top` is out of range.
+  """
+  source = open_checkpoint(base)
+  check_width(prompt, source)
+  try:
+    texts, encode = read_vocabulary(words or base)
+  except ValueError as error:
+    raise ValueError(f'{error}, as --vocabulary') from error
+  texts = texts[: source.leaves[EMBEDDING].shape[0]]
+  count = sum(text is not None for text in texts)
+  if not 1 <= top <= count:
+    raise ValueError(
+      f'--top is {top}; expected from 1 to the {count} pieces of the vocabulary'
+    )
+  encoded = {
+    label: [i for i in encode(label) if texts[i] not in (None, SPACE)]
+    for label in labels
+  }
+  if unknown := [label for label, own in encoded.items() if not own]:
+    raise ValueError(f'the vocabulary has no pieces for the labels {unknown}')
+  ids, cosines = nearest(
+    prompt.array, blocks_of(source.leaves[EMBEDDING]), texts, top
+  )
+  norms = np.linalg.norm(prompt.array, axis=1)
+  rows = [
+    {
+      'row': i,
+      'norm': float(norms[i]),
+      'neighbours': [
+        {'id': int(j), 'piece': texts[j], 'cosine': float(c)}
+        for j, c in zip(ids[i], cosines[i], strict=True)
+      ],
+    }
+    for i in range(len(ids))
+  ]
+  clusters: dict[int, list[int]] = {}
+  for i, j in enumerate(ids[:, 0].tolist()):
+    clusters.setdefault(j, []).append(i)
+  several = sorted(
+    (c for c in clusters.items() if len(c[1]) > 1), key=lambda c: -len(c[1])
+  )
+  return {
+    'prompt': prompt.path,
+    'base': source.path,
+    'rows': rows,
+    'labels': {
+      label: {
+        'pieces': [texts[i] for i in own],
+        'rows': np.flatnonzero(np.isin(ids, own).any(axis=1)).tolist(),
+        **_closest(prompt.array, source.leaves[EMBEDDING], own),
+      }
+      for label, own in encoded.items()
+    },
+    'clusters': [{'piece': texts[j], 'rows': found} for j, found in several],
+  }
+
+
+def _closest(
+  vectors: np.ndarray, embedding: Leaf, ids: Sequence[int]
+) -> dict[str, Any]:
+  """The row nearest to a label's first value, the mean of its pieces."""
+  rows = [embedding.read((slice(i, i + 1), slice(None))) for i in ids]
+  mean = np.mean(np.concatenate(rows).astype(np.float32), axis=0)
+  cosines = normalised(vectors) @ normalised(mean[None])[0]
+  best = int(np.argmax(cosines))
+  return {'closest_row': best, 'cosine': float(cosines[best])}
+
+
+def recorded_labels(prompt: Prompt) -> list[str]:
+  """The class labels of the run that a prompt is from, where it names them."""
+  config = epath.Path(prompt.path).parent.parent / 'config.gin'
+  if not config.is_file():
+    return []
+  found = re.search(
+    r'^(?:CLASS_LABELS|LABEL_NAMES) = \\?\s*(\[[^\]]*\])',
+    config.read_text(),
+    re.MULTILINE,
+  )
+  return list(ast.literal_eval(found[1])) if found else []
+
+
+# ---------------------------------------------------------------- command line
+
+
+def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of `ptune neighbours`."""
+  del command
+  parser.add_argument('prompt', help='a MODEL_DIR, or a prompt file')
+  parser.add_argument(
+    '--base',
+    help='the model that it was trained on; that of its run if not given',
+  )
+  parser.add_argument(
+    '--vocabulary',
+    help='a SentencePiece file or the directory of one; that of the base if'
+    ' not given',
+  )
+  parser.add_argument(
+    '--top', type=int, default=5, help='pieces a row (%(default)s)'
+  )
+  parser.add_argument(
+    '--labels',
+    type=lambda text: text.split(','),
+    help='class labels, separated by commas; CLASS_LABELS of its run if not'
+    ' given',
+  )
+  parser.add_argument(
+    '--task', type=int, help='which prompt of a multitask run'
+  )
+  parser.add_argument('--json', action='store_true', help='print JSON')
+
+
+def run(args: argparse.Namespace) -> None:
+  """Runs the command line.
+
+  Raises:
+    ValueError, OSError: What a user can mend.
+  """
+  prompt = read_prompt(args.prompt, args.task)
+  base = args.base or recorded_base(prompt.path)
+  if base is None:
+    raise ValueError(
+      f'nothing says on which model {prompt.path} was trained; name it, such as'
+      ' --base=ptune://tiny'
+    )
+  labels = recorded_labels(prompt) if args.labels is None else args.labels
+  found = neighbours(prompt, base, args.vocabulary, args.top, labels)
+  if args.json:
+    print(json.dumps(found, ensure_ascii=False))
+  else:
+    show(found, rich.console.Console(highlight=False))
+
+
+def show(found: Mapping[str, Any], console: rich.console.Console) -> None:
+  """Prints what `neighbours` returns; pieces of labels are green."""
+  pieces = {p for label in found['labels'].values() for p in label['pieces']}
+  table = rich.table.Table(box=rich.box.SIMPLE)
+  table.add_column('row', justify='right')
+  table.add_column('norm', justify='right')
+  table.add_column('nearest pieces, with their cosines')
+  for row in found['rows']:
+    line = rich.text.Text()
+    for near in row['neighbours']:
+      style = 'green' if near['piece'] in pieces else ''
+      line.append(near['piece'], style)
+      line.append(f' {near["cosine"]:.2f}  ', 'dim')
+    table.add_row(str(row['row']), f'{row["norm"]:.3g}', line)
+  console.print(table)
+  count = len(found['rows'])
+  for label, facts in found['labels'].items():
+    console.print(
+      f'label {label} ({" ".join(facts["pieces"])}): among the neighbours of'
+      f' {_rows(facts["rows"])}; row {facts["closest_row"]} is closest, cosine'
+      f' {facts["cosine"]:.2f}',
+      markup=False,
+      soft_wrap=True,
+    )
+  for cluster in found['clusters']:
+    console.print(
+      f'{len(cluster["rows"])} of {count} rows are nearest to'
+      f' {cluster["piece"]}: {_rows(cluster["rows"])}',
+      markup=False,
+      soft_wrap=True,
+    )
+  if not found['clusters']:
+    console.print('no two rows have the same nearest piece')
+
+
+def _rows(rows: Sequence[int]) -> str:
+  if not rows:
+    return 'no row'
+  return ('row ' if len(rows) == 1 else 'rows ') + ', '.join(map(str, rows))
