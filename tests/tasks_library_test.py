@@ -360,7 +360,7 @@ def test_a_task_of_each_kind_is_evaluated_and_its_predictions_written(tmp_path):
 def test_the_library_is_found_and_imports_in_15_cpu_seconds_without_a_file():
   code = """
 import time
-from ptune import data
+from ptune import seqio_task
 import seqio
 before = len(seqio.TaskRegistry.names())
 print(seqio_task.load('taskless_glue_sst2_v200').name)
