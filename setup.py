@@ -11,7 +11,6 @@ setuptools.setup(
   packages=[
     'ptune',
     'ptune.analysis',
-    'ptune.analysis',
     'ptune.convert',
     'ptune.methods',
     'ptune.pretrained',

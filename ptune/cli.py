@@ -59,6 +59,10 @@ TOOLS = {
     'ptune.analysis.neighbours',
     'name the vocabulary pieces that a prompt points at',
   ),
+  'similarity': (
+    'ptune.analysis.similarity',
+    'compare prompts, or find those that are like one',
+  ),
   'methods': ('ptune.list_methods', 'list methods, and how much they train'),
   'tasks': ('ptune.list_tasks', 'list tasks, or show examples of one'),
 }

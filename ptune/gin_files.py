@@ -57,6 +57,8 @@ MACROS = {
   'PROMPT_LENGTH': ('rows of the prompt', '100'),
   'RANK': ('score every label instead of writing one', 'True'),
   'RANDOM_SEED': ('of data order, initialisation, dropout', '0'),
+  'SOURCE_PROMPTS': ('saved prompts of other tasks', "['mnli.npy']"),
+  'SOURCE_WEIGHTS': ('of their mean', '[0.7, 0.3]'),
   'SKIP_BAD_ROWS': ('count and list them, do not stop', 'True'),
   'TARGET_TEXT': ('text that a loss draws the prompt to', "'Say yes or no:'"),
   'TARGETS': ('template of the targets', "'{label}'"),

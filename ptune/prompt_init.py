@@ -169,6 +169,57 @@ def from_file(path: str | os.PathLike[str]) -> Initializer:
   return init
 
 
+def from_prompts(
+  files: Sequence[str | os.PathLike[str]],
+  weights: Sequence[float] | None = None,
+) -> Initializer:
+  """A saved prompt of another task, or a weighted mean of several.
+
+  Vu et al. 2022, "SPoT" (arXiv 2110.07904): prompts of one or more source tasks
+  start that of a target task.
+
+  Args:
+    files: As `read` takes them (SOURCE_PROMPTS); all of one shape.
+    weights: One each (SOURCE_WEIGHTS), at least 0; divided by their sum. Equal
+      if not given.
+  """
+  if isinstance(files, str | os.PathLike) or not files:
+    raise ValueError(
+      f'SOURCE_PROMPTS is {files!r}; it must be a list of prompt files, such as'
+      f' {[os.fspath(files)] if files else ["/runs/mnli/prompts/best.npy"]}'
+    )
+  given = [1.0] * len(files) if weights is None else list(weights)
+  if len(given) != len(files):
+    raise ValueError(
+      f'SOURCE_WEIGHTS has {len(given)} numbers for {len(files)}'
+      ' SOURCE_PROMPTS; give one for each'
+    )
+  total = sum(given)
+  if not all(w >= 0 for w in given) or not 0 < total < float('inf'):
+    raise ValueError(
+      f'SOURCE_WEIGHTS is {given}; expected numbers of at least 0, and one'
+      ' above it'
+    )
+
+  def init(rng, shape, base):
+    del rng, base
+    arrays = {os.fspath(file): read(file) for file in files}
+    if wrong := {
+      f: list(a.shape) for f, a in arrays.items() if a.shape != shape
+    }:
+      raise ValueError(
+        f'the prompt is {list(shape)} [PROMPT_LENGTH, d_model of the model],'
+        ' and of SOURCE_PROMPTS these are not:\n'
+        + '\n'.join(f'  {file} {found}' for file, found in wrong.items())
+        + '\nChange PROMPT_LENGTH, or leave them out'
+      )
+    pairs = zip(given, files, strict=True)
+    mean = sum(w / total * arrays[os.fspath(f)].astype(float) for w, f in pairs)
+    return np.asarray(mean, np.float32)
+
+  return init
+
+
 def read(path: str | os.PathLike[str]) -> np.ndarray:
   """Reads a prompt file.
 

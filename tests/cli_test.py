@@ -400,6 +400,7 @@ NEEDED = [
   *("INITIAL_TEXT='yes'", "PROMPT_FILE='p.npy'", "INITIAL_CHECKPOINT_PATH='b'"),
   *("MODEL_DIR='m'", "MIXTURE_OR_TASK_NAME='t'", 'TRAIN_STEPS=1'),
   "TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 4}",
+  "SOURCE_PROMPTS=['p.npy']",
 ]
 
 

@@ -380,3 +380,60 @@ def test_an_archive_or_a_text_is_no_prompt_file(tmp_path):
   for name in ('prompt.npz', 'prompt.json'):
     with pytest.raises(ValueError, match='is not a NumPy array file'):
       prompt_init.read(tmp_path / name)
+
+
+# ---------------------------------------------------------------- of prompts
+
+
+@pytest.fixture
+def sources(tmp_path):
+  """Two prompts [2, 4] and one [3, 4]; their files."""
+  rng = np.random.default_rng(3)
+  files = []
+  for name, rows in (('a', 2), ('b', 2), ('long', 3)):
+    files.append(str(tmp_path / f'{name}.npy'))
+    np.save(files[-1], rng.normal(size=(rows, EMBED)).astype(np.float32))
+  return files
+
+
+def test_one_source_prompt_is_taken_as_it_is(sources):
+  value = run(prompt_init.from_prompts(sources[:1]), 2, ELSEWHERE)
+  assert (value == np.load(sources[0])).all()
+
+
+@pytest.mark.parametrize(
+  ('weights', 'shares'),
+  [(None, (0.5, 0.5)), ([3, 1], (0.75, 0.25)), ([0.0, 2.0], (0, 1))],
+)
+def test_several_source_prompts_give_their_weighted_mean(
+  sources, weights, shares
+):
+  init = prompt_init.from_prompts(sources[:2], weights)
+  a, b = map(np.load, sources[:2])
+  expected = shares[0] * a + shares[1] * b
+  np.testing.assert_allclose(run(init, 2, ELSEWHERE), expected, rtol=1e-6)
+
+
+def test_source_prompts_of_unlike_shapes_are_all_named(sources):
+  init = prompt_init.from_prompts(sources)
+  with pytest.raises(ValueError, match=r'prompt is \[2, 4\]') as error:
+    run(init, 2, ELSEWHERE)
+  assert 'long.npy [3, 4]' in str(error.value)
+  assert 'a.npy' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('files', 'weights', 'message'),
+  [
+    ('a.npy', None, r"must be a list of prompt files, such as \['a.npy'\]"),
+    ([], None, 'must be a list of prompt files'),
+    (['a', 'b'], [1.0], '1 numbers for 2 SOURCE_PROMPTS'),
+    (['a', 'b'], [0, 0], 'numbers of at least 0, and one above'),
+    (['a', 'b'], [2, -1], 'numbers of at least 0'),
+    (['a', 'b'], [1, float('nan')], 'numbers of at least 0'),
+    (['a', 'b'], [1, float('inf')], 'numbers of at least 0'),
+  ],
+)
+def test_wrong_source_prompts_are_told_at_once(files, weights, message):
+  with pytest.raises(ValueError, match=message):
+    prompt_init.from_prompts(files, weights)

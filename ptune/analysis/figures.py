@@ -1,0 +1,24 @@
+"""Figures of an analysis, as PNG for reading and SVG for a paper."""
+
+import io
+from typing import TYPE_CHECKING
+
+from etils import epath
+
+from ptune import report
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
+
+def save(figure: 'Figure', directory: epath.Path, name: str) -> list[str]:
+  """Writes NAME.png and NAME.svg into a directory; returns their names."""
+  files = []
+  for kind in ('png', 'svg'):
+    # The same figure is the same file, whenever it is drawn.
+    plain = {'Date': None} if kind == 'svg' else None
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=150, metadata=plain)
+    files.append(f'{name}.{kind}')
+    report.write_atomically(directory / files[-1], buffer.getvalue())
+  return files
