@@ -16,7 +16,14 @@ import seqio
 import tensorflow_datasets as tfds
 from etils import epath
 
-from ptune import data, parameters, partitioning, predictor, seqio_task
+from ptune import (
+  answers,
+  data,
+  parameters,
+  partitioning,
+  predictor,
+  seqio_task,
+)
 from ptune import report as report_lib
 from ptune.adapters import Method
 from ptune.models import Decoding, EncoderDecoderModel
@@ -140,13 +147,13 @@ class Evaluation:
       if not any(True for _ in dataset.take(1)):
         raise ValueError(f'split {split!r} of task {part.name!r} is empty')
       self._datasets[part.name] = dataset
-    self._predictor = predictor.Predictor(
+    self._predictor = answers.Predictor(
       plan, model, feature_lengths['targets'], how, seed
     )
 
   def __call__(
     self,
-    trees: predictor.Trees,
+    trees: answers.Trees,
     step: int,
     should_stop: Callable[[], bool] = lambda: False,
   ) -> Scores:

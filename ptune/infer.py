@@ -1,6 +1,7 @@
 """`ptune infer`: predictions, or scores of given targets, as JSON lines."""
 
 import contextlib
+import functools
 import itertools
 import json
 import sys
@@ -13,6 +14,7 @@ from absl import logging
 from etils import epath
 
 from ptune import (
+  answers,
   data,
   evaluate,
   parameters,
@@ -21,6 +23,7 @@ from ptune import (
   seqio_task,
 )
 from ptune.adapters import Method
+from ptune.bank import unknown
 from ptune.evaluate import to_json
 from ptune.models import Decoding, EncoderDecoderModel
 from ptune.sizes import T5Config
@@ -46,6 +49,8 @@ def infer(
   model_dir: str | None = None,
   checkpoint_path: str | None = None,
   prompt_file: str | None = None,
+  prompts: str | None = None,
+  default_prompt: str | None = None,
   output_dir: str | None = None,
   input_file: str | None = None,
   split: str = 'test',
@@ -70,6 +75,10 @@ def infer(
     model_dir: A run of `ptune train`.
     checkpoint_path: The base model.
     prompt_file: A prompt, where there is no model_dir.
+    prompts: Several in place of one, see `bank.parse`: each line of a .jsonl
+      file names its own as `prompt`.
+    default_prompt: The prompt of rows that name none; not needed where there
+      is but one.
     output_dir: Where the file goes; MODEL_DIR/infer if not given.
     input_file: One input a line, or JSON lines with `inputs` (and `targets`,
       to be scored) if its name ends in .jsonl. Inputs stand as in the task's
@@ -86,7 +95,8 @@ def infer(
 
   Returns:
     The file: a line for each input, with `inputs`, `prediction` and `score`
-    (in predict mode), `targets` where there are any.
+    (in predict mode), `targets` where there are any, `prompt` if there are
+    several.
   """
   if mode not in MODES:
     raise ValueError(f'INFER_MODE is {mode!r}; it must be one of {MODES}')
@@ -94,33 +104,59 @@ def infer(
   task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
   seqio_task.check_vocabulary(task, config.vocab_size)
   vocabulary = seqio_task.vocabulary(task)
+  named = None
+  if prompts is not None:
+    named = predictor.named_prompts(prompts, method, model_dir, prompt_file)
+    if default_prompt is None and len(named) == 1:
+      default_prompt = next(iter(named))
+  elif default_prompt is not None:
+    raise ValueError(f'DEFAULT_PROMPT is {default_prompt!r}, without PROMPTS')
+  own = functools.partial(_own_prompt, named, default_prompt)
   if input_file is None:
     name = f'{mixture_or_task_name}-{split}'
     seqio_task.check(task, task_feature_lengths, split, use_cached)
-    examples = seqio_task.examples(
-      task, task_feature_lengths, split, use_cached
+    same = own(name, {})
+    examples = (
+      (texts | same, features)
+      for texts, features in seqio_task.examples(
+        task, task_feature_lengths, split, use_cached
+      )
     )
   else:
     name = epath.Path(input_file).stem
     seqio_task.check(task, task_feature_lengths, None)
-    texts = list(_read_texts(epath.Path(input_file), mode))
+    texts = list(_read_texts(epath.Path(input_file), mode, own))
     examples = (
       seqio_task.encode(task, task_feature_lengths, text) for text in texts
     )
-  plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
-  data.check_batch_size(batch_size, plan.mesh)
-  predictor.check(plan, model_dir, checkpoint_path, prompt_file)
+  mesh = partitioning.make_mesh(model_parallel)
+  data.check_batch_size(batch_size, mesh)
+  plan = parameters.plan(config, method, mesh)
+  if named is None:
+    predictor.check(plan, model_dir, checkpoint_path, prompt_file)
   directory = predictor.output_directory(
     'INFER_OUTPUT_DIR', output_dir, model_dir, 'infer'
   )
-  params, _ = predictor.load(plan, model_dir, checkpoint_path, prompt_file)
-  answers = predictor.Predictor(
-    plan,
-    model(plan.network),
-    task_feature_lengths['targets'],
-    decoding,
-    seed,
-  )
+  longest = task_feature_lengths['targets']
+  if named is None:
+    params, _ = predictor.load(plan, model_dir, checkpoint_path, prompt_file)
+    asked = answers.Predictor(
+      plan, model(plan.network), longest, decoding, seed
+    )
+    trees = lambda records: (params,)
+  else:
+    bank = predictor.load_bank(
+      config,
+      checkpoint_path,
+      longest,
+      named,
+      mesh=mesh,
+      model=model,
+      how=decoding,
+      seed=seed,
+    )
+    asked = bank.predictor
+    trees = lambda records: bank.trees([r['prompt'] for r in records])
 
   def answer(chunk, first):
     """The records of a chunk, whose first example has the given number."""
@@ -128,12 +164,13 @@ def infer(
     for rows, batch in data.padded_batches(
       [features for _, features in chunk], batch_size, bucket_multiple
     ):
-      placed = data.device_put(batch, plan.mesh, method.check)
-      filled = np.pad(first + rows, (0, batch_size - len(rows)), 'edge')
+      placed = data.device_put(batch, mesh, method.check)
+      filled = np.pad(rows, (0, batch_size - len(rows)), 'edge')
+      params = trees([records[row] for row in filled])
       if mode == 'score':
-        scores = answers.score((params,), placed)
+        scores = asked.score(params, placed)
       else:
-        tokens, scores = answers.predict((params,), placed, filled)
+        tokens, scores = asked.predict(params, placed, first + filled)
         for row, ids in zip(rows, tokens, strict=False):
           records[row]['prediction'] = vocabulary.decode(ids.tolist())
       for row, value in zip(rows, scores, strict=False):
@@ -163,7 +200,32 @@ def infer(
   return path
 
 
-def _read_texts(path: epath.Path, mode: str) -> Iterator[dict[str, str]]:
+def _own_prompt(
+  named: Mapping[str, str] | None,
+  default: str | None,
+  where: str,
+  record: Mapping[str, Any],
+) -> dict[str, str]:
+  """{'prompt': the one of a row}, or {} where there are not several."""
+  if named is None:
+    return {}
+  name = record.get('prompt', default)
+  if name is None:
+    raise ValueError(
+      f'{where}: no prompt is named; set DEFAULT_PROMPT to one of'
+      f' {sorted(named)}, or write them into a .jsonl file:'
+      ' {"inputs": "...", "prompt": "..."}'
+    )
+  if name not in named:
+    raise ValueError(f'{where}: {unknown(str(name), named)}')
+  return {'prompt': name}
+
+
+def _read_texts(
+  path: epath.Path,
+  mode: str,
+  own: Callable[[str, Mapping[str, Any]], dict[str, str]],
+) -> Iterator[dict[str, str]]:
   """Inputs (and targets) of a text or JSON lines file; skips blank lines."""
   if not path.is_file():
     raise FileNotFoundError(f'there is no INFER_FILE {path}')
@@ -199,7 +261,7 @@ def _read_texts(path: epath.Path, mode: str) -> Iterator[dict[str, str]]:
     texts = {k: record[k] for k in ('inputs', 'targets') if k in record}
     if not all(isinstance(text, str) for text in texts.values()):
       raise ValueError(f'{where}: targets must be a string; got {line[:80]!r}')
-    yield texts
+    yield texts | own(where, record)
 
 
 def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -1,30 +1,24 @@
-"""A trained model, ready to answer: restored, laid out, compiled."""
+"""A trained model, restored: what a program that asks it needs."""
 
-import functools
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from etils import epath
 
-from ptune import (
-  checkpoints,
-  decoding,
-  parameters,
-  partitioning,
-  prompt_init,
-)
+from ptune import checkpoints, parameters, partitioning, prompt_init
+from ptune.adapters import Method
+from ptune.bank import PromptBank, parse
 from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.convert.trained import open_trained
-from ptune.models import Decoding, EncoderDecoderModel
+from ptune.sizes import T5Config
 
-Trees = tuple[Mapping[str, Any], ...]
 PathLike = str | os.PathLike[str]
+# The base alone.
+NOTHING = Method('base', (), ())
 
 
 def output_directory(
@@ -144,12 +138,9 @@ def load(
     values |= restore(source, plan.select(plan.trainable))
   rest = plan.select(frozenset(plan.params) - frozenset(values))
   if rest:
-    source = open_checkpoint(checkpoint_path or '')
-    check_config(source, plan.network.config)
-    step = source.step if step is None else step
-    restored = restore(source, rest, ignore=plan.params.__contains__)
+    restored, base_step = _restore_base(plan, checkpoint_path, rest)
+    step = base_step if step is None else step
     values |= restored
-    logging.info('%s', account(source, restored))
   if (model_dir or prompt_file) and plan.frozen:
     frozen = {path: values[path] for path in plan.frozen}
     base = checkpoints.fingerprint(frozen)
@@ -194,87 +185,80 @@ def _read(
   return {path: parameters.place(prompt, struct)}, facts
 
 
+def named_prompts(
+  prompts: str,
+  method: Method,
+  model_dir: PathLike | None,
+  prompt_file: PathLike | None,
+) -> dict[str, str]:
+  """PROMPTS: files or runs, by name; `load_bank` reads them.
+
+  Raises:
+    ValueError: If it names none, or other settings contradict it.
+  """
+  if model_dir is not None or prompt_file is not None:
+    raise ValueError(
+      'set PROMPTS, or MODEL_DIR, or PROMPT_FILE; got'
+      f' PROMPTS={prompts!r}, MODEL_DIR={model_dir!r},'
+      f' PROMPT_FILE={prompt_file!r}'
+    )
+  if method.name != 'prompt':
+    raise ValueError(
+      f'METHOD is {method.name!r}; PROMPTS are those of methods/prompt.gin'
+    )
+  return parse(prompts)
+
+
+def load_bank(
+  config: T5Config,
+  checkpoint_path: PathLike | None,
+  max_decode_length: int,
+  prompts: Mapping[str, PathLike],
+  **settings: Any,
+) -> PromptBank:
+  """Restores a base model, and puts prompts beside it.
+
+  Args:
+    config: The network's sizes.
+    checkpoint_path: CHECKPOINT_PATH, the base model.
+    max_decode_length: Most tokens of an answer, its EOS included.
+    prompts: Files or runs, by the names that they are asked by.
+    **settings: Others of `PromptBank`.
+
+  Raises:
+    ValueError: If the base does not fit, or a prompt does not fit it.
+  """
+  mesh = settings.pop('mesh', None) or partitioning.make_mesh()
+  plan = parameters.plan(config, NOTHING, mesh)
+  check(plan, checkpoint_path=checkpoint_path)
+  base = _restore_base(plan, checkpoint_path, plan.select(plan.base))[0]
+  bank = PromptBank(
+    config,
+    base,
+    max_decode_length,
+    mesh=mesh,
+    fingerprint=checkpoints.fingerprint(base),
+    **settings,
+  )
+  for name, path in prompts.items():
+    bank.add(name, path)
+  return bank
+
+
+def _restore_base(
+  plan: parameters.Plan,
+  checkpoint_path: PathLike | None,
+  wanted: Mapping[str, jax.ShapeDtypeStruct],
+) -> tuple[dict[str, jax.Array], int | None]:
+  """Parameters of CHECKPOINT_PATH, and its step."""
+  source = open_checkpoint(checkpoint_path or '')
+  check_config(source, plan.network.config)
+  restored = restore(source, wanted, ignore=plan.params.__contains__)
+  logging.info('%s', account(source, restored))
+  return restored, source.step
+
+
 def _best_or_newest(model_dir: epath.Path) -> epath.Path:
   """The checkpoint that was the best when it was evaluated."""
   steps = checkpoints.finished_steps(model_dir / 'best')
   return model_dir / 'best' / str(steps[-1]) if steps else model_dir
-
-
-class Predictor:
-  """The programs that answer a batch; each is compiled at its first use.
-
-  What is asked of it takes the parameters as one or several trees, which are
-  merged; rows are split over the devices, answers come back whole.
-  """
-
-  def __init__(
-    self,
-    plan: parameters.Plan,
-    model: EncoderDecoderModel,
-    max_decode_length: int,
-    how: Decoding = Decoding(),
-    seed: int = 0,
-  ):
-    """Prepares the programs.
-
-    Args:
-      plan: The parameters.
-      model: The model.
-      max_decode_length: Most tokens of an answer, its EOS included.
-      how: How predictions are decoded.
-      seed: For sampling.
-    """
-    # What is out of range is said now, and not when a run has long trained.
-    if how.num_beams < 1:
-      raise ValueError(f'num_beams is {how.num_beams}; it must be at least 1')
-    jax.eval_shape(
-      lambda: decoding.sampling_probabilities(
-        jnp.zeros((1, 2)), how.temperature, how.top_k, how.top_p
-      )
-    )
-    self._plan = plan
-    merge = parameters.merge
-
-    def predict(trees, tokens, rows):
-      base = jax.random.key(seed)
-      # A row's sample depends on the row, not on the batch it is put in.
-      keys = jax.vmap(lambda row: jax.random.fold_in(base, row))(rows)
-      params = merge(*trees)
-      return model.predict(params, tokens, max_decode_length, how, keys)
-
-    jit = functools.partial(
-      jax.jit, out_shardings=partitioning.replicated(plan.mesh)
-    )
-    self._predict = jit(predict)
-    self._score = jit(lambda trees, batch: model.score(merge(*trees), batch))
-    self._sums = jit(lambda trees, batch: model.loss(merge(*trees), batch)[1])
-
-  def predict(
-    self, trees: Trees, batch: Mapping[str, jax.Array], rows: np.ndarray
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Answers [batch, max_decode_length], and their scores [batch].
-
-    Args:
-      trees: The parameters.
-      batch: With `encoder_input_tokens`.
-      rows: [batch] a number of each row, from which its samples are drawn.
-    """
-    with self._plan.scope():
-      return jax.device_get(
-        self._predict(
-          trees, batch['encoder_input_tokens'], rows.astype(np.uint32)
-        )
-      )
-
-  def score(self, trees: Trees, batch: Mapping[str, jax.Array]) -> np.ndarray:
-    """Log probabilities of the targets: [batch]."""
-    with self._plan.scope():
-      return jax.device_get(self._score(trees, batch))
-
-  def sums(
-    self, trees: Trees, batch: Mapping[str, jax.Array]
-  ) -> dict[str, float]:
-    """The sums of `EncoderDecoderModel.loss`."""
-    with self._plan.scope():
-      sums = jax.device_get(self._sums(trees, batch))
-    return {name: float(value) for name, value in sums.items()}

@@ -147,9 +147,10 @@ def test_what_is_counted_right_is_what_is_decoded(whole):
   directory, summary = whole
   config, base = miniature.load(pretrained.directory('tiny'))
   test = demo.splits(generated_text.reviews, 0)[2]
-  prompt = np.load(directory / 'sentiment.npy')
-  answer = miniature.answerer(config, base, miniature.Pieces())
-  said = answer(test, np.stack([prompt] * len(test)))
+  bank = miniature.bank(config, base)
+  bank.add('sentiment', directory / 'sentiment.npy')
+  names = ['sentiment'] * len(test)
+  said = miniature.answer(bank, miniature.Pieces(), test, names)
   correct = [a == label for a, (_, label) in zip(said, test, strict=True)]
   # The saved prompt alone, given to the frozen model, is all that there is.
   assert abs(np.mean(correct) - summary['prompt']) <= 0.002

@@ -13,10 +13,10 @@ import optax
 import pytest
 
 from ptune import (
+  answers,
   checkpoints,
   convert,
   evaluate,
-  predictor,
   prompt_init,
   report,
   selection,
@@ -214,14 +214,14 @@ def test_a_second_ctrl_c_is_not_waited_with():
 def test_a_stop_during_an_evaluation_loses_nothing(
   undisturbed, tmp_path, monkeypatch
 ):
-  original = predictor.Predictor.sums
+  original = answers.Predictor.sums
 
   def interrupted(self, *args):
     os.kill(os.getpid(), signal.SIGTERM)
     return original(self, *args)
 
   with monkeypatch.context() as patch:
-    patch.setattr(predictor.Predictor, 'sums', interrupted)
+    patch.setattr(answers.Predictor, 'sums', interrupted)
     tiny.run(tmp_path)
   assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [4, 5]
   assert not any('task' in r for r in tiny.records(tmp_path))

@@ -1,0 +1,268 @@
+"""Many prompts, one model: every row is answered as if it were alone."""
+
+import functools
+import logging
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ptune import bank as bank_lib
+from ptune import network, parameters, partitioning, predictor
+from ptune.answers import Predictor
+from ptune.bank import PromptBank
+from ptune.methods import prompt
+from ptune.models import Decoding, EncoderDecoderModel
+from tests import tiny
+
+LENGTHS = {'five': 5, 'three': 3}
+TARGETS = 6
+
+
+def drawn(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+BASE = {
+  path: 0.3 * drawn(i, *x.shape)
+  for i, (path, x) in enumerate(
+    network.parameters(network.Transformer(tiny.CONFIG)).items()
+  )
+}
+PROMPTS = {
+  name: 2 * drawn(length, length, tiny.CONFIG.emb_dim)
+  for name, length in LENGTHS.items()
+}
+NAMES = ['five', 'three', 'three', 'five', 'five', 'three', 'three', 'five']
+
+
+def make(devices=1, **settings):
+  """A bank without prompts."""
+  mesh = partitioning.make_mesh(devices=jax.devices()[:devices])
+  return PromptBank(tiny.CONFIG, BASE, TARGETS, mesh=mesh, **settings)
+
+
+def filled(**settings):
+  bank = make(**settings)
+  for name, array in PROMPTS.items():
+    bank.add(name, array)
+  return bank
+
+
+def batch_of(rows=len(NAMES)):
+  """Rows of all lengths, the last of padding."""
+  rng = np.random.default_rng(7)
+  lengths = np.linspace(9, 0, rows).astype(int)
+  tokens = rng.integers(3, 264, (rows, 9)) * (np.arange(9) < lengths[:, None])
+  targets = rng.integers(3, 264, (rows, 4))
+  return {
+    'encoder_input_tokens': tokens.astype(np.int32),
+    'decoder_target_tokens': targets.astype(np.int32),
+    'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+    'decoder_loss_weights': np.ones_like(targets),
+  }
+
+
+def alone(name, ask, how=Decoding()):
+  """What the model says with one prompt for all rows."""
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  method = prompt.prompt(LENGTHS[name])
+  plan = parameters.plan(tiny.CONFIG, method, mesh)
+  model = EncoderDecoderModel(plan.network)
+  params = parameters.unflatten({**BASE, prompt.PATH: PROMPTS[name]})
+  return ask(Predictor(plan, model, TARGETS, how), (params,))
+
+
+def own_rows(by_name):
+  """Of what each prompt says to all rows, those that are its own."""
+  return [by_name[name][i] for i, name in enumerate(NAMES)]
+
+
+@pytest.mark.parametrize(
+  'how',
+  [
+    Decoding(),
+    Decoding(num_beams=3),
+    Decoding(temperature=0.8, top_k=20),
+  ],
+)
+def test_mixed_rows_are_answered_as_if_they_were_alone(how):
+  batch = batch_of()
+  bank = filled(how=how)
+  tokens, scores = bank.predict(NAMES, batch['encoder_input_tokens'])
+  single = {
+    name: alone(name, lambda p, t: p.predict(t, batch, np.arange(8)), how)
+    for name in PROMPTS
+  }
+  np.testing.assert_array_equal(
+    tokens, own_rows({name: said for name, (said, _) in single.items()})
+  )
+  np.testing.assert_allclose(
+    scores, own_rows({n: s for n, (_, s) in single.items()}), rtol=1e-5
+  )
+  # The prompts matter: another order of names gives other answers.
+  other, _ = bank.predict(NAMES[1:] + NAMES[:1], batch['encoder_input_tokens'])
+  assert (other != tokens).any()
+
+
+def test_mixed_rows_are_scored_as_if_they_were_alone_on_all_devices():
+  batch = batch_of()
+  got = filled(devices=8).score(NAMES, batch)
+  single = {n: alone(n, lambda p, t: p.score(t, batch)) for n in PROMPTS}
+  np.testing.assert_allclose(got, own_rows(single), rtol=1e-5)
+
+
+def test_gradients_of_the_prompts_are_those_of_single_runs():
+  batch = batch_of()
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  longest = max(LENGTHS.values())
+  plan = parameters.plan(tiny.CONFIG, bank_lib.METHOD, mesh)
+  model = EncoderDecoderModel(plan.network)
+  lengths = jnp.array([LENGTHS[name] for name in NAMES])
+  rows = np.zeros((len(NAMES), longest, tiny.CONFIG.emb_dim), np.float32)
+  for row, name in zip(rows, NAMES, strict=True):
+    row[longest - LENGTHS[name] :] = PROMPTS[name]
+
+  def loss(prompts):
+    own = prompt.row_parameters(prompts, lengths)
+    return model.loss(parameters.unflatten({**BASE, **own}), batch)[0]
+
+  gradients = jax.jit(jax.grad(loss))(rows)
+
+  def single(values, name):
+    params = parameters.unflatten({**BASE, prompt.PATH: values})
+    placements = prompt.prompt(LENGTHS[name]).placements
+    own = np.array([n == name for n in NAMES])
+    weights = batch['decoder_loss_weights'] * own[:, None]
+    return EncoderDecoderModel(
+      network.Transformer(tiny.CONFIG, placements)
+    ).loss(params, {**batch, 'decoder_loss_weights': weights})[0]
+
+  for name, length in LENGTHS.items():
+    expected = jax.jit(jax.grad(functools.partial(single, name=name)))(
+      PROMPTS[name]
+    )
+    mine = [i for i, n in enumerate(NAMES) if n == name]
+    got = np.sum(gradients[np.array(mine)], axis=0)
+    np.testing.assert_allclose(
+      got[longest - length :], expected, rtol=1e-4, atol=1e-5
+    )
+    # What is hidden cannot be learned from.
+    assert np.all(got[: longest - length] == 0)
+    assert np.abs(expected).max() > 0
+
+
+def test_a_program_stays_as_prompts_come_and_go():
+  bank = filled(prompt_length=5)
+  tokens = batch_of()['encoder_input_tokens']
+  before = bank.predict(NAMES, tokens)
+  for i in range(20):  # Beyond the capacity, several times.
+    bank.add(f'other {i}', drawn(i, 4, tiny.CONFIG.emb_dim))
+  for i in range(0, 20, 2):
+    bank.remove(f'other {i}')
+  bank.add('other 1', drawn(99, 2, tiny.CONFIG.emb_dim))
+  bank.predict(['other 1'] * 8, tokens)
+  np.testing.assert_array_equal(before[0], bank.predict(NAMES, tokens)[0])
+  assert bank.predictor._predict._cache_size() == 1
+  # A longer one makes the batch longer.
+  bank.add('long', drawn(0, 6, tiny.CONFIG.emb_dim))
+  np.testing.assert_array_equal(before[0], bank.predict(NAMES, tokens)[0])
+  assert bank.predictor._predict._cache_size() == 2
+
+
+def test_a_table_holds_what_was_put_there_last():
+  rng = random.Random(0)
+  bank, expected = make(), {}
+  for i in range(60):
+    name = rng.choice('abcdefg')
+    if name in expected and rng.random() < 0.5:
+      bank.remove(name)
+      del expected[name]
+    else:
+      expected[name] = drawn(i, rng.randint(1, 6), tiny.CONFIG.emb_dim)
+      bank.add(name, expected[name])
+    assert bank.names == sorted(expected)
+    assert bank.lengths == {n: len(expected[n]) for n in sorted(expected)}
+    for name, array in expected.items():
+      own = parameters.flatten(bank.trees([name])[1])
+      length = int(own[prompt.LENGTHS[0]][0])
+      assert length == len(array)
+      np.testing.assert_array_equal(own[prompt.ROWS][0, -length:], array)
+
+
+def test_what_is_no_prompt_is_refused_and_changes_nothing(tmp_path):
+  bank = filled()
+  good = PROMPTS['three']
+  (tmp_path / 'damaged.npy').write_bytes(b'no numbers')
+  np.save(tmp_path / 'pickled.npy', np.array([{}]), allow_pickle=True)
+  for wrong, message in (
+    (good[0], r'shape \[16\]; .* must be \[prompt, 16\]'),
+    (good[:, :4], r'shape \[3, 4\]'),
+    (good[:0], r'shape \[0, 16\]'),
+    (good.astype(str), 'not numbers'),
+    (np.full_like(good, np.nan), 'NaN or infinity'),
+    (np.full(good.shape, 1e300), 'NaN or infinity'),
+    (tmp_path / 'damaged.npy', 'damaged'),
+    (tmp_path / 'pickled.npy', 'pickled'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      bank.add('three', wrong)
+  with pytest.raises(FileNotFoundError):
+    bank.add('three', tmp_path / 'none.npy')
+  with pytest.raises(ValueError, match='needs a name'):
+    bank.add('', good)
+  with pytest.raises(bank_lib.UnknownPrompt, match="'thre'; did you mean thre"):
+    bank.trees(['thre'])
+  with pytest.raises(bank_lib.UnknownPrompt, match='there are: five, three'):
+    bank.remove('xyz')
+  with pytest.raises(ValueError, match='8 devices .* must divide'):
+    filled(devices=8).trees(['five'])
+  assert bank.lengths == dict(sorted(LENGTHS.items()))
+  with pytest.raises(ValueError, match='the base is not that of the config'):
+    PromptBank(tiny.CONFIG, dict(list(BASE.items())[1:]), TARGETS)
+
+
+def test_a_prompt_of_another_base_is_refused_or_told(tmp_path, caplog):
+  run = tiny.trained()
+  load = lambda base, **prompts: predictor.load_bank(
+    tiny.CONFIG, base, 4, prompts, mesh=make().plan.mesh
+  )
+  with caplog.at_level(logging.WARNING):
+    bank = load(tiny.base(), tiny=run, file=run / 'prompts' / 'best.npy')
+  assert bank.names == ['file', 'tiny'] and 'another' not in caplog.text
+  other = tiny.make_base(tmp_path / 'other', seed=1)
+  with pytest.raises(ValueError, match=r"'tiny' .* another base model"):
+    load(other, tiny=run)
+  with caplog.at_level(logging.WARNING):
+    load(other, tiny=run / 'prompts' / 'best.npy')
+  assert 'another base model' in caplog.text
+
+
+def test_prompts_that_are_read_otherwise_are_refused(tmp_path):
+  np.save(tmp_path / 'a.npy', PROMPTS['three'])
+  (tmp_path / 'a.json').write_text('{"method": "prompt/causal"}')
+  with pytest.raises(ValueError, match="method 'prompt/causal'"):
+    make().add('a', tmp_path / 'a.npy')
+
+
+def test_a_flag_names_files_runs_and_directories(tmp_path):
+  for name in ('b', 'a'):
+    np.save(tmp_path / f'{name}.npy', PROMPTS['three'])
+  at = lambda name: str(tmp_path / name)
+  assert bank_lib.parse('x=a.npy, y=runs/b') == {'x': 'a.npy', 'y': 'runs/b'}
+  assert bank_lib.parse('p/a.npy,runs/b') == {'a': 'p/a.npy', 'b': 'runs/b'}
+  assert bank_lib.parse(f'{tmp_path},c.npy') == {
+    'a': at('a.npy'),
+    'b': at('b.npy'),
+    'c': 'c.npy',
+  }
+  for wrong, message in (
+    ('x=a.npy,x=b.npy', r"\['x'\] name several"),
+    ('', 'no prompts'),
+    ('x=', 'no prompts'),
+    ('=a.npy', 'no prompts'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      bank_lib.parse(wrong)
