@@ -63,6 +63,10 @@ TOOLS = {
     'ptune.analysis.similarity',
     'compare prompts, or find those that are like one',
   ),
+  'recycle': (
+    'ptune.analysis.recycle',
+    "move a prompt to another model, by their embeddings' likeness",
+  ),
   'methods': ('ptune.list_methods', 'list methods, and how much they train'),
   'tasks': ('ptune.list_tasks', 'list tasks, or show examples of one'),
 }
