@@ -89,6 +89,7 @@ class Report:
     total_steps: int,
     batch_size: int,
     write: bool = True,
+    name: str = '',
   ):
     """Continues the records of a directory from a step.
 
@@ -99,9 +100,11 @@ class Report:
       total_steps: The last step.
       batch_size: Examples a step, to tell their rate.
       write: Whether this process writes files (process 0 does).
+      name: Told in the log, in place of a bar, where several runs go on.
     """
     self._dir = epath.Path(model_dir)
     self._write = write
+    self._name = f'{name}: ' if name else ''
     self._batch_size = batch_size
     self.records = [
       r for r in read_records(model_dir) if r['step'] <= start_step
@@ -113,7 +116,8 @@ class Report:
     self._time, self._step = time.monotonic(), start_step
     self._bar = None
     console = rich.console.Console(stderr=True)
-    if console.is_terminal and not console.is_dumb_terminal and write:
+    shown = console.is_terminal and not console.is_dumb_terminal
+    if shown and write and not name:
       self._bar = _progress_bar()
       self._task = self._bar.add_task(
         'training',
@@ -149,7 +153,7 @@ class Report:
     self._step, self._time = step, time.monotonic()
     self._add([{'step': step, 'split': 'train', **values}], 'train')
     if self._bar is None:
-      logging.info('step %d  %s', step, _shown(values))
+      logging.info('%sstep %d  %s', self._name, step, _shown(values))
     else:
       self._bar.update(self._task, completed=step, shown=_shown(values))
 
@@ -191,7 +195,9 @@ class Report:
     )
     for task, values in scores.items():
       shown = format_scores(values)
-      logging.info('step %d  %s %s: %s', step, task, split, shown)
+      logging.info(
+        '%sstep %d  %s %s: %s', self._name, step, task, split, shown
+      )
 
   @contextlib.contextmanager
   def paused(self, doing: str) -> Iterator[None]:

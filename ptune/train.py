@@ -145,7 +145,7 @@ def train(
   task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
   seqio_task.check(task, task_feature_lengths, 'train', use_cached)
   seqio_task.check_vocabulary(task, config.vocab_size)
-  evaluates = _check_evaluation(task, eval_split, early_stopping, best_metric)
+  evaluates = check_evaluation(task, eval_split, early_stopping, best_metric)
   mesh = partitioning.make_mesh(model_parallel)
   data.check_batch_size(batch_size, mesh, microbatches)
   eval_batch_size = eval_batch_size or batch_size
@@ -193,7 +193,7 @@ def train(
       early = selection.patience_is_over(records, best_metric, early_stopping)
       if start > train_steps or (scored and (early or start == train_steps)):
         scores = report_lib.scores_at(records, start)
-        _write_prompt(directory, f'step_{start}', plan, state, scores, present)
+        write_prompt(directory, f'step_{start}', plan, state, scores, present)
         logging.info(
           'the run in %s is finished, at step %d; for more steps raise %s',
           directory,
@@ -311,7 +311,7 @@ def train(
           report.train(step, sums)
           sums = {}
         if keep:
-          _save(saved, state, sums, wait=last or stop)
+          save(saved, state, sums, wait=last or stop)
         scores = report_lib.scores_at(report.records, step)
         if evaluation and look and not stop and not scores:
           try:
@@ -322,23 +322,23 @@ def train(
             stop = True
             continue  # To the top, which saves.
           except Exception:  # A metric's, or BEST_METRIC; nothing is lost.
-            _save(saved, state, sums, wait=True)
+            save(saved, state, sums, wait=True)
             raise
           if better:
             saved.wait()  # Two writes at once would confuse several processes.
             checkpoints.save_best(
               directory / 'best', state.replace(opt_state={})
             )
-            _write_prompt(directory, 'best', plan, state, scores, run)
+            write_prompt(directory, 'best', plan, state, scores, run)
           # Recorded last: what is recorded is not done again after a hard stop.
           report.evaluate(step, evaluation.split, scores)
           if selection.patience_is_over(
             report.records, best_metric, early_stopping
           ):
             last = keep = True
-            _save(saved, state, sums, wait=True)
+            save(saved, state, sums, wait=True)
         if keep:
-          _write_prompt(directory, f'step_{step}', plan, state, scores, run)
+          write_prompt(directory, f'step_{step}', plan, state, scores, run)
         if last or stop:
           break
         assert following is not None and following[0] == step
@@ -364,7 +364,7 @@ def train(
     return state
 
 
-def _check_evaluation(
+def check_evaluation(
   task: seqio_task.Provider,
   split: str | None,
   early_stopping: int | None,
@@ -398,7 +398,7 @@ def _check_evaluation(
   return False
 
 
-def _save(
+def save(
   saved: Checkpoints,
   state: state_lib.TrainState,
   sums: Mapping[str, float],
@@ -445,7 +445,7 @@ def _last_good(saved: Checkpoints) -> str:
   )
 
 
-def _write_prompt(
+def write_prompt(
   directory: epath.Path,
   name: str,
   plan: parameters.Plan,
