@@ -125,6 +125,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     command = _add_command(commands, name, what)
     command.epilog = _macros_and_files()
     _add_gin_flags(command)
+    if name in ('eval', 'infer'):
+      command.add_argument(
+        '--prompts',
+        metavar='NAME=PATH,...',
+        help='several prompts that share the model: files, runs, or a directory'
+        ' of .npy files; short for --gin.PROMPTS',
+      )
     if name == 'plan':
       _add_plan_flags(command)
   for name, (module, what) in TOOLS.items():
@@ -134,6 +141,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   bindings = [a.removeprefix('--gin.') for a in argv if a.startswith('--gin.')]
   args = parser.parse_args([a for a in argv if not a.startswith('--gin.')])
   args.gin_bindings = getattr(args, 'gin_bindings', []) + bindings
+  if getattr(args, 'prompts', None) is not None and args.program in PROGRAMS:
+    args.gin_bindings.append(f'PROMPTS={args.prompts!r}')
   if args.program in TOOLS:
     return args
   several = args.process_count is not None and args.process_index is not None

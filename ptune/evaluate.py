@@ -4,6 +4,7 @@
 program.
 """
 
+import functools
 import json
 import os
 import sys
@@ -19,11 +20,13 @@ from etils import epath
 from ptune import (
   answers,
   data,
+  ensemble,
   parameters,
   partitioning,
   predictor,
   seqio_task,
 )
+from ptune import bank as bank_lib
 from ptune import report as report_lib
 from ptune.adapters import Method
 from ptune.models import Decoding, EncoderDecoderModel
@@ -106,7 +109,7 @@ class Evaluation:
       ValueError: If the split is missing or empty.
     """
     self._plan, self._model = plan, model
-    self._batch_size, self._multiple = batch_size, bucket_multiple
+    self.batch_size, self._multiple = batch_size, bucket_multiple
     self._seed, self.split = seed, split
     seqio_task.check(task, feature_lengths, split, use_cached)
     lengths = dict(feature_lengths)
@@ -127,7 +130,7 @@ class Evaluation:
     # By task: what the evaluator passes on, and the same for tasks without
     # metrics, which it leaves out.
     measured = {t.name for t in self._evaluator.eval_tasks}
-    self._datasets = {}
+    self.datasets = {}
     for part in seqio.get_subtasks(task):
       if part.name in measured:
         dataset = self._evaluator.cached_model_datasets[part.name]
@@ -146,7 +149,7 @@ class Evaluation:
         continue
       if not any(True for _ in dataset.take(1)):
         raise ValueError(f'split {split!r} of task {part.name!r} is empty')
-      self._datasets[part.name] = dataset
+      self.datasets[part.name] = dataset
     self._predictor = answers.Predictor(
       plan, model, feature_lengths['targets'], how, seed
     )
@@ -170,44 +173,83 @@ class Evaluation:
     Raises:
       Stopped: If should_stop said so.
     """
+    scores = self.metrics(
+      step,
+      functools.partial(self._predict, trees, should_stop),
+      functools.partial(self._score, trees, should_stop),
+    )
+    losses = self.losses(trees, should_stop)
+    return {name: scores[name] | losses[name] for name in losses}
+
+  def metrics(
+    self,
+    step: int | str,
+    predict: Callable[[Any], tuple[list[Any], dict[str, Any]]],
+    score: Callable[[Any], list[tuple[int, float]]],
+  ) -> Scores:
+    """The task's own metrics of what is answered, whoever does.
+
+    Args:
+      step: Named in the files.
+      predict: Of a data set: [(row, tokens)] in any order, and their scores.
+      score: Of a data set: [(row, log probability)], in any order.
+    """
     futures, _ = self._evaluator.evaluate(
       compute_metrics=True,
-      step=step,
-      predict_fn=lambda data, *_: self._predict(trees, should_stop, data)[0],
-      predict_with_aux_fn=lambda data, *_: self._predict(
-        trees, should_stop, data
-      ),
-      score_fn=lambda data, *_: self._score(trees, should_stop, data),
+      step=step,  # pyrefly: ignore[bad-argument-type]  (only written)
+      predict_fn=lambda data, *_: predict(data)[0],
+      predict_with_aux_fn=lambda data, *_: predict(data),
+      score_fn=lambda data, *_: score(data),
     )
     metrics = futures.result() or {}
+    return {
+      name: report_lib.numbers(metrics.get(name, {})) for name in self.datasets
+    }
+
+  def losses(
+    self,
+    trees: answers.Trees,
+    should_stop: Callable[[], bool] = lambda: False,
+  ) -> Scores:
+    """`loss` and `token_accuracy`, per target token."""
     scores: Scores = {}
-    for name, dataset in self._datasets.items():
+    for name, dataset in self.datasets.items():
       sums: dict[str, float] = {}
-      for _, batch in self._batches(dataset, should_stop):
+      for _, batch in self.batches(dataset, should_stop):
         for key, value in self._predictor.sums(trees, batch).items():
           sums[key] = sums.get(key, 0.0) + value
       tokens = max(sums['tokens'], 1.0)
       scores[name] = {
-        **report_lib.numbers(metrics.get(name, {})),
         'loss': sums['loss'] / tokens,
         'token_accuracy': sums['correct'] / tokens,
       }
     return scores
 
-  def _batches(self, dataset, should_stop) -> Iterator[tuple[Any, Any]]:
+  def batches(
+    self,
+    dataset: Any,
+    should_stop: Callable[[], bool] = lambda: False,
+    copies: int = 1,
+  ) -> Iterator[tuple[np.ndarray, dict[str, jax.Array]]]:
+    """Yields which rows a batch holds, and the batch, all of it `copies` times.
+
+    Raises:
+      Stopped: If should_stop said so.
+    """
     for rows, batch in data.eval_batches(
-      dataset, self._batch_size, self._multiple
+      dataset, self.batch_size, self._multiple
     ):
       if should_stop():
         raise Stopped
+      batch = {k: np.tile(x, (copies, 1)) for k, x in batch.items()}
       check = self._plan.method.check
       yield rows, data.device_put(batch, self._plan.mesh, check)
 
   def _predict(self, trees, should_stop, dataset):
     """What SeqIO asks for: [(row, tokens)] in any order, and their scores."""
     tokens, scores = [], []
-    for rows, batch in self._batches(dataset, should_stop):
-      filled = np.pad(rows, (0, self._batch_size - len(rows)), 'edge')
+    for rows, batch in self.batches(dataset, should_stop):
+      filled = np.pad(rows, (0, self.batch_size - len(rows)), 'edge')
       ids, values = self._predictor.predict(trees, batch, filled)
       tokens.extend(zip(rows.tolist(), ids, strict=False))
       scores.extend(values[: len(rows)].tolist())
@@ -216,7 +258,7 @@ class Evaluation:
   def _score(self, trees, should_stop, dataset):
     """What SeqIO asks for: [(row, log probability)], in any order."""
     scores = []
-    for rows, batch in self._batches(dataset, should_stop):
+    for rows, batch in self.batches(dataset, should_stop):
       values = self._predictor.score(trees, batch)
       scores.extend(zip(rows.tolist(), values.tolist(), strict=False))
     return scores
@@ -276,6 +318,7 @@ def evaluate(
   model_dir: str | None = None,
   checkpoint_path: str | None = None,
   prompt_file: str | None = None,
+  prompts: str | None = None,
   output_dir: str | None = None,
   split: str = 'validation',
   batch_size: int = 32,
@@ -298,6 +341,8 @@ def evaluate(
     model_dir: A run of `ptune train`.
     checkpoint_path: The base model.
     prompt_file: A prompt, where there is no model_dir.
+    prompts: Several of the task in place of one, see `bank.parse`: evaluated
+      each, and as an ensemble, in batches that hold every row once a prompt.
     output_dir: Where metrics.jsonl and predictions go; MODEL_DIR/eval_<split>
       if not given.
     split: The split to evaluate.
@@ -311,16 +356,22 @@ def evaluate(
       task_feature_lengths.
 
   Returns:
-    The scores, by task.
+    The scores, by task; of the ensemble, if there are several prompts.
   """
   check_counts(BATCH_SIZE=batch_size)
   check_counts(optional=True, EVAL_STEPS=eval_steps)
   task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
   seqio_task.check(task, task_feature_lengths, split, use_cached)
   seqio_task.check_vocabulary(task, config.vocab_size)
+  if prompts is not None:
+    named = predictor.named_prompts(prompts, method, model_dir, prompt_file)
+    if ensemble.NAME in named:
+      raise ValueError(f'a prompt is named {ensemble.NAME!r}, as their vote is')
+    method = bank_lib.METHOD
   plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
   data.check_batch_size(batch_size, plan.mesh)
-  predictor.check(plan, model_dir, checkpoint_path, prompt_file)
+  if prompts is None:
+    predictor.check(plan, model_dir, checkpoint_path, prompt_file)
   directory = predictor.output_directory(
     'EVAL_OUTPUT_DIR', output_dir, model_dir, f'eval_{split}'
   )
@@ -338,15 +389,61 @@ def evaluate(
     seed=seed,
     directory=directory,
   )
+  if prompts is not None:
+    bank = predictor.load_bank(
+      config,
+      checkpoint_path,
+      task_feature_lengths['targets'],
+      named,
+      mesh=plan.mesh,
+      model=model,
+      how=decoding,
+      seed=seed,
+    )
+    return _evaluate_prompts(evaluation, bank, task, directory)
   params, step = predictor.load(plan, model_dir, checkpoint_path, prompt_file)
   scores = evaluation((params,), step)
   for name, values in scores.items():
-    record = {'step': step, 'split': split, 'task': name, **values}
-    if jax.process_index() == 0:
-      with (directory / 'metrics.jsonl').open('a') as f:
-        f.write(json.dumps(record) + '\n')
-      print(f'{name} {split}: {report_lib.format_scores(values)}')
+    _tell(directory, {'step': step, 'split': split, 'task': name}, values)
   return scores
+
+
+def _tell(directory: epath.Path, about: dict[str, Any], values) -> None:
+  """Writes scores to metrics.jsonl, and prints them."""
+  if jax.process_index() == 0:
+    with (directory / 'metrics.jsonl').open('a') as f:
+      f.write(json.dumps({**about, **values}) + '\n')
+    texts = [str(v) for k, v in about.items() if k != 'step']
+    split, task, *which = texts
+    title = ' '.join([task, split, *which])
+    print(f'{title}: {report_lib.format_scores(values)}')
+
+
+def _evaluate_prompts(
+  evaluation: Evaluation,
+  bank: bank_lib.PromptBank,
+  task: seqio_task.Provider,
+  directory: epath.Path,
+) -> Scores:
+  """Evaluates prompts, and their ensemble; writes and prints it."""
+  names = bank.names
+  scores, answered = ensemble.evaluate(evaluation, bank, names)
+  for name in evaluation.datasets:
+    about = {'split': evaluation.split, 'task': name}
+    for prompt in names:
+      _tell(directory, {**about, 'prompt': prompt}, scores[prompt][name])
+    for which, values in ensemble.summary(scores, name).items():
+      _tell(directory, {**about, 'prompts': which}, values)
+  decode = seqio_task.vocabulary(task).decode
+  for name, found in answered.items():
+    lines = map(to_json, ensemble.records(found, names, decode))
+    if jax.process_index() == 0:
+      folder = directory / name
+      folder.mkdir(parents=True, exist_ok=True)
+      report_lib.write_atomically(
+        folder / 'votes.jsonl', '\n'.join([*lines, ''])
+      )
+  return scores[ensemble.NAME]
 
 
 if __name__ == '__main__':

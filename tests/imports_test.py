@@ -30,6 +30,7 @@ LAYERS = (
   'convert',
   'answers',
   'bank',
+  'ensemble',
   'tasks',
   'state',
   'many',

@@ -129,6 +129,90 @@ def test_a_prompt_file_on_its_base_is_the_run(trained, tmp_path):
   assert got == run(tmp_path / 'b', model_dir=trained)
 
 
+@pytest.fixture(scope='module')
+def prompts(trained, tmp_path_factory):
+  """A directory of prompts of several lengths."""
+  path = tmp_path_factory.mktemp('prompts')
+  best = np.load(trained / 'prompts' / 'best.npy')
+  np.save(path / 'a.npy', best)
+  np.save(path / 'b.npy', 3 * best[::-1])
+  np.save(path / 'long.npy', np.concatenate([best, -best, best])[:5])
+  return path
+
+
+@pytest.mark.parametrize('mode', ['predict', 'score'])
+def test_rows_of_several_prompts_are_those_of_single_runs(
+  prompts, tmp_path, mode
+):
+  names = ['a', 'b', 'long', 'b', 'long', 'a', 'a', 'b', 'long', 'long', 'a']
+  rows = [
+    {'inputs': word, 'targets': label, 'prompt': name}
+    for (word, label), name in zip(tiny.rows('test'), names, strict=False)
+  ]
+  file = write(tmp_path / 'rows.jsonl', *map(json.dumps, rows))
+  base = {'model_dir': None, 'checkpoint_path': tiny.base(), 'mode': mode}
+  got = run(tmp_path / 'all', prompts=str(prompts), input_file=file, **base)
+  assert [r['prompt'] for r in got] == names
+  assert [r['inputs'] for r in got] == [row['inputs'] for row in rows]
+  for name, length in {'a': 3, 'b': 3, 'long': 5}.items():
+    single = run(
+      tmp_path / name,
+      method=prompt.prompt(length),
+      prompt_file=str(prompts / f'{name}.npy'),
+      input_file=file,
+      **base,
+    )
+    own = [i for i, n in enumerate(names) if n == name]
+    expected = [{**single[i], 'prompt': name} for i in own]
+    assert_same([dict(got[i]) for i in own], expected)
+  if mode == 'predict':
+    assert len({r['score'] for r in got}) == len(got)
+
+
+def test_rows_that_name_no_prompt_have_the_default(prompts, trained, tmp_path):
+  base = {'model_dir': None, 'checkpoint_path': tiny.base()}
+  text = write(tmp_path / 'a.txt', *WORDS)
+  several = {'prompts': f'x={trained},{prompts}', 'default_prompt': 'x', **base}
+  from_text = run(tmp_path / 'text', input_file=text, **several)
+  assert [r['prompt'] for r in from_text] == ['x'] * len(WORDS)
+  split = run(tmp_path / 'split', **several)
+  alone = run(tmp_path / 'one', prompts=f'x={trained}', input_file=text, **base)
+  expected = run(tmp_path / 'run', model_dir=trained)
+  for got in (from_text, split, alone):
+    assert [r['prediction'] for r in got] == [r['prediction'] for r in expected]
+    for left, right in zip(got, expected, strict=True):
+      assert left['score'] == pytest.approx(right['score'], rel=1e-5)
+
+
+def test_a_prompt_that_is_not_there_is_named_by_file_and_line(
+  prompts, trained, tmp_path
+):
+  settings = {
+    'checkpoint_path': tiny.base(),
+    'prompts': str(prompts),
+    'input_file': write(
+      tmp_path / 'a.jsonl', '{"inputs": "a", "prompt": "lang"}'
+    ),
+  }
+  unnamed = write(tmp_path / 'b.txt', 'ab')
+  for changes, message in (
+    ({}, r"a.jsonl:1: there is no prompt 'lang'; did you mean long\?"),
+    ({'input_file': unnamed}, 'b.txt:1: no prompt is named; set DEFAULT_'),
+    ({'input_file': None}, 'tiny-test: no prompt is named'),
+    (
+      {'default_prompt': 'c', 'input_file': unnamed},
+      "no prompt 'c'; there are",
+    ),
+    ({'prompts': None, 'default_prompt': 'a'}, 'without PROMPTS'),
+    ({'model_dir': trained}, 'set PROMPTS, or MODEL_DIR'),
+    ({'method': prompt.prompt(3, causal=True)}, "METHOD is 'prompt/causal'"),
+    ({'prompts': ''}, 'it names no prompts'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      run(**{'output_dir': tmp_path / 'out', **settings, **changes})
+    assert not tiny.files(tmp_path / 'out')
+
+
 def test_lines_end_where_lines_end(trained, tmp_path):
   # A BOM, Windows line ends, and characters that str.splitlines would split at.
   text = tmp_path / 'a.txt'
