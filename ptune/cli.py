@@ -32,6 +32,11 @@ PROGRAMS = {
     "measure a prompt by a task's metrics",
   ),
   'infer': ('ptune.infer', 'infer', 'write predictions, or scores of targets'),
+  'ablate': (
+    'ptune.analysis.ablate',
+    'ablate',
+    'measure which rows of a prompt matter, and prune the others',
+  ),
   'plan': (
     'ptune.fit',
     'plan',

@@ -35,6 +35,7 @@ MACROS = {
   'EVAL_SPLIT': ('the split that is evaluated', "'validation'"),
   'EVAL_STEPS': ('batches of an evaluation, None for all', '20'),
   'FROZEN_DTYPE': ('what frozen matrices are kept in', "'int8'"),
+  'IMPORTANCE': ('leave_one_out or gradient', "'leave_one_out'"),
   'INFER_FILE': ('one input a line, or JSON lines', "'inputs.txt'"),
   'INFER_MODE': ('predict or score', "'predict'"),
   'INFER_OUTPUT_DIR': ('where predictions are written', "'/runs/out'"),
@@ -43,6 +44,7 @@ MACROS = {
   'INITIAL_TEXT': ('text that initialises the prompt', "'Classify this:'"),
   'INPUTS': ('template of the inputs', "'review: {text}'"),
   'KEEP_CHECKPOINTS': ('how many are kept, None for all', '3'),
+  'KEEP_ROWS': ('rows of a pruned prompt', '10'),
   'LABEL_NAMES': ('words for integer labels', "['no', 'yes']"),
   'LEARNING_RATE': ('peak learning rate', '0.3'),
   'METRICS': ('by name, see tasks/from_files.gin', "['accuracy']"),
@@ -59,9 +61,9 @@ MACROS = {
   'PROMPTS': ('several prompts', "'sst2=a.npy,rte=b.npy'"),
   'RANK': ('score every label instead of writing one', 'True'),
   'RANDOM_SEED': ('of data order, initialisation, dropout', '0'),
+  'SKIP_BAD_ROWS': ('count and list them, do not stop', 'True'),
   'SOURCE_PROMPTS': ('saved prompts of other tasks', "['mnli.npy']"),
   'SOURCE_WEIGHTS': ('of their mean', '[0.7, 0.3]'),
-  'SKIP_BAD_ROWS': ('count and list them, do not stop', 'True'),
   'TARGET_TEXT': ('text that a loss draws the prompt to', "'Say yes or no:'"),
   'TARGETS': ('template of the targets', "'{label}'"),
   'TASK_FILES': ('a file or files for each split', "{'train': 'train.tsv'}"),
@@ -354,7 +356,7 @@ def _check_needed(program: Callable[..., object]) -> None:
   """
   import gin
 
-  module = program.__module__.removeprefix('ptune.')
+  module = program.__module__.rpartition('.')[2]
   try:
     bound = gin.get_bindings(program, resolve_references=False)
   except ValueError:  # No file has named it.

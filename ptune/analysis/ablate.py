@@ -1,0 +1,388 @@
+"""`ptune ablate`: which rows of a prompt matter, and a prompt of those alone.
+
+Ma et al. 2022, "XPrompt" (arXiv 2210.04457), prunes a prompt to the rows that
+matter most. How much row i of the prompt P [prompt, embed] matters is, by
+IMPORTANCE,
+
+    leave_one_out   score(P) - score(P without row i)
+    gradient        mean_x |dL(x)/dg_i| at g = 1, where P has the rows g_i p_i:
+                    the paper's, from one pass forward and back
+
+The score is what BEST_METRIC names, on EVAL_SPLIT. The network reads the
+shorter prompt, of any length, so a row that is left out leaves no trace.
+
+    ptune ablate --gin_file=models/t5_1_1_base.gin \\
+      --gin_file=methods/prompt.gin --gin_file=runs/ablate.gin \\
+      --gin.MODEL_DIR="'/runs/sst2'" --gin.KEEP_ROWS=10 ...
+
+The pruned prompt is a PROMPT_FILE. The paper trains it once more, from where it
+first started; prompts/from_file.gin trains it on from where it is.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+from etils import epath
+
+from ptune import (
+  data,
+  evaluate,
+  parameters,
+  partitioning,
+  predictor,
+  report,
+  selection,
+  seqio_task,
+)
+from ptune.adapters import Method
+from ptune.analysis import figures
+from ptune.convert.prompts import read_prompt
+from ptune.methods import prompt as prompt_lib
+from ptune.models import Decoding, EncoderDecoderModel
+from ptune.sizes import T5Config
+
+LOSSES = ('-loss', 'loss', 'token_accuracy')  # Need no decoding.
+# Of so many rows of data, each with a prompt of its own, the loss is computed
+# at once.
+AT_ONCE = 256
+
+Flat = dict[str, Any]
+
+
+def ablate(
+  *,
+  mixture_or_task_name: str,
+  task_feature_lengths: Mapping[str, int],
+  config: T5Config,
+  method: Method,
+  model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,
+  mixture_or_task_module: str | Sequence[str] | None = None,
+  model_dir: str | None = None,
+  checkpoint_path: str | None = None,
+  prompt_file: str | None = None,
+  output_dir: str | None = None,
+  importance: str = 'leave_one_out',
+  best_metric: str | None = '-loss',
+  keep_rows: int | None = None,
+  split: str = 'validation',
+  batch_size: int = 32,
+  eval_steps: int | None = None,
+  decoding: Decoding = Decoding(),
+  use_cached: bool = False,
+  seed: int = 0,
+  model_parallel: int = 1,
+  bucket_multiple: int | None = data.BUCKET_MULTIPLE,
+) -> np.ndarray:
+  """Measures every row of a prompt, and prunes it.
+
+  Written to the output directory: ablation.csv, .png and .svg, and with
+  keep_rows pruned.npy and .json.
+
+  Args:
+    mixture_or_task_name: The task.
+    task_feature_lengths: Longest inputs and targets, in tokens.
+    config: The network's sizes.
+    method: A prompt, of the length of what is read.
+    model: The loss.
+    mixture_or_task_module: Imported first; registers the task.
+    model_dir: A run of `ptune train`.
+    checkpoint_path: The base model.
+    prompt_file: A prompt, where there is no model_dir.
+    output_dir: Where files go; MODEL_DIR/ablate_<split> if not given.
+    importance: One of IMPORTANCES.
+    best_metric: The score, as in training; the loss, negated, is by far the
+      quickest.
+    keep_rows: Rows of the pruned prompt; none is written if not given.
+    split: The split that is scored.
+    batch_size: Rows that are computed at once.
+    eval_steps: Only so many batches; the whole split if not given.
+    decoding: How predictions are made, where the metric is of predictions.
+    use_cached: USE_CACHED_TASKS.
+    seed: For sampling.
+    model_parallel: Devices that one copy of the weights is split over.
+    bucket_multiple: Inputs are padded to a multiple of it.
+
+  Returns:
+    The importance of each row, [prompt].
+
+  Raises:
+    ValueError: What is given does not fit together.
+  """
+  evaluate.check_counts(BATCH_SIZE=batch_size)
+  evaluate.check_counts(optional=True, EVAL_STEPS=eval_steps)
+  if importance not in IMPORTANCES:
+    raise ValueError(
+      f'IMPORTANCE is {importance!r}; expected one of {list(IMPORTANCES)}'
+    )
+  task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
+  seqio_task.check_vocabulary(task, config.vocab_size)
+  mesh = partitioning.make_mesh(model_parallel)
+  plan = parameters.plan(config, method, mesh)
+  data.check_batch_size(batch_size, mesh)
+  length = _length(plan)
+  if keep_rows is not None and not 1 <= keep_rows < length:
+    raise ValueError(
+      f'KEEP_ROWS is {keep_rows}; expected from 1 to {length - 1}, since the'
+      f' prompt has {length} rows'
+    )
+  predictor.check(plan, model_dir, checkpoint_path, prompt_file)
+  directory = predictor.output_directory(
+    'EVAL_OUTPUT_DIR', output_dir, model_dir, f'ablate_{split}'
+  )
+
+  def measure(plan: parameters.Plan) -> Measure:
+    evaluation = evaluate.Evaluation(
+      task,
+      plan,
+      model(plan.network),
+      split=split,
+      feature_lengths=task_feature_lengths,
+      batch_size=batch_size,
+      how=decoding,
+      num_examples=eval_steps and eval_steps * batch_size,
+      bucket_multiple=bucket_multiple,
+      use_cached=use_cached,
+      seed=seed,
+    )
+    return Measure(plan, model(plan.network), evaluation, best_metric)
+
+  whole = measure(plan)
+  params, _ = predictor.load(plan, model_dir, checkpoint_path, prompt_file)
+  frozen = parameters.flatten(params)
+  prompt = parameters.whole(frozen.pop(prompt_lib.PATH))
+  score = float(whole(frozen, prompt[None])[0])
+  if importance == 'gradient':
+    found = whole.gradients(frozen, prompt)
+  else:
+    shorter = measure(_shortened(plan, length - 1))
+    others = np.stack([np.delete(prompt, i, axis=0) for i in range(length)])
+    found = score - shorter(frozen, others)
+  kept, scores = None, {'all': score}
+  if keep_rows is not None:
+    kept = np.sort(np.argsort(-found, kind='stable')[:keep_rows])
+    pruned = measure(_shortened(plan, keep_rows))
+    scores['pruned'] = float(pruned(frozen, prompt[kept][None])[0])
+  if jax.process_index() == 0:
+    _write(directory, found, kept, importance)
+    if kept is not None:
+      known = read_prompt(prompt_file or model_dir or '').facts
+      facts = {
+        **{
+          k: known[k] for k in ('step', 'task', 'base', 'method') if k in known
+        },
+        'prompt_length': len(kept),
+        'kept_rows': kept.tolist(),
+        'importance': importance,
+        'metric': best_metric,
+        'scores_of_rows': scores,
+      }
+      _write_prompt(directory, prompt[kept], facts)
+    _show(found, kept, scores, importance, best_metric)
+    print(f'written to {directory}')
+  return found
+
+
+IMPORTANCES = ('leave_one_out', 'gradient')
+
+
+def _length(plan: parameters.Plan) -> int:
+  """The rows of a plan's prompt.
+
+  Raises:
+    ValueError: It has no prompt that rows could be taken from, or of one row.
+  """
+  name = plan.method.name
+  if name.partition('/')[0] != 'prompt' or plan.method.prompt is None:
+    raise ValueError(
+      f'method {name!r} is no plain prompt, of which rows can be left out; if'
+      ' its run left prompts/best.npy, give that as PROMPT_FILE, with'
+      ' --gin_file=methods/prompt.gin'
+    )
+  length = plan.params[prompt_lib.PATH].shape[0]
+  if length < 2:
+    raise ValueError('the prompt has one row: there is none to leave out')
+  return length
+
+
+def _shortened(plan: parameters.Plan, length: int) -> parameters.Plan:
+  """The same with a prompt of another length."""
+  kind = plan.method.name.partition('/')[2] or 'start'
+  causal = kind == 'causal'
+  position = 'start' if causal else kind
+  method = prompt_lib.prompt(length, position=position, causal=causal)
+  return parameters.plan(plan.network.config, method, plan.mesh)
+
+
+class Measure:
+  """The score of prompts of one length on the examples of a split."""
+
+  def __init__(
+    self,
+    plan: parameters.Plan,
+    model: EncoderDecoderModel,
+    evaluation: evaluate.Evaluation,
+    best_metric: str | None,
+  ):
+    self._plan, self._evaluation = plan, evaluation
+    self._best_metric = best_metric
+    jit = lambda f: jax.jit(f, out_shardings=partitioning.replicated(plan.mesh))
+    at_once = max(1, AT_ONCE // evaluation.batch_size)
+
+    def sums(frozen, prompts, batch):
+      one = lambda own: model.loss(_with(frozen, own), batch)[1]
+      return jax.lax.map(one, prompts, batch_size=at_once)
+
+    def gradients(frozen, prompt, batch):
+      def loss(gates, row):
+        row = {name: x[None] for name, x in row.items()}
+        return model.loss(_with(frozen, prompt * gates[:, None]), row)[0]
+
+      gates = jnp.ones(prompt.shape[0])
+      found = jax.vmap(jax.grad(loss), (None, 0))(gates, batch)
+      # The rows that fill up a batch have no targets, and no gradient.
+      real = jnp.any(batch['decoder_loss_weights'] > 0, axis=1)
+      return jnp.sum(jnp.abs(found), axis=0), jnp.sum(real)
+
+    self._sums, self._gradients = jit(sums), jit(gradients)
+
+  def __call__(self, frozen: Flat, prompts: np.ndarray) -> np.ndarray:
+    """The score of each of [prompts, prompt, embed], the more the better."""
+    if self._best_metric in LOSSES:
+      scores = self._losses(frozen, prompts)
+    else:
+      scores = [
+        self._evaluation((_with(frozen, prompt),), 0) for prompt in prompts
+      ]
+    return np.array([selection.score(self._best_metric, s) for s in scores])
+
+  def _losses(self, frozen: Flat, prompts: np.ndarray) -> list[evaluate.Scores]:
+    """`loss` and `token_accuracy` of each prompt, by task."""
+    scores: list[evaluate.Scores] = [{} for _ in prompts]
+    for task, batch_sums in self._batches(self._sums, frozen, prompts):
+      total = {k: sum(s[k] for s in batch_sums) for k in batch_sums[0]}
+      tokens = np.maximum(total['tokens'], 1.0)
+      for i, own in enumerate(scores):
+        own[task] = {
+          'loss': float(total['loss'][i] / tokens[i]),
+          'token_accuracy': float(total['correct'][i] / tokens[i]),
+        }
+    return scores
+
+  def gradients(self, frozen: Flat, prompt: np.ndarray) -> np.ndarray:
+    """mean_x |dL(x)/dg_i| of each row i, [prompt]; see the module."""
+    found = [
+      pair
+      for _, pairs in self._batches(self._gradients, frozen, prompt)
+      for pair in pairs
+    ]
+    totals, rows = zip(*found, strict=True)
+    return np.sum(totals, axis=0) / max(np.sum(rows), 1)
+
+  def _batches(self, program, frozen, prompts):
+    """Yields each task's name, and what the program says of its batches."""
+    with self._plan.scope():
+      for task, dataset in self._evaluation.datasets.items():
+        yield (
+          task,
+          [
+            jax.device_get(program(frozen, prompts, batch))
+            for _, batch in self._evaluation.batches(dataset)
+          ],
+        )
+
+
+def _with(frozen: Flat, prompt: Any) -> dict[str, Any]:
+  return parameters.unflatten({**frozen, prompt_lib.PATH: prompt})
+
+
+# ---------------------------------------------------------------------- output
+
+
+def _write(
+  directory: epath.Path,
+  importance: np.ndarray,
+  kept: np.ndarray | None,
+  name: str,
+) -> None:
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerow(['row', 'importance', *([] if kept is None else ['kept'])])
+  for i, value in enumerate(importance):
+    marks = [] if kept is None else [int(i in kept)]
+    writer.writerow([i, f'{value:.8g}', *marks])
+  report.write_atomically(directory / 'ablation.csv', text.getvalue())
+  figures.save(draw(importance, kept, name), directory, 'ablation')
+
+
+def draw(importance: np.ndarray, kept: np.ndarray | None, name: str):
+  """A bar for each row; those that are pruned are grey."""
+  from matplotlib import figure, ticker
+
+  rows = np.arange(len(importance))
+  is_kept = np.ones(len(rows), bool) if kept is None else np.isin(rows, kept)
+  fig = figure.Figure(
+    figsize=(3 + 0.09 * max(40, len(rows)), 3.2), layout='constrained'
+  )
+  axes = fig.subplots()
+  for which, colour, label in (
+    (is_kept, 'C0', 'kept'),
+    (~is_kept, '0.7', 'pruned'),
+  ):
+    axes.bar(rows[which], importance[which], color=colour, label=label)
+  axes.axhline(0, color='black', lw=0.8)
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+  axes.margins(x=0.01)
+  axes.set(xlabel='row of the prompt', ylabel='importance')
+  axes.set_title(name.replace('_', ' '))
+  if kept is not None:
+    axes.legend()
+  return fig
+
+
+def _write_prompt(
+  directory: epath.Path, array: np.ndarray, facts: Mapping[str, Any]
+) -> None:
+  buffer = io.BytesIO()
+  np.save(buffer, array)
+  report.write_atomically(
+    directory / 'pruned.json', json.dumps(facts, indent=2) + '\n'
+  )
+  report.write_atomically(directory / 'pruned.npy', buffer.getvalue())
+
+
+def _show(
+  importance: np.ndarray,
+  kept: np.ndarray | None,
+  scores: Mapping[str, float],
+  name: str,
+  metric: str | None,
+) -> None:
+  table = rich.table.Table(box=rich.box.SIMPLE)
+  for title in ('row', name.replace('_', ' '), ''):
+    table.add_column(title, justify='right')
+  for i in np.argsort(-importance, kind='stable').tolist():
+    mark = 'kept' if kept is not None and i in kept else ''
+    table.add_row(str(i), f'{importance[i]:.4g}', mark)
+  rich.console.Console(highlight=False).print(table)
+  of = metric or "the task's metrics"
+  print(f'{of} of all {len(importance)} rows: {scores["all"]:.4g}')
+  if kept is not None:
+    print(f'{of} of the {len(kept)} kept: {scores["pruned"]:.4g}')
+
+
+if __name__ == '__main__':
+  # The same as `ptune ablate`; gin imports this module under its own name.
+  from ptune import cli
+
+  sys.argv.insert(1, 'ablate')
+  sys.exit(cli.main())

@@ -1,0 +1,165 @@
+"""Which rows of a prompt matter: against evaluations of the shorter prompts."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import gin
+from ptune import cli, evaluate, parameters, partitioning
+from ptune.analysis import ablate
+from ptune.convert.prompts import read_prompt
+from ptune.methods import ia3, prompt
+from tests import tiny
+
+LENGTH = 4
+ARRAY = np.random.default_rng(0).normal(size=(LENGTH, 16)).astype(np.float32)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp('ablate')
+
+
+@pytest.fixture(scope='module')
+def values(folder):
+  """What each row is worth, leaving one out; two are kept."""
+  return ablated(folder, keep_rows=2, output_dir=str(folder / 'kept'))
+
+
+def settings(folder, array, **changes):
+  """Of an evaluation, or an ablation, of a prompt, in batches of 8."""
+  file = folder / 'p.npy'
+  np.save(file, array)
+  return {
+    'mixture_or_task_name': 'tiny_no_metrics',
+    'task_feature_lengths': tiny.LENGTHS,
+    'config': tiny.CONFIG,
+    'method': prompt.prompt(len(array)),
+    'checkpoint_path': tiny.base(),
+    'prompt_file': str(file),
+    'output_dir': str(folder / 'out'),
+    'batch_size': 8,
+    'bucket_multiple': None,
+    **changes,
+  }
+
+
+def ablated(folder, array=ARRAY, **changes):
+  with tiny.one_device():
+    return ablate.ablate(**settings(folder, array, **changes))
+
+
+def loss(folder, array, **changes):
+  with tiny.one_device():
+    found = evaluate.evaluate(**settings(folder, array, **changes))
+  return found['tiny_no_metrics']['loss']
+
+
+def test_a_row_is_worth_what_the_loss_is_without_it(folder, values):
+  without = loss(folder, np.delete(ARRAY, 2, axis=0))
+  assert values[2] == pytest.approx(without - loss(folder, ARRAY), abs=1e-5)
+
+
+def test_the_best_rows_are_kept_in_their_order(folder, values):
+  kept = sorted(np.argsort(-values)[:2].tolist())
+  pruned = read_prompt(folder / 'kept' / 'pruned.npy')
+  assert (pruned.array == ARRAY[kept]).all()
+  assert pruned.facts['kept_rows'] == kept
+  assert pruned.facts['prompt_length'] == 2
+  scores = pruned.facts['scores_of_rows']
+  assert scores['pruned'] == pytest.approx(-loss(folder, ARRAY[kept]), abs=1e-5)
+  text = (folder / 'kept' / 'ablation.csv').read_text()
+  table = list(csv.DictReader(text.splitlines()))
+  assert [int(row['row']) for row in table if row['kept'] == '1'] == kept
+  np.testing.assert_allclose(
+    [float(row['importance']) for row in table], values, rtol=1e-6
+  )
+  assert (folder / 'kept' / 'ablation.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_the_gradient_is_what_the_loss_changes_by(folder):
+  # Of one example, whose absolute value is that of the mean.
+  one = {'batch_size': 1, 'eval_steps': 1}
+  array = 3 * ARRAY  # Else the loss hardly changes.
+  gradients = ablated(folder, array, importance='gradient', **one)
+  tokens = len(tiny.rows('validation')[0][1]) + 1
+  change = np.zeros_like(array)
+  change[1] = 0.05 * array[1]
+  up, down = (loss(folder, array + s * change, **one) for s in (1, -1))
+  assert gradients[1] == pytest.approx(abs(up - down) * tokens / 0.1, rel=0.02)
+
+
+def test_how_rows_are_batched_changes_nothing(folder, values, monkeypatch):
+  monkeypatch.setattr(ablate, 'AT_ONCE', 48)  # Three prompts, and one.
+  again = ablated(folder, batch_size=16)
+  np.testing.assert_allclose(again, values, atol=1e-5)
+  one, other = (
+    ablated(folder, importance='gradient', batch_size=size) for size in (8, 16)
+  )
+  np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_a_metric_that_is_evaluated_row_by_row_is_the_same(folder, values):
+  # Of a task without metrics, None means the loss too.
+  slow = ablated(folder, best_metric=None)
+  np.testing.assert_allclose(slow, values, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'how', [{}, {'position': 'before_eos'}, {'causal': True}]
+)
+def test_a_shorter_prompt_stands_where_the_longer_did(how):
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  plan = parameters.plan(tiny.CONFIG, prompt.prompt(4, **how), mesh)
+  shorter = ablate._shortened(plan, 3)
+  assert shorter.method.name == plan.method.name
+  assert shorter.params[prompt.PATH].shape == (3, 16)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'keep_rows': 4}, 'KEEP_ROWS is 4; expected from 1 to 3'),
+    ({'keep_rows': 0}, 'KEEP_ROWS is 0'),
+    ({'importance': 'x'}, "IMPORTANCE is 'x'; expected one of"),
+    ({'method': ia3.ia3()}, "'ia3' is no plain prompt"),
+    ({'method': prompt.prompt(1)}, 'the prompt has one row'),
+    ({'best_metric': 'x'}, "'x' is not among the metrics"),
+    ({'method': prompt.prompt(5)}, 'PROMPT_LENGTH'),
+  ],
+)
+def test_bad_input_is_told_and_nothing_written(changes, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    ablated(tmp_path, **changes)
+  out = tmp_path / 'out'
+  assert not out.exists() or not list(out.iterdir())
+
+
+def test_a_prompt_is_ablated_by_command(folder, capsys):
+  np.save(folder / 'named.npy', ARRAY)
+  (folder / 'named.json').write_text(json.dumps({'task': 'tiny', 'step': 12}))
+  out = folder / 'command'
+  gin.clear_config()
+  with tiny.one_device():
+    status = cli.main(
+      tiny.arguments(
+        'ablate',
+        CHECKPOINT_PATH=tiny.base(),
+        PROMPT_FILE=str(folder / 'named.npy'),
+        PROMPT_LENGTH=LENGTH,
+        EVAL_OUTPUT_DIR=str(out),
+        IMPORTANCE='gradient',
+        KEEP_ROWS=1,
+        EVAL_STEPS=1,
+      )
+    )
+  gin.clear_config()
+  captured = capsys.readouterr()
+  assert status == 0, captured.err
+  assert 'of the 1 kept' in captured.out
+  facts = json.loads((out / 'pruned.json').read_text())
+  assert facts['task'] == 'tiny' and facts['step'] == 12
+  assert (np.load(out / 'pruned.npy') == ARRAY[facts['kept_rows']]).all()
