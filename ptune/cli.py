@@ -47,6 +47,7 @@ PROGRAMS = {
 # Programs with flags of their own, added by the module's `add_arguments`.
 TOOLS = {
   'demo': ('ptune.demo', 'see what a prompt does, on a model of 2 MB'),
+  'serve': ('ptune.serve', 'answer over HTTP, with one model and many prompts'),
   'export': (
     'ptune.convert.commands',
     'write a prompt for PEFT, T5X, or as a plain file',

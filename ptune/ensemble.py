@@ -7,12 +7,16 @@ equally many votes, the one with the highest score, summed over those who gave
 it. Table 3 there compares the ensemble with the average and the best of them.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from etils import epath
 
 from ptune.bank import PromptBank
+from ptune.report import write_atomically
 
 Scores = dict[str, dict[str, float]]
 # What the vote is called among the prompts.
@@ -124,6 +128,45 @@ def evaluate(
     if (id(dataset), True) in kept
   }
   return scores, answers
+
+
+def report(
+  evaluation: Any,
+  bank: PromptBank,
+  decode: Callable[[list[int]], Any],
+  tell: Callable[[dict[str, Any], dict[str, float]], None],
+  directory: epath.Path,
+) -> Scores:
+  """Evaluates all prompts of a bank, tells and writes what came of it.
+
+  Args:
+    evaluation: As in `evaluate`.
+    bank: The prompts, and the model.
+    decode: Tokens to text.
+    tell: Called with whose metrics these are, and the metrics.
+    directory: `<task>/votes.jsonl` is written below it.
+
+  Returns:
+    The metrics of the vote, by task.
+  """
+  names = bank.names
+  scores, answered = evaluate(evaluation, bank, names)
+  for task in evaluation.datasets:
+    about = {'split': evaluation.split, 'task': task}
+    for name in names:
+      tell({**about, 'prompt': name}, scores[name][task])
+    for which, values in summary(scores, task).items():
+      tell({**about, 'prompts': which}, values)
+  for task, found in answered.items():
+    lines = [
+      json.dumps(record, ensure_ascii=False)
+      for record in records(found, names, decode)
+    ]
+    if jax.process_index() == 0:
+      folder = directory / task
+      folder.mkdir(parents=True, exist_ok=True)
+      write_atomically(folder / 'votes.jsonl', '\n'.join([*lines, '']))
+  return scores[NAME]
 
 
 def _ask(

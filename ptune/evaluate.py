@@ -400,7 +400,9 @@ def evaluate(
       how=decoding,
       seed=seed,
     )
-    return _evaluate_prompts(evaluation, bank, task, directory)
+    decode = seqio_task.vocabulary(task).decode
+    tell = functools.partial(_tell, directory)
+    return ensemble.report(evaluation, bank, decode, tell, directory)
   params, step = predictor.load(plan, model_dir, checkpoint_path, prompt_file)
   scores = evaluation((params,), step)
   for name, values in scores.items():
@@ -417,33 +419,6 @@ def _tell(directory: epath.Path, about: dict[str, Any], values) -> None:
     split, task, *which = texts
     title = ' '.join([task, split, *which])
     print(f'{title}: {report_lib.format_scores(values)}')
-
-
-def _evaluate_prompts(
-  evaluation: Evaluation,
-  bank: bank_lib.PromptBank,
-  task: seqio_task.Provider,
-  directory: epath.Path,
-) -> Scores:
-  """Evaluates prompts, and their ensemble; writes and prints it."""
-  names = bank.names
-  scores, answered = ensemble.evaluate(evaluation, bank, names)
-  for name in evaluation.datasets:
-    about = {'split': evaluation.split, 'task': name}
-    for prompt in names:
-      _tell(directory, {**about, 'prompt': prompt}, scores[prompt][name])
-    for which, values in ensemble.summary(scores, name).items():
-      _tell(directory, {**about, 'prompts': which}, values)
-  decode = seqio_task.vocabulary(task).decode
-  for name, found in answered.items():
-    lines = map(to_json, ensemble.records(found, names, decode))
-    if jax.process_index() == 0:
-      folder = directory / name
-      folder.mkdir(parents=True, exist_ok=True)
-      report_lib.write_atomically(
-        folder / 'votes.jsonl', '\n'.join([*lines, ''])
-      )
-  return scores[ensemble.NAME]
 
 
 if __name__ == '__main__':

@@ -42,9 +42,13 @@ LAYERS = (
   'lock',
   'stopping',
   'predictor',
+  'ensemble',
+  'batching',
+  'web',
   'evaluate',
   'infer',
   'train',
+  'serve',
   'train_many',
   'analysis',
   'gin_files',
@@ -170,6 +174,8 @@ def test_what_must_not_know_of_each_other(below, above):
     'safetensors': 'convert.safetensors_files',
     'tensorstore': 'convert.zarr',
     't5x': 't5x_host',
+    'fastapi': 'web',
+    'uvicorn': 'serve',
   }.items(),
 )
 def test_a_heavy_package_is_imported_where_it_is_wrapped(package, modules):

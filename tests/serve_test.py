@@ -1,0 +1,444 @@
+"""`ptune serve`: many clients and prompts at once, and whatever they send."""
+
+import argparse
+import asyncio
+import io
+import re
+import signal
+import socket
+import sys
+import threading
+
+import httpx
+import jax
+import numpy as np
+import pytest
+import uvicorn
+
+from ptune import (
+  batching,
+  data,
+  miniature,
+  parameters,
+  pretrained,
+  serve,
+  web,
+)
+from ptune.answers import Predictor
+from ptune.convert.vocabulary import vocabulary_of
+from ptune.methods import prompt
+from ptune.models import EncoderDecoderModel
+from tests import tiny
+
+TOKEN = 'secret'
+SIGNED = {'Authorization': f'Bearer {TOKEN}'}
+OUTPUT = 4
+LENGTHS = {'short': 2, 'long': 7}
+TEXTS = [
+  'the kitchen was warm',
+  'not a guitar',
+  'a',
+  'we both find it so very insightful , said the man',
+  '',
+]
+
+
+def npy(array):
+  buffer = io.BytesIO()
+  np.save(buffer, array)
+  return buffer.getvalue()
+
+
+@pytest.fixture(scope='module')
+def prompts(tmp_path_factory):
+  """A directory of prompts, of which every one sets the model talking."""
+  folder = tmp_path_factory.mktemp('prompts')
+  config, base = miniature.load(pretrained.directory('tiny'))
+  table = np.asarray(base['token_embedder/embedding'])
+  draw = np.random.default_rng(0)
+  for name, length in LENGTHS.items():
+    rows = table[draw.integers(300, len(table) - 100, length)]
+    np.save(folder / f'{name}.npy', 3 * rows)
+  assert rows.shape[1] == config.emb_dim
+  return folder
+
+
+def flags(*more):
+  parser = argparse.ArgumentParser()
+  serve.add_arguments('serve', parser)
+  return parser.parse_args(
+    [
+      '--base=ptune://tiny',
+      f'--output_length={OUTPUT}',
+      '--input_length=32',
+      '--batch_size=16',
+      *more,
+    ]
+  )
+
+
+@pytest.fixture(scope='module')
+def service(prompts, tmp_path_factory):
+  """The address of a service."""
+  file = tmp_path_factory.mktemp('token') / 'token'
+  file.write_text(f'{TOKEN}\n')
+  args = flags(
+    f'--prompts={prompts}',
+    f'--token_file={file}',
+    '--max_body=100000',
+    '--max_queue=1000',
+    '--prompt_length=7',
+  )
+  with tiny.one_device():
+    app = serve.make(args, web)
+  listening = serve.listen('127.0.0.1', 0)
+  server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+  thread = threading.Thread(target=server.run, args=([listening],))
+  thread.start()
+  yield f'http://127.0.0.1:{listening.getsockname()[1]}'
+  server.should_exit = True
+  thread.join()
+
+
+@pytest.fixture(scope='module')
+def expected(prompts):
+  """What the model says to each text with a prompt, as PROMPT_FILE."""
+  config, base = miniature.load(pretrained.directory('tiny'))
+  vocabulary = vocabulary_of('ptune://tiny')
+  tokens = np.zeros((len(TEXTS), 32), np.int32)
+  for row, text in zip(tokens, TEXTS, strict=True):
+    ids = [*vocabulary.encode(text), vocabulary.eos_id]
+    row[: len(ids)] = ids
+  found = {}
+  for name, length in LENGTHS.items():
+    plan = parameters.plan(
+      config, prompt.prompt(length), miniature.one_device()
+    )
+    alone = Predictor(plan, EncoderDecoderModel(plan.network), OUTPUT)
+    own = {prompt.PATH: np.load(prompts / f'{name}.npy')}
+    params = parameters.unflatten({**base, **own})
+    said, scores = alone.predict(
+      (params,), {'encoder_input_tokens': tokens}, np.arange(len(TEXTS))
+    )
+    for text, ids, score in zip(TEXTS, said, scores, strict=True):
+      found[name, text] = vocabulary.decode(ids.tolist()), float(score)
+  assert len({text for text, _ in found.values()}) > len(LENGTHS)
+  return found
+
+
+def assert_answers(response, name, texts, expected):
+  assert response.status_code == 200, response.text
+  said = response.json()
+  assert said['prompt'] == name
+  for text, answer, score in zip(
+    texts, said['predictions'], said['scores'], strict=True
+  ):
+    assert (answer, pytest.approx(score, rel=1e-4)) == expected[name, text]
+
+
+# A request that is wrong, and what is said of it.
+LONG = 'word ' * 40
+WRONG = [
+  ({'json': {'prompt': 'shart', 'inputs': 'a'}}, 404, 'did you mean short'),
+  ({'json': {'prompt': 'short', 'inputs': LONG}}, 413, 'tokens; at most 32'),
+  ({'json': {'prompt': 'short', 'inputs': []}}, 422, 'inputs'),
+  ({'json': {'prompt': 'short', 'inputs': ['a', 3]}}, 422, 'inputs'),
+  ({'json': {'prompt': 'short'}}, 422, 'inputs: Field required'),
+  ({'json': {'prompt': 'short', 'inputs': 'a', 'x': 1}}, 422, 'x: Extra'),
+  ({'json': {'prompt': 'short', 'inputs': ['a'] * 1001}}, 413, 'at most 1000'),
+  ({'content': b'{"prompt": '}, 422, 'JSON'),
+  ({'content': b'\xff\xfe'}, 422, 'JSON'),
+  ({'content': b'[' * 90_000}, 400, 'parsing'),
+  ({'content': b'x' * 100_001}, 413, 'at most 100000 bytes'),
+  ({'content': b'{"prompt": "short", "inputs": "\\ud800"}'}, 422, 'no text'),
+]
+
+
+async def send_wrong(client, i):
+  request, status, message = WRONG[i % len(WRONG)]
+  headers = {'Content-Type': 'application/json'}
+  response = await client.post('/predict', headers=headers, **request)
+  assert response.status_code == status, (request, response.text)
+  assert message in response.json()['detail']
+
+
+def test_64_clients_get_the_answers_of_single_prompts(
+  service, prompts, expected
+):
+  draw = np.random.default_rng(1)
+  done = []
+
+  async def client_of(i, client):
+    for round_ in range(3):
+      name = list(LENGTHS)[draw.integers(2)]
+      texts = [TEXTS[k] for k in draw.integers(5, size=draw.integers(1, 4))]
+      inputs = texts[0] if len(texts) == 1 else texts
+      response = await client.post(
+        '/predict', json={'prompt': name, 'inputs': inputs}
+      )
+      assert_answers(response, name, texts, expected)
+      done.append(len(texts))
+      if i % 4 == 0:
+        await send_wrong(client, i // 4 + round_)
+      if i % 16 == 1:  # Prompts that come and go.
+        own = f'own-{i}'
+        body = (prompts / 'short.npy').read_bytes()
+        path = f'/prompts/{own}'
+        made = await client.post(path, content=body, headers=SIGNED)
+        assert made.status_code == 201, made.text
+        response = await client.post(
+          '/predict', json={'prompt': own, 'inputs': texts}
+        )
+        said = response.json()['predictions']
+        assert said == [expected['short', text][0] for text in texts]
+        gone = await client.delete(path, headers=SIGNED)
+        assert gone.status_code == 204
+
+  async def everyone():
+    limits = httpx.Limits(max_connections=80)
+    async with httpx.AsyncClient(
+      base_url=service, timeout=120, limits=limits
+    ) as client:
+      await asyncio.gather(*(client_of(i, client) for i in range(72)))
+
+  asyncio.run(everyone())
+  assert len(done) == 72 * 3
+  text = httpx.get(f'{service}/metrics').text
+  batches = float(re.search(r'ptune_batch_rows_count (\S+)', text)[1])
+  rows = float(re.search(r'ptune_batch_rows_sum (\S+)', text)[1])
+  assert rows >= sum(done) and rows > 3 * batches  # They were put together.
+  assert 'ptune_requests_total{path="/predict",status="200"}' in text
+  assert 'status="500"' not in text
+
+
+def test_every_wrong_request_is_told_what_is_wrong(service, expected):
+  async def one_by_one():
+    async with httpx.AsyncClient(base_url=service, timeout=60) as client:
+      for i in range(len(WRONG)):
+        await send_wrong(client, i)
+
+  asyncio.run(one_by_one())
+  good = {'prompt': 'long', 'inputs': TEXTS[:2]}
+  response = httpx.post(f'{service}/predict', json=good, timeout=60)
+  assert_answers(response, 'long', TEXTS[:2], expected)
+
+
+def test_prompts_are_changed_by_those_who_have_the_token(service, prompts):
+  good = (prompts / 'long.npy').read_bytes()
+  width = np.load(prompts / 'long.npy').shape[1]
+  post = lambda name, body, headers=SIGNED: httpx.post(
+    f'{service}/prompts/{name}', content=body, headers=headers, timeout=60
+  )
+  for headers in ({}, {'Authorization': 'Bearer secre'}):
+    assert post('x', good, headers).status_code == 401
+    gone = httpx.delete(f'{service}/prompts/long', headers=headers)
+    assert gone.status_code == 401
+  pickled = io.BytesIO()
+  np.save(pickled, np.array([{}]), allow_pickle=True)
+  for name, body, message in (
+    ('x', b'', 'no NumPy array'),
+    ('x', pickled.getvalue(), 'pickled'),
+    ('x', npy(np.ones((2, width + 1), np.float32)), f'[prompt, {width}]'),
+    ('x', npy(np.full((2, width), np.nan)), 'NaN'),
+    ('x', npy(np.ones((8, width), np.float32)), 'at most 7'),
+    ('.x', good, 'a name has'),
+    ('x' * 65, good, 'a name has'),
+  ):
+    response = post(name, body)
+    assert response.status_code == 422 and message in response.text
+    assert '/tmp' not in response.text
+  gone = httpx.delete(f'{service}/prompts/x', headers=SIGNED)
+  assert gone.status_code == 404
+  listed = httpx.get(f'{service}/prompts').json()['prompts']
+  assert listed == [
+    {'name': name, 'length': LENGTHS[name]} for name in sorted(LENGTHS)
+  ]
+
+
+def test_the_page_and_the_health_are_there(service):
+  page = httpx.get(service)
+  assert page.headers['content-type'].startswith('text/html')
+  assert 'One model, many prompts' in page.text
+  health = httpx.get(f'{service}/health').json()
+  assert health == {'status': 'ok', 'prompts': 2}
+
+
+def test_a_client_that_sends_half_a_request_holds_up_no_other(service):
+  port = int(service.rpartition(':')[2])
+  with socket.create_connection(('127.0.0.1', port)) as slow:
+    slow.sendall(
+      b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n'
+    )
+    assert httpx.get(f'{service}/health').status_code == 200
+  with socket.create_connection(('127.0.0.1', port)) as wild:
+    wild.sendall(b'\x00\xff nothing\r\n\r\n')
+    assert b'400' in wild.recv(100)
+  assert httpx.get(f'{service}/health').status_code == 200
+
+
+# ------------------------------------------------------------------ the queue
+
+
+class Bank:
+  """A bank that answers with the first token, when it is let."""
+
+  def __init__(self):
+    self.names = ['a', 'b']
+    self.plan = parameters.plan(
+      tiny.CONFIG, prompt.prompt(1), miniature.one_device()
+    )
+    self.go, self.asked = threading.Event(), []
+    self.fail = False
+
+  @property
+  def lengths(self):
+    return dict.fromkeys(self.names, 1)
+
+  def predict(self, names, tokens):
+    self.go.wait()
+    self.asked.append(list(names))
+    for name in names:
+      if name not in self.names:
+        raise batching.UnknownPrompt(name)
+    if self.fail:
+      raise jax.errors.JaxRuntimeError('no memory')
+    return tokens[:, :1], tokens[:, 0]
+
+
+def row(i):
+  return np.array([i, 1], np.int32)
+
+
+def in_loop(test, **settings):
+  """Runs a test with a bank, and a queue that is emptied."""
+
+  async def main():
+    bank = Bank()
+    batcher = batching.Batcher(
+      bank, 4, **{'batch_size': 4, 'max_wait': 0.01, **settings}
+    )
+    running = asyncio.create_task(batcher.run())
+    try:
+      await test(bank, batcher)
+    finally:
+      bank.go.set()
+      running.cancel()
+
+  asyncio.run(main())
+
+
+def test_a_full_queue_refuses_at_once_and_goes_on():
+  async def test(bank, batcher):
+    first = asyncio.create_task(batcher.ask('a', [row(5)]))
+    await asyncio.sleep(0.1)  # It is being computed.
+    some = asyncio.create_task(batcher.ask('a', [row(6), row(7)]))
+    await asyncio.sleep(0)
+    with pytest.raises(batching.Full):
+      await batcher.ask('a', [row(8), row(9)])
+    assert batcher.waiting == 2
+    bank.go.set()
+    assert [score for _, score in await first] == [5]
+    assert [score for _, score in await some] == [6, 7]
+    assert [s for _, s in await batcher.ask('b', [row(8)] * 3)] == [8, 8, 8]
+
+  in_loop(test, max_queue=3)
+
+
+def test_rows_of_those_who_gave_up_are_not_computed():
+  async def test(bank, batcher):
+    first = asyncio.create_task(batcher.ask('a', [row(5)]))
+    await asyncio.sleep(0.1)
+    with pytest.raises(TimeoutError):
+      async with asyncio.timeout(0.05):
+        await batcher.ask('b', [row(6)])
+    bank.go.set()
+    assert len(await first) == 1
+    assert len(await batcher.ask('a', [row(7)])) == 1
+    assert bank.asked == [['a'], ['a']]
+
+  in_loop(test)
+
+
+def test_a_removed_prompt_or_a_failure_harms_only_its_own_rows():
+  async def test(bank, batcher):
+    first = asyncio.create_task(batcher.ask('a', [row(5)]))
+    await asyncio.sleep(0.1)
+    asked = [asyncio.create_task(batcher.ask(n, [row(6)])) for n in 'aba']
+    await asyncio.sleep(0)
+    bank.names = ['a']
+    bank.go.set()
+    await first
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    assert isinstance(answers[1], batching.UnknownPrompt)
+    assert answers[0][0][1] == answers[2][0][1] == 6
+    bank.fail = True
+    with pytest.raises(jax.errors.JaxRuntimeError):
+      await batcher.ask('a', [row(7)])
+    bank.fail = False
+    assert (await batcher.ask('a', [row(8)]))[0][1] == 8
+
+  in_loop(test)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_sigterm_answers_what_was_asked_and_leaves(prompts):
+  process = tiny.Command(
+    [
+      'serve',
+      '--base=ptune://tiny',
+      f'--prompts={prompts}',
+      '--port=0',
+      '--input_length=32',
+      f'--output_length={OUTPUT}',
+      '--max_wait=1.5',
+    ]
+  )
+  process.wait_for('http://', 120)
+  url = re.search(r'http://\S+', process.output)[0]
+
+  async def main():
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+      asked = [
+        asyncio.create_task(
+          client.post('/predict', json={'prompt': name, 'inputs': 'a'})
+        )
+        for name in ('short', 'long') * 4
+      ]
+      while 'ptune_queue_rows 8.0' not in (await client.get('/metrics')).text:
+        await asyncio.sleep(0.02)
+      process.send(signal.SIGTERM)
+      return [response.status_code for response in await asyncio.gather(*asked)]
+
+  assert asyncio.run(main()) == [200] * 8
+  assert process.wait() == 0
+  assert 'all that was asked has been answered' in process.output
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--batch_size=0', '--batch_size is 0'),
+    ('--timeout=0', '--timeout 0.0'),
+    ('--prompts=none.npy', 'none.npy'),
+    ('--base=ptune://huge', 'ptune://huge does not come'),
+    ('--token_file=/dev/null', 'is empty'),
+  ],
+)
+def test_a_wrong_flag_is_said_before_anything_is_served(flag, message):
+  with tiny.one_device(), pytest.raises((ValueError, OSError), match=message):
+    serve.make(flags(flag), web)
+
+
+def test_without_the_extra_it_says_how_to_get_it(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'uvicorn', None)
+  with pytest.raises(ValueError, match=r'pip install "ptune\[serve\]"'):
+    serve.run(flags())
+
+
+def test_a_port_that_is_taken_is_said():
+  with serve.listen('127.0.0.1', 0) as taken:
+    with pytest.raises(OSError, match='choose another port'):
+      serve.listen('127.0.0.1', taken.getsockname()[1])
+  assert data.BUCKET_MULTIPLE == 32  # What 32 tokens of input rest on.
