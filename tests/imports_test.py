@@ -30,7 +30,6 @@ LAYERS = (
   'convert',
   'answers',
   'bank',
-  'ensemble',
   'tasks',
   'state',
   'many',
