@@ -117,7 +117,6 @@ def test_a_prompt_is_recycled_between_models(other, prompt, tmp_path, capsys):
   facts = moved.facts['recycled']
   assert facts['by'] == 'linear' and facts['fit_error'] < 1e-4
   assert 2000 < facts['tokens'] < 3000  # Without marks and single bytes.
-  # Neither is known: the rows correspond.
   assert cli.main(['recycle', prompt, *flags]) == 2
   assert 'exists already' in capsys.readouterr().err
   flags += ['--overwrite', '--method=lstsq', '--tokens=500', '--skip=300']
