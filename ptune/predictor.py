@@ -126,7 +126,7 @@ def load(
   values: dict[str, jax.Array] = {}
   step = None
   if prompt_file is not None:
-    trained, facts = _read(plan, prompt_file)
+    trained, facts = read_prompt_file(plan, prompt_file)
     values |= trained
     step = facts.get('step')
   elif model_dir is not None:
@@ -159,10 +159,22 @@ def load(
   return parameters.unflatten(values | parameters.hold(plan, frozen)), step or 0
 
 
-def _read(
+def read_prompt_file(
   plan: parameters.Plan, prompt_file: PathLike
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-  """What `ptune train` wrote to `prompts/`, and what stands beside it."""
+  """Reads what `ptune train` wrote to `prompts/`, and what stands beside it.
+
+  Args:
+    plan: The parameters, of the method that reads it: see `check`.
+    prompt_file: The file.
+
+  Returns:
+    The trained parameters, by path, and the facts of the .json beside, {}
+    without one.
+
+  Raises:
+    ValueError: If the file does not fit.
+  """
   path = plan.method.prompt
   if path is None:
     source, facts = open_trained(prompt_file)

@@ -9,8 +9,8 @@ the same objects as under `ptune train`. This module is what lies between:
     factor_rules       the same, for T5X's own Adafactor
     Trained            an optimizer that sees only what the method trains
     Initializer        the base from a checkpoint, the adapter initialised
-    save_adapter       the prompt alone, beside each checkpoint
-    Reader             a checkpoint, or a base and a prompt file, to evaluate
+    save_adapter       what was trained alone, beside each checkpoint
+    Reader             a checkpoint, or a base and PROMPT_FILE, to evaluate
 
 This is the only module that imports T5X, and nothing imports it: T5X is not on
 the package index (`t5x` there is an empty placeholder).
@@ -34,7 +34,7 @@ except ImportError as error:
 import dataclasses
 import functools
 import io
-import os
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -54,12 +54,15 @@ from ptune import (
   optim,
   parameters,
   partitioning,
+  predictor,
   prompt_init,
+  report,
   seqio_task,
   sizes,
 )
 from ptune.adapters import Method
 from ptune.convert import open_checkpoint, restore
+from ptune.convert.trained import dump as dump_trained
 
 Rules = list[tuple[str, str | None]]
 
@@ -128,6 +131,33 @@ class Model(t5x_models.EncoderDecoderModel):
     """Initialises with integer tokens: t5x.eval names no types."""
     types = input_types or dict.fromkeys(input_shapes, jnp.int32)
     return super().get_initial_variables(rng, input_shapes, types)
+
+  def _compute_kv_cache(
+    self,
+    params,
+    encoded_inputs,
+    encoder_input_tokens,
+    decoder_input_tokens,
+    prefill_decoder_prompt=False,
+  ):
+    """Makes the cache with what was encoded, where T5X takes tokens of 1.
+
+    A prompt of the decoder lies in it, and has read the input.
+    """
+    assert not prefill_decoder_prompt  # T5X asks only networks that can.
+    tokens = jnp.ones_like(decoder_input_tokens)
+    _, made = self.module.apply(
+      {'params': params},
+      encoded_inputs,
+      encoder_input_tokens,
+      tokens,
+      tokens,
+      enable_dropout=False,
+      decode=True,
+      mutable=['cache'],
+      method=self.module.decode,
+    )
+    return made['cache'], None
 
 
 def _decode_fn(how: models_lib.Decoding) -> Callable[..., Any]:
@@ -359,22 +389,16 @@ class Initializer(t5x_utils.TrainStateInitializer):
     self._use_cached = use_cached
     self._seed = seed or 0
 
-  def _plan(self) -> parameters.Plan:
-    """ptune's plan of all parameters, laid out as T5X does."""
-    mesh = self._partitioner.mesh
-    plan = parameters.plan(self._model.config, self._model.method, mesh)
-    structs = _structs(
-      mesh, self.global_train_state_shape.params, self.train_state_axes.params
-    )
-    return dataclasses.replace(
-      plan,
-      rules=self._partitioner.logical_axis_rules,
-      params={path: structs[path] for path in plan.params},
-    )
-
   def from_scratch(self, init_rng):
     """Restores the base and initialises the adapter, whatever `init_rng`."""
-    plan, task = self._plan(), self._model.task
+    task = self._model.task
+    plan = _plan(
+      self._model.config,
+      self._model.method,
+      self._partitioner,
+      self.global_train_state_shape.params,
+      self.train_state_axes.params,
+    )
     if self._path is None:
       if plan.frozen:
         raise ValueError(
@@ -418,40 +442,62 @@ def save_adapter(
   model_dir: str,
   method: Method,
 ) -> tuple[Mapping[str, Any], Any]:
-  """Writes what the method added and trains, each parameter by itself.
+  """Writes what is trained by itself, as `ptune train` does to prompts/.
 
       MODEL_DIR/numpy_checkpoints/checkpoint_N/encoder.prompt.prompt.prompt
 
+  is the prompt, a NumPy file where the paper's implementation has it. Methods
+  that are no single prompt leave adapter.safetensors and .json in its place.
+  PROMPT_FILE takes both. Nothing is written where the whole model is trained.
+
   For `utils.SaveCheckpointConfig.state_transformation_fns`, which T5X calls
-  when it saves checkpoint N, in both of its modes. The files are NumPy's, as
-  the paper's implementation leaves them; PROMPT_FILE takes them.
+  when it saves checkpoint N, in both of its modes.
 
   Args:
     state_dict: What T5X is about to save; returned as it is.
     parameter_infos: Returned as it is.
     model_dir: MODEL_DIR.
     method: The method.
+
+  Raises:
+    ValueError: If what is trained is no longer finite; T5X then saves nothing.
   """
-  if method.placements:
-    step = int(t5x_checkpoints.get_local_data(state_dict['state']['step']))
-    directory = epath.Path(model_dir, 'numpy_checkpoints', f'checkpoint_{step}')
-    flat = parameters.flatten(unfreeze(state_dict['target']))
-    for path, x in flat.items():
-      if method.trains(path):
-        value = parameters.whole(x)  # By all processes that share it.
-        if jax.process_index() == 0:
-          _write(directory / path.replace('/', '.'), value)
+  flat = parameters.flatten(unfreeze(state_dict['target']))
+  # By all processes that share it.
+  trained = {
+    path: np.asarray(parameters.whole(x), np.float32)
+    for path, x in flat.items()
+    if method.trains(path)
+  }
+  step = int(t5x_checkpoints.get_local_data(state_dict['state']['step']))
+  wrong = [path for path, x in trained.items() if not np.isfinite(x).all()]
+  if wrong:
+    raise ValueError(
+      f'at step {step} these are not finite: {wrong}. Lower LEARNING_RATE; with'
+      ' methods/multitask.gin, every input must begin with the token of a task.'
+      f' Checkpoint {step} is not saved'
+    )
+  if len(trained) == len(flat) or jax.process_index() != 0:
+    return state_dict, parameter_infos
+  if method.fold:
+    trained = method.fold(trained)
+  directory = epath.Path(model_dir, 'numpy_checkpoints', f'checkpoint_{step}')
+  directory.mkdir(parents=True, exist_ok=True)
+  if method.prompt is not None:
+    buffer = io.BytesIO()
+    np.save(buffer, trained[method.prompt])
+    file = directory / method.prompt.replace('/', '.')
+    report.write_atomically(file, buffer.getvalue())
+  else:
+    facts = {'step': step, 'method': method.name}
+    facts['settings'] = dict(method.settings)
+    report.write_atomically(
+      directory / 'adapter.json', json.dumps(facts, indent=2) + '\n'
+    )
+    report.write_atomically(
+      directory / 'adapter.safetensors', dump_trained(trained)
+    )
   return state_dict, parameter_infos
-
-
-def _write(file: epath.Path, value: np.ndarray) -> None:
-  """Writes a NumPy file of exactly this name, at once."""
-  buffer = io.BytesIO()
-  np.save(buffer, value)
-  file.parent.mkdir(parents=True, exist_ok=True)
-  temporary = file.with_name(f'{file.name}.tmp-{os.getpid()}')
-  temporary.write_bytes(buffer.getvalue())
-  temporary.replace(file)
 
 
 class Reader:
@@ -467,6 +513,7 @@ class Reader:
     train_state: Any,
     partitioner: t5x_partitioning.BasePartitioner,
     *,
+    config: sizes.T5Config,
     method: Method,
     prompt_file: str | None = None,
     restore_dtype: Any = None,
@@ -477,14 +524,16 @@ class Reader:
     Args:
       train_state: Shapes of the state.
       partitioner: Lays it out.
+      config: The network's sizes.
       method: The method.
-      prompt_file: A saved prompt.
+      prompt_file: What `save_adapter` or `ptune train` wrote.
       restore_dtype: Type of the parameters, if not their own.
       **unused: Where and how T5X's managers would save.
     """
     del unused
     self._train_state = train_state
     self._partitioner = partitioner
+    self._config = config
     self._method = method
     self._prompt_file = prompt_file
     self._dtype = restore_dtype
@@ -492,52 +541,56 @@ class Reader:
   def restore(self, path: str, **unused: Any) -> Any:
     """Returns the state, with the checkpoint's step."""
     del unused
-    mesh = self._partitioner.mesh
-    structs = _structs(
-      mesh,
+    plan = _plan(
+      self._config,
+      self._method,
+      self._partitioner,
       self._train_state.params,
       self._partitioner.get_mesh_axes(self._train_state).params,
     )
     given = {}
     if self._prompt_file is not None:
-      place = self._method.prompt
-      if place is None:
-        raise ValueError(
-          f'method {self._method.name!r} has no prompt for PROMPT_FILE;'
-          ' give the whole checkpoint as CHECKPOINT_PATH'
-        )
-      prompt = prompt_init.fit(
-        prompt_init.read(self._prompt_file),
-        structs[place].shape,
-        f'prompt file {self._prompt_file}',
-      )
-      given[place] = parameters.place(prompt, structs[place])
+      predictor.check(plan, checkpoint_path=path, prompt_file=self._prompt_file)
+      given, _ = predictor.read_prompt_file(plan, self._prompt_file)
     source = open_checkpoint(path)
     rest = restore(
       source,
-      {path: x for path, x in structs.items() if path not in given},
+      plan.select(frozenset(plan.params) - frozenset(given)),
       dtype=self._dtype,
       ignore=given.__contains__,
     )
     return self._train_state.restore_state(
       {
         'target': parameters.unflatten(rest | given),
-        'state': {'step': _counter(source.step, mesh)},
+        'state': {'step': _counter(source.step, plan.mesh)},
       }
     )
 
 
-def _structs(
-  mesh: jax.sharding.Mesh, shapes: Any, axes: Any
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shape, type and T5X's sharding of each parameter, by path."""
+def _plan(
+  config: sizes.T5Config,
+  method: Method,
+  partitioner: t5x_partitioning.BasePartitioner,
+  shapes: Any,
+  axes: Any,
+) -> parameters.Plan:
+  """ptune's plan of all parameters, in T5X's types and sharding."""
+  mesh = partitioner.mesh
+  plan = parameters.plan(config, method, mesh)
+  shapes = parameters.flatten(unfreeze(shapes))
   specs = parameters.flatten(unfreeze(axes))
-  return {
-    path: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=NamedSharding(mesh, specs[path])
-    )
-    for path, x in parameters.flatten(unfreeze(shapes)).items()
-  }
+  return dataclasses.replace(
+    plan,
+    rules=partitioner.logical_axis_rules,
+    params={
+      path: jax.ShapeDtypeStruct(
+        shapes[path].shape,
+        shapes[path].dtype,
+        sharding=NamedSharding(mesh, specs[path]),
+      )
+      for path in plan.params
+    },
+  )
 
 
 def _counter(step: int | None, mesh: jax.sharding.Mesh) -> jax.Array:

@@ -1,15 +1,23 @@
 """Runs ptune's modules in T5X; skipped where T5X is not installed.
 
 T5X must be installed from source. `t5x_contract_test` tests what can be tested
-without it.
+without it. What is tested with which methods:
+
+    ten steps of t5x.train on 4 x 2 devices end as `ptune train` does, and the
+      base stays as it is: every file of gin/methods/
+    loss, score, greedy and beam search, on 2 x 4 devices: DECODED
+    ten steps equal T5X's own, optimizer state included; killed and resumed in
+      both checkpoint formats; t5x.eval; t5x.infer of a .npy: prompt
+    t5x.infer of a .safetensors: lora
 """
 
 import functools
 import importlib
 import json
 import os
+import re
+import runpy
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -20,9 +28,12 @@ import pytest
 
 from ptune import models, network, optim, parameters, prompt_init, sizes
 from ptune.convert import open_checkpoint
-from ptune.methods import prompt
+from ptune.convert.trained import open_trained
+from ptune.methods import lora, multitask, prompt
+from tests import tiny
+from tests.methods_test import METHODS
 from tests.network_test import TINY, load
-from tests.t5x_contract_test import METHODS, ROOT
+from tests.t5x_contract_test import DECODED, ROOT
 
 with warnings.catch_warnings():
   warnings.simplefilter('ignore')
@@ -31,9 +42,12 @@ with warnings.catch_warnings():
   except ImportError as error:
     pytest.skip(f'T5X cannot be imported: {error}', allow_module_level=True)
   from t5x import adafactor, partitioning, trainer
+  from t5x import models as t5x_models
 
 # T5X's own code warns.
 pytestmark = pytest.mark.filterwarnings('ignore')
+
+FILES = sorted(path.stem for path in (ROOT / 'gin' / 'methods').iterdir())
 
 START = 1_100_000
 TASK = """
@@ -80,7 +94,7 @@ seqio.TaskRegistry.add(
 """
 GIN = """\
 from __gin__ import dynamic_registration
-from ptune import network
+from ptune import sizes
 MODEL = @sizes.t5()
 sizes.t5:
   vocab_size = 128
@@ -214,8 +228,9 @@ def test_ten_steps_equal_the_reference(numerics, base, work, start, make):
   assert int(hosted.trainer.train_state.step) == start + 10
 
 
-@METHODS
-def test_every_method_trains_and_predicts_as_under_ptune(method, base, work):
+@pytest.mark.parametrize('name', DECODED)
+def test_a_method_trains_and_predicts_as_under_ptune(name, base, work):
+  method = METHODS[name]
   rng = np.random.default_rng(0)
   batch = {
     'encoder_input_tokens': rng.integers(2, 128, (4, 12)),
@@ -257,6 +272,37 @@ def test_every_method_trains_and_predicts_as_under_ptune(method, base, work):
     np.testing.assert_allclose(aux['scores'], our_scores, atol=1e-4)
 
 
+def test_other_losses_are_refused(work):
+  loss = functools.partial(models.EncoderDecoderModel, objective=print)
+  with pytest.raises(ValueError, match=r'leave the file of losses/ out'):
+    t5x_host.Model(TINY, METHODS['prompt'], 'hosted', 'hosted_task', loss=loss)
+
+
+def test_rows_of_no_task_make_the_loss_nan_and_are_not_saved(
+  base, work, tmp_path
+):
+  """T5X does not call `Method.check`."""
+  method = multitask.multitask(3, tasks=2, vocab_size=128)
+  tokens = np.full((4, 6), 9, np.int32)  # Of the tasks: 127 and 126.
+  batch = dict.fromkeys(
+    (
+      'encoder_input_tokens',
+      'decoder_input_tokens',
+      'decoder_target_tokens',
+      'decoder_loss_weights',
+    ),
+    tokens,
+  )
+  hosted = Hosted(
+    method, base, {k: v.shape for k, v in batch.items()}, ptune_adafactor
+  )
+  assert np.isnan(hosted.step(batch))
+  state = hosted.trainer.train_state.state_dict()
+  with pytest.raises(ValueError, match=r'not finite.*task_prompts.*multitask'):
+    t5x_host.save_adapter(state, None, model_dir=str(tmp_path), method=method)
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_base_that_does_not_fit_is_refused_with_all_offenders(base, work):
   method = prompt.prompt(5)
   other = sizes.t5(
@@ -289,46 +335,103 @@ def test_a_base_that_does_not_fit_is_refused_with_all_offenders(base, work):
 # -------------------------------------------------------------- command lines
 
 
-def command(work, program, *gin_files, **macros):
-  """A command line of T5X, or of ptune, as users type it."""
+def main():
+  """Runs a program in a process that `tiny` has forked."""
+  sys.path.append(os.environ['HOSTED'])
+  warnings.simplefilter('ignore')
+  program, *sys.argv[1:] = sys.argv[1:]
   if program == 'ptune':
-    start = ['-c', 'import sys; from ptune.cli import main; sys.exit(main())']
-    start += ['train', f'--gin_search_paths={work}']
+    from ptune.cli import main
+
+    return main()
+  return runpy.run_module(program, run_name='__main__', alter_sys=True) and 0
+
+
+def parse_all():
+  """Reads every file of gin/models and gin/methods with those of gin/t5x."""
+  from t5x import gin_utils
+
+  import gin
+
+  search = [os.environ['HOSTED'], str(ROOT / 'gin'), '']
+  search.append(os.path.dirname(os.path.dirname(t5x_models.__file__)))
+  runs = {
+    'train': ['finetune', 'MODEL_DIR', 'INITIAL_CHECKPOINT_PATH'],
+    'eval': ['eval', 'CHECKPOINT_PATH', 'EVAL_OUTPUT_DIR'],
+    'infer': ['infer', 'CHECKPOINT_PATH', 'INFER_OUTPUT_DIR'],
+  }
+  common = [
+    "MIXTURE_OR_TASK_NAME = 'hosted'",
+    'TASK_FEATURE_LENGTHS = {}',
+    'CLASS_LABELS = []',
+    "INITIAL_TEXT = ''",
+  ]
+  all_models = sorted(path.stem for path in (ROOT / 'gin/models').iterdir())
+  prompts = sorted(path.stem for path in (ROOT / 'gin/prompts').iterdir())
+  for program, (run_file, *paths) in runs.items():
+    bindings = [*common, *(f"{path} = '/there'" for path in paths)]
+    if program == 'train':
+      bindings += ['TRAIN_STEPS = 10', "PROMPT_FILE = '/there'"]
+    # The file of T5X that is included calls it __main__.
+    sys.modules['__main__'] = importlib.import_module(f't5x.{program}')
+    for files in [
+      *([f'models/{name}.gin', 'methods/prompt.gin'] for name in all_models),
+      *(['models/tiny.gin', f'methods/{name}.gin'] for name in FILES),
+      *(['models/tiny.gin', f'prompts/{name}.gin'] for name in prompts),
+    ]:
+      for order in (1, -1):
+        gin.clear_config()
+        run = f't5x/{run_file}.gin'
+        gin_utils.parse_gin_flags(search, [*files, run][::order], bindings)
+        for macro in ('MODEL', 'METHOD'):
+          reference = gin.query_parameter(f'%{macro}')
+          assert reference.evaluate, (files, macro)
+  print('parsed')
+  return 0
+
+
+def command(program, *gin_files, **macros):
+  """A command line of T5X, or of ptune, as users type it."""
+  work = macros.pop('work')
+  search = f'{work},{ROOT / "gin"}'
+  if program.startswith('ptune'):
+    start = [*program.split(), f'--gin_search_paths={work}']
   else:
-    start = ['-m', f't5x.{program}']
-    start += [f'--gin_search_paths={work},{ROOT / "gin"}']
+    start = [program, f'--gin_search_paths={search}']
   macros = {
     'MIXTURE_OR_TASK_NAME': 'hosted',
     'MIXTURE_OR_TASK_MODULE': 'hosted_task',
     'TASK_FEATURE_LENGTHS': LENGTHS,
-    'PROMPT_LENGTH': 5,
     **macros,
   }
   return [
-    sys.executable,
-    '-W',
-    'ignore',
     *start,
     *(f'--gin_file={file}' for file in ('hosted.gin', *gin_files)),
     *(f'--gin.{name}={value!r}' for name, value in macros.items()),
   ]
 
 
-def environment(work):
-  path = os.pathsep.join([str(work), *filter(None, sys.path)])
-  return {**os.environ, 'PYTHONPATH': path, 'XLA_FLAGS': ''}
-
-
-def run(work, *args, **macros):
-  result = subprocess.run(
-    command(work, *args, **macros),
-    env=environment(work),
-    cwd=work,
-    capture_output=True,
-    text=True,
-    timeout=300,
+def start(work, args, devices=1):
+  flag = f'--xla_force_host_platform_device_count={devices}'
+  return tiny.Command(
+    args,
+    call='tests.t5x_host_test:main',
+    HOSTED=str(work),
+    XLA_FLAGS=flag,
   )
-  assert result.returncode == 0, result.stderr[-5000:]
+
+
+def run(work, *args, devices=1, **macros):
+  process = start(work, command(*args, work=work, **macros), devices)
+  assert process.wait() == 0, process.output[-5000:]
+
+
+def test_every_file_is_read_by_the_programs_of_t5x(work):
+  process = tiny.Command(
+    [], call='tests.t5x_host_test:parse_all', HOSTED=str(work)
+  )
+  assert process.wait() == 0, process.output[-5000:]
+  assert 'parsed' in process.output
 
 
 TRAIN = {
@@ -339,18 +442,111 @@ TRAIN = {
 }
 
 
+FOUR_BY_TWO = {  # 4 data, 2 model.
+  'partitioning.PjitPartitioner.num_partitions': None,
+  'partitioning.PjitPartitioner.model_parallel_submesh': (1, 1, 1, 2),
+}
+# SeqIO shuffles across epochs; unshuffled, each batch is one epoch.
+UNSHUFFLED = {'train/utils.DatasetConfig.shuffle': False}
+
+
+@pytest.mark.parametrize('file', FILES)
+def test_ten_steps_of_a_method_end_as_under_ptune(work, base, file):
+  text = (ROOT / 'gin' / 'methods' / f'{file}.gin').read_text()
+  (rate,) = re.findall(r'^LEARNING_RATE = (.*)', text, re.M)
+  macros = {
+    **TRAIN,
+    'INITIAL_CHECKPOINT_PATH': base,
+    'CHECKPOINT_PERIOD': 10,
+    'LEARNING_RATE': min(float(rate), TRAIN['LEARNING_RATE']),
+  }
+  if 'PROMPT_LENGTH' in text:
+    macros['PROMPT_LENGTH'] = 5
+  if file == 'multitask':  # Any first token is a task.
+    macros |= {
+      'multitask.multitask.vocab_size': 128,
+      'multitask.multitask.tasks': 126,
+    }
+  hosted, ours = work / f'hosted_{file}', work / f'ours_{file}'
+  run(
+    work,
+    't5x.train',
+    f'methods/{file}.gin',
+    't5x/finetune.gin',
+    devices=8,
+    MODEL_DIR=str(hosted),
+    TRAIN_STEPS=START + 10,
+    **FOUR_BY_TWO,
+    **macros,
+    **UNSHUFFLED,
+  )
+  run(
+    work,
+    'ptune train',
+    f'methods/{file}.gin',
+    'runs/train.gin',
+    devices=8,
+    MODEL_DIR=str(ours),
+    TRAIN_STEPS=10,
+    EVAL_SPLIT=None,
+    MODEL_PARALLEL=2,
+    **macros,
+  )
+  source = open_checkpoint(hosted / f'checkpoint_{START + 10}')
+  expected = open_checkpoint(ours).leaves
+  assert expected
+  moved = False
+  for path, leaf in open_checkpoint(base).leaves.items():
+    if path not in expected:
+      np.testing.assert_array_equal(
+        source.leaves[path].read(), leaf.read(), err_msg=path
+      )
+  for path, leaf in expected.items():
+    got, wanted = source.leaves[path].read(), leaf.read()
+    np.testing.assert_allclose(got, wanted, atol=1e-5, err_msg=path)
+    before = open_checkpoint(hosted / f'checkpoint_{START}').leaves[path].read()
+    moved |= np.max(np.abs(got - before)) > 1e-4
+  assert moved
+
+  saved = hosted / 'numpy_checkpoints' / f'checkpoint_{START + 10}'
+  written = sorted(path.name for path in saved.glob('*'))
+  prompts = ours / 'prompts'
+  if file == 'full':
+    assert not written
+  elif (prompts / 'step_10.npy').exists():
+    assert written == ['encoder.prompt.prompt.prompt']
+    np.testing.assert_allclose(
+      prompt_init.read(saved / written[0]),
+      np.load(prompts / 'step_10.npy'),
+      atol=1e-5,
+    )
+  else:
+    assert written == ['adapter.json', 'adapter.safetensors']
+    theirs, facts = open_trained(saved / 'adapter.safetensors')
+    own, own_facts = open_trained(prompts / 'step_10.safetensors')
+    assert facts['method'] == own_facts['method']
+    assert facts['settings'] == own_facts.get('settings', {})
+    assert facts['step'] == START + 10
+    assert set(theirs.leaves) == set(own.leaves)
+    for path, leaf in own.leaves.items():
+      np.testing.assert_allclose(
+        theirs.leaves[path].read(), leaf.read(), atol=1e-5, err_msg=path
+      )
+
+
 @pytest.fixture(scope='module')
 def ours(work, base):
   """The prompt after ten steps of `ptune train`."""
   run(
     work,
-    'ptune',
+    'ptune train',
     'prompts/random_uniform.gin',
     'runs/train.gin',
     MODEL_DIR=str(work / 'ours'),
     INITIAL_CHECKPOINT_PATH=base,
     TRAIN_STEPS=10,
     EVAL_SPLIT=None,
+    PROMPT_LENGTH=5,
     **TRAIN,
   )
   return np.load(work / 'ours' / 'prompts' / 'step_10.npy')
@@ -359,38 +555,30 @@ def ours(work, base):
 def train_and_kill(work, base, name, use_orbax):
   """Trains for ten steps under T5X, killed by SIGKILL on the way."""
   args = command(
-    work,
-    'train',
+    't5x.train',
     'prompts/random_uniform.gin',
     't5x/finetune.gin',
+    work=work,
     MODEL_DIR=str(work / name),
     INITIAL_CHECKPOINT_PATH=base,
     TRAIN_STEPS=START + 10,
     EVAL_PERIOD=2,
     EVAL_STEPS=1,
+    PROMPT_LENGTH=5,
     **TRAIN,
+    **UNSHUFFLED,
     **{'train.use_orbax': use_orbax},
   )
-  # SeqIO shuffles across epochs; unshuffled, each batch is one epoch.
-  args.append('--gin.train/utils.DatasetConfig.shuffle=False')
-  log = work / f'{name}.log'
-  with log.open('w') as out:
-    process = subprocess.Popen(
-      args, env=environment(work), cwd=work, stdout=out, stderr=out
-    )
-    deadline = time.monotonic() + 300
-    while not (work / name / f'checkpoint_{START + 4}').is_dir():
-      assert time.monotonic() < deadline
-      assert process.poll() is None, log.read_text()[-5000:]
-      time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+  process = start(work, args)
+  deadline = time.monotonic() + 300
+  while not (work / name / f'checkpoint_{START + 4}').is_dir():
+    assert time.monotonic() < deadline, process.output[-5000:]
+    time.sleep(0.05)
+  process.send(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
   assert not (work / name / f'checkpoint_{START + 10}').exists()
-  with log.open('w') as out:
-    done = subprocess.run(
-      args, env=environment(work), cwd=work, stdout=out, stderr=out, timeout=300
-    )
-  assert done.returncode == 0, log.read_text()[-5000:]
+  again = start(work, args)
+  assert again.wait() == 0, again.output[-5000:]
   return work / name
 
 
@@ -430,7 +618,6 @@ def test_killed_and_resumed_a_run_ends_as_under_ptune(
 
 
 def test_eval_and_infer_equal_ptune(work, base, trained, numerics):
-  rows = importlib.import_module('hosted_task').rows
   checkpoint = trained / f'checkpoint_{START + 10}'
   params = parameters.unflatten(
     {k: v.read() for k, v in open_checkpoint(checkpoint).leaves.items()}
@@ -441,21 +628,20 @@ def test_eval_and_infer_equal_ptune(work, base, trained, numerics):
   )
 
   def predict(split, how):
-    inputs = np.zeros((len(rows(split)), LENGTHS['inputs']), np.int32)
-    for i, row in enumerate(rows(split)):
-      line = [*row['inputs'], 1]
-      inputs[i, : len(line)] = line
-    tokens, scores = model.predict(params, inputs, LENGTHS['targets'], how)
+    tokens, scores = model.predict(
+      params, _inputs(split), LENGTHS['targets'], how
+    )
     return np.asarray(tokens), np.asarray(scores)
 
   # A checkpoint of T5X holds the base and the prompt.
   run(
     work,
-    'eval',
+    't5x.eval',
     'methods/prompt.gin',
     't5x/eval.gin',
     CHECKPOINT_PATH=str(checkpoint),
     EVAL_OUTPUT_DIR=str(work / 'evaluated'),
+    PROMPT_LENGTH=5,
     **{'utils.DatasetConfig.split': 'validation'},
   )
   tokens, _ = predict('validation', models.Decoding())
@@ -468,12 +654,13 @@ def test_eval_and_infer_equal_ptune(work, base, trained, numerics):
   # The same, as a Hugging Face base and the prompt's file; beam search.
   run(
     work,
-    'infer',
+    't5x.infer',
     'methods/prompt.gin',
     't5x/infer.gin',
     CHECKPOINT_PATH=str(numerics / 'hf' / 't5_1_1'),
     PROMPT_FILE=str(saved_prompt(trained, START + 10)),
     INFER_OUTPUT_DIR=str(work / 'inferred'),
+    PROMPT_LENGTH=5,
     **{'models.Decoding.num_beams': 4, 'infer.mode': 'predict_with_aux'},
   )
   tokens, scores = predict('test', models.Decoding(num_beams=4))
@@ -487,6 +674,61 @@ def test_eval_and_infer_equal_ptune(work, base, trained, numerics):
   np.testing.assert_allclose(
     [line['aux']['scores'] for line in lines], scores, atol=1e-4
   )
+
+
+def test_infer_of_a_safetensors_file_equals_ptune(work, base, numerics):
+  """And a run of ptune gives T5X what it trained."""
+  macros = {
+    'CHECKPOINT_PATH': base,
+    'PROMPT_FILE': str(work / 'lora' / 'prompts' / 'step_4.safetensors'),
+  }
+  run(
+    work,
+    'ptune train',
+    'methods/lora.gin',
+    'runs/train.gin',
+    MODEL_DIR=str(work / 'lora'),
+    INITIAL_CHECKPOINT_PATH=base,
+    TRAIN_STEPS=4,
+    EVAL_SPLIT=None,
+    **(TRAIN | {'LEARNING_RATE': 0.1}),  # Far enough to answer otherwise.
+  )
+  run(
+    work,
+    't5x.infer',
+    'methods/lora.gin',
+    't5x/infer.gin',
+    INFER_OUTPUT_DIR=str(work / 'lora_hosted'),
+    **macros,
+  )
+  (file,) = (work / 'lora_hosted').glob('hosted-predict.jsonl-?????-of-*1')
+  got = [json.loads(line)['prediction'] for line in file.open()]
+  base_params = {k: v.read() for k, v in open_checkpoint(base).leaves.items()}
+  trained, _ = open_trained(macros['PROMPT_FILE'])
+  adapters = {k: v.read() for k, v in trained.leaves.items()}
+  inputs = _inputs('test')
+
+  def answers(params, placements):
+    model = models.EncoderDecoderModel(network.Transformer(TINY, placements))
+    tokens, _ = model.predict(
+      parameters.unflatten(params), inputs, LENGTHS['targets']
+    )
+    return [_until_eos(row) for row in tokens]
+
+  placements = lora.lora(8, 16.0).placements
+  expected = answers(base_params | adapters, placements)
+  assert [_until_eos(row) for row in got] == expected
+  assert expected != answers(base_params, ())
+
+
+def _inputs(split):
+  """[rows, length] int32, as the task has them."""
+  rows = importlib.import_module('hosted_task').rows(split)
+  inputs = np.zeros((len(rows), LENGTHS['inputs']), np.int32)
+  for i, row in enumerate(rows):
+    line = [*row['inputs'], 1]
+    inputs[i, : len(line)] = line
+  return inputs
 
 
 def _until_eos(row):
