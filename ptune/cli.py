@@ -204,6 +204,12 @@ def _add_gin_flags(command: argparse.ArgumentParser) -> None:
   )
   command.add_argument('--tfds_data_dir', help='where TFDS keeps data sets')
   command.add_argument(
+    '--seqio_additional_cache_dirs',
+    default='',
+    help='where seqio_cache_tasks wrote tasks, separated by commas; read with'
+    ' --gin.USE_CACHED_TASKS=True',
+  )
+  command.add_argument(
     '--coordinator_address', help='host:port of process 0, for several'
   )
   command.add_argument('--process_count', type=int)
@@ -268,6 +274,10 @@ def _run(args: argparse.Namespace) -> int:
     import seqio
 
     seqio.set_tfds_data_dir_override(args.tfds_data_dir)
+  if args.seqio_additional_cache_dirs:
+    import seqio
+
+    seqio.add_global_cache_dirs(args.seqio_additional_cache_dirs.split(','))
   if args.program == 'plan':
     program(args.devices, args.accelerator, args.compiler)
     return 0

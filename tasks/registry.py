@@ -43,7 +43,7 @@ Preprocessor = Callable[..., tf.data.Dataset]
 def t5_vocabulary(
   path: str | None = None, extra_ids: int | None = None
 ) -> seqio.Vocabulary:
-  """The vocabulary of all tasks without a prefix; T5's is read when it is used.
+  """The vocabulary of all tasks without a prefix; a file is read when used.
 
   Another one is chosen before a module of tasks is imported, by the macro
   VOCABULARY, or by the environment, PTUNE_VOCABULARY=/models/mine.
@@ -56,7 +56,7 @@ def t5_vocabulary(
       or as many as the model has rows for.
   """
   path = path or os.environ.get(VOCABULARY_VARIABLE) or T5_VOCABULARY
-  if path == T5_VOCABULARY or extra_ids is not None:
+  if path.endswith('.model') or extra_ids is not None:
     return seqio.SentencePieceVocabulary(
       path, extra_ids=100 if extra_ids is None else extra_ids
     )

@@ -421,6 +421,7 @@ def chosen():
 WITH_ALL = ('nano', 't5_small', 't5_1_1_small', 't5_11b', 'byt5_small')
 
 
+@pytest.mark.slow
 def test_every_model_method_and_run_fit_together():
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   ways = [

@@ -134,6 +134,7 @@ def whole(tmp_path_factory):
   return directory, summary
 
 
+@pytest.mark.slow
 def test_a_prompt_reaches_85_percent(whole):
   # With a margin for other machines; the card says what was measured.
   _, summary = whole
@@ -143,6 +144,7 @@ def test_a_prompt_reaches_85_percent(whole):
   assert summary['full'] - summary['prompt'] <= 0.12
 
 
+@pytest.mark.slow
 def test_what_is_counted_right_is_what_is_decoded(whole):
   directory, summary = whole
   config, base = miniature.load(pretrained.directory('tiny'))

@@ -44,16 +44,18 @@ def bytes_on(device, tree):
   return sum(s.data.nbytes for s in shards if s.device == device)
 
 
-@pytest.mark.parametrize('method', [prompt.prompt(8), full.full()])
-def test_what_is_held_is_what_a_run_would_put_there(method):
-  run = dataclasses.replace(RUN, method=method)
+@pytest.mark.parametrize(
+  ('method', 'fsdp'),
+  [(prompt.prompt(8), False), (prompt.prompt(8), True), (full.full(), False)],
+)
+def test_what_is_held_is_what_a_run_would_put_there(method, fsdp):
+  config = dataclasses.replace(CONFIG, fsdp=fsdp)
+  run = dataclasses.replace(RUN, config=config, method=method)
   mesh = partitioning.make_mesh(4)
   one = partitioning.make_mesh(1, jax.devices()[:1])
-  planned = fit._held(
-    run, fit._on(parameters.plan(CONFIG, method, one), mesh), 0
-  )
+  planned = fit._held(run, parameters.plan(config, method, one).on(mesh), 0)
 
-  plan = parameters.plan(CONFIG, method, mesh)
+  plan = parameters.plan(config, method, mesh)
   params = parameters.initialize(plan, plan.params, seed=0)
   tx = optim.adafactor()
   state = state_lib.first_state(
@@ -68,6 +70,7 @@ def test_what_is_held_is_what_a_run_would_put_there(method):
     assert planned.optimizer == bytes_on(device, state.opt_state)
 
 
+@pytest.mark.slow
 def test_extrapolation_equals_compiling_every_layer():
   run = with_layers(4, 4)
   devices = jax.devices()[:1]
@@ -138,3 +141,20 @@ def test_the_best_mesh_is_the_least_split_one_that_fits():
 def test_unknown_accelerators_are_refused_by_name():
   with pytest.raises(ValueError, match='v5e'):
     fit.plan(8, 'tpu5')
+
+
+def test_when_nothing_fits_the_options_that_would_are_named(monkeypatch):
+  def memory(run, devices):
+    del devices
+    return {1: fit.Memory(int(8e9 if run.config.fsdp else 40e9), 0, 0, 0)}
+
+  monkeypatch.setattr(fit, 'measure', memory)
+  remat, fsdp, both = fit.suggest(RUN, [], 'v5e').splitlines()
+  assert remat.startswith('--gin.REMAT=True: no mesh fits')
+  assert fsdp.startswith('--gin.FSDP=True: best: --gin.MODEL_PARALLEL=1')
+  assert both.startswith('--gin.REMAT=True --gin.FSDP=True: best')
+  on = dataclasses.replace(CONFIG, remat=True)
+  left = fit.suggest(dataclasses.replace(RUN, config=on), [], 'v5e')
+  assert [line.split(':')[0] for line in left.splitlines()] == [
+    '--gin.FSDP=True'
+  ]
