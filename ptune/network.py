@@ -189,10 +189,10 @@ class Encoder(nn.Module):
       deterministic=not enable_dropout,
     )
     x = dropout(x)  # The prompt is dropped like any other position.
+    run = _again_backward if cfg.remat else _call
     for i in range(cfg.num_encoder_layers):
-      x = EncoderLayer(cfg, self.placements, name=f'layers_{i}')(
-        x, mask, bias, enable_dropout=enable_dropout
-      )
+      layer = EncoderLayer(cfg, self.placements, name=f'layers_{i}')
+      x = run(layer, x, mask, bias, enable_dropout=enable_dropout)
     x = LayerNorm(jnp.dtype(cfg.dtype), name='encoder_norm')(x)
     return adapt(self, self.placements, 'output', tokens, dropout(x))
 
@@ -279,8 +279,11 @@ class Decoder(nn.Module):
       deterministic=not enable_dropout,
     )
     x = dropout(x)
+    run = _again_backward if cfg.remat and not decode else _call
     for i in range(cfg.num_decoder_layers):
-      x = DecoderLayer(cfg, self.placements, name=f'layers_{i}')(
+      layer = DecoderLayer(cfg, self.placements, name=f'layers_{i}')
+      x = run(
+        layer,
         x,
         encoded,
         mask,
@@ -418,6 +421,18 @@ class Transformer(nn.Module):
       enable_dropout=enable_dropout,
       decode=decode,
     )
+
+
+def _call(layer: nn.Module, *arrays, **options) -> jax.Array:
+  return layer(*arrays, **options)
+
+
+def _again_backward(layer: nn.Module, *arrays, **options) -> jax.Array:
+  """Calls a layer; the backward pass keeps its arrays only, and calls it again.
+
+  What is sown in the layer is sown here too.
+  """
+  return nn.remat(functools.partial(_call, **options))(layer, *arrays)
 
 
 def _refuse_packing(tokens: jax.Array, length: int) -> None:

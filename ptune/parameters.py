@@ -85,6 +85,25 @@ class Plan:
     """A context in which the network is traced for this mesh."""
     return partitioning.scope(self.mesh, self.rules)
 
+  def on(self, mesh: Mesh) -> 'Plan':
+    """The same parameters on another mesh."""
+    config = self.network.config
+    rules = partitioning.rules(mesh, config)
+    shardings = partitioning.shardings(mesh, rules, self.axes)
+    if config.fsdp:
+      matrices = {
+        path: self.axes[path]
+        for path in self.base - self.trainable
+        if len(self.params[path].shape) > 1
+      }
+      split = partitioning.rules(mesh, config, partitioning.FULLY_SHARDED)
+      shardings |= partitioning.shardings(mesh, split, matrices)
+    params = {
+      path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path])
+      for path, x in self.params.items()
+    }
+    return dataclasses.replace(self, mesh=mesh, rules=rules, params=params)
+
 
 def plan(config: T5Config, method: Method, mesh: Mesh) -> Plan:
   """Works out every parameter; builds nothing.
@@ -102,14 +121,10 @@ def plan(config: T5Config, method: Method, mesh: Mesh) -> Plan:
       f'method {method.name!r} trains {idle}, which no parameter matches;'
       ' the parameters are:\n  ' + '\n  '.join(params)
     )
-  rules = partitioning.rules(mesh, config)
-  axes = network_lib.parameter_axes(network)
-  shardings = partitioning.shardings(mesh, rules, axes)
   structs = {
     path: jax.ShapeDtypeStruct(
       x.shape,
       jnp.float32 if path in trainable else _frozen_dtype(config, path, x),
-      sharding=shardings[path],
     )
     for path, x in params.items()
   }
@@ -118,12 +133,12 @@ def plan(config: T5Config, method: Method, mesh: Mesh) -> Plan:
     network=network,
     method=method,
     mesh=mesh,
-    rules=rules,
-    axes=axes,
+    rules=(),
+    axes=network_lib.parameter_axes(network),
     params=structs,
     base=frozenset(base),
     trainable=trainable,
-  )
+  ).on(mesh)
 
 
 def _any_match(pattern: str, paths: Iterable[str]) -> bool:

@@ -36,6 +36,9 @@ LOGICAL_AXIS_RULES = (
   ('adapter_heads', None),
   ('adapter_kv', None),
 )
+# With T5Config.fsdp, frozen matrices are split over `data` too: each of them
+# has an axis `embed`.
+FULLY_SHARDED = {'embed': 'data'}
 
 Rules = Sequence[tuple[str, str | None]]
 
@@ -65,20 +68,28 @@ def make_mesh(
   return Mesh(grid, ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
 
 
-def rules(mesh: Mesh, config: T5Config) -> Rules:
+def rules(
+  mesh: Mesh, config: T5Config, changes: Mapping[str, str | None] | None = None
+) -> Rules:
   """The logical axis rules for a mesh, without splits that do not come out.
 
   Six heads cannot be split over four devices; the other axes of that model
   still can.
+
+  Args:
+    mesh: The devices.
+    config: The sizes.
+    changes: What differs from `LOGICAL_AXIS_RULES`, such as `FULLY_SHARDED`.
   """
   sizes = {
+    'embed': config.emb_dim,
     'vocab': config.vocab_size,
     'mlp': config.mlp_dim,
     'heads': config.num_heads,
     'joined_kv': config.num_heads * config.head_dim,
   }
   kept = []
-  for axis, over in LOGICAL_AXIS_RULES:
+  for axis, over in (dict(LOGICAL_AXIS_RULES) | dict(changes or {})).items():
     if over and axis in sizes and sizes[axis] % mesh.shape[over]:
       logging.info(
         '%s (%d) is not split over the %d devices of axis %r',

@@ -27,6 +27,10 @@ class T5Config:
     dtype: 'float32' or 'bfloat16': what activations are computed in.
     frozen_dtype: What frozen matrices are kept in: 'float32', 'bfloat16', or
       'int8' with a scale for each output channel; `dtype` if not given.
+    fsdp: Whether frozen matrices lie split over all devices, `data` included,
+      and are gathered where they are used.
+    remat: Whether the backward pass computes each layer again, and only what
+      goes into it is kept.
     relative_attention_num_buckets: Buckets of the relative position bias.
     relative_attention_max_distance: Where its last bucket starts.
   """
@@ -43,6 +47,8 @@ class T5Config:
   dropout_rate: float = 0.0
   dtype: str = 'float32'
   frozen_dtype: str | None = None
+  fsdp: bool = False
+  remat: bool = False
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
 

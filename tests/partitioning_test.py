@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ptune import data, models, optim, parameters, partitioning, sizes
+from ptune import (
+  checkpoints,
+  data,
+  models,
+  optim,
+  parameters,
+  partitioning,
+  sizes,
+)
 from ptune import state as state_lib
 from ptune.methods import full, prompt
 from tests.network_test import SHALLOW, make_batch, nested
@@ -30,10 +38,10 @@ BATCH = make_batch([16, 9, 1, 16, 12, 3, 7, 16] * 4, TARGETS)
 
 
 @functools.cache
-def plan_on(mesh, method='prompt'):
+def plan_on(mesh, method='prompt', **changes):
   devices, model_parallel = MESHES.get(mesh, (1, 1))
   return parameters.plan(
-    SHALLOW,
+    dataclasses.replace(SHALLOW, **changes),
     prompt.prompt(5) if method == 'prompt' else full.full(),
     partitioning.make_mesh(model_parallel, jax.devices()[:devices]),
   )
@@ -115,7 +123,35 @@ def test_microbatches_change_nothing():
   assert_same(update('8x1', microbatches=4), update('8x1'))
 
 
+@pytest.mark.parametrize('mesh', ['8x1', '4x2'])
+def test_fully_sharded_weights_change_no_number(mesh):
+  plan = plan_on(mesh, fsdp=True)
+  tx, like, step = program(plan)
+  state = state_lib.first_state(tx, nested(placed(plan, plan.trainable)), like)
+  frozen = placed(plan, plan.frozen)
+  with plan.scope():
+    state, sums = step(state, nested(frozen), data.device_put(BATCH, plan.mesh))
+  trained = parameters.flatten(state.trainable)
+  assert_same((trained, jax.device_get(sums)), update(ONE))
+  assert trained[prompt.PATH].sharding.is_fully_replicated
+  whole = placed(plan_on(ONE), plan.frozen)
+  assert checkpoints.fingerprint(frozen) == checkpoints.fingerprint(whole)
+
+
 # ---------------------------------------------------------------------- shards
+
+
+@pytest.mark.parametrize('mesh', ['8x1', '4x2'])
+@pytest.mark.parametrize('frozen_dtype', [None, 'bfloat16', 'int8'])
+def test_fully_sharded_matrices_lie_in_equal_parts(mesh, frozen_dtype):
+  plan = plan_on(mesh, fsdp=True, frozen_dtype=frozen_dtype)
+  held = parameters.hold(plan, placed(plan, plan.frozen))
+  for path, struct in parameters.held(plan).items():
+    assert held[path].sharding.is_equivalent_to(struct.sharding, struct.ndim)
+    assert held[path].dtype == struct.dtype
+    if struct.ndim > 1 and not path.endswith('rel_embedding'):
+      shards = held[path].addressable_shards
+      assert {s.data.nbytes for s in shards} == {held[path].nbytes // 8}, path
 
 
 @pytest.mark.parametrize(
