@@ -360,18 +360,13 @@ def parse_all():
     'eval': ['eval', 'CHECKPOINT_PATH', 'EVAL_OUTPUT_DIR'],
     'infer': ['infer', 'CHECKPOINT_PATH', 'INFER_OUTPUT_DIR'],
   }
-  common = [
-    "MIXTURE_OR_TASK_NAME = 'hosted'",
-    'TASK_FEATURE_LENGTHS = {}',
-    'CLASS_LABELS = []',
-    "INITIAL_TEXT = ''",
-  ]
+  common = ["MIXTURE_OR_TASK_NAME = 'hosted'", 'TASK_FEATURE_LENGTHS = {}']
   all_models = sorted(path.stem for path in (ROOT / 'gin/models').iterdir())
   prompts = sorted(path.stem for path in (ROOT / 'gin/prompts').iterdir())
   for program, (run_file, *paths) in runs.items():
     bindings = [*common, *(f"{path} = '/there'" for path in paths)]
     if program == 'train':
-      bindings += ['TRAIN_STEPS = 10', "PROMPT_FILE = '/there'"]
+      bindings.append('TRAIN_STEPS = 10')
     # The file of T5X that is included calls it __main__.
     sys.modules['__main__'] = importlib.import_module(f't5x.{program}')
     for files in [
@@ -379,10 +374,17 @@ def parse_all():
       *(['models/tiny.gin', f'methods/{name}.gin'] for name in FILES),
       *(['models/tiny.gin', f'prompts/{name}.gin'] for name in prompts),
     ]:
+      text = ''.join((ROOT / 'gin' / file).read_text() for file in files)
+      # Those that a user has to set, such as CLASS_LABELS.
+      asked = set(re.findall(r'%([A-Z_]+)', text))
+      asked -= set(re.findall(r'^([A-Z_]+) =', text, re.M))
+      given = [f'{macro} = None' for macro in sorted(asked)]
       for order in (1, -1):
         gin.clear_config()
         run = f't5x/{run_file}.gin'
-        gin_utils.parse_gin_flags(search, [*files, run][::order], bindings)
+        gin_utils.parse_gin_flags(
+          search, [*files, run][::order], given + bindings
+        )
         for macro in ('MODEL', 'METHOD'):
           reference = gin.query_parameter(f'%{macro}')
           assert reference.evaluate, (files, macro)
