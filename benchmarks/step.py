@@ -1,125 +1,115 @@
 """Measures one training step of prompt tuning; prints one line of JSON.
 
-    python benchmarks/step.py --size=small --batch=8 --inputs=128 \\
-      --targets=16 --prompt_length=100 --dtype=float32
+    python -m benchmarks.step --versus=peft
+    python -m benchmarks.step --dtype=bfloat16 --versus=reference
 
 `flops_ratio` is XLA's count for the compiled step over that for a forward
 pass of the same batch: 2 would be a backward pass through the activations
-alone. It is deterministic; seconds are this machine's.
+alone. It is deterministic, as the bytes are; seconds are this machine's.
+
+`matmul_share` is the step's rate in FLOP per CPU second over that of the best
+matrix product of the same type at the MLP's shapes: what is left to be gained.
+
+--versus=reference takes the step as the paper's program does, on our network:
+a norm metric keeps the gradients of all parameters alive, the embedding
+multiplies by one-hot rows, and inputs are padded to --reference_inputs.
 """
 
-import argparse
-import json
 import math
-import resource
 import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
+from flax import linen as nn
 
-from ptune import optim, parameters, partitioning, sizes
+from benchmarks import peers
+from ptune import layers, parameters
 from ptune import state as state_lib
-from ptune.methods import prompt
-from ptune.models import EncoderDecoderModel
 
 
-def batch_of(config, rows, inputs, targets, mesh):
-  """Random tokens without padding, as T5's features."""
-  rng = np.random.default_rng(0)
-  draw = lambda n: rng.integers(2, config.vocab_size, (rows, n), np.int32)
-  target_tokens = draw(targets)
-  features = {
-    'encoder_input_tokens': draw(inputs),
-    'decoder_target_tokens': target_tokens,
-    'decoder_input_tokens': np.pad(target_tokens, ((0, 0), (1, 0)))[:, :-1],
-    'decoder_loss_weights': np.ones_like(target_tokens),
-  }
-  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-  return {k: jax.device_put(v, rows) for k, v in features.items()}
+def one_hot(next_method, args, kwargs, context):
+  """Lets the embedding multiply where it would look rows up."""
+  module = context.module
+  if not isinstance(module, layers.Embed) or context.method_name != '__call__':
+    return next_method(*args, **kwargs)
+  rows = jax.nn.one_hot(args[0], module.vocab_size, dtype=module.dtype)
+  return rows @ module.embedding.astype(module.dtype)
 
 
-def compile_step(plan, batch):
-  """Compiles the update and the forward pass from shapes alone.
+def reference_step(model, tx):
+  """The update with all gradients and one-hot rows."""
 
-  Returns:
-    The two programs and the abstract state.
-  """
-  model = EncoderDecoderModel(plan.network)
-  tx = optim.adafactor()
-  like = state_lib.abstract_state(tx, plan)
-  frozen = parameters.unflatten(parameters.held(plan))
-  update = state_lib.compile_step(model, tx, plan, like)
+  def step(state, frozen, batch):
+    def loss(params):
+      with nn.intercept_methods(one_hot):
+        return model.loss(params, batch)
 
-  def loss(trainable, frozen, batch):
-    return model.loss(parameters.merge(trainable, frozen), batch)[0]
+    params = parameters.merge(state.trainable, frozen)
+    grads, sums = jax.grad(loss, has_aux=True)(params)
+    sums['gradient_norm'] = optax.tree_utils.tree_norm(grads)
+    flat, ours = parameters.flatten(grads), parameters.flatten(state.trainable)
+    grads = parameters.unflatten({path: flat[path] for path in ours})
+    updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    return state_lib.TrainState(state.step + 1, trainable, opt_state), sums
 
-  with plan.scope():
-    step = update.lower(like, frozen, batch).compile()
-    forward = jax.jit(loss).lower(like.trainable, frozen, batch).compile()
-  return step, forward, tx, like
+  return jax.jit(step, donate_argnums=0)
 
 
-def measure(args) -> dict[str, object]:
+def measure(args):
   """Runs the steps; returns what is printed."""
-  config = sizes.t5(
-    f'{args.family}_{args.size}',
-    dtype=args.dtype,
-    frozen_dtype=args.frozen_dtype,
-  )
-  mesh = partitioning.make_mesh()
-  plan = parameters.plan(config, prompt.prompt(args.prompt_length), mesh)
-  batch = batch_of(config, args.batch, args.inputs, args.targets, mesh)
+  ours = peers.ours(args)
+  plan = ours.plan
+  batch = peers.batch_of(plan, args.batch, args.inputs, args.targets)
   start = time.perf_counter()
-  step, forward, tx, like = compile_step(plan, batch)
+  step, forward, tx, like = peers.compile_step(plan, batch)
   compile_seconds = time.perf_counter() - start
-
-  params = parameters.initialize(plan, plan.params, seed=0)
-  frozen = parameters.unflatten(
-    parameters.hold(plan, {p: params.pop(p) for p in plan.frozen})
+  # Donated: each has a copy of its own.
+  first = lambda: state_lib.first_state(
+    tx, jax.tree.map(jnp.copy, ours.trainable), like
   )
-  trainable = parameters.unflatten({p: params[p] for p in plan.trainable})
-  state = state_lib.first_state(tx, trainable, like)
-  wall, cpu = [], []
-  for _ in range(args.steps + 1):
-    start, start_cpu = time.perf_counter(), time.process_time()
-    state, sums = step(state, frozen, batch)
-    jax.block_until_ready((state, sums))
-    wall.append(time.perf_counter() - start)
-    cpu.append(time.process_time() - start_cpu)
+  calls = {'ours': peers.repeated(step, first(), ours.frozen, batch)}
+  result = {}
+  if args.versus == 'peft':
+    calls['peft'] = peers.peft_step(args, batch)
+  elif args.versus == 'reference':
+    longest = args.reference_inputs or args.inputs
+    long = longest - args.inputs
+    padded = {
+      k: jnp.pad(x, ((0, 0), (0, long))) if k == 'encoder_input_tokens' else x
+      for k, x in batch.items()
+    }
+    update = reference_step(ours.model, tx)
+    with plan.scope():
+      other = update.lower(first(), ours.frozen, padded).compile()
+    calls['reference'] = peers.repeated(other, first(), ours.frozen, padded)
+    result['reference_gflops'] = other.cost_analysis()['flops'] / 1e9
+  result |= peers.interleaved(calls, args.rounds)
   flops = [program.cost_analysis()['flops'] for program in (step, forward)]
-  temporary = step.memory_analysis().temp_size_in_bytes
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  rate = flops[0] / result['cpu_seconds']['ours']
+  best = peers.matmul_rate(args)
   return {
-    **vars(args),
-    'device': jax.devices()[0].device_kind,
-    'jax': jax.__version__,
+    **result,
     'flops_ratio': round(flops[0] / flops[1], 4),
     'step_gflops': round(flops[0] / 1e9, 2),
-    'cpu_seconds_per_step': round(float(np.median(cpu[1:])), 4),
-    'wall_seconds_per_step': round(float(np.median(wall[1:])), 4),
+    'gflops_per_cpu_second': round(rate / 1e9, 1),
+    'matmul_gflops_per_cpu_second': round(best / 1e9, 1),
+    'matmul_share': round(rate / best, 3),
     'compile_seconds': round(compile_seconds, 2),
-    'temporary_bytes': temporary,
+    'temporary_bytes': step.memory_analysis().temp_size_in_bytes,
     'frozen_bytes': sum(
-      math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+      math.prod(x.shape) * x.dtype.itemsize
       for x in parameters.held(plan).values()
     ),
-    'peak_bytes': peak,
   }
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--family', default='t5_1_1')
-  parser.add_argument('--size', default='small')
-  parser.add_argument('--batch', type=int, default=8)
-  parser.add_argument('--inputs', type=int, default=128)
-  parser.add_argument('--targets', type=int, default=16)
-  parser.add_argument('--prompt_length', type=int, default=100)
-  parser.add_argument('--dtype', default='float32')
-  parser.add_argument('--frozen_dtype')
-  parser.add_argument('--steps', type=int, default=5)
-  print(json.dumps(measure(parser.parse_args())))
+  parser = peers.parser(__doc__)
+  parser.add_argument('--versus', choices=('peft', 'reference'))
+  parser.add_argument('--reference_inputs', type=int)
+  peers.run(parser, measure)
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks import step as benchmark
+from benchmarks import peers
 from ptune import models, network, optim, parameters, partitioning, sizes
 from ptune import state as state_lib
 from ptune.methods import prompt
@@ -101,7 +101,7 @@ def test_a_prompt_step_costs_at_most_2_1_forward_passes():
       'decoder_loss_weights': 16,
     }.items()
   }
-  step, forward, *_ = benchmark.compile_step(plan, batch)
+  step, forward, *_ = peers.compile_step(plan, batch)
   step, forward = (p.cost_analysis()['flops'] for p in (step, forward))
   assert 20e9 < forward < 26e9
   assert 1.9 < step / forward < 2.1

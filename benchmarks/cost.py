@@ -1,0 +1,123 @@
+"""What a step costs against model size, prompt length and input length.
+
+    python -m benchmarks.cost --output=benchmarks/cost.png
+
+Draws, and prints as a line of JSON, the FLOP of a compiled step as XLA counts
+them, its CPU seconds, and beside both the analytic cost: of each matrix two
+FLOP a weight and token forward and two backward, as no gradient of a frozen
+weight is made; of attention, four a pair of positions forward and eight
+backward, where both operands have a gradient.
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib import figure
+
+from benchmarks import peers
+from ptune import state as state_lib
+
+SWEEPS = {
+  'size': ('small_quarter', 'small_half', 't5_1_1_small', 't5_1_1_base'),
+  'prompt_length': (1, 50, 100, 200),
+  'inputs': (32, 128, 256, 512),
+}
+
+
+def analytic(config, rows, prompt, inputs, targets):
+  """FLOP of a step."""
+  heads = config.num_heads * config.head_dim
+  attention, mlp = config.emb_dim * heads, config.emb_dim * config.mlp_dim
+  mlp *= 1 + len(config.mlp_activations)
+  read, written = prompt + inputs, targets
+  encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
+  weights = read * encoder * (4 * attention + mlp)
+  weights += read * decoder * 2 * attention  # Keys and values of the encoded.
+  weights += written * decoder * (6 * attention + mlp)
+  weights += written * config.emb_dim * config.vocab_size
+  pairs = encoder * read**2 + decoder * (written**2 + read * written)
+  return rows * (4 * weights + 12 * pairs * heads)
+
+
+def cost(args):
+  """Of one step: counted, calculated, and in seconds."""
+  ours = peers.ours(args)
+  plan = ours.plan
+  batch = peers.batch_of(plan, args.batch, args.inputs, args.targets)
+  step, _, tx, like = peers.compile_step(plan, batch)
+  trainable = jax.tree.map(jnp.copy, ours.trainable)
+  state = state_lib.first_state(tx, trainable, like)
+  call = peers.repeated(step, state, ours.frozen, batch)
+  taken = [peers.cpu_seconds(call) for _ in range(args.rounds + 1)]
+  config = plan.network.config
+  return {
+    'gflops': step.cost_analysis()['flops'] / 1e9,
+    'analytic_gflops': analytic(
+      config, args.batch, args.prompt_length, args.inputs, args.targets
+    )
+    / 1e9,
+    'cpu_seconds': float(np.median(taken[1:])),
+    'parameters': sum(x.size for x in plan.select(plan.base).values()),
+  }
+
+
+def draw(sweeps, path):
+  """One panel a sweep: FLOP to the left, seconds to the right."""
+  fig = figure.Figure(figsize=(12, 3.6), layout='constrained')
+  for axes, (name, points) in zip(
+    fig.subplots(1, len(sweeps)), sweeps.items(), strict=True
+  ):
+    x = [p['parameters'] if name == 'size' else p[name] for p in points]
+    axes.plot(x, [p['analytic_gflops'] for p in points], 'k--', lw=1)
+    axes.plot(x, [p['gflops'] for p in points], 'o', color='C0')
+    axes.set_ylabel('GFLOP a step', color='C0')
+    right = axes.twinx()
+    right.plot(x, [p['cpu_seconds'] for p in points], 's-', color='C1', ms=4)
+    right.set_ylabel('CPU seconds a step', color='C1')
+    axes.set_xlabel(
+      {
+        'size': 'parameters of the model',
+        'prompt_length': 'prompt length, tokens',
+        'inputs': 'input length, tokens',
+      }[name]
+    )
+    if name == 'size':
+      for each in (axes, right):
+        each.set(xscale='log', yscale='log')
+    else:
+      for each in (axes, right):
+        each.set_ylim(bottom=0)
+  fig.legend(
+    ['4 FLOP a weight and token, and attention', "XLA's count", 'CPU seconds'],
+    loc='outside lower center',
+    ncols=3,
+    handles=[*fig.axes[0].lines, *fig.axes[len(sweeps)].lines],
+    fontsize='small',
+  )
+  fig.savefig(path, dpi=120)
+
+
+def measure(args):
+  found, sweeps = {}, {}
+  for name, values in SWEEPS.items():
+    if args.tiny:
+      values = ('toy',) if name == 'size' else (4, 8)
+    sweeps[name] = []
+    for value in values:
+      one = argparse.Namespace(**{**vars(args), name: value})
+      key = (one.size, one.prompt_length, one.inputs)
+      if key not in found:
+        found[key] = cost(one)
+      sweeps[name].append({name: value, **found[key]})
+  if args.output:
+    draw(sweeps, args.output)
+  return {'sweeps': sweeps}
+
+
+if __name__ == '__main__':
+  flags = peers.parser(__doc__, batch=2, rounds=3)
+  flags.add_argument('--output', default='')
+  flags.add_argument('--tiny', action='store_true', help='two small points')
+  peers.run(flags, measure)

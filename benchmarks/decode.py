@@ -1,0 +1,89 @@
+"""Greedy decoding: a batch, and an ensemble of prompts on one example.
+
+    python -m benchmarks.decode --versus=peft
+    python -m benchmarks.decode --prompts=5
+
+Random weights seldom end an answer, so all --targets tokens are decoded, by
+PEFT too, which is told to. With --prompts, one example is answered with each of
+them, in one batch whose rows have prompts of their own (`together`), and in one
+pass after the other (`separate`).
+"""
+
+import functools
+
+import jax
+import numpy as np
+
+from benchmarks import peers
+from ptune import parameters
+from ptune.bank import PromptBank
+
+
+def of_batch(args):
+  """`ours`, and `peft` if asked for."""
+  ours = peers.ours(args)
+  batch = peers.batch_of(ours.plan, args.batch, args.inputs, args.targets)
+  # Nothing ends an answer, as in what PEFT is told.
+  model = ours.model.__class__(ours.plan.network, eos_id=-1)
+  predict = jax.jit(
+    lambda trainable, frozen, tokens: model.predict(
+      parameters.merge(trainable, frozen), tokens, args.targets
+    )
+  )
+  tokens = batch['encoder_input_tokens']
+  with ours.plan.scope():
+    program = predict.lower(ours.trainable, ours.frozen, tokens).compile()
+  calls = {'ours': lambda: program(ours.trainable, ours.frozen, tokens)}
+  if args.versus == 'peft':
+    import torch
+
+    peft = peers.peft(args).eval()
+    inputs = peers.torch_batch(batch)
+    del inputs['labels']
+    lengths = {'min_new_tokens': args.targets, 'max_new_tokens': args.targets}
+
+    @torch.no_grad()
+    def generate():
+      return peft.generate(**inputs, **lengths, num_beams=1, do_sample=False)
+
+    calls['peft'] = generate
+  return peers.interleaved(calls, args.rounds)
+
+
+def of_ensemble(args):
+  """One example, and several prompts."""
+  ours = peers.ours(args)
+  base = parameters.initialize(ours.plan, ours.plan.base, seed=0)
+  bank = PromptBank(
+    ours.plan.network.config,
+    base,
+    args.targets,
+    mesh=ours.plan.mesh,
+    model=functools.partial(ours.model.__class__, eos_id=-1),
+  )
+  rng = np.random.default_rng(0)
+  names = [f'prompt{i}' for i in range(args.prompts)]
+  for name in names:
+    shape = (args.prompt_length, bank.embed)
+    bank.add(name, rng.uniform(-0.5, 0.5, shape).astype(np.float32))
+  batch = peers.batch_of(ours.plan, 1, args.inputs, args.targets)
+  one = np.asarray(batch['encoder_input_tokens'])
+  all_rows = np.repeat(one, args.prompts, axis=0)
+  return peers.interleaved(
+    {
+      'together': lambda: bank.predict(names, all_rows),
+      'separate': lambda: [bank.predict([name], one) for name in names],
+    },
+    args.rounds,
+  )
+
+
+def measure(args):
+  return of_ensemble(args) if args.prompts else of_batch(args)
+
+
+if __name__ == '__main__':
+  flags = peers.parser(__doc__)
+  flags.add_argument('--versus', choices=('peft',))
+  flags.add_argument('--prompts', type=int, default=0)
+  peers.run(flags, measure)

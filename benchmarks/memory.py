@@ -1,0 +1,38 @@
+"""Bytes of the frozen weights and of a step, by type; runs nothing.
+
+    python -m benchmarks.memory --size=t5_1_1_base
+
+XLA says what a compiled step needs, so every number is deterministic for a
+version of it. `arguments` are the weights, the state and the batch, `temporary`
+what a step needs beside them.
+"""
+
+from benchmarks import peers
+from ptune import parameters
+
+# Activations, and frozen weights.
+TYPES = (
+  ('float32', 'float32'),
+  ('bfloat16', 'bfloat16'),
+  ('float32', 'int8'),
+  ('bfloat16', 'int8'),
+)
+
+
+def measure(args):
+  result = {}
+  for dtype, frozen in TYPES:
+    plan = peers.plan_of(args, dtype=dtype, frozen_dtype=frozen)
+    batch = peers.batch_of(plan, args.batch, args.inputs, args.targets)
+    memory = peers.compile_step(plan, batch)[0].memory_analysis()
+    held = parameters.held(plan).values()
+    result[f'{dtype}, {frozen} weights'] = {
+      'frozen_bytes': sum(map(parameters.nbytes, held)),
+      'argument_bytes': memory.argument_size_in_bytes,
+      'temporary_bytes': memory.temp_size_in_bytes,
+    }
+  return result
+
+
+if __name__ == '__main__':
+  peers.run(peers.parser(__doc__), measure)

@@ -1,0 +1,62 @@
+"""K prompts in one step on one frozen model, beside K steps of one prompt.
+
+    python -m benchmarks.multi_prompt --runs=8 --batch=1
+
+--batch is the examples of each prompt. Every prompt has its own optimizer
+state; `times_separate` is what K steps cost, by one step of all. The frozen
+weights lie in memory once in both; K processes would hold them K times.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import peers
+from ptune import many, optim
+from ptune import state as state_lib
+from ptune.methods import prompt
+from ptune.models import EncoderDecoderModel
+
+
+def measure(args):
+  ours = peers.ours(args)
+  plan = ours.plan
+  runs = {
+    f'run{i}': many.Run('', prompt.prompt(args.prompt_length), seed=i)
+    for i in range(args.runs)
+  }
+  groups = many.group(runs, plan.network.config, plan.mesh)
+  one = peers.batch_of(plan, args.batch, args.inputs, args.targets)
+  rows = {k: jnp.tile(x, (args.runs, 1)) for k, x in one.items()}
+  copy = lambda: jax.tree.map(jnp.copy, ours.trainable)
+  state = many.first_state(
+    optim.adafactor(learning_rate=0.0), {name: copy() for name in runs}, groups
+  )
+  update = many.compile_step(
+    EncoderDecoderModel, optim.adafactor, 0, runs, groups
+  )
+  with plan.scope():
+    together = update.lower(state, ours.frozen, rows).compile()
+  step, _, tx, like = peers.compile_step(plan, one)
+  alone = [
+    peers.repeated(
+      step, state_lib.first_state(tx, copy(), like), ours.frozen, one
+    )
+    for _ in runs
+  ]
+  flops = [p.cost_analysis()['flops'] for p in (together, step)]
+  return {
+    **peers.interleaved(
+      {
+        'together': peers.repeated(together, state, ours.frozen, rows),
+        'separate': lambda: [call() for call in alone],
+      },
+      args.rounds,
+    ),
+    'flops_by_separate': round(flops[0] / flops[1] / args.runs, 4),
+  }
+
+
+if __name__ == '__main__':
+  flags = peers.parser(__doc__, batch=1)
+  flags.add_argument('--runs', type=int, default=8)
+  peers.run(flags, measure)

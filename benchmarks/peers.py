@@ -1,0 +1,298 @@
+"""What is measured, beside what, and how.
+
+`ours` is prompt tuning by ptune, `peft` by Hugging Face's PEFT on PyTorch:
+the same model shape with random weights, the same batch, one thread each.
+Programs that are compared run in turns in one process on one core, so that
+what else the machine does hits both; seconds are CPU seconds of the process.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ptune import optim, parameters, partitioning, sizes
+from ptune import state as state_lib
+from ptune.methods import prompt
+from ptune.models import EncoderDecoderModel
+
+# The published sizes, and smaller ones with their vocabulary.
+SIZES = {
+  **sizes.SIZES,
+  **{
+    name: dataclasses.replace(
+      sizes.SIZES['t5_1_1_small'],
+      emb_dim=embed,
+      num_heads=heads,
+      mlp_dim=2 * embed,
+      num_encoder_layers=layers,
+      num_decoder_layers=layers,
+      vocab_size=vocab,
+    )
+    for name, (layers, embed, heads, vocab) in {
+      'toy': (1, 16, 1, 512),
+      'small_quarter': (4, 128, 2, 32128),
+      'small_half': (6, 256, 4, 32128),
+    }.items()
+  },
+}
+
+# ------------------------------------------------------------------- measuring
+
+
+def cpu_seconds(call: Callable[[], Any]) -> float:
+  """CPU seconds of one call, until its result is there."""
+  start = time.process_time()
+  jax.block_until_ready(call())
+  return time.process_time() - start
+
+
+def interleaved(
+  calls: Mapping[str, Callable[[], Any]], rounds: int
+) -> dict[str, Any]:
+  """Calls each in turn, once more than `rounds` times; the first is dropped.
+
+  Returns:
+    `cpu_seconds` of each, the median; and of each but the first, by the first
+    one's: `times_NAME` (median over the rounds) and `times_NAME_min`.
+  """
+  taken: dict[str, list[float]] = {name: [] for name in calls}
+  for _ in range(rounds + 1):
+    for name, call in calls.items():
+      taken[name].append(cpu_seconds(call))
+  first, *others = calls
+  result: dict[str, Any] = {
+    'cpu_seconds': {
+      name: round(float(np.median(t[1:])), 4) for name, t in taken.items()
+    }
+  }
+  for name in others:
+    ratios = np.divide(taken[name][1:], taken[first][1:])
+    result[f'times_{name}'] = round(float(np.median(ratios)), 3)
+    result[f'times_{name}_min'] = round(float(np.min(ratios)), 3)
+  return result
+
+
+def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
+  """Flags that most scripts share."""
+  made = argparse.ArgumentParser(description=description.splitlines()[0])
+  shared = {
+    'size': 't5_1_1_small',
+    'batch': 8,
+    'inputs': 128,
+    'targets': 16,
+    'prompt_length': 100,
+    'dtype': 'float32',
+    'rounds': 5,
+  }
+  for name, value in {**shared, **defaults}.items():
+    made.add_argument(f'--{name}', type=type(value), default=value)
+  made.add_argument('--frozen_dtype', choices=('float32', 'bfloat16', 'int8'))
+  return made
+
+
+def run(
+  parser: argparse.ArgumentParser,
+  measure: Callable[[argparse.Namespace], Mapping[str, Any]],
+) -> None:
+  """Reads the flags, measures on one core, and prints a line of JSON."""
+  args = parser.parse_args()
+  if hasattr(os, 'sched_setaffinity'):  # Before JAX starts its threads.
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+  result = measure(args)
+  device = jax.devices()[0].device_kind
+  about = {'device': device, 'jax': jax.__version__}
+  print(json.dumps({**vars(args), **about, **result}))
+
+
+# ------------------------------------------------------------------------ ours
+
+
+class Ours(NamedTuple):
+  """A network with a prompt, and random values for it.
+
+  Attributes:
+    plan: Its parameters.
+    trainable: The prompt, a nested dict as in the network.
+    frozen: The others, as a run holds them.
+  """
+
+  plan: parameters.Plan
+  trainable: Any
+  frozen: Any
+
+  @property
+  def model(self) -> EncoderDecoderModel:
+    return EncoderDecoderModel(self.plan.network)
+
+
+def plan_of(args: argparse.Namespace, **changes: Any) -> parameters.Plan:
+  """The parameters of what the flags ask for; nothing is built."""
+  config = dataclasses.replace(
+    SIZES[args.size],
+    **{'dtype': args.dtype, 'frozen_dtype': args.frozen_dtype, **changes},
+  )
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  return parameters.plan(config, prompt.prompt(args.prompt_length), mesh)
+
+
+def ours(args: argparse.Namespace) -> Ours:
+  """What the flags ask for."""
+  plan = plan_of(args)
+  params = parameters.initialize(plan, plan.params, seed=0)
+  frozen = parameters.hold(plan, {p: params.pop(p) for p in plan.frozen})
+  return Ours(plan, parameters.unflatten(params), parameters.unflatten(frozen))
+
+
+def batch_of(
+  plan: parameters.Plan, rows: int, inputs: int, targets: int
+) -> dict[str, jax.Array]:
+  """Random tokens without padding, as T5's features."""
+  rng = np.random.default_rng(0)
+  vocab = plan.network.config.vocab_size
+  draw = lambda n: rng.integers(2, vocab, (rows, n), np.int32)
+  target_tokens = draw(targets)
+  features = {
+    'encoder_input_tokens': draw(inputs),
+    'decoder_target_tokens': target_tokens,
+    'decoder_input_tokens': np.pad(target_tokens, ((0, 0), (1, 0)))[:, :-1],
+    'decoder_loss_weights': np.ones_like(target_tokens),
+  }
+  sharding = NamedSharding(plan.mesh, PartitionSpec('data'))
+  return {k: jax.device_put(v, sharding) for k, v in features.items()}
+
+
+def compile_step(plan: parameters.Plan, batch: Mapping[str, Any]):
+  """Compiles the update and the forward pass from shapes alone.
+
+  Returns:
+    The two programs, the optimizer, and the abstract state.
+  """
+  model = EncoderDecoderModel(plan.network)
+  tx = optim.adafactor()
+  like = state_lib.abstract_state(tx, plan)
+  frozen = parameters.unflatten(parameters.held(plan))
+  update = state_lib.compile_step(model, tx, plan, like)
+
+  def loss(trainable, frozen, batch):
+    return model.loss(parameters.merge(trainable, frozen), batch)[0]
+
+  with plan.scope():
+    step = update.lower(like, frozen, batch).compile()
+    forward = jax.jit(loss).lower(like.trainable, frozen, batch).compile()
+  return step, forward, tx, like
+
+
+def repeated(step: Callable[..., Any], state: Any, *rest: Any):
+  """A call without arguments that takes the next step."""
+
+  def call():
+    nonlocal state
+    state, sums = step(state, *rest)
+    return state, sums
+
+  return call
+
+
+def matmul_rate(args: argparse.Namespace) -> float:
+  """FLOP per CPU second of the best of an MLP's products, at its shapes."""
+  config = plan_of(args).network.config
+  rows = args.batch * (args.prompt_length + args.inputs)
+  dtype, best = jnp.dtype(args.dtype), 0.0
+  multiply = jax.jit(
+    lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)
+  )
+  for inner, outer in (
+    (config.emb_dim, config.mlp_dim),
+    (config.mlp_dim, config.emb_dim),
+  ):
+    a = jnp.ones((rows, inner), dtype)
+    b = jnp.ones((inner, outer), dtype)
+    flops = 2 * rows * inner * outer
+    call = functools.partial(multiply, a, b)
+    seconds = min(cpu_seconds(call) for _ in range(20))
+    best = max(best, flops / seconds)
+  return best
+
+
+# ------------------------------------------------------------------------ peft
+
+
+def peft(args: argparse.Namespace):
+  """The same model with the same prompt, by PEFT; on one thread."""
+  import peft as peft_lib
+  import torch
+  import transformers
+
+  torch.set_num_threads(1)
+  torch.manual_seed(0)
+  ours = plan_of(args).network.config
+  fields: dict[str, Any] = {
+    'vocab_size': ours.vocab_size,
+    'd_model': ours.emb_dim,
+    'd_kv': ours.head_dim,
+    'd_ff': ours.mlp_dim,
+    'num_layers': ours.num_encoder_layers,
+    'num_decoder_layers': ours.num_decoder_layers,
+    'num_heads': ours.num_heads,
+    'feed_forward_proj': 'gated-gelu',
+    'tie_word_embeddings': False,
+    'dropout_rate': 0.0,
+    'decoder_start_token_id': 0,
+  }
+  config = transformers.T5Config.from_dict(fields)
+  base = transformers.T5ForConditionalGeneration(config)
+  base = base.to(getattr(torch, args.dtype))
+  tuning = peft_lib.PromptTuningConfig(
+    task_type=peft_lib.TaskType.SEQ_2_SEQ_LM,
+    num_virtual_tokens=args.prompt_length,
+  )
+  return peft_lib.get_peft_model(base, tuning)
+
+
+def torch_batch(batch: Mapping[str, jax.Array]) -> dict[str, Any]:
+  """A batch as PEFT's models take it."""
+  import torch
+
+  tokens = torch.from_numpy(np.array(batch['encoder_input_tokens'])).long()
+  targets = torch.from_numpy(np.array(batch['decoder_target_tokens'])).long()
+  return {
+    'input_ids': tokens,
+    'attention_mask': torch.ones_like(tokens),
+    'labels': targets,
+  }
+
+
+def peft_step(
+  args: argparse.Namespace, batch: Mapping[str, jax.Array]
+) -> Callable[[], float]:
+  """One update by PEFT, with Adafactor."""
+  import transformers
+
+  model, inputs = peft(args), torch_batch(batch)
+  model.train()
+  optimizer = transformers.Adafactor(
+    [p for p in model.parameters() if p.requires_grad],
+    lr=0.3,
+    relative_step=False,
+    scale_parameter=False,
+    warmup_init=False,
+  )
+
+  def step():
+    loss = model(**inputs).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+  return step

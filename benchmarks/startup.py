@@ -1,0 +1,105 @@
+"""From a fresh process to a trained step: what starting `ptune train` costs.
+
+    python -m benchmarks.startup
+    python -m benchmarks.startup --model=t5_1_1_small
+
+Runs the program for one step of a task of files, three times: with an empty
+compilation cache (`cold`), and twice with the one it left (`warm` is the
+second). `ptune://tiny` is the default model; for another, a checkpoint of
+random weights is written first. `import_*` are processes that import only that.
+"""
+
+import argparse
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+from benchmarks import peers
+
+IMPORTS = ('jax', 'seqio', 'ptune.train')
+STARTS = ('cold', 'filled', 'warm')
+
+
+def process(*command, **environment):
+  """Wall and CPU seconds of a process."""
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
+  start = time.monotonic()
+  subprocess.run(
+    command,
+    check=True,
+    env={**os.environ, **environment},
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  cpu = sum(
+    getattr(after, field) - getattr(before, field)
+    for field in ('ru_utime', 'ru_stime')
+  )
+  wall = time.monotonic() - start
+  return {'wall_seconds': round(wall, 2), 'cpu_seconds': round(cpu, 2)}
+
+
+def checkpoint_of(model, directory):
+  """Writes random weights, in the layout of a run; returns where."""
+  import jax.numpy as jnp
+
+  from ptune import checkpoints, parameters, partitioning, sizes
+  from ptune.methods import full
+  from ptune.state import TrainState
+
+  plan = parameters.plan(sizes.t5(model), full.full(), partitioning.make_mesh())
+  values = parameters.initialize(plan, plan.params, seed=0)
+  with checkpoints.Checkpoints(directory / 'checkpoints', start=0) as saved:
+    saved.save(TrainState(jnp.int32(1), parameters.unflatten(values), {}), {})
+  return str(directory)
+
+
+def measure(args):
+  with tempfile.TemporaryDirectory() as temporary:
+    place = pathlib.Path(temporary)
+    rows = [f'a text of some words {i}\tyes\n' for i in range(64)]
+    (place / 'train.tsv').write_text(''.join(['text\tlabel\n', *rows]))
+    tiny = args.model == 'tiny'
+    base = 'ptune://tiny' if tiny else checkpoint_of(args.model, place / 'base')
+    macros = {
+      'TASK_FILES': {'train': str(place / 'train.tsv')},
+      'INPUTS': '{text}',
+      'TARGETS': '{label}',
+      'VOCABULARY': 'ptune://tiny',
+      'INITIAL_CHECKPOINT_PATH': base,
+      'TASK_FEATURE_LENGTHS': {'inputs': 32, 'targets': 4},
+      'EVAL_SPLIT': None,
+      'TRAIN_STEPS': 1,
+      'BATCH_SIZE': 8,
+    }
+
+    def train(name):
+      return process(
+        *(sys.executable, '-m', 'ptune.train'),
+        f'--gin_file=models/{args.model}.gin',
+        '--gin_file=prompts/random_uniform.gin',
+        '--gin_file=runs/train.gin',
+        '--gin_file=tasks/from_files.gin',
+        *(f'--gin.{k}={v!r}' for k, v in macros.items()),
+        f'--gin.MODEL_DIR={str(place / name)!r}',
+        JAX_COMPILATION_CACHE_DIR=str(place / 'cache'),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
+      )
+
+    result = {name: train(name) for name in STARTS}
+    result.pop('filled', None)
+    return result | {
+      f'import_{name}': process(sys.executable, '-c', f'import {name}')
+      for name in IMPORTS
+    }
+
+
+if __name__ == '__main__':
+  flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  flags.add_argument('--model', default='tiny')
+  peers.run(flags, measure)

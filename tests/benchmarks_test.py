@@ -1,0 +1,142 @@
+"""The benchmarks run, and what is deterministic in them is as promised."""
+
+import argparse
+import json
+import os
+import runpy
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import peers, startup
+from ptune import parameters
+from ptune import state as state_lib
+from tests import tiny
+
+FLAGS = {'size': 'toy', 'batch': 2, 'inputs': 16, 'targets': 4}
+FLAGS |= {'prompt_length': 3, 'rounds': 1}
+
+
+@pytest.fixture
+def measure(monkeypatch, capsys):
+  """Runs a script as a program; returns the line of JSON that it prints."""
+  monkeypatch.setattr(os, 'sched_setaffinity', lambda *_: None, raising=False)
+  jax.config.update('jax_disable_most_optimizations', True)
+
+  def run(script, *more, **flags):
+    flags = {**FLAGS, **flags}
+    monkeypatch.setattr(
+      sys, 'argv', [script, *(f'--{k}={v}' for k, v in flags.items()), *more]
+    )
+    runpy.run_module(f'benchmarks.{script}', run_name='__main__')
+    (line,) = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+  yield run
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def test_step(measure):
+  found = measure('step', versus='reference', reference_inputs=24)
+  # Of so small a model, much is no product.
+  assert 1.5 < found['flops_ratio'] < 2.5
+  assert found['reference_gflops'] * 1e9 > 1.3e9 * found['step_gflops']
+  assert found['times_reference'] >= found['times_reference_min'] > 0
+  assert 0 < found['matmul_share']
+
+
+@pytest.mark.filterwarnings('ignore')  # PyTorch's libraries, of themselves.
+@pytest.mark.parametrize('script', ['step', 'decode'])
+def test_beside_peft(measure, script):
+  pytest.importorskip('peft')
+  assert measure(script, versus='peft')['times_peft'] > 0
+
+
+def test_memory_is_a_half_and_a_quarter(measure):
+  found = measure('memory')
+  size = {k: v['frozen_bytes'] for k, v in found.items() if 'weights' in k}
+  whole = size['float32, float32 weights']
+  args = argparse.Namespace(**FLAGS, dtype='float32', frozen_dtype=None)
+  plan = peers.plan_of(args)
+  assert whole == 4 * sum(x.size for x in plan.select(plan.base).values())
+  assert 0.5 <= size['bfloat16, bfloat16 weights'] / whole < 0.51
+  assert 0.25 < size['bfloat16, int8 weights'] / whole < 0.32
+  for name, bytes_of in found.items():
+    if 'weights' in name:
+      assert bytes_of['argument_bytes'] > bytes_of['frozen_bytes']
+      assert bytes_of['temporary_bytes'] > 0
+
+
+def test_decode(measure):
+  assert measure('decode')['cpu_seconds'].keys() == {'ours'}
+  found = measure('decode', prompts=2)
+  assert found['cpu_seconds'].keys() == {'together', 'separate'}
+
+
+def test_several_prompts_cost_the_flops_of_each(measure):
+  found = measure('multi_prompt', runs=2)
+  assert 0.95 < found['flops_by_separate'] < 1.05
+  assert found['times_separate'] > 0
+
+
+def test_batches_of_like_lengths_are_padded_less(measure, tmp_path):
+  pytest.importorskip('seqio')
+  rng = np.random.default_rng(0)
+  rows = ['word ' * n for n in rng.integers(1, 30, 64)]
+  lines = ['text\tlabel\n', *(f'{row.strip()}\tyes\n' for row in rows)]
+  (tmp_path / 'train.tsv').write_text(''.join(lines))
+  found = measure(
+    'batching',
+    data=tmp_path,
+    inputs=96,
+    batch=8,
+    targets=8,
+    checkpoint='ptune://tiny',
+  )
+  padding = [found[k]['padding'] for k in ('bucketed', 'longest', 'full')]
+  assert padding[0] < padding[1] < padding[2]
+  assert [found[k]['shapes'] for k in ('bucketed', 'full')] == [3, 1]
+  losses = [found[k]['loss'] for k in ('bucketed', 'longest', 'full')]
+  np.testing.assert_allclose(losses, losses[0], rtol=0.2)
+
+
+def test_batching_without_data_says_so(measure, tmp_path):
+  with pytest.raises(SystemExit) as leaving:
+    measure('batching', data=tmp_path)
+  assert not leaving.value.code
+
+
+def test_cost_is_what_the_formula_says(measure, tmp_path):
+  found = measure('cost', '--tiny', output=tmp_path / 'cost.png')
+  assert (tmp_path / 'cost.png').stat().st_size > 10_000
+  for points in found['sweeps'].values():
+    for point in points:
+      assert 0.9 < point['gflops'] / point['analytic_gflops'] < 1.6
+
+
+def test_startup(monkeypatch):
+  monkeypatch.setattr(startup, 'STARTS', ('cold',))
+  monkeypatch.setattr(startup, 'IMPORTS', ('json',))
+  monkeypatch.setattr(os, 'environ', tiny.environment())
+  found = startup.measure(argparse.Namespace(model='tiny'))
+  assert found.keys() == {'cold', 'import_json'}
+  assert found['import_json']['cpu_seconds'] < found['cold']['cpu_seconds']
+
+
+def test_a_step_moves_nothing_between_host_and_device():
+  args = argparse.Namespace(**FLAGS, dtype='float32', frozen_dtype=None)
+  ours = peers.ours(args)
+  batch = peers.batch_of(ours.plan, 2, 16, 4)
+  step, _, tx, like = peers.compile_step(ours.plan, batch)
+  state = state_lib.first_state(tx, ours.trainable, like)
+  call = peers.repeated(step, state, ours.frozen, batch)
+  with jax.transfer_guard('disallow'):
+    for _ in range(3):
+      state, sums = call()
+    with pytest.raises(Exception, match=r'[Dd]isallowed host-to-device'):
+      jax.numpy.sin(np.ones(3))
+  assert int(state.step) == 3
+  assert parameters.flatten(state.trainable).keys() == ours.plan.trainable
+  assert np.isfinite(float(sums['loss']))
