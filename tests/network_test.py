@@ -899,7 +899,12 @@ def test_computing_layers_again_changes_memory_only():
       batch,
       jax.random.key(1),
     )
-    compiled = jax.jit(gradient).lower(*arguments).compile()
+    # Less work for LLVM; what is done, and in which memory, is the same.
+    compiled = (
+      jax.jit(gradient)
+      .lower(*arguments)
+      .compile({'xla_backend_optimization_level': 0})
+    )
     results.append((network.sites(net), compiled(*arguments)))
     memory.append(compiled.memory_analysis().temp_size_in_bytes)
     flops.append(compiled.cost_analysis()['flops'])
