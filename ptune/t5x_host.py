@@ -473,8 +473,7 @@ def save_adapter(
   wrong = [path for path, x in trained.items() if not np.isfinite(x).all()]
   if wrong:
     raise ValueError(
-      f'at step {step} these are not finite: {wrong}. Lower LEARNING_RATE; with'
-      ' methods/multitask.gin, every input must begin with the token of a task.'
+      f'at step {step} these are not finite: {wrong}; lower LEARNING_RATE.'
       f' Checkpoint {step} is not saved'
     )
   if len(trained) == len(flat) or jax.process_index() != 0:

@@ -278,9 +278,7 @@ def test_other_losses_are_refused(work):
     t5x_host.Model(TINY, METHODS['prompt'], 'hosted', 'hosted_task', loss=loss)
 
 
-def test_rows_of_no_task_make_the_loss_nan_and_are_not_saved(
-  base, work, tmp_path
-):
+def test_rows_of_no_task_make_the_loss_nan_and_train_nothing(base, work):
   """T5X does not call `Method.check`."""
   method = multitask.multitask(3, tasks=2, vocab_size=128)
   tokens = np.full((4, 6), 9, np.int32)  # Of the tasks: 127 and 126.
@@ -297,9 +295,19 @@ def test_rows_of_no_task_make_the_loss_nan_and_are_not_saved(
     method, base, {k: v.shape for k, v in batch.items()}, ptune_adafactor
   )
   assert np.isnan(hosted.step(batch))
-  state = hosted.trainer.train_state.state_dict()
-  with pytest.raises(ValueError, match=r'not finite.*task_prompts.*multitask'):
-    t5x_host.save_adapter(state, None, model_dir=str(tmp_path), method=method)
+  assert all(np.isfinite(x).all() for x in hosted.params().values())
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+  params = {prompt.PATH: np.full((3, 4), np.nan), 'decoder/x': np.ones(2)}
+  state = {
+    'target': parameters.unflatten(jax.tree.map(jax.numpy.asarray, params)),
+    'state': {'step': np.int32(7)},
+  }
+  with pytest.raises(ValueError, match=r'step 7 .*prompt/prompt.*not saved'):
+    t5x_host.save_adapter(
+      state, None, model_dir=str(tmp_path), method=METHODS['prompt']
+    )
   assert not list(tmp_path.iterdir())
 
 
