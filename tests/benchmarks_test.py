@@ -84,7 +84,7 @@ def test_several_prompts_cost_the_flops_of_each(measure):
 def test_batches_of_like_lengths_are_padded_less(measure, tmp_path):
   pytest.importorskip('seqio')
   rng = np.random.default_rng(0)
-  rows = ['word ' * n for n in rng.integers(1, 30, 64)]
+  rows = ['word ' * n for n in rng.integers(1, 80, 64)]
   lines = ['text\tlabel\n', *(f'{row.strip()}\tyes\n' for row in rows)]
   (tmp_path / 'train.tsv').write_text(''.join(lines))
   found = measure(
