@@ -195,9 +195,7 @@ class Report:
     )
     for task, values in scores.items():
       shown = format_scores(values)
-      logging.info(
-        '%sstep %d  %s %s: %s', self._name, step, task, split, shown
-      )
+      logging.info('%sstep %d  %s %s: %s', self._name, step, task, split, shown)
 
   @contextlib.contextmanager
   def paused(self, doing: str) -> Iterator[None]:
