@@ -14,6 +14,8 @@ from ptune.convert.prompts import read_prompt
 from ptune.methods import ia3, prompt
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 4
 ARRAY = np.random.default_rng(0).normal(size=(LENGTH, 16)).astype(np.float32)
 

@@ -15,6 +15,8 @@ from ptune import parameters
 from ptune import state as state_lib
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 FLAGS = {'size': 'toy', 'batch': 2, 'inputs': 16, 'targets': 4}
 FLAGS |= {'prompt_length': 3, 'rounds': 1}
 

@@ -174,7 +174,7 @@ def test_an_activation_that_t5x_does_not_say_is_given(tmp_path):
     convert(tmp_path / 'c', 't5x', tmp_path / 'd', activations=gelu)
   for wrong, message in (
     (('relu',), r'mlp/wi_0/kernel: \[4, 7\], expected none'),
-    (('tanh', 'linear'), "'tanh', 'linear'.* have no feed_forward_proj"),
+    (('tanh', 'linear'), "'tanh', 'linear'.*; they must be of"),
   ):
     with pytest.raises(ValueError, match=message):
       convert(tmp_path / 'a', 'huggingface', tmp_path / 'd', activations=wrong)

@@ -64,6 +64,7 @@ def test_a_demo_shows_answers_of_both_tasks_and_how_to_go_on(run):
   assert 't5_1_1_base.gin' in text
 
 
+@pytest.mark.slow
 def test_a_second_demo_replaces_the_first_by_the_same(run):
   directory, summary, _ = run
   before = {p.name: p.read_bytes() for p in directory.iterdir()}

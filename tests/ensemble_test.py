@@ -10,6 +10,8 @@ from ptune import ensemble, evaluate
 from ptune.methods import prompt
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_majority_wins_and_the_scores_decide_a_tie():
   a, b, c = [1, 0], [2, 1], [3, 1]

@@ -91,6 +91,7 @@ def names(folder):
   return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bits(calm, tmp_path):
   """Kills in a checkpoint's writing, right after it, and at any moment."""
   run = tmp_path / 'run'

@@ -23,6 +23,8 @@ from ptune.methods import full, lora, prompt
 from ptune.models import EncoderDecoderModel
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 SMALL = prompt_init.random_uniform(-0.1, 0.1)
 RUNS = {
   'a': Run('tiny', prompt.prompt(3), 0.05, seed=1),

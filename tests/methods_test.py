@@ -251,6 +251,7 @@ def test_cached_decoding_equals_the_whole_forward_pass(name):
 # ------------------------------------------------------------------- steps
 
 
+@pytest.mark.slow
 @several
 def test_a_step_is_the_same_when_sharded_and_after_a_restart(
   name, tmp_path, quick_compiler

@@ -174,7 +174,7 @@ class Killed(BaseException):
     (checkpoints, 'save_best', 1, True),
     (report.Report, 'evaluate', 1, True),
     (checkpoints.Checkpoints, 'save', 3, False),
-    (train, '_write_prompt', 3, False),
+    (train, 'write_prompt', 3, False),
     (train, '_add_sums', 11, True),
   ],
 )
