@@ -86,10 +86,12 @@ def test_who_ends_with_an_error_is_named_too(leaver):
     [f'--leaves={leaver}', '--status=2'],
     call='tests.multiprocess_test:wait_or_hang',
   )
-  assert [process.wait() for process in started] == [2, 2, 2]
+  statuses = [process.wait() for process in started]
+  assert statuses[leaver] == 2 and set(statuses) <= {1, 2}
   for index, process in enumerate(started):
+    # One whose own connections broke first ends with that error, and 1.
     told = f'process {leaver} (host' in process.output
-    assert told == (index != leaver)
+    assert told == (index != leaver) or statuses[index] == 1
     assert 'absl::' not in process.output  # No C++ trace.
 
 
