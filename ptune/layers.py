@@ -102,6 +102,25 @@ def _product_backward(spec, operands, cotangent):
 product.defvjp(_product_forward, _product_backward)
 
 
+def scale_of(module: nn.Module, name: str) -> jax.Array | None:
+  """The scales [features] beside an int8 parameter; see `parameters.hold`."""
+  name = f'{name}_scale'
+  if module.has_variable('params', name):
+    return module.get_variable('params', name)
+  return None
+
+
+def project(
+  x: jax.Array, weights: jax.Array, term: str, scale: jax.Array | None
+) -> jax.Array:
+  """[..., i] times weights, 'io' or 'oi' by `term`: [..., o] float32."""
+  rows = 'abcd'[: x.ndim - 1]
+  y = product(f'{rows}i,{term}->{rows}o', x, weights.astype(x.dtype))
+  if scale is not None:
+    y = y * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+  return y
+
+
 class Dense(nn.Module):
   """A linear map of the last axis, without bias.
 
@@ -128,13 +147,7 @@ class Dense(nn.Module):
       jnp.float32,
       axes=self.axes,
     )
-    rows = 'abcd'[: x.ndim - 1]
-    y = product(
-      f'{rows}i,io->{rows}o', x.astype(self.dtype), kernel.astype(self.dtype)
-    )
-    if self.has_variable('params', 'kernel_scale'):  # int8, see parameters.hold
-      scale = self.get_variable('params', 'kernel_scale')  # [features]
-      y = y * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    y = project(x.astype(self.dtype), kernel, 'io', scale_of(self, 'kernel'))
     return y.astype(self.out_dtype or self.dtype)
 
 
@@ -179,29 +192,15 @@ class Embed(nn.Module):
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Looks up rows: [batch, length] -> [batch, length, embed]."""
     x = jnp.take(self.embedding, tokens, axis=0)
-    scale = self._scale()
+    scale = scale_of(self, 'embedding')
     if scale is not None:
       x = x * jnp.take(scale, tokens)[..., None]
     return x.astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Products with all rows: [..., embed] -> [..., vocab], float32."""
-    rows = 'abcd'[: x.ndim - 1]
-    y = product(
-      f'{rows}i,oi->{rows}o',
-      x.astype(self.dtype),
-      self.embedding.astype(self.dtype),
-    )
-    scale = self._scale()
-    if scale is not None:
-      y = y * scale.reshape((1,) * (x.ndim - 1) + (-1,))
-    return y
-
-  def _scale(self) -> jax.Array | None:
-    """Of each row, [vocab], where rows are int8; see parameters.hold."""
-    if self.has_variable('params', 'embedding_scale'):
-      return self.get_variable('params', 'embedding_scale')
-    return None
+    scale = scale_of(self, 'embedding')
+    return project(x.astype(self.dtype), self.embedding, 'oi', scale)
 
 
 def relative_position_bucket(

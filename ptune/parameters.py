@@ -173,8 +173,9 @@ def hold(plan: Plan, frozen: Flat) -> Flat:
     Arrays, by path; the given ones where there is nothing to do.
   """
   held = {}
+  quantized = frozenset(_quantized(plan))
   for path in list(frozen):
-    if path in _quantized(plan):
+    if path in quantized:
       value = frozen.pop(path)
       with plan.scope():
         held[path], held[f'{path}_scale'] = jax.jit(

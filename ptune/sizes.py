@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-ACTIVATIONS = ('gelu', 'relu', 'silu', 'linear')
+from ptune.layers import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class T5Config:
     if unknown or not self.mlp_activations:
       raise ValueError(
         f'mlp_activations are {self.mlp_activations}; they must be of'
-        f' {ACTIVATIONS}'
+        f' {tuple(ACTIVATIONS)}'
       )
     if not 0 <= self.dropout_rate < 1:
       raise ValueError(

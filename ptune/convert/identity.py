@@ -1,7 +1,7 @@
 """Which model a checkpoint holds: by name, by its sizes, by its weights."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -89,16 +89,23 @@ def check_whole(source: Source, config: T5Config) -> None:
   """Raises ValueError where parameters of a model are missing or misshapen."""
   expected = shapes(config)
   got = {path: leaf.shape for path, leaf in base_leaves(source).items()}
-  wrong = [
+  wrong = misshapen(got, expected)
+  if wrong:
+    raise ValueError(
+      f'The {source.describe()} is no whole model:\n' + '\n'.join(wrong)
+    )
+
+
+def misshapen(
+  got: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]
+) -> list[str]:
+  """A line for each parameter that is missing, unexpected or of other shape."""
+  return [
     f'  {path}: {list(got[path]) if path in got else "missing"}, expected '
     f'{list(expected[path]) if path in expected else "none"}'
     for path in sorted(expected.keys() | got.keys())
     if got.get(path) != expected.get(path)
   ]
-  if wrong:
-    raise ValueError(
-      f'The {source.describe()} is no whole model:\n' + '\n'.join(wrong)
-    )
 
 
 def check_config(source: Source, config: T5Config) -> None:

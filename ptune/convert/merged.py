@@ -127,13 +127,7 @@ def _check_shapes(method: Method, trained: Source, config: T5Config) -> None:
   """Raises ValueError where something is missing, unknown or misshapen."""
   params = network.parameters(network.Transformer(config, method.placements))
   expected = {p: x.shape for p, x in params.items() if method.trains(p)}
-  got = trained.shapes
-  wrong = [
-    f'  {path}: {list(got[path]) if path in got else "missing"}, expected '
-    f'{list(expected[path]) if path in expected else "none"}'
-    for path in sorted(expected.keys() | got.keys())
-    if got.get(path) != expected.get(path)
-  ]
+  wrong = identity.misshapen(trained.shapes, expected)
   if wrong:
     raise ValueError(
       f'{trained.path} is not what method {method.name!r} trains of the base:\n'
