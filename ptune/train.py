@@ -247,16 +247,8 @@ def train(
     checkpoints.compare(directory, present, run)
     if state is None:
       trainable = {path: base[path] for path in plan.trainable & plan.base}
-      trainable |= parameters.initialize_adapters(
-        plan,
-        prompt_init.Base(
-          embedding=functools.partial(parameters.embedding_rows, base),
-          vocabulary=lambda: seqio_task.vocabulary(task),
-          labels=lambda: seqio_task.distinct_targets(
-            task, task_feature_lengths, use_cached=use_cached
-          ),
-        ),
-        seed,
+      trainable |= first_adapters(
+        plan, base, task, task_feature_lengths, use_cached, seed
       )
       state = state_lib.first_state(tx, parameters.unflatten(trainable), like)
     del base
@@ -362,6 +354,28 @@ def train(
         directory,
       )
     return state
+
+
+def first_adapters(
+  plan: parameters.Plan,
+  base: Mapping[str, jax.Array],
+  task: seqio_task.Provider,
+  feature_lengths: Mapping[str, int],
+  use_cached: bool,
+  seed: int,
+) -> parameters.Flat:
+  """First values of what the method added; they may look at base and task."""
+  return parameters.initialize_adapters(
+    plan,
+    prompt_init.Base(
+      embedding=functools.partial(parameters.embedding_rows, base),
+      vocabulary=lambda: seqio_task.vocabulary(task),
+      labels=lambda: seqio_task.distinct_targets(
+        task, feature_lengths, use_cached=use_cached
+      ),
+    ),
+    seed,
+  )
 
 
 def check_evaluation(

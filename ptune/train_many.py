@@ -32,7 +32,6 @@ from ptune import (
   optim,
   parameters,
   partitioning,
-  prompt_init,
   selection,
   seqio_task,
   stopping,
@@ -205,13 +204,12 @@ def train_many(
         tx,
         {
           name: parameters.unflatten(
-            _first_values(
+            train.first_adapters(
               dataclasses.replace(places[name][1], method=run.method),
               base,
               tasks[run.task],
-              lambda task=tasks[run.task]: seqio_task.distinct_targets(
-                task, task_feature_lengths, use_cached=use_cached
-              ),
+              task_feature_lengths,
+              use_cached,
               run.seed,
             )
           )
@@ -334,18 +332,6 @@ def _check_names(runs: Mapping[str, Run]) -> None:
       f'the runs are {list(runs)}: there must be one at least, and a name is'
       f' that of a directory; choose others than {wrong}'
     )
-
-
-def _first_values(plan, base, task, labels, seed) -> parameters.Flat:
-  return parameters.initialize_adapters(
-    plan,
-    prompt_init.Base(
-      embedding=functools.partial(parameters.embedding_rows, base),
-      vocabulary=lambda: seqio_task.vocabulary(task),
-      labels=labels,
-    ),
-    seed,
-  )
 
 
 @jax.jit
