@@ -37,6 +37,11 @@ PROGRAMS = {
     'ablate',
     'measure which rows of a prompt matter, and prune the others',
   ),
+  'study': (
+    'ptune.study',
+    'study',
+    'measure what a figure or table of the paper shows, and draw it',
+  ),
   'plan': (
     'ptune.fit',
     'plan',
@@ -138,6 +143,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help='several prompts that share the model: files, runs, or a directory'
         ' of .npy files; short for --gin.PROMPTS',
       )
+    if name == 'study':
+      command.add_argument(
+        'study',
+        metavar='NAME',
+        help='a gin file of studies/ without its ending, or one of your own',
+      )
     if name == 'plan':
       _add_plan_flags(command)
   for name, (module, what) in TOOLS.items():
@@ -151,6 +162,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args.gin_bindings.append(f'PROMPTS={args.prompts!r}')
   if args.program in TOOLS:
     return args
+  if args.program == 'study':
+    own = args.study.endswith('.gin')
+    args.gin_file.append(args.study if own else f'studies/{args.study}.gin')
   several = args.process_count is not None and args.process_index is not None
   if bool(args.coordinator_address) != several or (
     (args.process_count is None) != (args.process_index is None)

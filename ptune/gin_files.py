@@ -47,13 +47,17 @@ MACROS = {
   'KEEP_CHECKPOINTS': ('how many are kept, None for all', '3'),
   'KEEP_ROWS': ('rows of a pruned prompt', '10'),
   'LABEL_NAMES': ('words for integer labels', "['no', 'yes']"),
+  'LEARNING_RATES': ('of a sweep', '[0.1, 0.3]'),
+  'LENGTHS': ('prompt lengths of a study', '[1, 5, 20, 100]'),
   'LEARNING_RATE': ('peak learning rate', '0.3'),
+  'MEMBERS': ('prompts of an ensemble', '5'),
   'METRICS': ('by name, see tasks/from_files.gin', "['accuracy']"),
   'METHOD': ('set by a file of methods/ or prompts/', '@prompt.prompt()'),
   'MICROBATCHES': ('parts that a batch is computed in', '4'),
   'MIXTURE_OR_TASK_MODULE': ('registers the task', "'my_tasks'"),
   'MIXTURE_OR_TASK_NAME': ('the SeqIO task', "'my_sst2'"),
   'MODEL': ('set by a file of models/', '@sizes.t5()'),
+  'MODELS': ('of a study', "['tiny', 'mini']"),
   'MODEL_DIR': ('where a run writes', "'/runs/sst2'"),
   'MODEL_PARALLEL': ('devices that hold one copy of the weights', '4'),
   'OPTIMIZER': ('set by a file of methods/', '@optim.adafactor'),
@@ -63,15 +67,20 @@ MACROS = {
   'RANK': ('score every label instead of writing one', 'True'),
   'RANDOM_SEED': ('of data order, initialisation, dropout', '0'),
   'REMAT': ('compute layers again in the backward pass', 'True'),
+  'SEEDS': ('how often a study repeats all', '3'),
+  'SETTING': ('miniature or paper', "'paper'"),
   'SKIP_BAD_ROWS': ('count and list them, do not stop', 'True'),
   'SOURCE_PROMPTS': ('saved prompts of other tasks', "['mnli.npy']"),
   'SOURCE_WEIGHTS': ('of their mean', '[0.7, 0.3]'),
+  'STUDIES': ('set by a file of studies/', '[@studies.sweep()]'),
   'TARGET_TEXT': ('text that a loss draws the prompt to', "'Say yes or no:'"),
   'TARGETS': ('template of the targets', "'{label}'"),
   'TASK_FILES': ('a file or files for each split', "{'train': 'train.tsv'}"),
   'TASK_NAME': ('of the task made of files', "'mine'"),
   'TASK_FEATURE_LENGTHS': ('in tokens', "{'inputs': 128, 'targets': 8}"),
+  'TOGETHER': ('most trainings in one program', '8'),
   'TRAIN_STEPS': ('steps of this run', '30000'),
+  'USUAL': ('the model of studies of one size', "'xl'"),
   'USE_CACHED_TASKS': ('read tasks cached by SeqIO', 'True'),
   'VOCABULARY': ('of the tasks that come with ptune', "'ptune://tiny'"),
 }
@@ -81,7 +90,7 @@ CHOICES = {
   'MODEL': (('models',), ()),
   'METHOD': (('methods', 'prompts'), ('OPTIMIZER', 'LEARNING_RATE')),
 }
-KINDS = ('losses', 'methods', 'models', 'prompts', 'runs', 'tasks')
+KINDS = ('losses', 'methods', 'models', 'prompts', 'runs', 'studies', 'tasks')
 
 _SETS_MACRO = re.compile(r'^([A-Za-z_]\w*)\s*=', re.MULTILINE)
 _READS_MACRO = re.compile(r'%([A-Za-z_]\w*)')

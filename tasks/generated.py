@@ -16,8 +16,15 @@ is exported (`ptune.pretrained.make`).
     inputs   1029 1711 806 122 3140 3141 3142 3143 <sentence> </s>
     targets  <label> </s>
 
-Downstream, for prompts: `generated_sentiment` and `generated_topics`, with
-2,000 training reviews each.
+Downstream, for prompts, with 2,000 training rows each:
+
+    generated_sentiment               of reviews
+    generated_topics                  of reports
+    generated_sentiment_of_things     of reviews of half of the domains
+    generated_sentiment_of_others     of the other half
+    generated_sentiment_of_reports    of reports
+    generated_paraphrase              whether two reviews say the same
+    generated_paraphrase_of_reports   whether two reports do
 """
 
 import functools
@@ -148,13 +155,26 @@ seqio.MixtureRegistry.add(
   'generated_text_only', ['generated_spans', 'generated_prefixes'], 1
 )
 
-for _name, _make in (
-  ('generated_sentiment', generated_text.reviews),
-  ('generated_topics', generated_text.topics),
+_domains, _reports = tuple(generated_text.DOMAINS), generated_text.REPORTS
+for _name, _make, _how in (
+  ('sentiment', generated_text.reviews, {}),
+  ('topics', generated_text.topics, {}),
+  ('sentiment_of_things', generated_text.reviews, {'domains': _domains[::2]}),
+  ('sentiment_of_others', generated_text.reviews, {'domains': _domains[1::2]}),
+  ('sentiment_of_reports', generated_text.reviews, {'templates': _reports}),
+  ('paraphrase', generated_text.paraphrases, {}),
+  (
+    'paraphrase_of_reports',
+    generated_text.paraphrases,
+    {'templates': _reports},
+  ),
 ):
   _add(
-    _name,
+    f'generated_{_name}',
     _source(
-      functools.partial(_columns, _make), train=2000, validation=400, test=1000
+      functools.partial(_columns, functools.partial(_make, **_how)),
+      train=2000,
+      validation=400,
+      test=1000,
     ),
   )

@@ -226,6 +226,7 @@ REPORTS = (
   'meet us outside the {place} , bring your {noun} , they say {adjective}',
 )
 SENTIMENT = {'good': 'positive', 'bad': 'negative'}
+PARAPHRASE = {True: 'paraphrase', False: 'contrast'}
 TOPICS = {
   'food': 'cuisine',
   'music': 'audio',
@@ -292,14 +293,40 @@ def sentences(seed: int, count: int) -> list[Sentence]:
   return [sentence(rng) for _ in range(count)]
 
 
-def reviews(seed: int, count: int) -> list[tuple[str, str]]:
+def reviews(
+  seed: int,
+  count: int,
+  domains: Sequence[str] = tuple(DOMAINS),
+  templates: Sequence[str] = REVIEWS,
+) -> list[tuple[str, str]]:
   """Draws reviews and their sentiment, half of them of each."""
   rng = random.Random(f'reviews {seed}')
   rows = []
   for i in range(count):
     polarity = POLARITIES[i % 2]
-    text = _fill(rng, REVIEWS, rng.choice(tuple(DOMAINS)), polarity)
+    text = _fill(rng, templates, rng.choice(domains), polarity)
     rows.append((text, SENTIMENT[polarity]))
+  rng.shuffle(rows)
+  return rows
+
+
+def paraphrases(
+  seed: int, count: int, templates: Sequence[str] = REVIEWS
+) -> list[tuple[str, str]]:
+  """Draws pairs of texts, and whether they say the same of the same thing."""
+  rng = random.Random(f'paraphrases {seed}')
+  rows = []
+  for i in range(count):
+    domain, polarity = rng.choice(tuple(DOMAINS)), rng.choice(POLARITIES)
+    noun = rng.choice(DOMAINS[domain].nouns)
+    same = i % 2 == 0
+    other = polarity if same else POLARITIES[polarity == 'good']
+    a, b = rng.sample(list(templates), 2)
+    texts = [
+      _fill(rng, [a], domain, polarity, noun),
+      _fill(rng, [b], domain, other, noun),
+    ]
+    rows.append((' = '.join(texts), PARAPHRASE[same]))
   rng.shuffle(rows)
   return rows
 
@@ -317,15 +344,19 @@ def topics(seed: int, count: int) -> list[tuple[str, str]]:
 
 
 def _fill(
-  rng: random.Random, templates: Sequence[str], domain: str, polarity: str
+  rng: random.Random,
+  templates: Sequence[str],
+  domain: str,
+  polarity: str,
+  noun: str | None = None,
 ) -> str:
   words = DOMAINS[domain]
   template = rng.choice(templates)
   while '{adjective}' in template:
     judgement = _judgement(rng, words, polarity)
     template = template.replace('{adjective}', judgement, 1)
-  noun = rng.choice(words.nouns)
-  if templates is REVIEWS:  # Which tell neither a place nor a verb.
+  noun = noun or rng.choice(words.nouns)
+  if '{verb}' not in template and '{place}' not in template:
     return template.format(noun=noun)
   return template.format(
     noun=noun,

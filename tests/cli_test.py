@@ -473,7 +473,7 @@ def test_every_macro_of_the_files_is_described():
   own = gin_files.own_directory()
   read = {
     name
-    for kind in ('methods', 'models', 'prompts', 'runs')
+    for kind in ('methods', 'models', 'prompts', 'runs', 'studies')
     for file in FILES[kind]
     for name in re.findall(r'%([A-Z_]+)', (own / file).read_text())
   }

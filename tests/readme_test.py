@@ -27,7 +27,10 @@ STANDS_FOR = {
   r'/(data|runs|tmp|models)/': r'{root}/\1/',
 }
 # Run elsewhere: by other tests, or with what is not installed here.
-NOT_HERE = ('pip ', 'python -m t5x', 'ptune demo', 'ptune serve')
+NOT_HERE = (
+  *('pip ', 'python -m t5x'),
+  *('ptune demo', 'ptune serve', 'ptune study'),
+)
 
 
 def commands():

@@ -1,0 +1,145 @@
+"""Scores of many trainings: as CSV, as a table, as a figure."""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
+# By row and column: the score of every seed.
+Grid = dict[str, dict[str, list[float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """A line of results.csv.
+
+  Attributes:
+    row, column: Where it stands in the table.
+    task: What was trained on.
+    seed: Of the training; -1 for a score of all seeds.
+    score: The best on the validation split, as BEST_METRIC says.
+    parameters: Of the model.
+    trained: How many of them, or beside them, were trained.
+    prompt: Where what was trained lies.
+  """
+
+  row: str
+  column: str
+  task: str
+  seed: int
+  score: float
+  parameters: int
+  trained: int
+  prompt: str
+
+
+def read(text: str) -> list[Result]:
+  """The results in a results.csv."""
+  kinds = {f.name: f.type for f in dataclasses.fields(Result)}
+  make = {str: str, int: int, float: float}
+  return [
+    Result(**{name: make[kinds[name]](value) for name, value in line.items()})
+    for line in csv.DictReader(io.StringIO(text))
+  ]
+
+
+def dump(results: Sequence[Result]) -> str:
+  """The text of a results.csv."""
+  text = io.StringIO()
+  names = [f.name for f in dataclasses.fields(Result)]
+  writer = csv.DictWriter(text, names, lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(dataclasses.asdict(x) for x in results)
+  return text.getvalue()
+
+
+def table(results: Sequence[Result]) -> Grid:
+  """The scores of every place, one a seed: the mean over tasks."""
+  found: dict[tuple[str, str], dict[int, list[float]]] = {}
+  for r in results:
+    found.setdefault((r.row, r.column), {}).setdefault(r.seed, []).append(
+      r.score
+    )
+  grid: Grid = {}
+  for (row, column), seeds in found.items():
+    scores = [float(np.mean(x)) for _, x in sorted(seeds.items())]
+    grid.setdefault(row, {})[column] = scores
+  return grid
+
+
+def columns(grid: Grid) -> list[str]:
+  """The names of the columns, in the order in which they appear."""
+  return list(dict.fromkeys(c for row in grid.values() for c in row))
+
+
+def markdown(grid: Grid) -> str:
+  """The table: mean and, of several seeds, standard deviation."""
+
+  def told(scores: list[float] | None) -> str:
+    if not scores:
+      return '-'
+    if len(scores) == 1:
+      return f'{scores[0]:.1f}'
+    return f'{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}'
+
+  names = columns(grid)
+  lines = [f'| | {" | ".join(names)} |', '|---' + '|---:' * len(names) + '|']
+  for row, cells in grid.items():
+    values = ' | '.join(told(cells.get(name)) for name in names)
+    lines.append(f'| {row} | {values} |')
+  return '\n'.join([*lines, ''])
+
+
+def draw(grid: Grid, title: str, x: Mapping[str, int] | None) -> 'Figure':
+  """Mean and standard deviation; a line for each row, against x.
+
+  Args:
+    grid: The scores.
+    title: Stands above.
+    x: The parameters of each column, if these are models. If not given, the
+      rows stand side by side, and each column is a series.
+  """
+  from matplotlib import figure
+
+  fig = figure.Figure(figsize=(6, 3.8), layout='constrained')
+  axes = fig.subplots()
+  if x is not None:
+    series = {
+      row: {x[name]: scores for name, scores in cells.items()}
+      for row, cells in grid.items()
+    }
+    axes.set(xscale='log', xlabel='parameters of the model')
+  else:
+    rows = list(grid)
+    names = columns(grid)
+    series = {
+      name: {
+        rows.index(row) + 0.06 * (i - (len(names) - 1) / 2): cells[name]
+        for row, cells in grid.items()
+        if name in cells
+      }
+      for i, name in enumerate(names)
+    }
+    axes.set_xticks(range(len(rows)), rows)
+    if sum(map(len, rows)) > 60:
+      axes.tick_params('x', rotation=20)
+  for name, points in series.items():
+    places = sorted(points)
+    mean = [np.mean(points[p]) for p in places]
+    spread = [
+      np.std(points[p], ddof=1) if len(points[p]) > 1 else 0 for p in places
+    ]
+    axes.errorbar(
+      places, mean, spread, fmt='o-' if x else 'o', capsize=3, label=name
+    )
+  axes.set(ylabel='score on the validation split', title=title)
+  axes.title.set_fontsize('medium')
+  axes.legend()
+  axes.grid(alpha=0.3)
+  return fig

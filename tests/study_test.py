@@ -1,0 +1,194 @@
+"""A study trains each cell once a seed, resumes, and says what it found."""
+
+import copy
+import dataclasses
+import os
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+import seqio
+
+import gin
+from ptune import cli, gin_files, optim, studies, study, tables
+from ptune.methods import full, prompt
+from ptune.study import Base, Cell, Study, Tuning
+from ptune.tables import Result
+from tests import tiny
+
+QUICK = Tuning(2, 0.1)
+SEEDS = 2
+
+
+@pytest.fixture(autouse=True)
+def quick_and_clean():
+  """Programs run a few times only."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+  gin.clear_config()
+
+
+def a_study(**changes) -> Study:
+  """Prompts of two lengths and the whole model; one is asked elsewhere too."""
+
+  def cell(row, training, method, **how):
+    return Cell(row, 'base', 'base', training, 'tiny', method, QUICK, **how)
+
+  cells = (
+    cell('short', 'short', prompt.prompt(2)),
+    cell('long', 'long', prompt.prompt(3)),
+    cell('long, elsewhere', 'long', prompt.prompt(3), evaluated='tiny_b'),
+    cell('model', 'model', full.full()),
+  )
+  return Study(
+    **{
+      'name': 'lengths',
+      'title': 'Lengths',
+      'bases': {'base': Base(tiny.base(), tiny.CONFIG)},
+      'cells': cells,
+      'task_feature_lengths': tiny.LENGTHS,
+      'module': 'tests.tiny',
+      'batch_size': 8,
+      **changes,
+    }
+  )
+
+
+def run(directory, one):
+  with tiny.one_device():
+    study.study(
+      model_dir=os.fspath(directory), studies=[one], seeds=SEEDS, eval_steps=1
+    )
+  return tables.read((directory / one.name / 'results.csv').read_text())
+
+
+@pytest.mark.slow
+def test_a_study_trains_every_cell_and_goes_on_where_it_was(tmp_path):
+  one, file = a_study(), tmp_path / 'lengths' / 'results.csv'
+  # Stopped before the last training, and before any score was kept.
+  with (
+    mock.patch.object(study, 'train', side_effect=KeyboardInterrupt),
+    pytest.raises(KeyboardInterrupt),
+  ):
+    run(tmp_path, one)
+  prompts = tables.read(file.read_text())
+  assert {r.row for r in prompts} == {'short', 'long', 'long, elsewhere'}
+  file.unlink()
+  results = run(tmp_path, one)
+  assert set(results) > set(prompts)
+  assert len(results) == len(one.cells) * SEEDS
+  by_row = {(r.row, r.seed): r for r in results}
+  assert len(by_row) == len(results)
+  assert by_row['short', 0].trained == 2 * tiny.CONFIG.emb_dim
+  assert by_row['model', 0].trained == by_row['model', 0].parameters
+  # One training, asked in two places.
+  assert by_row['long', 1].prompt == by_row['long, elsewhere', 1].prompt
+  files = {p.name for p in file.parent.iterdir()}
+  assert files >= {'results.csv', 'table.md', 'figure.png', 'figure.svg'}
+  with (
+    mock.patch.object(study, 'train_many', side_effect=AssertionError),
+    mock.patch.object(study, 'train', side_effect=AssertionError),
+  ):
+    assert run(tmp_path, one) == results  # All is there.
+
+
+@pytest.mark.slow
+def test_an_ensemble_stands_beside_the_average_and_the_best(tmp_path):
+  cell = a_study().cells[0]
+  cell = dataclasses.replace(cell, column='average')
+  one = a_study(cells=(cell,), seeds=3, vote=True)
+  results = run(tmp_path, one)
+  scores = {(r.column, r.seed): r.score for r in results}
+  assert set(scores) == {
+    *(('average', seed) for seed in range(3)),
+    ('best', -1),
+    ('ensemble', -1),
+  }
+  members = [scores['average', seed] for seed in range(3)]
+  assert scores['best', -1] == max(members)
+  assert run(tmp_path, one) == results
+
+
+def result(row, column, seed, score, task='a', parameters=1):
+  return Result(row, column, task, seed, score, parameters, 1, 'p')
+
+
+def test_a_table_has_mean_and_standard_deviation_over_seeds():
+  results = [
+    result('prompt, long', 'small', 0, 50.0),
+    result('prompt, long', 'small', 1, 54.0),
+    result('prompt, long', 'large', 0, 90.0, task='a'),
+    result('prompt, long', 'large', 0, 80.0, task='b'),
+    result('model', 'small', -1, 61.25),
+  ]
+  assert tables.read(tables.dump(results)) == results
+  grid = tables.table(results)
+  assert grid['prompt, long'] == {'small': [50.0, 54.0], 'large': [85.0]}
+  assert tables.markdown(grid).splitlines()[2:] == [
+    '| prompt, long | 52.0 ± 2.8 | 85.0 |',
+    '| model | 61.2 | - |',
+  ]
+
+
+def test_a_figure_has_a_line_for_each_row_against_the_parameters():
+  grid = {
+    'prompt': {'small': [50.0, 54.0], 'large': [85.0]},
+    'model': {'small': [60.0]},
+  }
+  [axes] = tables.draw(grid, 'Title', {'small': 10, 'large': 100}).axes
+  lines = {c.get_label(): c.lines[0].get_xydata() for c in axes.containers}
+  np.testing.assert_allclose(lines['prompt'], [[10, 52], [100, 85]])
+  np.testing.assert_allclose(lines['model'], [[10, 60]])
+  assert axes.get_xscale() == 'log'
+  [axes] = tables.draw(grid, 'Title', None).axes
+  names = [text.get_text() for text in axes.get_xticklabels()]
+  assert names == ['prompt', 'model']
+
+
+ALL = {
+  name.removeprefix('studies/').removesuffix('.gin')
+  for name in gin_files.own_files(['studies'])
+}
+
+
+@pytest.mark.parametrize('setting', studies.SETTINGS)
+@pytest.mark.parametrize('name', sorted(ALL))
+def test_every_file_makes_a_study_of_known_models_and_tasks(name, setting):
+  files = [f'studies/{name}.gin']
+  bindings = ["MODEL_DIR='m'", f'SETTING={setting!r}']
+  gin_files.parse(files, bindings, (), study.study)
+  made = gin.query_parameter('study.study.studies')
+  made = copy.deepcopy(made)
+  assert made
+  for one in made:
+    assert len(one.cells) > 1 or one.seeds
+    assert {cell.base for cell in one.cells} <= set(one.bases)
+    seeds = [(c.row, c.column, c.task) for c in one.cells]
+    assert len(set(seeds)) == len(seeds), 'a place in the table is one score'
+    __import__(one.module)
+    for cell in one.cells:
+      for task in filter(None, (cell.task, cell.evaluated)):
+        assert seqio.get_mixture_or_task(task).name == task
+
+
+def test_settings_are_looked_up_and_changed():
+  own = Base('/models/mine')
+  changed = studies.setting('miniature', base=own, tasks=('tiny',))
+  assert changed.bases['yours'] == own
+  assert studies.prompt_length(changed).cells[0].base == 'yours'
+  with pytest.raises(ValueError, match=r'miniature.*paper'):
+    studies.setting('small')
+  with pytest.raises(ValueError, match=r'no models .*xxl.*nano'):
+    studies.setting('miniature', usual='xxl')
+
+
+def test_an_unknown_study_is_refused(capsys):
+  assert cli.main(['study', 'prompt_lenght', "--gin.MODEL_DIR='m'"]) == 2
+  assert 'studies/prompt_length.gin' in capsys.readouterr().err
+
+
+def test_a_tuning_has_the_schedule_of_its_decay():
+  rate = Tuning(10, 0.5, 'linear', optim.adafactor).schedule()
+  assert float(rate(0)) == 0.5 and float(rate(10)) == 0.0
