@@ -198,7 +198,7 @@ def flag(name: str) -> str:
   return f'--gin.{name}=' + (example if plain else f'"{example}"')
 
 
-def _nearest(name: str, known: Iterable[str], most: int = 60) -> str:
+def _nearest(name: str, known: Iterable[str], most: int = 80) -> str:
   """'; did you mean ...?', or what there is if none is like the name."""
   by_lower = {k.lower(): k for k in sorted(set(known))}
   near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)

@@ -62,6 +62,12 @@ class EncoderDecoderModel:
   eos_id: int = 1
   objective: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
 
+  def __post_init__(self):
+    if not 0 <= self.label_smoothing < 1:
+      raise ValueError(
+        f'label_smoothing is {self.label_smoothing}; it must be in [0, 1)'
+      )
+
   def logits(
     self,
     params: Params,

@@ -3,6 +3,9 @@
 import copy
 import dataclasses
 import os
+import pathlib
+import re
+import textwrap
 from unittest import mock
 
 import jax
@@ -147,6 +150,7 @@ def test_a_figure_has_a_line_for_each_row_against_the_parameters():
   assert names == ['prompt', 'model']
 
 
+ROOT = pathlib.Path(__file__).parents[1]
 ALL = {
   name.removeprefix('studies/').removesuffix('.gin')
   for name in gin_files.own_files(['studies'])
@@ -182,6 +186,20 @@ def test_settings_are_looked_up_and_changed():
     studies.setting('small')
   with pytest.raises(ValueError, match=r'no models .*xxl.*nano'):
     studies.setting('miniature', usual='xxl')
+
+
+def test_a_study_of_ones_own_task_is_a_short_file(tmp_path):
+  text = (ROOT / 'docs' / 'studies.md').read_text()
+  [mine] = re.findall(
+    r'^    from __gin__.*?\n\n', text, re.DOTALL | re.MULTILINE
+  )
+  file = tmp_path / 'mine.gin'
+  file.write_text(textwrap.dedent(mine))
+  gin_files.parse([str(file)], ["MODEL_DIR='m'"], (), study.study)
+  [one] = copy.deepcopy(gin.query_parameter('study.study.studies'))
+  assert one.bases['yours'].checkpoint == '/models/mine'
+  assert {(c.task, c.base) for c in one.cells} == {('my_sst2', 'yours')}
+  assert len(one.cells) == 6
 
 
 def test_an_unknown_study_is_refused(capsys):
