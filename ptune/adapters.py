@@ -24,6 +24,9 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+# Ids from here on are no token's: see `Packed`.
+VIRTUAL = 2**30
+
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
@@ -39,6 +42,26 @@ class Placement:
   site: str
   name: str
   adapter: Callable[..., nn.Module]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+  """How a method reads rows that hold several examples, see `packing`.
+
+  Where an adapter would insert something before each example, the data keeps
+  the places instead: it puts *virtual tokens* among those of the example, ids
+  from VIRTUAL on, and an adapter reads row i of a prompt at VIRTUAL + i. So
+  every example has a copy of its own, where it would have it alone; masks,
+  segments and distances follow from the tokens.
+
+  Attributes:
+    placements: In place of `Method.placements`; the parameters are the same.
+    insert: By stack, 'encoder' or 'decoder': by how many tokens an example
+      grows, and what puts them among its own, [length] -> [length + as many].
+  """
+
+  placements: tuple[Placement, ...]
+  insert: Mapping[str, tuple[int, Callable[[np.ndarray], np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +89,8 @@ class Method:
       the host, and raises a ValueError for what the adapters cannot read.
     initial: Initialisers of `prompt_init`, by path, for parameters whose first
       value is made on the host; the others have Flax's.
+    packed: How it reads packed rows, where it inserts something; a method that
+      inserts nothing reads them as they are.
   """
 
   name: str
@@ -79,6 +104,7 @@ class Method:
   initial: Mapping[str, Callable[..., Any]] = dataclasses.field(
     default_factory=dict
   )
+  packed: Packed | None = None
 
   def trains(self, path: str) -> bool:
     """Whether the parameter at `path`, such as `encoder/prompt/...`, learns."""
@@ -128,6 +154,14 @@ def combine(methods: Sequence[Method]) -> Method:
       if method.check:
         method.check(tokens)
 
+  as_they_are = [m.packed or Packed(m.placements, {}) for m in methods]
+  packed = Packed(
+    placements=tuple(p for one in as_they_are for p in one.placements),
+    insert={stack: x for one in as_they_are for stack, x in one.insert.items()},
+  )
+  # Two insertions into one stack would take each other's virtual tokens.
+  alone = len(packed.insert) == sum(len(one.insert) for one in as_they_are)
+
   return Method(
     name='+'.join(method.name for method in methods),
     placements=tuple(p for m in methods for p in m.placements),
@@ -137,6 +171,7 @@ def combine(methods: Sequence[Method]) -> Method:
     settings={'methods': [dict(m.settings) for m in methods]},
     check=check,
     initial={path: init for m in methods for path, init in m.initial.items()},
+    packed=packed if alone and packed.insert else None,
   )
 
 

@@ -53,11 +53,14 @@ class _Ragged(NamedTuple):
   def lengths(self, which=slice(None)) -> np.ndarray:
     return self.starts[1:][which] - self.starts[:-1][which]
 
+  def row(self, index: int) -> np.ndarray:
+    return self.values[self.starts[index] : self.starts[index + 1]]
+
   def padded(self, which: np.ndarray, length: int) -> np.ndarray:
     """Returns the rows `which`, padded with 0: [len(which), length]."""
     padded = np.zeros((len(which), length), np.int32)
-    for i, row in enumerate(which):
-      tokens = self.values[self.starts[row] : self.starts[row + 1]]
+    for i, index in enumerate(which):
+      tokens = self.row(index)
       padded[i, : len(tokens)] = tokens
     return padded
 
@@ -342,6 +345,11 @@ class Batches:
   def _rounded(self, rows, name: str, which=slice(None)) -> np.ndarray:
     lengths = rows[name].lengths(which)
     return _round_up(lengths, self._multiple, self._lengths[name])
+
+  @property
+  def examples_per_step(self) -> float:
+    """How many examples a batch holds, as far as is known without reading."""
+    return self._batch_size
 
   @property
   def shapes(self) -> list[tuple[int, int]]:

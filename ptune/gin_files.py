@@ -61,6 +61,8 @@ MACROS = {
   'MODEL_DIR': ('where a run writes', "'/runs/sst2'"),
   'MODEL_PARALLEL': ('devices that hold one copy of the weights', '4'),
   'OPTIMIZER': ('set by a file of methods/', '@optim.adafactor'),
+  'PACK': ('several examples in a row, exactly', 'True'),
+  'PROFILE_STEPS': ('steps traced into MODEL_DIR/profile', '5'),
   'PROMPT_FILE': ('a saved prompt', "'/runs/sst2/prompts/best.npy'"),
   'PROMPT_LENGTH': ('rows of the prompt', '100'),
   'PROMPTS': ('several prompts', "'sst2=a.npy,rte=b.npy'"),

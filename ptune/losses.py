@@ -105,6 +105,11 @@ def perceptron(
     batch: Batch,
     dropout_rng: jax.Array | None = None,
   ):
+    if 'encoder_segment_ids' in batch:
+      raise ValueError(
+        'losses/perceptron.gin scores every target with every row, which must'
+        ' hold one example; turn packing off (PACK)'
+      )
     network, variables = model.network, {'params': params}
     how = {
       'enable_dropout': dropout_rng is not None,

@@ -439,7 +439,8 @@ def _refuse_packing(tokens: jax.Array, length: int) -> None:
   if length != tokens.shape[1]:
     raise ValueError(
       'an adapter changes the length of what is read, so examples cannot be'
-      ' packed: each would need a prompt of its own. Turn packing off'
+      ' packed: each would need a prompt of its own. Turn packing off (PACK),'
+      ' or place the adapters of `Method.packed`'
     )
 
 

@@ -87,7 +87,7 @@ class Report:
     model_dir: os.PathLike[str],
     start_step: int,
     total_steps: int,
-    batch_size: int,
+    batch_size: float,
     write: bool = True,
     name: str = '',
   ):

@@ -31,8 +31,10 @@ from ptune import (
   evaluate,
   lock,
   optim,
+  packing,
   parameters,
   partitioning,
+  profiling,
   prompt_init,
   selection,
   seqio_task,
@@ -65,6 +67,7 @@ def train(
   batch_size: int = 32,
   microbatches: int = 1,
   bucket_multiple: int | None = data.BUCKET_MULTIPLE,
+  pack: bool = False,
   in_memory: bool | None = None,
   use_cached: bool = False,
   eval_period: int = 1000,
@@ -77,6 +80,7 @@ def train(
   checkpoint_period: int = 1000,
   keep_checkpoints: int | None = None,
   log_period: int = 50,
+  profile_steps: int | None = None,
   seed: int = 0,
   model_parallel: int = 1,
 ) -> state_lib.TrainState:
@@ -98,6 +102,8 @@ def train(
     microbatches: Parts that a batch is computed in, one after the other.
     bucket_multiple: Lengths are rounded up to a multiple of it, in batches of
       like lengths; None pads all to task_feature_lengths.
+    pack: Whether a row of a batch holds several examples, see `packing`;
+      batch_size then counts rows, and bucket_multiple is for evaluations.
     in_memory: See `data.Batches`.
     use_cached: USE_CACHED_TASKS.
     eval_period: Steps between evaluations.
@@ -115,6 +121,7 @@ def train(
     checkpoint_period: Steps between checkpoints.
     keep_checkpoints: How many are kept; all if not given.
     log_period: Steps between records in the log.
+    profile_steps: Steps to trace into MODEL_DIR/profile, see `profiling`.
     seed: Of the initialisation, the data order and dropout.
     model_parallel: Devices that one copy of the weights is split over.
 
@@ -140,6 +147,7 @@ def train(
     eval_batch_size=eval_batch_size,
     EARLY_STOPPING=early_stopping,
     KEEP_CHECKPOINTS=keep_checkpoints,
+    PROFILE_STEPS=profile_steps or None,
   )
   directory = checkpoints.run_directory(model_dir)
   task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
@@ -159,11 +167,13 @@ def train(
       ' INITIAL_CHECKPOINT_PATH is needed; for example'
       ' --gin.INITIAL_CHECKPOINT_PATH="\'/models/t5_1_1_small\'"'
     )
+  trained = packing.model_of(model, plan) if pack else model(plan.network)
   run: dict[str, Any] = {
     **parameters.identity(plan),
     'task': mixture_or_task_name,
     'task_feature_lengths': dict(task_feature_lengths),
     'batch_size': batch_size,
+    'pack': pack,
     'seed': seed,
     'optimizer': getattr(optimizer, '__name__', type(optimizer).__name__),
   }
@@ -204,14 +214,17 @@ def train(
       logging.info('going on from step %d of %s', start, directory)
 
     # ------------------------------------------------------------------ data
-    batches = data.Batches(
+    read = functools.partial(
+      packing.PackedBatches if pack else data.Batches,
       task,
       task_feature_lengths,
       batch_size,
       seed=seed,
-      bucket_multiple=bucket_multiple,
       use_cached=use_cached,
       in_memory=in_memory,
+    )
+    batches = (
+      read(method=method) if pack else read(bucket_multiple=bucket_multiple)
     )
     evaluation = None
     if evaluates:
@@ -256,10 +269,9 @@ def train(
 
     # ------------------------------------------------------------------ loop
     # From here on MODEL_DIR is written to: all that can be wrong was looked at.
-    update = state_lib.compile_step(
-      model(plan.network), tx, plan, like, microbatches, seed
-    )
-    ahead = data.prefetch(batches, start, train_steps, mesh, check=method.check)
+    update = state_lib.compile_step(trained, tx, plan, like, microbatches, seed)
+    check = None if pack else method.check  # Packing looks at each example.
+    ahead = data.prefetch(batches, start, train_steps, mesh, check=check)
     # A stream is first read up to here, which can take long.
     following = next(ahead, None)
     base_path = initial_checkpoint_path
@@ -273,8 +285,13 @@ def train(
       contextlib.closing(ahead),
       Checkpoints(directory / 'checkpoints', start, keep_checkpoints) as saved,
       report_lib.Report(
-        directory, start, train_steps, batch_size, jax.process_index() == 0
+        directory,
+        start,
+        train_steps,
+        batches.examples_per_step,
+        jax.process_index() == 0,
       ) as report,
+      profiling.Profile(directory / 'profile', profile_steps) as profile,
     ):
       checkpoints.claim(directory, run, {'initial_checkpoint_path': base_path})
       if jax.process_index() == 0:
@@ -340,7 +357,8 @@ def train(
             with report.paused('compiling'):
               state, metrics = update(state, frozen, batch)
           else:
-            state, metrics = update(state, frozen, batch)
+            with profile.step(step, state):
+              state, metrics = update(state, frozen, batch)
         pending.append(metrics)
         step += 1
         following = next(ahead, None)

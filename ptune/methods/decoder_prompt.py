@@ -19,7 +19,7 @@ import functools
 
 from ptune import prompt_init
 from ptune.adapters import Method, Placement
-from ptune.methods.prompt import InsertPrompt, check_length
+from ptune.methods.prompt import InsertPrompt, Prompt, check_length, packed
 
 PATH = 'decoder/prompt/prompt/prompt'
 
@@ -43,4 +43,5 @@ def decoder_prompt(
     placements=(Placement('decoder/embed', 'prompt', adapter),),
     trainable=(PATH,),
     initial={PATH: init or prompt_init.random_uniform()},
+    packed=packed('decoder', functools.partial(Prompt, length=length), length),
   )

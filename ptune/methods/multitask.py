@@ -40,9 +40,14 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from ptune import prompt_init
-from ptune.adapters import Method, Placement
+from ptune.adapters import VIRTUAL, Method, Packed, Placement
 from ptune.layers import kernel_init
-from ptune.methods.prompt import SCOPE, CausalPrompt, check_length
+from ptune.methods.prompt import (
+  SCOPE,
+  ReadPrompt,
+  causal_mask,
+  check_length,
+)
 
 COMBINE = ('add', 'concat', 'concat_features', 'project', 'scale')
 SHARED = f'{SCOPE}/shared_prompt'
@@ -274,13 +279,30 @@ def multitask(
   insert = functools.partial(
     InsertTaskPrompt, source=source, vocab_size=vocab_size
   )
-  see = functools.partial(CausalPrompt, length=length)
-  mask = (Placement('encoder/mask', 'causal_prompt', see),) if causal else ()
+  check = functools.partial(check_tokens, vocab_size, tasks)
+
+  def insert_packed(tokens: np.ndarray) -> np.ndarray:
+    """[token of task t, *tokens] -> [the rows of its prompt, *tokens]."""
+    check(tokens[None])
+    first = VIRTUAL + (vocab_size - 1 - tokens[0]) * length
+    return np.concatenate([first + np.arange(length), tokens[1:]])
+
+  read = functools.partial(ReadPrompt, source=source)
   return Method(
     name='multitask',
-    placements=(Placement('encoder/embed', 'prompt', insert), *mask),
+    placements=(
+      Placement('encoder/embed', 'prompt', insert),
+      *(causal_mask(length) if causal else ()),
+    ),
     trainable=(SHARED, TASKS),
     settings={'combine': combine, 'causal': causal, 'vocab_size': vocab_size},
-    check=functools.partial(check_tokens, vocab_size, tasks),
+    check=check,
     initial={SHARED: init or prompt_init.random_uniform()},
+    packed=Packed(
+      placements=(
+        Placement('encoder/embed', 'prompt', read),
+        *(causal_mask(None) if causal else ()),
+      ),
+      insert={'encoder': (length - 1, insert_packed)},
+    ),
   )

@@ -29,7 +29,13 @@ from flax.linen import partitioning
 from ptune import prompt_init
 from ptune.adapters import Method, Placement
 from ptune.layers import Dense, kernel_init
-from ptune.methods.prompt import PATH, SCOPE, InsertPrompt, check_length
+from ptune.methods.prompt import (
+  PATH,
+  SCOPE,
+  InsertPrompt,
+  check_length,
+  packed,
+)
 
 AXES = ('prompt_embed', 'adapter_hidden')  # Of a map to hidden units.
 ENCODERS = ('mlp', 'lstm')
@@ -139,6 +145,7 @@ def encoded_prompt(
     prompt=PATH,
     fold=fold,
     initial={f'{SCOPE}/embedding': init or prompt_init.random_uniform()},
+    packed=packed('encoder', functools.partial(source, length=length), length),
   )
 
 

@@ -14,6 +14,8 @@ small).
 Where the rows of a batch have prompts of their own (`per_row`), shorter ones
 are padded on the left, so that a row reads [padding; P; X] and distances are
 those of [P; X]; the padding is hidden from all that is read.
+
+Packed rows have the prompt before each example: [P; X1; P; X2] (`packed`).
 """
 
 import functools
@@ -21,11 +23,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
 from ptune import prompt_init
-from ptune.adapters import Method, Placement
+from ptune.adapters import VIRTUAL, Method, Packed, Placement
 
 SCOPE = 'encoder/prompt/prompt'
 PATH = f'{SCOPE}/prompt'
@@ -98,19 +101,47 @@ class InsertPrompt(nn.Module):
     return jnp.take_along_axis(both, source[..., None], axis=1)
 
 
-class CausalPrompt(nn.Module):
-  """Hides from each of the first `length` positions those of them behind it."""
+class ReadPrompt(nn.Module):
+  """Puts rows of a prompt where virtual tokens stand, see `adapters.Packed`.
 
-  length: int
+  Attributes:
+    source: The module that holds, or makes, the prompt, [..., embed].
+  """
+
+  source: Callable[..., nn.Module]
+
+  @nn.compact
+  def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    """x [batch, length], y [batch, length, embed] -> the shape of y."""
+    prompt = self.source(name='prompt')(y.shape[-1])
+    prompt = prompt.reshape(-1, y.shape[-1])
+    # A product, not a gather, whose gradient would be summed in any order.
+    rows = jax.nn.one_hot(x - VIRTUAL, prompt.shape[0])
+    read = jnp.einsum('blp,pe->ble', rows, prompt, precision='highest')
+    return jnp.where((x >= VIRTUAL)[..., None], read.astype(y.dtype), y)
+
+
+class CausalPrompt(nn.Module):
+  """Hides from each row of a prompt those behind it.
+
+  Attributes:
+    length: The prompt is the first `length` positions; None where it is
+      virtual tokens.
+  """
+
+  length: int | None
 
   @nn.compact
   def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """y [batch, heads, q, k] or what broadcasts to it -> the same."""
-    del x
     positions = jnp.arange(y.shape[-1])
     behind = positions[None, :] > positions[:, None]
-    hidden = behind & (positions < self.length)[None, :]
-    return y & ~hidden[None, None]
+    if self.length is None:
+      prompt = x >= VIRTUAL
+    else:
+      prompt = (positions < self.length)[None]
+    hidden = behind[None] & prompt[:, None, :]
+    return y & ~hidden[:, None]
 
 
 class RowPrompts(nn.Module):
@@ -195,6 +226,42 @@ def row_parameters(
   return {ROWS: prompts, **dict.fromkeys(LENGTHS, lengths)}
 
 
+def packed(
+  stack: str,
+  source: Callable[..., nn.Module],
+  length: int,
+  position: str = 'start',
+  causal: bool = False,
+) -> Packed:
+  """A prompt of `length` rows in packed examples, as `prompt` has it.
+
+  Args:
+    stack: 'encoder' or 'decoder'.
+    source: The module that holds, or makes, the prompt.
+    length: Rows of the prompt.
+    position: Where it stands among the tokens of an example.
+    causal: Whether its rows see only those before them.
+  """
+
+  def insert(tokens: np.ndarray) -> np.ndarray:
+    count = len(tokens)
+    before = {
+      'start': 0,
+      'after_first': min(1, count),
+      'before_eos': max(count - 1, 0),
+    }[position]
+    return np.insert(tokens, before, VIRTUAL + np.arange(length))
+
+  adapter = functools.partial(ReadPrompt, source=source)
+  return Packed(
+    placements=(
+      Placement(f'{stack}/embed', 'prompt', adapter),
+      *(causal_mask(None) if causal else ()),
+    ),
+    insert={stack: (length, insert)},
+  )
+
+
 def prompt(
   length: int = 100,
   init: prompt_init.Initializer | None = None,
@@ -222,18 +289,25 @@ def prompt(
       f"a causal prompt stands at position 'start', not at {position!r}"
     )
   adapter = functools.partial(InsertPrompt, length=length, position=position)
-  mask = functools.partial(CausalPrompt, length=length)
   kind = 'causal' if causal else position
+  source = functools.partial(Prompt, length=length)
   return Method(
     name='prompt' if kind == 'start' else f'prompt/{kind}',
     placements=(
       Placement('encoder/embed', 'prompt', adapter),
-      *((Placement('encoder/mask', 'causal_prompt', mask),) if causal else ()),
+      *(causal_mask(length) if causal else ()),
     ),
     trainable=(PATH,),
     prompt=PATH,
     initial={PATH: init or prompt_init.random_uniform()},
+    packed=packed('encoder', source, length, position, causal),
   )
+
+
+def causal_mask(length: int | None) -> tuple[Placement, ...]:
+  """Places `CausalPrompt` at the encoder's mask."""
+  mask = functools.partial(CausalPrompt, length=length)
+  return (Placement('encoder/mask', 'causal_prompt', mask),)
 
 
 def check_length(length: int) -> None:
