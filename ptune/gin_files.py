@@ -36,6 +36,7 @@ MACROS = {
   'EVAL_STEPS': ('batches of an evaluation, None for all', '20'),
   'FROZEN_DTYPE': ('what frozen matrices are kept in', "'int8'"),
   'IMPORTANCE': ('leave_one_out or gradient', "'leave_one_out'"),
+  'FUSED_ATTENTION': ("an accelerator's attention, where it has one", 'True'),
   'FSDP': ('frozen matrices split over all devices', 'True'),
   'INFER_FILE': ('one input a line, or JSON lines', "'inputs.txt'"),
   'INFER_MODE': ('predict or score', "'predict'"),

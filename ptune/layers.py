@@ -15,13 +15,11 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jax import lax
 
+from ptune import fused
 from ptune.adapters import Placement, adapt
+from ptune.fused import MASKED
 
 Initializer = Callable[..., jax.Array]
-
-# Added to the attention logits of masked keys. Finite, so that a row without
-# any real key (a filler row of the last evaluation batch) stays free of NaN.
-MASKED = -1e10
 
 ACTIVATIONS = {
   'gelu': nn.gelu,  # The tanh approximation, as T5 1.1 was trained with.
@@ -281,6 +279,8 @@ class Attention(nn.Module):
   Sites: `query`, `key`, `value` [batch, length, heads, kv], what is projected;
   `keys`, `values` [batch, k, heads, kv], all that is attended to, with what
   lies in the cache; `out` [batch, length, embed].
+
+  With `fused`, an accelerator's kernel computes it where there is one.
   """
 
   num_heads: int
@@ -288,6 +288,7 @@ class Attention(nn.Module):
   dtype: jnp.dtype = jnp.float32
   dropout_rate: float = 0.0
   placements: tuple[Placement, ...] = ()
+  fused: bool = False
 
   @nn.compact
   def __call__(
@@ -329,20 +330,26 @@ class Attention(nn.Module):
     mask = jnp.pad(mask, added, constant_values=True)
     if bias is not None:
       bias = jnp.pad(bias, added)
+    # As T5X does, the weight of a key is dropped for all queries of a head or
+    # for none: so its value may be, which fused kernels take as any other.
+    # [b, h, k, d], and back
+    v = nn.Dropout(self.dropout_rate, broadcast_dims=(-1,))(
+      v.swapaxes(1, 2), deterministic=not enable_dropout
+    ).swapaxes(1, 2)
 
-    # Keys first: XLA's CPU backend lacks a product that the other order needs
-    # in its backward pass, in bfloat16. -> [b, h, q, k]
-    logits = product('bkhd,bqhd->bhqk', k, q)
-    if bias is not None:
-      logits = logits + bias
-    logits = jnp.where(mask, logits, MASKED)
-    weights = nn.softmax(logits).astype(self.dtype)
-    # One mask for all queries, as T5X drops attention weights.
-    weights = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
-      weights, deterministic=not enable_dropout
-    )
-    # -> [b, q, h, d]
-    y = product('bhqk,bkhd->bqhd', weights, v).astype(self.dtype)
+    if self.fused and cache_index is None and fused.fits(q, k):
+      allowed = jnp.zeros(()) if bias is None else bias
+      y = fused.attend(q, k, v, jnp.where(mask, allowed, MASKED))
+    else:
+      # Keys first: XLA's CPU backend lacks a product that the other order
+      # needs in its backward pass, in bfloat16. -> [b, h, q, k]
+      logits = product('bkhd,bqhd->bhqk', k, q)
+      if bias is not None:
+        logits = logits + bias
+      logits = jnp.where(mask, logits, MASKED)
+      weights = nn.softmax(logits).astype(self.dtype)
+      # -> [b, q, h, d]
+      y = product('bhqk,bkhd->bqhd', weights, v).astype(self.dtype)
     # -> [b, q, joined_kv] -> [b, q, embed]
     y = y.reshape(*y.shape[:2], -1)
     out = Dense(

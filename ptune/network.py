@@ -59,6 +59,7 @@ class EncoderLayer(nn.Module):
       dtype,
       cfg.dropout_rate,
       place,
+      cfg.fused_attention,
       name='attention',
     )(h, h, mask, bias, enable_dropout=enable_dropout)
     x = x + dropout(adapt(self, place, 'attention', h, y))
@@ -115,6 +116,7 @@ class DecoderLayer(nn.Module):
         dtype,
         cfg.dropout_rate,
         place,
+        cfg.fused_attention,
         name=name,
       )(*inputs, enable_dropout=enable_dropout, **kwargs)
 

@@ -31,6 +31,8 @@ class T5Config:
       and are gathered where they are used.
     remat: Whether the backward pass computes each layer again, and only what
       goes into it is kept.
+    fused_attention: Whether attention is computed by an accelerator's fused
+      kernel, where `fused` has one that fits.
     relative_attention_num_buckets: Buckets of the relative position bias.
     relative_attention_max_distance: Where its last bucket starts.
   """
@@ -49,6 +51,7 @@ class T5Config:
   frozen_dtype: str | None = None
   fsdp: bool = False
   remat: bool = False
+  fused_attention: bool = True
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
 

@@ -16,6 +16,7 @@ LAYERS = (
   'processes',
   'pretrained',
   'adapters',
+  'fused',
   'layers',
   'sizes',
   'network',

@@ -1,0 +1,187 @@
+"""Fused kernels compute what `layers.Attention` does.
+
+No test has an accelerator: Pallas' kernel is interpreted, cuDNN's is lowered,
+and what it would be given is computed by XLA.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.experimental.pallas import tpu as pltpu
+
+from ptune import fused, layers, network, parameters, partitioning
+from ptune.methods import prompt
+from ptune.models import EncoderDecoderModel
+from tests.network_test import SHALLOW, make_batch, random_params
+
+BFLOAT16 = dataclasses.replace(SHALLOW, dtype='bfloat16')
+# Long enough in the encoder, and of odd length with its prompt.
+LONG = make_batch([130, 40], [7, 3], encoder_length=130)
+
+
+@contextlib.contextmanager
+def on(platform):
+  """As if the devices were of a platform; cuDNN is XLA."""
+
+  def xla(q, k, v, bias):
+    assert q.shape[1] % 2 == k.shape[1] % 2 == 0
+    return jax.nn.dot_product_attention(
+      q, k, v, bias.astype(q.dtype), scale=1.0, implementation='xla'
+    )
+
+  with (
+    mock.patch.object(fused, 'platform', lambda: platform),
+    mock.patch.dict(fused.KERNELS, {'cuda': (xla, 2)}),
+    pltpu.force_tpu_interpret_mode(),
+  ):
+    yield
+
+
+def plain(q, k, v, bias):
+  logits = jnp.einsum('bqhd,bkhd->bhqk', q, k) + bias
+  return jnp.einsum('bhqk,bkhd->bqhd', nn.softmax(logits), v)
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+def test_values_and_derivatives_are_those_of_the_formula(platform):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+  q, k, v = draw(2, 5, 3, 8), draw(2, 7, 3, 8), draw(2, 7, 3, 8)
+  # One row sees nothing but its first key.
+  mask = np.array([7, 1])[:, None] > np.arange(7)
+  bias = np.where(mask[:, None, None], draw(1, 3, 5, 7), fused.MASKED)
+  bias = bias.astype(np.float32)
+  want, want_pull = jax.vjp(plain, q, k, v, bias)
+  with on(platform):
+    got, pull = jax.vjp(fused.attend, q, k, v, bias)
+    derivatives = pull(jnp.cos(want))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  for one, expected in zip(derivatives, want_pull(jnp.cos(want)), strict=True):
+    np.testing.assert_allclose(one, expected, atol=2e-5)
+
+
+@functools.cache
+def program(config, platform):
+  """Logits of LONG, and the prompt's gradient; for a platform, or plain."""
+  plan = parameters.plan(
+    config, prompt.prompt(3), partitioning.make_mesh(2, jax.devices()[:4])
+  )
+  params = jax.tree.map(lambda x: x / 2, random_params(plan.network))
+  params = parameters.flatten(params)
+  model = EncoderDecoderModel(plan.network)
+
+  def loss(trained):
+    whole = parameters.unflatten(params | trained)
+    return model.loss(whole, LONG)[0], model.logits(whole, LONG)
+
+  trained = {prompt.PATH: params.pop(prompt.PATH)}
+  with contextlib.ExitStack() as stack:
+    if platform:
+      stack.enter_context(on(platform))
+    if platform != 'tpu':  # Many devices cannot be interpreted at once.
+      stack.enter_context(plan.scope())
+    found = jax.jit(jax.grad(loss, has_aux=True))(trained)
+  gradient, logits = jax.device_get(found)
+  return logits, gradient[prompt.PATH]
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+def test_the_network_is_the_same_in_low_precision(platform):
+  want, want_gradient = program(BFLOAT16, None)
+  with mock.patch.object(
+    fused, 'attend', mock.Mock(side_effect=fused.attend)
+  ) as attend:
+    got, gradient = program(BFLOAT16, platform)
+  # The encoder's alone: seven targets are too few.
+  assert attend.call_count > 0
+  assert {call.args[0].shape[1] for call in attend.call_args_list} == {133}
+  scale = np.abs(want).max()
+  assert 0 < np.abs(got - want).max() < 1e-2 * scale
+  cosine = np.vdot(gradient, want_gradient)
+  cosine /= np.linalg.norm(gradient) * np.linalg.norm(want_gradient)
+  assert cosine > 0.999
+
+
+@pytest.mark.parametrize(
+  ('config', 'batch'),
+  [
+    (dataclasses.replace(BFLOAT16, fused_attention=False), LONG),
+    (SHALLOW, LONG),
+    (BFLOAT16, make_batch([120], [127], 120, 127)),
+    (dataclasses.replace(BFLOAT16, head_dim=12), LONG),
+    (dataclasses.replace(BFLOAT16, head_dim=136), LONG),
+  ],
+)
+def test_what_does_not_fit_is_computed_as_always(config, batch):
+  net = network.Transformer(config, prompt.prompt(3).placements)
+  model = EncoderDecoderModel(net)
+  shapes = jax.eval_shape(lambda: random_params(net))
+  with on('tpu'), mock.patch.object(fused, 'attend') as attend:
+    jax.eval_shape(model.logits, shapes, batch)
+  assert not attend.called
+
+
+def test_a_cpu_has_no_kernel():
+  assert fused.platform() is None
+
+
+def test_cudnn_gets_a_step_of_training():
+  """Lowered for a GPU; that it runs there is not tested."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  net = network.Transformer(BFLOAT16, prompt.prompt(3).placements)
+  model = EncoderDecoderModel(net)
+  loss = jax.jit(jax.grad(lambda params: model.loss(params, LONG)[0]))
+  with (
+    mock.patch.object(fused, 'platform', lambda: 'cuda'),
+    mock.patch.object(cudnn, 'check_cudnn_version', lambda: 91000),
+  ):
+    traced = loss.trace(jax.eval_shape(lambda: random_params(net)))
+    text = traced.lower(lowering_platforms=('cuda',)).as_text()
+  assert text.count('@__cudnn$fmhaScaleBiasSoftmax(') == 1
+  assert text.count('@__cudnn$fmhaScaleBiasSoftmaxBackward(') == 1
+
+
+# -------------------------------------------------------------------- dropout
+
+
+class DroppedWeights(nn.Module):
+  """Attention that drops weights, with the kernels of `layers.Attention`."""
+
+  @nn.compact
+  def __call__(self, x, mask):
+    def project(name):
+      y = layers.Dense(16, ('embed', 'joined_kv'), name=name)(x)
+      return y.reshape(*x.shape[:2], 2, 8)
+
+    q, k, v = map(project, ('query', 'key', 'value'))
+    logits = jnp.einsum('bqhd,bkhd->bhqk', q, k)
+    weights = nn.softmax(jnp.where(mask, logits, fused.MASKED))
+    weights = nn.Dropout(0.5, broadcast_dims=(-2,))(
+      weights, deterministic=False
+    )
+    y = jnp.einsum('bhqk,bkhd->bqhd', weights, v).reshape(*x.shape[:2], 16)
+    return layers.Dense(16, ('joined_kv', 'embed'), name='out')(y)
+
+
+def test_dropping_values_is_dropping_weights_key_by_key_as_t5x_does():
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((3, 6, 16)).astype(np.float32)
+  mask = np.tril(np.ones((6, 6), bool))[None, None]
+  attention = layers.Attention(2, 8, dropout_rate=0.5)
+  variables = attention.init(jax.random.key(0), x, x, mask)
+  key = {'dropout': jax.random.key(1)}
+  got = attention.apply(variables, x, x, mask, enable_dropout=True, rngs=key)
+  want = DroppedWeights().apply(
+    {'params': variables['params']}, x, mask, rngs=key
+  )
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  kept = attention.apply(variables, x, x, mask)
+  assert np.abs(got - kept).max() > 0.1
