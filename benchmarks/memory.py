@@ -4,8 +4,12 @@
 
 XLA says what a compiled step needs, so every number is deterministic for a
 version of it. `arguments` are the weights, the state and the batch, `temporary`
-what a step needs beside them.
+what a step needs beside them. --versus=peft adds the bytes that PEFT's model
+holds, in the types that it has on a CPU; PyTorch cannot say what a step needs
+before it is run.
 """
+
+import argparse
 
 from benchmarks import peers
 from ptune import parameters
@@ -31,8 +35,19 @@ def measure(args):
       'argument_bytes': memory.argument_size_in_bytes,
       'temporary_bytes': memory.temp_size_in_bytes,
     }
+  if args.versus == 'peft':
+    import torch
+
+    for dtype in ('float32', 'bfloat16'):
+      one = argparse.Namespace(**{**vars(args), 'dtype': dtype})
+      with torch.device('meta'):
+        held = [p for p in peers.peft(one).parameters() if not p.requires_grad]
+      size = sum(p.numel() * p.element_size() for p in held)
+      result[f'peft, {dtype} weights'] = {'frozen_bytes': size}
   return result
 
 
 if __name__ == '__main__':
-  peers.run(peers.parser(__doc__), measure)
+  flags = peers.parser(__doc__)
+  flags.add_argument('--versus', choices=('peft',))
+  peers.run(flags, measure)

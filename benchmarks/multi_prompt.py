@@ -1,11 +1,14 @@
 """K prompts in one step on one frozen model, beside K steps of one prompt.
 
-    python -m benchmarks.multi_prompt --runs=8 --batch=1
+    python -m benchmarks.multi_prompt --runs=8 --batch=1 --versus=peft
 
 --batch is the examples of each prompt. Every prompt has its own optimizer
 state; `times_separate` is what K steps cost, by one step of all. The frozen
 weights lie in memory once in both; K processes would hold them K times.
+--versus=peft adds K steps of PEFT, which has no step of several prompts.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +47,15 @@ def measure(args):
     for _ in runs
   ]
   flops = [p.cost_analysis()['flops'] for p in (together, step)]
+  calls = {
+    'together': peers.repeated(together, state, ours.frozen, rows),
+    'separate': lambda: [call() for call in alone],
+  }
+  if args.versus == 'peft':
+    peft = functools.partial(peers.peft_step(args), peers.torch_batch(one))
+    calls['peft'] = lambda: [peft() for _ in runs]
   return {
-    **peers.interleaved(
-      {
-        'together': peers.repeated(together, state, ours.frozen, rows),
-        'separate': lambda: [call() for call in alone],
-      },
-      args.rounds,
-    ),
+    **peers.interleaved(calls, args.rounds),
     'flops_by_separate': round(flops[0] / flops[1] / args.runs, 4),
   }
 
@@ -59,4 +63,5 @@ def measure(args):
 if __name__ == '__main__':
   flags = peers.parser(__doc__, batch=1)
   flags.add_argument('--runs', type=int, default=8)
+  flags.add_argument('--versus', choices=('peft',))
   peers.run(flags, measure)

@@ -39,7 +39,7 @@ SIZES = {
       vocab_size=vocab,
     )
     for name, (layers, embed, heads, vocab) in {
-      'toy': (1, 16, 1, 512),
+      'toy': (1, 16, 1, 3072),
       'small_quarter': (4, 128, 2, 32128),
       'small_half': (6, 256, 4, 32128),
     }.items()
@@ -56,6 +56,17 @@ def cpu_seconds(call: Callable[[], Any]) -> float:
   return time.process_time() - start
 
 
+def in_turns(
+  calls: Mapping[str, Callable[[], Any]], rounds: int
+) -> dict[str, list[float]]:
+  """CPU seconds of each call, by its name, in each round."""
+  taken: dict[str, list[float]] = {name: [] for name in calls}
+  for _ in range(rounds):
+    for name, call in calls.items():
+      taken[name].append(cpu_seconds(call))
+  return taken
+
+
 def interleaved(
   calls: Mapping[str, Callable[[], Any]], rounds: int
 ) -> dict[str, Any]:
@@ -65,10 +76,7 @@ def interleaved(
     `cpu_seconds` of each, the median; and of each but the first, by the first
     one's: `times_NAME` (median over the rounds) and `times_NAME_min`.
   """
-  taken: dict[str, list[float]] = {name: [] for name in calls}
-  for _ in range(rounds + 1):
-    for name, call in calls.items():
-      taken[name].append(cpu_seconds(call))
+  taken = in_turns(calls, rounds + 1)
   first, *others = calls
   result: dict[str, Any] = {
     'cpu_seconds': {
@@ -227,6 +235,23 @@ def matmul_rate(args: argparse.Namespace) -> float:
 # ------------------------------------------------------------------------ peft
 
 
+def hugging_face_fields(config: sizes.T5Config) -> dict[str, Any]:
+  """The config.json of a T5 1.1 of these sizes."""
+  return {
+    'vocab_size': config.vocab_size,
+    'd_model': config.emb_dim,
+    'd_kv': config.head_dim,
+    'd_ff': config.mlp_dim,
+    'num_layers': config.num_encoder_layers,
+    'num_decoder_layers': config.num_decoder_layers,
+    'num_heads': config.num_heads,
+    'feed_forward_proj': 'gated-gelu',
+    'tie_word_embeddings': False,
+    'dropout_rate': 0.0,
+    'decoder_start_token_id': 0,
+  }
+
+
 def peft(args: argparse.Namespace):
   """The same model with the same prompt, by PEFT; on one thread."""
   import peft as peft_lib
@@ -235,22 +260,11 @@ def peft(args: argparse.Namespace):
 
   torch.set_num_threads(1)
   torch.manual_seed(0)
-  ours = plan_of(args).network.config
-  fields: dict[str, Any] = {
-    'vocab_size': ours.vocab_size,
-    'd_model': ours.emb_dim,
-    'd_kv': ours.head_dim,
-    'd_ff': ours.mlp_dim,
-    'num_layers': ours.num_encoder_layers,
-    'num_decoder_layers': ours.num_decoder_layers,
-    'num_heads': ours.num_heads,
-    'feed_forward_proj': 'gated-gelu',
-    'tie_word_embeddings': False,
-    'dropout_rate': 0.0,
-    'decoder_start_token_id': 0,
-  }
+  fields = hugging_face_fields(plan_of(args).network.config)
   config = transformers.T5Config.from_dict(fields)
   base = transformers.T5ForConditionalGeneration(config)
+  # T5 1.1 has an output layer of its own; some versions tie it all the same.
+  base.lm_head = torch.nn.Linear(config.d_model, config.vocab_size, bias=False)
   base = base.to(getattr(torch, args.dtype))
   tuning = peft_lib.PromptTuningConfig(
     task_type=peft_lib.TaskType.SEQ_2_SEQ_LM,
@@ -259,26 +273,24 @@ def peft(args: argparse.Namespace):
   return peft_lib.get_peft_model(base, tuning)
 
 
-def torch_batch(batch: Mapping[str, jax.Array]) -> dict[str, Any]:
-  """A batch as PEFT's models take it."""
+def torch_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
+  """A batch as PEFT's models take it; padding has no loss."""
   import torch
 
   tokens = torch.from_numpy(np.array(batch['encoder_input_tokens'])).long()
   targets = torch.from_numpy(np.array(batch['decoder_target_tokens'])).long()
   return {
     'input_ids': tokens,
-    'attention_mask': torch.ones_like(tokens),
-    'labels': targets,
+    'attention_mask': (tokens > 0).long(),
+    'labels': targets.masked_fill(targets == 0, -100),
   }
 
 
-def peft_step(
-  args: argparse.Namespace, batch: Mapping[str, jax.Array]
-) -> Callable[[], float]:
-  """One update by PEFT, with Adafactor."""
+def peft_step(args: argparse.Namespace) -> Callable[[Mapping], float]:
+  """An update by PEFT, with Adafactor, of one `torch_batch` after another."""
   import transformers
 
-  model, inputs = peft(args), torch_batch(batch)
+  model = peft(args)
   model.train()
   optimizer = transformers.Adafactor(
     [p for p in model.parameters() if p.requires_grad],
@@ -288,7 +300,7 @@ def peft_step(
     warmup_init=False,
   )
 
-  def step():
+  def step(inputs):
     loss = model(**inputs).loss
     loss.backward()
     optimizer.step()

@@ -1,15 +1,19 @@
 """From a fresh process to a trained step: what starting `ptune train` costs.
 
     python -m benchmarks.startup
-    python -m benchmarks.startup --model=t5_1_1_small
+    python -m benchmarks.startup --model=t5_1_1_small --versus=peft
 
 Runs the program for one step of a task of files, three times: with an empty
 compilation cache (`cold`), and twice with the one it left (`warm` is the
 second). `ptune://tiny` is the default model; for another, a checkpoint of
 random weights is written first. `import_*` are processes that import only that.
+`peft` (--versus=peft) is a process that loads the same shapes from a directory
+and takes a step, by PEFT, on a batch of token ids: it reads no task and writes
+nothing.
 """
 
 import argparse
+import json
 import os
 import pathlib
 import resource
@@ -19,9 +23,30 @@ import tempfile
 import time
 
 from benchmarks import peers
+from ptune import miniature, pretrained, sizes
 
 IMPORTS = ('jax', 'seqio', 'ptune.train')
 STARTS = ('cold', 'filled', 'warm')
+
+# A process that knows PEFT only: saves a model of a config, or takes its step.
+PEFT = """
+import json, sys
+import peft, torch, transformers
+place, config = sys.argv[1], sys.argv[2]
+if config:
+  config = transformers.T5Config.from_dict(json.loads(config))
+  transformers.T5ForConditionalGeneration(config).save_pretrained(place)
+  sys.exit()
+base = transformers.T5ForConditionalGeneration.from_pretrained(place)
+model = peft.get_peft_model(base, peft.PromptTuningConfig(
+  task_type=peft.TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=100))
+optimizer = transformers.Adafactor(
+  [p for p in model.parameters() if p.requires_grad],
+  lr=0.3, relative_step=False, scale_parameter=False, warmup_init=False)
+tokens, targets = (torch.ones((8, n), dtype=torch.long) for n in (32, 4))
+model(input_ids=tokens, labels=targets).loss.backward()
+optimizer.step()
+"""
 
 
 def process(*command, **environment):
@@ -48,7 +73,7 @@ def checkpoint_of(model, directory):
   """Writes random weights, in the layout of a run; returns where."""
   import jax.numpy as jnp
 
-  from ptune import checkpoints, parameters, partitioning, sizes
+  from ptune import checkpoints, parameters, partitioning
   from ptune.methods import full
   from ptune.state import TrainState
 
@@ -93,6 +118,15 @@ def measure(args):
 
     result = {name: train(name) for name in STARTS}
     result.pop('filled', None)
+    if args.versus == 'peft':
+      if tiny:
+        config, _ = miniature.load(pretrained.directory(base))
+      else:
+        config = sizes.t5(args.model)
+      fields = peers.hugging_face_fields(config)
+      own = str(place / 'peft')
+      process(sys.executable, '-c', PEFT, own, json.dumps(fields))
+      result['peft'] = process(sys.executable, '-c', PEFT, own, '')
     return result | {
       f'import_{name}': process(sys.executable, '-c', f'import {name}')
       for name in IMPORTS
@@ -102,4 +136,5 @@ def measure(args):
 if __name__ == '__main__':
   flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   flags.add_argument('--model', default='tiny')
+  flags.add_argument('--versus', choices=('peft',))
   peers.run(flags, measure)

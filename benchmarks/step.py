@@ -15,6 +15,7 @@ a norm metric keeps the gradients of all parameters alive, the embedding
 multiplies by one-hot rows, and inputs are padded to --reference_inputs.
 """
 
+import functools
 import math
 import time
 
@@ -72,7 +73,9 @@ def measure(args):
   calls = {'ours': peers.repeated(step, first(), ours.frozen, batch)}
   result = {}
   if args.versus == 'peft':
-    calls['peft'] = peers.peft_step(args, batch)
+    calls['peft'] = functools.partial(
+      peers.peft_step(args), peers.torch_batch(batch)
+    )
   elif args.versus == 'reference':
     longest = args.reference_inputs or args.inputs
     long = longest - args.inputs

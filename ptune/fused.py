@@ -62,6 +62,9 @@ def fits(q: jax.Array, k: jax.Array) -> bool:
     k: [batch, k, heads, kv].
   """
   mesh, spec = jax.sharding.get_abstract_mesh(), _spec()
+  # Without a mesh, as under T5X, it is not known how arrays are split.
+  if mesh.empty and jax.device_count() > 1:
+    return False
   split = [
     size % mesh.shape[axis] == 0
     for size, axis in zip((q.shape[0], q.shape[2]), spec, strict=True)

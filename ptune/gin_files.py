@@ -62,7 +62,7 @@ MACROS = {
   'MODEL_DIR': ('where a run writes', "'/runs/sst2'"),
   'MODEL_PARALLEL': ('devices that hold one copy of the weights', '4'),
   'OPTIMIZER': ('set by a file of methods/', '@optim.adafactor'),
-  'PACK': ('several examples in a row, exactly', 'True'),
+  'PACK': ('rows with room for so many of the longest examples', '4'),
   'PROFILE_STEPS': ('steps traced into MODEL_DIR/profile', '5'),
   'PROMPT_FILE': ('a saved prompt', "'/runs/sst2/prompts/best.npy'"),
   'PROMPT_LENGTH': ('rows of the prompt', '100'),

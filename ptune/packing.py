@@ -1,7 +1,7 @@
 """Rows that hold several examples, each as it would be alone (PACK).
 
-A row is as long as the longest example could be alone, with what the method
-inserts: its prompt p q, say.
+A row is as long as PACK of the longest examples would be, with what the method
+inserts in each: its prompt p q, say. More of the usual ones find room.
 
     alone    p q 7 8 1        p q 5 1
     packed   p q 7 8 1 p q 5 1 0 0      segments  1 1 1 1 1 2 2 2 2 0 0
@@ -46,23 +46,26 @@ class PackedBatches(data.Batches):
     feature_lengths: Mapping[str, int],
     batch_size: int,
     method: Method,
+    pack: int = 1,
     **how: Any,
   ):
     """As `data.Batches`, which also says what else may be given.
 
     Args:
       task: A SeqIO task or mixture.
-      feature_lengths: Longest inputs and targets of an example. Rows are as
-        long as these, and what the method inserts once.
+      feature_lengths: Longest inputs and targets of an example.
       batch_size: Rows, of several examples each.
-      method: What stands in each example.
+      method: What is inserted in each example.
+      pack: How many of the longest examples a row has room for.
     """
     super().__init__(
       task, feature_lengths, batch_size, bucket_multiple=None, **how
     )
     insert = (method.packed or Packed((), {})).insert
     self._insert = {f: insert.get(STACKS[f], (0, np.asarray)) for f in FEATURES}
-    self._room = [self._lengths[f] + self._insert[f][0] for f in FEATURES]
+    self._room = [
+      pack * (self._lengths[f] + self._insert[f][0]) for f in FEATURES
+    ]
     self._first_rows = [0]  # Of each chunk packed so far, and of the next.
     self._packed = functools.lru_cache(maxsize=2)(self._pack_chunk)
 
@@ -198,7 +201,7 @@ def model_of(
     jax.eval_shape(made.loss, params, dict.fromkeys(names, tokens))
   except ValueError as error:
     raise ValueError(
-      f'PACK is True, and method {plan.method.name!r} or the loss cannot read'
+      f'PACK is set, and method {plan.method.name!r} or the loss cannot read'
       f' rows of several examples: {error}'
     ) from error
   return made

@@ -67,7 +67,7 @@ def train(
   batch_size: int = 32,
   microbatches: int = 1,
   bucket_multiple: int | None = data.BUCKET_MULTIPLE,
-  pack: bool = False,
+  pack: int = 0,
   in_memory: bool | None = None,
   use_cached: bool = False,
   eval_period: int = 1000,
@@ -102,8 +102,9 @@ def train(
     microbatches: Parts that a batch is computed in, one after the other.
     bucket_multiple: Lengths are rounded up to a multiple of it, in batches of
       like lengths; None pads all to task_feature_lengths.
-    pack: Whether a row of a batch holds several examples, see `packing`;
-      batch_size then counts rows, and bucket_multiple is for evaluations.
+    pack: If not 0, rows hold several examples, and have room for so many of
+      the longest, see `packing`; batch_size then counts rows, which all have
+      one length.
     in_memory: See `data.Batches`.
     use_cached: USE_CACHED_TASKS.
     eval_period: Steps between evaluations.
@@ -147,6 +148,7 @@ def train(
     eval_batch_size=eval_batch_size,
     EARLY_STOPPING=early_stopping,
     KEEP_CHECKPOINTS=keep_checkpoints,
+    PACK=pack or None,
     PROFILE_STEPS=profile_steps or None,
   )
   directory = checkpoints.run_directory(model_dir)
@@ -173,7 +175,7 @@ def train(
     'task': mixture_or_task_name,
     'task_feature_lengths': dict(task_feature_lengths),
     'batch_size': batch_size,
-    'pack': pack,
+    'pack': int(pack),
     'seed': seed,
     'optimizer': getattr(optimizer, '__name__', type(optimizer).__name__),
   }
@@ -224,7 +226,9 @@ def train(
       in_memory=in_memory,
     )
     batches = (
-      read(method=method) if pack else read(bucket_multiple=bucket_multiple)
+      read(method=method, pack=pack)
+      if pack
+      else read(bucket_multiple=bucket_multiple)
     )
     evaluation = None
     if evaluates:

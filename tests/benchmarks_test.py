@@ -50,10 +50,19 @@ def test_step(measure):
 
 
 @pytest.mark.filterwarnings('ignore')  # PyTorch's libraries, of themselves.
-@pytest.mark.parametrize('script', ['step', 'decode'])
+@pytest.mark.parametrize('script', ['step', 'decode', 'multi_prompt'])
 def test_beside_peft(measure, script):
   pytest.importorskip('peft')
   assert measure(script, versus='peft')['times_peft'] > 0
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_pefts_model_is_of_our_size(measure):
+  pytest.importorskip('peft')
+  found = measure('memory', versus='peft')
+  size = {k: v['frozen_bytes'] for k, v in found.items() if 'weights' in k}
+  assert size['peft, float32 weights'] == size['float32, float32 weights']
+  assert size['peft, bfloat16 weights'] <= size['bfloat16, bfloat16 weights']
 
 
 def test_memory_is_a_half_and_a_quarter(measure):
@@ -83,7 +92,9 @@ def test_several_prompts_cost_the_flops_of_each(measure):
   assert found['times_separate'] > 0
 
 
-def test_batches_of_like_lengths_are_padded_less(measure, tmp_path):
+def test_batches_of_like_lengths_and_packed_ones_are_padded_less(
+  measure, tmp_path
+):
   pytest.importorskip('seqio')
   rng = np.random.default_rng(0)
   rows = ['word ' * n for n in rng.integers(1, 80, 64)]
@@ -97,10 +108,15 @@ def test_batches_of_like_lengths_are_padded_less(measure, tmp_path):
     targets=8,
     checkpoint='ptune://tiny',
   )
-  padding = [found[k]['padding'] for k in ('bucketed', 'longest', 'full')]
+  ways = ('bucketed', 'longest', 'full')
+  padding = [found[k]['padding'] for k in ways]
   assert padding[0] < padding[1] < padding[2]
-  assert [found[k]['shapes'] for k in ('bucketed', 'full')] == [3, 1]
-  losses = [found[k]['loss'] for k in ('bucketed', 'longest', 'full')]
+  assert found['packed']['padding'] < padding[2] / 2
+  assert [found[k]['shapes'] for k in ('bucketed', 'full', 'packed')] == [
+    *(3, 1, 1)
+  ]
+  assert found['packed']['steps'] < found['full']['steps']
+  losses = [found[k]['loss'] for k in ways]
   np.testing.assert_allclose(losses, losses[0], rtol=0.2)
 
 
@@ -119,11 +135,13 @@ def test_cost_is_what_the_formula_says(measure, tmp_path):
 
 
 def test_startup(monkeypatch):
+  pytest.importorskip('peft')
   monkeypatch.setattr(startup, 'STARTS', ('cold',))
   monkeypatch.setattr(startup, 'IMPORTS', ('json',))
   monkeypatch.setattr(os, 'environ', tiny.environment())
-  found = startup.measure(argparse.Namespace(model='tiny'))
-  assert found.keys() == {'cold', 'import_json'}
+  found = startup.measure(argparse.Namespace(model='tiny', versus='peft'))
+  assert found.keys() == {'cold', 'peft', 'import_json'}
+  assert found['peft']['wall_seconds'] > 0
   assert found['import_json']['cpu_seconds'] < found['cold']['cpu_seconds']
 
 

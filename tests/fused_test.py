@@ -39,6 +39,7 @@ def on(platform):
   with (
     mock.patch.object(fused, 'platform', lambda: platform),
     mock.patch.dict(fused.KERNELS, {'cuda': (xla, 2)}),
+    mock.patch.object(jax, 'device_count', lambda: 1),
     pltpu.force_tpu_interpret_mode(),
   ):
     yield
@@ -128,6 +129,17 @@ def test_what_does_not_fit_is_computed_as_always(config, batch):
   assert not attend.called
 
 
+def test_on_several_devices_it_must_be_known_how_arrays_are_split():
+  q = jax.ShapeDtypeStruct((4, 128, 2, 8), jnp.bfloat16)
+  mesh = partitioning.make_mesh(2)  # Four rows, over four devices.
+  with mock.patch.object(fused, 'platform', lambda: 'tpu'):
+    assert not fused.fits(q, q)
+    with partitioning.scope(mesh, partitioning.rules(mesh, SHALLOW)):
+      assert fused.fits(q, q)
+      assert not fused.fits(q.update(shape=(3, 128, 2, 8)), q)
+      assert not fused.fits(q.update(shape=(4, 128, 3, 8)), q)
+
+
 def test_a_cpu_has_no_kernel():
   assert fused.platform() is None
 
@@ -141,6 +153,7 @@ def test_cudnn_gets_a_step_of_training():
   loss = jax.jit(jax.grad(lambda params: model.loss(params, LONG)[0]))
   with (
     mock.patch.object(fused, 'platform', lambda: 'cuda'),
+    mock.patch.object(jax, 'device_count', lambda: 1),
     mock.patch.object(cudnn, 'check_cudnn_version', lambda: 91000),
   ):
     traced = loss.trace(jax.eval_shape(lambda: random_params(net)))

@@ -214,6 +214,9 @@ def test_rows_have_room_for_the_longest_example_and_its_prompt(task):
   method = combine([prompt.prompt(3), decoder_prompt.decoder_prompt(2)])
   batches = packing.PackedBatches(task, LENGTHS, 4, method)
   assert batches.shapes == [(48 + 3, 8 + 2)]
+  double = packing.PackedBatches(task, LENGTHS, 4, method, pack=2)
+  assert double.shapes == [(2 * (48 + 3), 2 * (8 + 2))]
+  assert double.examples_per_step > 1.5 * batches.examples_per_step
   plain = packing.PackedBatches(task, LENGTHS, 4, ia3.ia3())
   assert plain.shapes == [(48, 8)]
 
@@ -276,9 +279,9 @@ def test_an_example_without_a_task_is_named(task):
 def test_a_packed_run_resumes_with_the_same_bits(tmp_path):
   """Cut after step 5, with packed rows of several epochs."""
   run = functools.partial(tiny.run, eval_split=None, checkpoint_period=12)
-  run(tmp_path / 'whole', pack=True)
-  run(tmp_path / 'cut', pack=True, train_steps=5)
-  run(tmp_path / 'cut', pack=True)
+  run(tmp_path / 'whole', pack=2)
+  run(tmp_path / 'cut', pack=2, train_steps=5)
+  run(tmp_path / 'cut', pack=2)
   whole, cut = (
     np.load(tmp_path / name / 'prompts' / 'step_12.npy')
     for name in ('whole', 'cut')
@@ -286,13 +289,13 @@ def test_a_packed_run_resumes_with_the_same_bits(tmp_path):
   np.testing.assert_array_equal(whole, cut)
   first = tiny.records(tmp_path / 'whole')[0]
   assert np.isfinite(first['loss'])
-  with pytest.raises(ValueError, match='pack: True there, False here'):
-    run(tmp_path / 'cut', pack=False)
+  with pytest.raises(ValueError, match='pack: 2 there, 0 here'):
+    run(tmp_path / 'cut')
 
 
 def test_what_cannot_be_packed_ends_a_run_before_anything_is_written(tmp_path):
-  with pytest.raises(ValueError, match='PACK is True'):
-    tiny.run(tmp_path / 'run', pack=True, method=per_layer.per_layer(3))
+  with pytest.raises(ValueError, match='PACK is set'):
+    tiny.run(tmp_path / 'run', pack=1, method=per_layer.per_layer(3))
   assert not (tmp_path / 'run').exists()
 
 

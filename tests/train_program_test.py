@@ -63,6 +63,50 @@ def assert_same_run(left, right):
     assert got == expected
 
 
+# -------------------------------------------------------------------- the loop
+
+
+def test_steps_start_without_waiting_and_compile_once_for_each_shape(
+  tmp_path, monkeypatch
+):
+  events, shapes, updates = [], set(), []
+  compile_step, add_sums = train.state_lib.compile_step, train._add_sums
+
+  def watched(*args):
+    update = compile_step(*args)
+
+    def call(state, frozen, batch):
+      shapes.add(tuple(x.shape for x in batch.values()))
+      with jax.transfer_guard('disallow'):  # All that it needs is there.
+        result = update(state, frozen, batch)
+      events.append('start')
+      return result
+
+    updates.append(update)
+    return call
+
+  def fetched(sums, metrics, step, saved):
+    events.append(step)
+    return add_sums(sums, metrics, step, saved)
+
+  monkeypatch.setattr(train.state_lib, 'compile_step', watched)
+  monkeypatch.setattr(train, '_add_sums', fetched)
+  tiny.run(
+    tmp_path,
+    eval_split=None,
+    bucket_multiple=16,
+    log_period=12,
+    checkpoint_period=12,
+  )
+  # Metrics are read two steps late, but for those that are recorded.
+  first, rest = ['start'] * 3, []
+  for step in range(1, 10):
+    rest += [step, 'start']
+  assert events == [*first, *rest, 10, 11, 12]
+  assert len(shapes) == 2
+  assert updates[0]._cache_size() == len(shapes)
+
+
 # ------------------------------------------------------------ what a run leaves
 
 
