@@ -2,6 +2,8 @@
 
     python -m benchmarks.cost --output=benchmarks/cost.png
 
+--size is of the sweeps of the other two; of `toy`, two small points of each.
+
 Draws, and prints as a line of JSON, the FLOP of a compiled step as XLA counts
 them, its CPU seconds, and beside both the analytic cost: of each matrix two
 FLOP a weight and token forward and two backward, as no gradient of a frozen
@@ -102,7 +104,7 @@ def draw(sweeps, path):
 def measure(args):
   found, sweeps = {}, {}
   for name, values in SWEEPS.items():
-    if args.tiny:
+    if args.size == 'toy':
       values = ('toy',) if name == 'size' else (4, 8)
     sweeps[name] = []
     for value in values:
@@ -119,5 +121,4 @@ def measure(args):
 if __name__ == '__main__':
   flags = peers.parser(__doc__, batch=2, rounds=3)
   flags.add_argument('--output', default='')
-  flags.add_argument('--tiny', action='store_true', help='two small points')
   peers.run(flags, measure)

@@ -127,7 +127,7 @@ def test_batching_without_data_says_so(measure, tmp_path):
 
 
 def test_cost_is_what_the_formula_says(measure, tmp_path):
-  found = measure('cost', '--tiny', output=tmp_path / 'cost.png')
+  found = measure('cost', output=tmp_path / 'cost.png')
   assert (tmp_path / 'cost.png').stat().st_size > 10_000
   for points in found['sweeps'].values():
     for point in points:
