@@ -23,6 +23,14 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 SHARED = pathlib.Path(__file__).parents[2] / 'shared'
 
 
+@pytest.fixture
+def quick_compiler():
+  """Programs run a few times only."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 @pytest.fixture(scope='session')
 def numerics():
   """The values made by running the reference implementations."""

@@ -113,14 +113,6 @@ def first_values(name):
   )
 
 
-@pytest.fixture
-def quick_compiler():
-  """Programs run a few times only."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 # ------------------------------------------------- equal to the reference
 
 

@@ -29,7 +29,7 @@ def steps_of(events):
 
 
 def test_a_run_traces_the_steps_after_compilation(tmp_path, caplog):
-  caplog.set_level(logging.INFO)
+  caplog.set_level(logging.INFO, 'absl')
   tiny.run(tmp_path, eval_split=None, train_steps=5, profile_steps=2)
   (events,) = traces_of(tmp_path / 'profile')
   assert sorted(map(int, steps_of(events))) == [1, 2]

@@ -52,14 +52,6 @@ METHODS = pytest.mark.parametrize(
 DECODED = ['prompt', 'decoder_prompt', 'multitask', 'prefix', 'prompt+lora']
 
 
-@pytest.fixture
-def quick_compiler():
-  """Programs run once."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def tokens():
   rng = np.random.default_rng(0)
   inputs = rng.integers(2, 64, (BATCH, INPUTS), np.int32)
