@@ -33,6 +33,10 @@ class T5Config:
       goes into it is kept.
     fused_attention: Whether attention is computed by an accelerator's fused
       kernel, where `fused` has one that fits.
+    scan: Whether the layers of a stack are one program, run in a loop over
+      their parameters (see `scan`). Quicker to compile, and, with remat, in
+      less memory; without remat in more, since a loop keeps all that the
+      backward pass may want.
     relative_attention_num_buckets: Buckets of the relative position bias.
     relative_attention_max_distance: Where its last bucket starts.
   """
@@ -51,11 +55,14 @@ class T5Config:
   frozen_dtype: str | None = None
   fsdp: bool = False
   remat: bool = False
-  fused_attention: bool = True
+  fused_attention: bool = False
+  scan: bool = False
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
 
   def __post_init__(self):
+    # Gin gives a list, and what describes a network must be hashable.
+    object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(
         f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'"

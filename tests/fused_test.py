@@ -21,7 +21,7 @@ from ptune.methods import prompt
 from ptune.models import EncoderDecoderModel
 from tests.network_test import SHALLOW, make_batch, random_params
 
-BFLOAT16 = dataclasses.replace(SHALLOW, dtype='bfloat16')
+BFLOAT16 = dataclasses.replace(SHALLOW, dtype='bfloat16', fused_attention=True)
 # Long enough in the encoder, and of odd length with its prompt.
 LONG = make_batch([130, 40], [7, 3], encoder_length=130)
 
@@ -115,7 +115,7 @@ def test_the_network_is_the_same_in_low_precision(platform):
   ('config', 'batch'),
   [
     (dataclasses.replace(BFLOAT16, fused_attention=False), LONG),
-    (SHALLOW, LONG),
+    (dataclasses.replace(SHALLOW, fused_attention=True), LONG),
     (BFLOAT16, make_batch([120], [127], 120, 127)),
     (dataclasses.replace(BFLOAT16, head_dim=12), LONG),
     (dataclasses.replace(BFLOAT16, head_dim=136), LONG),
