@@ -105,7 +105,7 @@ def perceptron(
     batch: Batch,
     dropout_rng: jax.Array | None = None,
   ):
-    network, variables = model.network, {'params': params}
+    network, variables = model.network, model.variables(params)
     how = {
       'enable_dropout': dropout_rng is not None,
       'rngs': None if dropout_rng is None else {'dropout': dropout_rng},

@@ -31,6 +31,8 @@ class T5Config:
       and are gathered where they are used.
     remat: Whether the backward pass computes each layer again, and only what
       goes into it is kept.
+    scan: Whether the layers of a stack are one program, run in a loop over
+      their parameters (see `scan`): quicker to compile, and with remat smaller.
     relative_attention_num_buckets: Buckets of the relative position bias.
     relative_attention_max_distance: Where its last bucket starts.
   """
@@ -49,6 +51,7 @@ class T5Config:
   frozen_dtype: str | None = None
   fsdp: bool = False
   remat: bool = False
+  scan: bool = False
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
 

@@ -18,6 +18,7 @@ LAYERS = (
   'adapters',
   'layers',
   'sizes',
+  'scan',
   'network',
   'prompt_init',
   'methods',
