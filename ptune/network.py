@@ -80,7 +80,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-  """Self-attention, attention to the encoder, and MLP.
+  """Self-attention, attention to the encoder where there is one, and MLP.
 
   Sites: `input`, `self_attention`, `encoder_decoder_attention`, `mlp`, and
   those within.
@@ -136,9 +136,10 @@ class DecoderLayer(nn.Module):
     )
     x = x + dropout(adapt(self, place, 'self_attention', h, y))
 
-    h = LayerNorm(dtype, name='pre_cross_attention_layer_norm')(x)
-    y = attention('encoder_decoder_attention', h, encoded, encoder_mask)
-    x = x + dropout(adapt(self, place, 'encoder_decoder_attention', h, y))
+    if encoded is not None:
+      h = LayerNorm(dtype, name='pre_cross_attention_layer_norm')(x)
+      y = attention('encoder_decoder_attention', h, encoded, encoder_mask)
+      x = x + dropout(adapt(self, place, 'encoder_decoder_attention', h, y))
 
     h = LayerNorm(dtype, name='pre_mlp_layer_norm')(x)
     y = Mlp(
@@ -206,8 +207,52 @@ class Encoder(nn.Module):
     return adapt(self, self.placements, 'output', tokens, dropout(x))
 
 
+class Prefix(nn.Module):
+  """What stands in the encoder's place before a decoder alone: embeddings.
+
+  The decoder continues what it reads, so padding stands in front:
+
+      a b </s> . .  ->  . . [prompt] a b </s>
+
+  Sites: `embed` and `mask` as in the encoder. The mask is made by the decoder,
+  at its site `encoder_mask`.
+  """
+
+  config: T5Config
+  token_embedder: Embed
+  placements: tuple[Placement, ...] = ()
+
+  @nn.compact
+  def __call__(self, tokens, segment_ids=None, *, enable_dropout=False):
+    """[batch, length] -> [batch, length + what adapters add, embed]."""
+    del enable_dropout  # The decoder drops.
+    if segment_ids is not None:
+      raise ValueError('a decoder alone reads no packed examples; PACK = False')
+    x = self.token_embedder(tokens)
+    x = adapt(self, self.placements, 'embed', tokens, x)
+    adapt(self, self.placements, 'mask', tokens, (tokens > 0)[:, None, None])
+    return constrain(_padded_in_front(x, tokens), 'batch', 'length', 'embed')
+
+
+def _padded_in_front(x: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Moves the padding from the end of rows to their front.
+
+  Args:
+    x: [batch, ...]; its second axis ends as tokens does.
+    tokens: [batch, length], padded with 0 at the end.
+  """
+  padding = jnp.sum(tokens == 0, axis=1)
+  return jax.vmap(lambda row, by: jnp.roll(row, by, axis=0))(x, padding)
+
+
 class Decoder(nn.Module):
   """The decoder and the output layer.
+
+  A decoder alone (no encoder layers) is a prefix LM: what `Prefix` returns
+  stands before the targets, and all of it is seen from each of its positions.
+
+      reads  . . a b </s> x y
+      says           x    y </s>   (the last input predicts the first target)
 
   Sites: `embed`, `mask` and `output` as in the encoder, `encoder_mask` (which
   encoded positions are seen).
@@ -238,10 +283,18 @@ class Decoder(nn.Module):
     cfg, place = self.config, self.placements
     dtype = jnp.dtype(cfg.dtype)
     x = self.token_embedder(tokens)
-    x = adapt(self, place, 'embed', tokens, x)
+    x = token = adapt(self, place, 'embed', tokens, x)
+    if cfg.decoder_only:
+      if x.shape[1] != tokens.shape[1]:
+        raise ValueError(
+          'a decoder alone has no place for a prompt before the targets; put'
+          ' it before the inputs, by methods/prompt.gin'
+        )
+      x = jnp.concatenate([encoded, x[:, 1:]], axis=1)
     x = constrain(x, 'batch', 'length', 'embed')
     added = x.shape[1] - tokens.shape[1]
 
+    encoder_mask = grow(encoder_tokens > 0, encoded.shape[1])[:, None, None, :]
     cache_index = None
     if decode and self.has_variable('cache', 'cache_index'):
       x = x[:, added:]  # What was added lies in the cache.
@@ -251,6 +304,8 @@ class Decoder(nn.Module):
       # [1, heads, length, length] -> [1, heads, 1, length]
       bias = lax.dynamic_slice_in_dim(bias, cache_index, 1, axis=2)
       mask = (jnp.arange(length) <= cache_index)[None, None, None, :]
+      if cfg.decoder_only:  # The first step asks at the last input.
+        x = jnp.where(cache_index == added, x, token)
       self.put_variable('cache', 'cache_index', cache_index + 1)
     else:
       length = x.shape[1]
@@ -264,13 +319,14 @@ class Decoder(nn.Module):
       positions = jnp.arange(length)
       # [1, 1, q, k] & [batch, 1, 1, k]
       mask = (positions[:, None] >= positions[None, :])[None, None]
+      if cfg.decoder_only:
+        mask |= (positions <= added)[None, None, None, :]
       if decode:
         cache_index = jnp.zeros((), jnp.int32)
         self.put_variable('cache', 'cached_bias', bias)
         self.put_variable('cache', 'cache_index', cache_index + added)
       else:
         mask = mask & grow(target_tokens > 0, length)[:, None, None, :]
-    encoder_mask = grow(encoder_tokens > 0, encoded.shape[1])[:, None, None, :]
     if segment_ids is not None:
       _refuse_packing(encoder_tokens, encoded.shape[1])
       _refuse_packing(tokens, length)
@@ -281,6 +337,12 @@ class Decoder(nn.Module):
     encoder_mask = adapt(
       self, place, 'encoder_mask', encoder_tokens, encoder_mask
     )
+    if cfg.decoder_only:
+      seen = _padded_in_front(encoder_mask[:, 0, 0], encoder_tokens)
+      # The positions of targets, which come behind, are in the mask already.
+      after = ((0, 0), (0, mask.shape[-1] - seen.shape[1]))
+      mask &= jnp.pad(seen, after, constant_values=True)[:, None, None, :]
+      encoded = encoder_mask = None
 
     dropout = nn.Dropout(
       cfg.dropout_rate,
@@ -316,7 +378,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-  """An encoder-decoder T5, with whatever its placements add.
+  """An encoder-decoder T5, or a decoder alone, with what its placements add.
 
   Attributes:
     config: Its sizes.
@@ -331,7 +393,8 @@ class Transformer(nn.Module):
     self.token_embedder = Embed(
       cfg.vocab_size, cfg.emb_dim, jnp.dtype(cfg.dtype)
     )
-    self.encoder = Encoder(cfg, self.token_embedder, self.placements)
+    encoder = Prefix if cfg.decoder_only else Encoder
+    self.encoder = encoder(cfg, self.token_embedder, self.placements)
     self.decoder = Decoder(cfg, self.token_embedder, self.placements)
 
   def encode(
@@ -461,6 +524,10 @@ def parameters(network: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
       of one that scans them.
   """
   known = sites(network)
+  if network.config.decoder_only:
+    # A method for encoder and decoder stands where it can.
+    whole = dataclasses.replace(network.config, num_encoder_layers=1)
+    known += sites(Transformer(whole))
   stray = [
     p.site
     for p in network.placements

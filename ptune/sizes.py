@@ -18,7 +18,7 @@ class T5Config:
     num_heads: Attention heads.
     head_dim: Size of one head; num_heads * head_dim need not be emb_dim.
     mlp_dim: Width of the MLP (d_ff).
-    num_encoder_layers: Encoder layers.
+    num_encoder_layers: Encoder layers; 0 for a decoder alone, a prefix LM.
     num_decoder_layers: Decoder layers.
     mlp_activations: ('gelu', 'linear') in T5 1.1, ('relu',) in T5 1.0.
     logits_via_embedding: T5 1.0's output layer: the embedding, scaled by
@@ -59,6 +59,11 @@ class T5Config:
   scan: bool = False
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
+
+  @property
+  def decoder_only(self) -> bool:
+    """Whether the decoder reads the inputs itself, before the targets."""
+    return self.num_encoder_layers == 0
 
   def __post_init__(self):
     # Gin gives a list, and what describes a network must be hashable.

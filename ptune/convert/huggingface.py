@@ -126,8 +126,12 @@ def write_huggingface(
     step: The training step, kept in the metadata of the weights.
 
   Raises:
-    ValueError: Hugging Face has no name for the activation.
+    ValueError: Hugging Face has no name for the activation, or no such model.
   """
+  if config.decoder_only:
+    raise ValueError(
+      'a decoder alone is no model of Hugging Face; use --format=t5x'
+    )
   projections = {names: text for text, names in reversed(ACTIVATIONS.items())}
   if config.mlp_activations not in projections:
     raise ValueError(
