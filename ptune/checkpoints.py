@@ -1,6 +1,8 @@
 """Checkpoints of the train state: what is trained, and nothing else.
 
-Orbax writes them in the background, each into a temporary directory that is
+Of several processes, 0 writes them, and all read: none ever waits for another
+in the middle of a checkpoint, and what fails is tried again by one. Orbax
+writes them in the background, each into a temporary directory that is
 renamed when it is complete. The frozen base is never written; `fingerprint`
 tells whether it is the same one.
 """
@@ -22,6 +24,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from ptune import partitioning
 from ptune.convert.identity import spread
 from ptune.state import TrainState
 
@@ -169,19 +172,23 @@ def finished_steps(directory: os.PathLike[str]) -> list[int]:
 
 
 def _reader(directory: epath.Path) -> ocp.CheckpointManager:
-  # Each process by itself: Orbax would wait for one that has failed.
-  this = jax.process_index()
   options = ocp.CheckpointManagerOptions(
     read_only=True,
     create=False,
     save_interval_steps=0,
-    multiprocessing_options=ocp.options.MultiprocessingOptions(
-      primary_host=this,
-      active_processes={this},
-      barrier_sync_key_prefix=f'process {this}',
-    ),
+    multiprocessing_options=_alone(),
   )
   return ocp.CheckpointManager(directory, options=options)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """Each process by itself: Orbax would wait for one that has failed."""
+  this = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=this,
+    active_processes={this},
+    barrier_sync_key_prefix=f'process {this}',
+  )
 
 
 class Checkpoints:
@@ -215,10 +222,11 @@ class Checkpoints:
   def failed(self) -> bool:
     """Whether what was being written is lost, and a state is to be saved.
 
-    Known in one process alone: several cannot try again together.
+    Known in one process alone; several find out when they save the next time.
     """
     if jax.process_count() > 1:
       return False
+    assert self._manager is not None
     try:
       self._manager.check_for_errors()
     except Exception:  # Which `save` finds, too.
@@ -229,7 +237,8 @@ class Checkpoints:
     """Starts writing a state; the caller may donate it afterwards.
 
     If that fails, or what was written before has failed, the disk or bucket is
-    given some time, and the state is written again.
+    given some time, and the state is written again. To be called by all
+    processes, which agree on whether it failed.
 
     Args:
       state: The state.
@@ -239,28 +248,38 @@ class Checkpoints:
     Raises:
       OSError: If it failed each time; says what is kept.
     """
+    step, state = int(state.step), _here(state)
     for pause in (*PAUSES, None):
-      try:
-        self._manager.wait_until_finished()
-        _save(self._manager, state, sums)
-        if wait:
-          self._manager.wait_until_finished()
+      error = self._try(state, sums, wait)
+      if not any(_gathered(error is not None)):
         return
-      except Exception as error:
-        # Orbax, TensorStore and TensorFlow each have an exception of their own.
-        problem = (
-          f'step {int(state.step)} could not be saved in {self.directory}'
-          f' ({_first_line(error)})'
-        )
-        if pause is None or jax.process_count() > 1:
-          raise OSError(f'{problem}. {self.last_good()}') from error
-        logging.error('%s; trying again in %g s', problem, pause)
-        time.sleep(pause)
-        wait = True
+      problem = f'step {step} could not be saved in {self.directory}'
+      if error is not None:
+        problem += f' ({_first_line(error)})'
+      if pause is None:
+        raise OSError(f'{problem}. {self.last_good()}') from error
+      logging.error('%s; trying again in %g s', problem, pause)
+      time.sleep(pause)
+      wait = True
+      if self._manager is not None:
         with contextlib.suppress(Exception):
           self._manager.close()
         with contextlib.suppress(Exception):  # Cleans up what was begun.
           self._manager = _manager(self.directory, self._keep)
+
+  def _try(self, state: TrainState, sums: Sums, wait: bool) -> Exception | None:
+    """Saves once, in the process that writes; returns what went wrong."""
+    if self._manager is None:
+      return None
+    try:
+      self._manager.wait_until_finished()
+      _save(self._manager, state, sums)
+      if wait:
+        self._manager.wait_until_finished()
+    except Exception as error:
+      # Orbax, TensorStore and TensorFlow each have an exception of their own.
+      return error
+    return None
 
   def last_good(self) -> str:
     """What is on disk whatever happens, as a sentence."""
@@ -274,7 +293,8 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Returns when everything is on disk; raises what went wrong."""
-    self._manager.wait_until_finished()
+    if self._manager is not None:
+      self._manager.wait_until_finished()
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -282,17 +302,44 @@ class Checkpoints:
   def __exit__(self, kind, error, traceback) -> None:
     # After an error that is on its way, another tells nothing new.
     with contextlib.suppress(*([Exception] if kind else [])):
-      self._manager.close()
+      if self._manager is not None:
+        self._manager.close()
 
 
-def _manager(directory: epath.Path, keep: int | None) -> ocp.CheckpointManager:
+def _manager(
+  directory: epath.Path, keep: int | None
+) -> ocp.CheckpointManager | None:
+  """What writes, in process 0; None in the others."""
+  if jax.process_index() > 0:
+    return None
+  directory.mkdir(parents=True, exist_ok=True)
   options = ocp.CheckpointManagerOptions(
     max_to_keep=keep,
+    create=False,
     cleanup_tmp_directories=True,
     # Else, where that fails, Orbax's threads wait minutes for the directory.
     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    multiprocessing_options=_alone(),
   )
   return ocp.CheckpointManager(directory, options=options)
+
+
+def _here(state: TrainState) -> TrainState:
+  """A state as the process that writes needs it: whole, and its own.
+
+  What is split over the devices of several processes is put together, one array
+  after the other, in the memory of process 0.
+  """
+  if jax.process_count() == 1:
+    return state
+
+  def whole(x):
+    replicated = partitioning.replicated(x.sharding.mesh)
+    if not x.is_fully_replicated:
+      x = jax.jit(lambda x: x, out_shardings=replicated)(x)
+    return np.array(x.addressable_data(0)) if jax.process_index() == 0 else None
+
+  return jax.tree.map(whole, state)
 
 
 def _save(
@@ -322,8 +369,11 @@ def _set_aside(checkpoint: epath.Path) -> None:
 
 def save_best(directory: os.PathLike[str], state: TrainState) -> None:
   """Makes a state the one that a directory holds."""
-  directory = epath.Path(directory)
-  with _manager(directory, keep=1) as manager:
+  directory, state = epath.Path(directory), _here(state)
+  manager = _manager(directory, keep=1)
+  if manager is None:
+    return
+  with manager:
     # Newer ones are of an earlier start, which was stopped before its next
     # checkpoint: those steps are taken again, and are scored again.
     for step in manager.all_steps():

@@ -70,6 +70,7 @@ MACROS = {
   'RANK': ('score every label instead of writing one', 'True'),
   'RANDOM_SEED': ('of data order, initialisation, dropout', '0'),
   'REMAT': ('compute layers again in the backward pass', 'True'),
+  'SCAN': ('compile one layer of each stack, and loop over them', 'True'),
   'SEEDS': ('how often a study repeats all', '3'),
   'SETTING': ('miniature or paper', "'paper'"),
   'SKIP_BAD_ROWS': ('count and list them, do not stop', 'True'),

@@ -110,7 +110,7 @@ def perceptron(
         'losses/perceptron.gin scores every target with every row, which must'
         ' hold one example; turn packing off (PACK)'
       )
-    network, variables = model.network, {'params': params}
+    network, variables = model.network, model.variables(params)
     how = {
       'enable_dropout': dropout_rng is not None,
       'rngs': None if dropout_rng is None else {'dropout': dropout_rng},

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ptune import decoding
+from ptune import decoding, scan
 from ptune.network import Transformer
 
 Params = Mapping[str, Any]
@@ -68,6 +68,12 @@ class EncoderDecoderModel:
         f'label_smoothing is {self.label_smoothing}; it must be in [0, 1)'
       )
 
+  def variables(self, params: Params) -> dict[str, Params]:
+    """What the network is applied to, made of its parameters."""
+    return {
+      'params': scan.stacked(params) if self.network.config.scan else params
+    }
+
   def logits(
     self,
     params: Params,
@@ -76,7 +82,7 @@ class EncoderDecoderModel:
   ) -> jax.Array:
     """Logits [batch, length, vocab], dropping only if given an rng."""
     return self.network.apply(
-      {'params': params},
+      self.variables(params),
       batch['encoder_input_tokens'],
       batch['decoder_input_tokens'],
       batch['decoder_target_tokens'],
@@ -171,7 +177,7 @@ class EncoderDecoderModel:
       Tokens [batch, max_decode_length] int32, 0 after EOS, and the score
       [batch]: summed log probability, penalised by length in a beam search.
     """
-    variables = {'params': params}
+    variables = self.variables(params)
     encoded = self.network.apply(
       variables,
       encoder_input_tokens,

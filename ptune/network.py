@@ -6,6 +6,7 @@ no tuning method: it names its sites (`sites` lists them) and hands them to
 `adapters.adapt`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import lax
 
+from ptune import scan
 from ptune.adapters import Placement, adapt, matches
 from ptune.layers import (
   Attention,
@@ -191,10 +193,15 @@ class Encoder(nn.Module):
       deterministic=not enable_dropout,
     )
     x = dropout(x)  # The prompt is dropped like any other position.
-    run = _again_backward if cfg.remat else _call
-    for i in range(cfg.num_encoder_layers):
-      layer = EncoderLayer(cfg, self.placements, name=f'layers_{i}')
-      x = run(layer, x, mask, bias, enable_dropout=enable_dropout)
+    x = scan.through_layers(
+      functools.partial(EncoderLayer, cfg, self.placements),
+      cfg.num_encoder_layers,
+      x,
+      (mask, bias),
+      remat=cfg.remat,
+      scans=cfg.scan,
+      enable_dropout=enable_dropout,
+    )
     x = LayerNorm(jnp.dtype(cfg.dtype), name='encoder_norm')(x)
     return adapt(self, self.placements, 'output', tokens, dropout(x))
 
@@ -281,20 +288,17 @@ class Decoder(nn.Module):
       deterministic=not enable_dropout,
     )
     x = dropout(x)
-    run = _again_backward if cfg.remat and not decode else _call
-    for i in range(cfg.num_decoder_layers):
-      layer = DecoderLayer(cfg, self.placements, name=f'layers_{i}')
-      x = run(
-        layer,
-        x,
-        encoded,
-        mask,
-        encoder_mask,
-        bias,
-        cache_index=cache_index,
-        prefill=added > 0,
-        enable_dropout=enable_dropout,
-      )
+    x = scan.through_layers(
+      functools.partial(DecoderLayer, cfg, self.placements),
+      cfg.num_decoder_layers,
+      x,
+      (encoded, mask, encoder_mask, bias),
+      remat=cfg.remat and not decode,
+      scans=cfg.scan,
+      cache_index=cache_index,
+      prefill=added > 0,
+      enable_dropout=enable_dropout,
+    )
     x = x[:, -tokens.shape[1] :]
     x = dropout(LayerNorm(dtype, name='decoder_norm')(x))
     x = adapt(self, place, 'output', tokens, x)
@@ -425,18 +429,6 @@ class Transformer(nn.Module):
     )
 
 
-def _call(layer: nn.Module, *arrays, **options) -> jax.Array:
-  return layer(*arrays, **options)
-
-
-def _again_backward(layer: nn.Module, *arrays, **options) -> jax.Array:
-  """Calls a layer; the backward pass keeps its arrays only, and calls it again.
-
-  What is sown in the layer is sown here too.
-  """
-  return nn.remat(functools.partial(_call, **options))(layer, *arrays)
-
-
 def _refuse_packing(tokens: jax.Array, length: int) -> None:
   if length != tokens.shape[1]:
     raise ValueError(
@@ -446,10 +438,18 @@ def _refuse_packing(tokens: jax.Array, length: int) -> None:
     )
 
 
-def _abstract(network: Transformer, mutable) -> Mapping[str, Any]:
-  """Shapes of the variables that one call makes; computes nothing."""
+def unrolled(network: Transformer) -> Transformer:
+  """The same network, with each layer by itself: the one with T5X's names."""
+  return network.clone(config=dataclasses.replace(network.config, scan=False))
+
+
+@functools.lru_cache(maxsize=8)  # Tracing takes a CPU second and more.
+def _abstract(network: Transformer) -> Mapping[str, Any]:
+  """Shapes of all variables that one call makes; computes nothing."""
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  init = functools.partial(network.init, mutable=mutable, enable_dropout=False)
+  init = functools.partial(
+    unrolled(network).init, mutable=True, enable_dropout=False
+  )
   return jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)
 
 
@@ -457,7 +457,8 @@ def parameters(network: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
   """Shape and type of every parameter, by path.
 
   Raises:
-    ValueError: If a placement matches no site of the network.
+    ValueError: If a placement matches no site of the network, or not all layers
+      of one that scans them.
   """
   known = sites(network)
   stray = [
@@ -470,19 +471,32 @@ def parameters(network: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
       f'no site of the network matches {stray}; its sites are:\n  '
       + '\n  '.join(known)
     )
-  params = _abstract(network, ['params', 'params_axes'])['params']
-  return traverse_util.flatten_dict(params, sep='/')
+  single = [
+    p.site
+    for p in network.placements
+    if any(
+      matches(p.site, site) != matches(p.site, scan.of_all(site))
+      for site in known
+    )
+  ]
+  if single and network.config.scan:
+    raise ValueError(
+      f'SCAN computes all layers by the same program, and adapters stand in'
+      f' some of them only: {single}. Place them in {scan.LAYERS!r}, or set'
+      ' SCAN = False'
+    )
+  return traverse_util.flatten_dict(_abstract(network)['params'], sep='/')
 
 
 def parameter_axes(network: Transformer) -> dict[str, tuple[str, ...]]:
   """Logical axis names of every parameter, by path."""
-  axes = _abstract(network, ['params', 'params_axes'])['params_axes']
+  axes = _abstract(network)['params_axes']
   flat = traverse_util.flatten_dict(axes, sep='/')
   return {k.removesuffix('_axes'): tuple(v.names) for k, v in flat.items()}
 
 
 def sites(network: Transformer) -> list[str]:
   """Every place where an adapter can stand, as a path."""
-  sown = _abstract(network, True)['intermediates']
+  sown = _abstract(network)['intermediates']
   flat = traverse_util.flatten_dict(sown, sep='/')
   return sorted(path.removesuffix('_site') for path in flat)

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ptune import network as network_lib
-from ptune import partitioning, prompt_init
+from ptune import partitioning, prompt_init, scan
 from ptune.adapters import Method
 from ptune.sizes import T5Config
 
@@ -121,6 +121,8 @@ def plan(config: T5Config, method: Method, mesh: Mesh) -> Plan:
       f'method {method.name!r} trains {idle}, which no parameter matches;'
       ' the parameters are:\n  ' + '\n  '.join(params)
     )
+  if config.scan:
+    scan.check_trainable(method.name, params, trainable)
   structs = {
     path: jax.ShapeDtypeStruct(
       x.shape,
@@ -163,7 +165,8 @@ def hold(plan: Plan, frozen: Flat) -> Flat:
 
   With frozen_dtype 'int8', a matrix becomes int8, and beside it stands
   `<name>_scale`, float32, by which each output channel (of a kernel) or row
-  (of the embedding) is multiplied: the largest magnitude over 127.
+  (of the embedding) is multiplied: the largest magnitude over 127. With scan,
+  those of the layers are one array, see `scan`.
 
   Args:
     plan: The plan.
@@ -183,11 +186,35 @@ def hold(plan: Plan, frozen: Flat) -> Flat:
         )(value, _SHARED_AXIS[path.split('/')[-1]])
     else:
       held[path] = frozen.pop(path)
+  if plan.network.config.scan:
+    for name, paths in scan.groups(held).items():
+      layers = [held.pop(path) for path in paths]
+      sharding = _stacked_sharding(layers[0].sharding)
+      held[name] = jax.jit(jnp.stack, out_shardings=sharding)(layers)
   return held
 
 
 def held(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
   """Shape, type and sharding of what `hold` returns, by path."""
+  structs = _held_by_layer(plan)
+  if plan.network.config.scan:
+    for name, paths in scan.groups(structs).items():
+      layers = [structs.pop(path) for path in paths]
+      structs[name] = jax.ShapeDtypeStruct(
+        (len(layers), *layers[0].shape),
+        layers[0].dtype,
+        sharding=_stacked_sharding(layers[0].sharding),
+      )
+  return structs
+
+
+def _stacked_sharding(sharding: Any) -> NamedSharding:
+  """That of [layers, ...]: every device holds its part of each layer."""
+  return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
+def _held_by_layer(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+  """The same under T5X's names, whatever the network takes together."""
   structs = plan.select(plan.frozen)
   for path in _quantized(plan):
     values, scales = _int8_shardings(plan, path)
@@ -239,7 +266,7 @@ def initialize(
 
   def init(key):
     tokens = jnp.ones((1, 2), jnp.int32)
-    variables = plan.network.init(
+    variables = network_lib.unrolled(plan.network).init(
       key, tokens, tokens, tokens, enable_dropout=False
     )
     flat = flatten(variables['params'])
@@ -325,7 +352,7 @@ def identity(plan: Plan) -> dict[str, Any]:
 def describe(plan: Plan) -> str:
   """A table of all parameters, for `model-info.txt`."""
   rows = [('name', 'shape', 'dtype', 'axes', '', 'bytes')]
-  for path, x in (plan.select(plan.trainable) | held(plan)).items():
+  for path, x in (plan.select(plan.trainable) | _held_by_layer(plan)).items():
     rows.append(
       (
         path,

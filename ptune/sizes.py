@@ -33,6 +33,8 @@ class T5Config:
       goes into it is kept.
     fused_attention: Whether attention is computed by an accelerator's fused
       kernel, where `fused` has one that fits.
+    scan: Whether the layers of a stack are one program, run in a loop over
+      their parameters (see `scan`): quicker to compile, and with remat smaller.
     relative_attention_num_buckets: Buckets of the relative position bias.
     relative_attention_max_distance: Where its last bucket starts.
   """
@@ -52,6 +54,7 @@ class T5Config:
   fsdp: bool = False
   remat: bool = False
   fused_attention: bool = True
+  scan: bool = False
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
 

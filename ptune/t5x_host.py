@@ -101,6 +101,11 @@ class Model(t5x_models.EncoderDecoderModel):
       decoding: How predictions are made, unless T5X's own settings say
         otherwise.
     """
+    if config.scan:
+      raise ValueError(
+        'SCAN is an option of ptune train: under T5X each layer has its'
+        ' parameters for itself. Leave it out'
+      )
     self.config = config
     self.method = method
     self.task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)

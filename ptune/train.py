@@ -338,7 +338,6 @@ def train(
             save(saved, state, sums, wait=True)
             raise
           if better:
-            saved.wait()  # Two writes at once would confuse several processes.
             checkpoints.save_best(
               directory / 'best', state.replace(opt_state={})
             )

@@ -19,6 +19,7 @@ LAYERS = (
   'fused',
   'layers',
   'sizes',
+  'scan',
   'network',
   'prompt_init',
   'methods',
