@@ -16,9 +16,11 @@ copies of bfloat16 weights, which no accelerator does. Measured against the
 TPU's compiler, for eight v5e: 0.57 of the estimate for T5 1.1 base in float32,
 0.49 for XXL in bfloat16 (0.43 a further layer). So a mesh that fits by the
 estimate fits; one that does not may, if it would with a part of it (`CERTAIN`).
-With REMAT the CPU's compiler shows little of what the TPU's saves: it forgets
-that layers are to be computed again late. Of four layers 256 wide, 334 MB of
-temporaries became 145 MB by the TPU's.
+With REMAT alone the CPU's compiler shows little of what the TPU's saves: it
+forgets that layers are to be computed again late. Of four layers 256 wide, 334
+MB of temporaries became 145 MB by the TPU's. With REMAT and SCAN it cannot: the
+layers of T5 1.1 XXL then take 3.3 GB in place of 36. All layers are compiled
+then, as that takes no longer.
 Evaluation is not counted: with beams, decoding needs room for its cache.
 
 With libtpu installed (`pip install 'jax[tpu]'`; no TPU is needed),
@@ -64,7 +66,9 @@ USABLE = 0.92
 CERTAIN = 0.3
 
 # What makes room: fields of the configuration, each with a macro of its name.
-OPTIONS = ({'remat': True}, {'fsdp': True}, {'remat': True, 'fsdp': True})
+# REMAT with SCAN, since the CPU's compiler shows what it saves in a loop only.
+_AGAIN = {'remat': True, 'scan': True}
+OPTIONS = (_AGAIN, {'fsdp': True}, {**_AGAIN, 'fsdp': True})
 
 # The slices that --compiler=tpu compiles for: devices -> topology.
 TOPOLOGIES: Mapping[str, Mapping[int, str]] = {
@@ -153,17 +157,24 @@ def suggest(
   run: Run, devices: Sequence[Any], accelerator: str, exact: bool = False
 ) -> str:
   """What each of `OPTIONS` that the run does not have would do: text."""
-  lines = []
+  lines, seen = [], {run.config}
   for option in OPTIONS:
-    if any(getattr(run.config, name) for name in option):
+    config = dataclasses.replace(run.config, **option)
+    if config in seen:
       continue
-    changed = dataclasses.replace(
-      run, config=dataclasses.replace(run.config, **option)
+    seen.add(config)
+    table = measure(
+      dataclasses.replace(run, config=config),
+      devices,
+      enough=lambda memory: verdict(memory, accelerator, exact) == 'yes',
     )
-    table = measure(changed, devices)
     possible = {m: x for m, x in table.items() if isinstance(x, Memory)}
-    flags = ' '.join(f'--gin.{name.upper()}=True' for name in option)
-    lines.append(f'{flags}: {_best(possible, accelerator, exact)[1]}')
+    flags = ' '.join(
+      f'--gin.{name.upper()}=True'
+      for name in option
+      if not getattr(run.config, name)
+    )
+    lines.append(f'with {flags}: {_best(possible, accelerator, exact)[1]}')
   return '\n'.join(lines)
 
 
@@ -246,7 +257,10 @@ def _tpu_devices(count: int, accelerator: str | None) -> Sequence[Any]:
 
 
 def measure(
-  run: Run, devices: Sequence[Any], extrapolate: bool = True
+  run: Run,
+  devices: Sequence[Any],
+  extrapolate: bool = True,
+  enough: Callable[[Memory], bool] = lambda memory: False,
 ) -> dict[int, Memory | str]:
   """Works out the memory of every mesh of the devices.
 
@@ -254,6 +268,7 @@ def measure(
     run: The training run.
     devices: The devices, which may be fake.
     extrapolate: Compile shallow networks only, see `_depths`.
+    enough: Whether no mesh of more parts than that of this memory is asked for.
 
   Returns:
     By MODEL_PARALLEL: the memory, or why the mesh is not possible.
@@ -281,10 +296,13 @@ def measure(
       )
       continue
     temporary = [_temporary(run, p.on(mesh)) for p in shallow]
-    table[parts] = _held(
+    memory = _held(
       run, whole.on(mesh), _at_depth(_depth(run), depths, temporary)
     )
+    table[parts] = memory
     logging.info('%d x %d: done', *mesh.shape.values())
+    if enough(memory):
+      break
   return table
 
 
@@ -308,11 +326,18 @@ def _depths(config, method: Method) -> list[tuple[int, int]]:
       (24, 24) -> (2, 2), (3, 3)
       (12, 4)  -> (2, 2), (3, 2), (2, 3)
       (3, 3)   -> (3, 3), itself
+
+  With scan, all of them: it is one program in any case.
   """
   encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
   # A method may name a layer by its number, which must then be there.
   named = any(re.search(r'layers_\d', p.site) for p in method.placements)
-  if named or min(encoder, decoder) < 2 or max(encoder, decoder) <= 3:
+  if (
+    config.scan
+    or named
+    or min(encoder, decoder) < 2
+    or max(encoder, decoder) <= 3
+  ):
     return [(encoder, decoder)]
   if encoder == decoder:
     return [(2, 2), (3, 3)]
@@ -463,13 +488,19 @@ def describe(
     '  '.join([*map(str.rjust, line[:-1], widths), line[-1]]) for line in lines
   ]
   best, closing = _best(possible, accelerator, exact)
+  if accelerator and best is None:
+    bfloat16 = ' --gin.DTYPE="\'bfloat16\'",'
+    closing += (
+      f' Take more devices,{bfloat16 * (run.config.dtype == "float32")} or'
+      ' MICROBATCHES (halves temporaries).'
+    )
   lengths = ', '.join(f'{v} {k}' for k, v in run.task_feature_lengths.items())
   encoder, decoder = _depth(run)
+  parts = f', in {run.microbatches} parts' if run.microbatches > 1 else ''
   text = [
     f'{run.method.name}, {encoder} + {decoder} layers of'
     f' {run.config.emb_dim}, {run.config.dtype}; a batch of {run.batch_size}'
-    f' with {lengths}, in {run.microbatches} parts; bytes on each of'
-    f' {devices} devices:',
+    f' with {lengths}{parts}; bytes on each of {devices} devices:',
     '',
     *rows,
     '',
@@ -510,11 +541,9 @@ def _best(
     for parts, memory in sorted(possible.items()):
       if verdict(memory, accelerator, exact) == wanted:
         word = {'yes': 'fits', 'perhaps': 'may fit'}[wanted]
+        needed = parameters.format_bytes(memory.total)
         return parts, (
-          f'best: --gin.MODEL_PARALLEL={parts}, the fewest parts that {word}'
-          f' {accelerator} ({size}).'
+          f'best: --gin.MODEL_PARALLEL={parts}, the least split mesh that'
+          f' {word} {accelerator} ({needed} of {size}).'
         )
-  return None, (
-    f'no mesh fits {accelerator} ({size}): take more devices,'
-    ' --gin.DTYPE="\'bfloat16\'", or MICROBATCHES (halves temporaries).'
-  )
+  return None, f'no mesh fits {accelerator} ({size}).'

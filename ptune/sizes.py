@@ -34,7 +34,9 @@ class T5Config:
     fused_attention: Whether attention is computed by an accelerator's fused
       kernel, where `fused` has one that fits.
     scan: Whether the layers of a stack are one program, run in a loop over
-      their parameters (see `scan`): quicker to compile, and with remat smaller.
+      their parameters (see `scan`). Quicker to compile, and, with remat, in
+      less memory; without remat in more, since a loop keeps all that the
+      backward pass may want.
     relative_attention_num_buckets: Buckets of the relative position bias.
     relative_attention_max_distance: Where its last bucket starts.
   """
@@ -59,6 +61,8 @@ class T5Config:
   relative_attention_max_distance: int = 128
 
   def __post_init__(self):
+    # Gin gives a list, and what describes a network must be hashable.
+    object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(
         f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'"

@@ -144,17 +144,45 @@ def test_unknown_accelerators_are_refused_by_name():
 
 
 def test_when_nothing_fits_the_options_that_would_are_named(monkeypatch):
-  def memory(run, devices):
-    del devices
+  def memory(run, devices, enough):
+    del devices, enough
     return {1: fit.Memory(int(8e9 if run.config.fsdp else 40e9), 0, 0, 0)}
 
   monkeypatch.setattr(fit, 'measure', memory)
-  remat, fsdp, both = fit.suggest(RUN, [], 'v5e').splitlines()
-  assert remat.startswith('--gin.REMAT=True: no mesh fits')
-  assert fsdp.startswith('--gin.FSDP=True: best: --gin.MODEL_PARALLEL=1')
-  assert both.startswith('--gin.REMAT=True --gin.FSDP=True: best')
-  on = dataclasses.replace(CONFIG, remat=True)
+  again, fsdp, both = fit.suggest(RUN, [], 'v5e').splitlines()
+  assert again == (
+    'with --gin.REMAT=True --gin.SCAN=True: no mesh fits v5e (17.2 GB).'
+  )
+  best = 'best: --gin.MODEL_PARALLEL=1, the least split mesh that fits v5e'
+  assert fsdp == f'with --gin.FSDP=True: {best} (8.0 GB of 17.2 GB).'
+  assert both.startswith(
+    f'with --gin.REMAT=True --gin.SCAN=True --gin.FSDP=True: {best}'
+  )
+  on = dataclasses.replace(CONFIG, remat=True, scan=True)
   left = fit.suggest(dataclasses.replace(RUN, config=on), [], 'v5e')
-  assert [line.split(':')[0] for line in left.splitlines()] == [
-    '--gin.FSDP=True'
+  assert left == fsdp
+  full = dataclasses.replace(on, fsdp=True)
+  assert not fit.suggest(dataclasses.replace(RUN, config=full), [], 'v5e')
+
+
+def test_what_is_set_already_is_not_advised():
+  def advice(dtype):
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    table = {1: fit.Memory(int(40e9), 0, 0, 0)}
+    return fit.describe(dataclasses.replace(RUN, config=config), table, 'v5e')[
+      0
+    ]
+
+  assert 'DTYPE' in advice('float32')
+  assert 'DTYPE' not in advice('bfloat16')
+
+
+def test_a_loop_is_measured_whole_and_needs_less_room():
+  def temporary(**changes):
+    run = with_layers(6, 6, **changes)
+    return fit.measure(run, jax.devices()[:1])[1].temporary
+
+  assert fit._depths(with_layers(6, 6, scan=True).config, RUN.method) == [
+    (6, 6)
   ]
+  assert temporary(remat=True, scan=True) < 0.6 * temporary()

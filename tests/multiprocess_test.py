@@ -5,6 +5,7 @@ file, and `tiny.processes` forks others from a server, which is quick.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -171,6 +172,41 @@ def together(directory, base):
   with mock.patch.object(checkpoints.ocp.CheckpointManager, 'restore', fails):
     train.train(**run(directory / 'restart', model_parallel=8))
 
+  # The disk of process 0 fails twice, and works again; then for good.
+  with mock.patch.object(checkpoints, 'PAUSES', (0.1, 0.2, 0.3)):
+    for name, times in (('mended', 2), ('broken', 99)):
+      with failing_disk(directory / name, step=6, times=times):
+        try:
+          train.train(**run(directory / name))
+        except OSError as error:
+          (directory / f'{name}_{index}').write_text(str(error))
+
+
+@contextlib.contextmanager
+def failing_disk(model_dir, step, times):
+  """Lets the writes of checkpoints fail from a step on, so many times.
+
+  What fails is real: a file stands where the directory was.
+  """
+  folder, aside = model_dir / 'checkpoints', model_dir / 'aside'
+  save, failed = checkpoints._save, 0
+
+  def fail(manager, state, sums):
+    nonlocal failed
+    if int(state.step) >= step and failed < times:
+      failed += 1
+      folder.rename(aside)
+      folder.write_text('')
+      try:
+        return save(manager, state, sums)
+      finally:
+        folder.unlink()
+        aside.rename(folder)
+    return save(manager, state, sums)
+
+  with mock.patch.object(checkpoints, '_save', fail):
+    yield
+
 
 def copy_of(run, target):
   """A run without its prompts, which are to be written again."""
@@ -251,6 +287,26 @@ def test_processes_agree_on_the_checkpoint_that_they_go_on_from(alone, two):
   assert output.count('checkpoints/10 cannot be read and is passed over') == 2
   assert 'over: OSError: Input/output error' in output
   assert 'over: another process cannot read it' in output
+
+
+def test_a_save_that_fails_is_tried_again_by_all(alone, two):
+  assert_close(final(two / 'mended'), final(alone))
+  steps = checkpoints.finished_steps(two / 'mended' / 'checkpoints')
+  assert steps == [3, 6, 9, 10]
+  output = (two / 'output').read_text()
+  failed = f'step 6 could not be saved in {two}/mended/checkpoints'
+  for process in (0, 1):
+    told = re.findall(rf'^\S*{process}\S* .*{failed}.*', output, re.MULTILINE)
+    assert len(told) == 2
+    assert 'trying again in 0.2 s' in told[1]
+
+
+def test_a_save_that_fails_for_good_ends_all_and_keeps_the_last_one(two):
+  assert checkpoints.finished_steps(two / 'broken' / 'checkpoints') == [3]
+  for process in (0, 1):
+    error = (two / f'broken_{process}').read_text()
+    assert 'step 6 could not be saved' in error
+    assert 'checkpoint of step 3 is good and was kept' in error
 
 
 @pytest.mark.parametrize(('devices', 'model_parallel'), [(1, 1), (4, 4)])

@@ -24,7 +24,9 @@ from ptune import (
   sizes,
 )
 from ptune import state as state_lib
+from ptune.convert import open_checkpoint, restore
 from ptune.methods import full, prompt
+from tests import tiny
 from tests.network_test import SHALLOW, make_batch, nested
 
 # (devices, how many of them hold one copy of the weights); SHALLOW has four
@@ -152,6 +154,22 @@ def test_fully_sharded_matrices_lie_in_equal_parts(mesh, frozen_dtype):
     if struct.ndim > 1 and not path.endswith('rel_embedding'):
       shards = held[path].addressable_shards
       assert {s.data.nbytes for s in shards} == {held[path].nbytes // 8}, path
+
+
+def test_a_base_is_read_straight_into_equal_parts():
+  plan = parameters.plan(
+    dataclasses.replace(tiny.CONFIG, fsdp=True),
+    prompt.prompt(3),
+    partitioning.make_mesh(2),
+  )
+  source = open_checkpoint(tiny.base())
+  whole = {path: leaf.read() for path, leaf in source.leaves.items()}
+  for path, x in restore(source, plan.select(plan.base)).items():
+    assert x.sharding == plan.params[path].sharding
+    np.testing.assert_array_equal(x, whole[path])
+    if x.ndim > 1 and not path.endswith('rel_embedding'):
+      shards = x.addressable_shards
+      assert {s.data.nbytes for s in shards} == {x.nbytes // 8}, path
 
 
 @pytest.mark.parametrize(
