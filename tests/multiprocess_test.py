@@ -27,11 +27,14 @@ from jax.experimental import multihost_utils
 from ptune import (
   checkpoints,
   data,
+  parameters,
   partitioning,
   processes,
   seqio_task,
   train,
 )
+from ptune.convert import open_checkpoint
+from ptune.methods import full
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -172,6 +175,17 @@ def together(directory, base):
   with mock.patch.object(checkpoints.ocp.CheckpointManager, 'restore', fails):
     train.train(**run(directory / 'restart', model_parallel=8))
 
+  # What lies split over the processes is written by one of them.
+  state = train.train(
+    **run(
+      directory / 'full', method=full.full(), model_parallel=8, train_steps=2
+    )
+  )
+  trained = parameters.flatten(state.trainable)
+  trained = {path: parameters.whole(x) for path, x in trained.items()}
+  if index == 0:
+    np.savez(directory / 'full.npz', **trained)
+
   # The disk of process 0 fails twice, and works again; then for good.
   with mock.patch.object(checkpoints, 'PAUSES', (0.1, 0.2, 0.3)):
     for name, times in (('mended', 2), ('broken', 99)):
@@ -287,6 +301,14 @@ def test_processes_agree_on_the_checkpoint_that_they_go_on_from(alone, two):
   assert output.count('checkpoints/10 cannot be read and is passed over') == 2
   assert 'over: OSError: Input/output error' in output
   assert 'over: another process cannot read it' in output
+
+
+def test_what_is_trained_in_parts_is_saved_whole(two):
+  trained = np.load(two / 'full.npz')
+  saved = open_checkpoint(os.fspath(two / 'full')).leaves
+  assert set(saved) == set(trained) and len(saved) > 20
+  for path, leaf in saved.items():
+    np.testing.assert_array_equal(leaf.read(), trained[path], err_msg=path)
 
 
 def test_a_save_that_fails_is_tried_again_by_all(alone, two):
