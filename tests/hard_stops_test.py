@@ -19,8 +19,8 @@ import pytest
 from ptune import checkpoints
 from tests import tiny
 
-# A start takes 3 CPU seconds. All twenty: PTUNE_KILLS=20.
-KILLS = int(os.environ.get('PTUNE_KILLS', '8'))
+# A start takes 3 CPU seconds.
+KILLS = int(os.environ.get('PTUNE_KILLS', '20'))
 MOMENTS = ('writing', 'written', 'training', 'setting up')
 STEPS = 60
 SAVE = checkpoints._save
