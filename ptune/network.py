@@ -227,7 +227,9 @@ class Prefix(nn.Module):
     """[batch, length] -> [batch, length + what adapters add, embed]."""
     del enable_dropout  # The decoder drops.
     if segment_ids is not None:
-      raise ValueError('a decoder alone reads no packed examples; turn PACK off')
+      raise ValueError(
+        'a decoder alone reads no packed examples; turn PACK off'
+      )
     x = self.token_embedder(tokens)
     x = adapt(self, self.placements, 'embed', tokens, x)
     adapt(self, self.placements, 'mask', tokens, (tokens > 0)[:, None, None])
