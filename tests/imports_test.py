@@ -195,6 +195,11 @@ def test_a_heavy_package_is_imported_where_it_is_wrapped(package, modules):
   assert set(importers) == {f'ptune.{m}' for m in modules.split()}
 
 
+def test_nothing_imports_what_t5x_imports():
+  for name, tree in SOURCES.items():
+    assert 'ptune.t5x_host' not in imports(tree), name
+
+
 def test_the_parser_sees_every_kind_of_import():
   # Else the tests above could pass by seeing nothing.
   tree = ast.parse(

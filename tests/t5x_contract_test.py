@@ -214,17 +214,6 @@ def test_cached_decoding_of_beams_equals_teacher_forcing(name, quick_compiler):
     )
 
 
-def test_only_the_host_imports_t5x_and_nothing_imports_the_host():
-  sources = [*ROOT.glob('ptune/**/*.py'), *ROOT.glob('tasks/**/*.py')]
-  assert len(sources) > 20
-  for source in sources:
-    text = source.read_text()
-    if source.name != 't5x_host.py':
-      assert not re.search(r'^\s*(import|from) t5x\b', text, re.M), source
-    importing = r'^\s*(import|from) .*\bt5x_host\b'
-    assert not re.search(importing, text, re.M), source
-
-
 @pytest.mark.parametrize('installed', ['nothing', 'the empty placeholder'])
 def test_without_t5x_the_host_says_what_is_needed(installed, monkeypatch):
   for name in [name for name in sys.modules if name.split('.')[0] == 't5x']:
