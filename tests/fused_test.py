@@ -93,6 +93,7 @@ def program(config, platform):
   return logits, gradient[prompt.PATH]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('quick_compiler')
 @pytest.mark.parametrize('platform', ['cuda', 'tpu'])
 def test_the_network_is_the_same_in_low_precision(platform):

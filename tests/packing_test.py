@@ -88,7 +88,17 @@ def plan_of(method):
 
 
 @pytest.mark.usefixtures('quick_compiler')
-@pytest.mark.parametrize('name', PACKABLE)
+@pytest.mark.parametrize(
+  'name',
+  [
+    'prompt, start',
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in PACKABLE
+      if name != 'prompt, start'
+    ),
+  ],
+)
 def test_loss_and_gradients_are_those_of_the_examples_alone(name, few):
   method = PACKABLE[name]
   alone = data.Batches(few, LENGTHS, 9, bucket_multiple=None)(0)
@@ -267,6 +277,7 @@ def test_an_example_without_a_task_is_named(task):
 # -------------------------------------------------------------------- the run
 
 
+@pytest.mark.slow
 def test_a_packed_run_resumes_with_the_same_bits(tmp_path):
   """Cut after step 5, with packed rows of several epochs."""
   run = functools.partial(tiny.run, eval_split=None, checkpoint_period=12)

@@ -25,6 +25,8 @@ from ptune.methods import prefix as prefix_lib
 from tests import tiny
 from tests.network_test import make_batch, random_params
 
+pytestmark = pytest.mark.slow
+
 CONFIG = sizes.T5Config(
   vocab_size=128,
   emb_dim=32,
@@ -42,7 +44,7 @@ METHODS = {
   'per_layer': per_layer.per_layer(3),
   'full': full.full(),
 }
-# The other methods take as long, and are run with the slow tests.
+# The other methods take as long.
 QUICK = ('lora', 'full')
 BATCH = make_batch([16, 9, 1, 16, 12, 3, 7, 16], [10, 4, 1, 10, 2, 10, 5, 3])
 
