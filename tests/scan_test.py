@@ -44,8 +44,6 @@ METHODS = {
   'per_layer': per_layer.per_layer(3),
   'full': full.full(),
 }
-# The other methods take as long.
-QUICK = ('lora', 'full')
 BATCH = make_batch([16, 9, 1, 16, 12, 3, 7, 16], [10, 4, 1, 10, 2, 10, 5, 3])
 
 
@@ -115,13 +113,7 @@ def assert_same(got, want):
 # ------------------------------------------------------------ the same numbers
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-    for name in METHODS
-  ],
-)
+@pytest.mark.parametrize('name', METHODS)
 def test_ten_steps_end_as_without_the_loop(name):
   assert_same(train(name, scan=True, remat=True), train(name))
 
