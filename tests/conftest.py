@@ -4,6 +4,7 @@ Rank promotion raises, so a forgotten axis cannot broadcast; warnings are
 errors (pyproject.toml).
 """
 
+import gc
 import os
 import pathlib
 
@@ -21,6 +22,15 @@ import pytest
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 SHARED = pathlib.Path(__file__).parents[2] / 'shared'
+
+
+@pytest.fixture(autouse=True, scope='module')
+def forget():
+  """Drops the compiled programs of a module: gigabytes in the end."""
+  yield
+  jax.clear_caches()
+  gc.collect()
+  gc.freeze()
 
 
 @pytest.fixture
