@@ -62,23 +62,21 @@ def test_every_input_is_seen_by_all_and_a_target_by_later_ones_only():
     moved = np.abs(logits(net, params, changed) - before).max(-1)[0]
     assert (moved[:i] == 0).all() and (moved[i:] > 1e-5).all(), i
   # Inputs see each other both ways: what follows changes what a prefix means.
-  sown = net.apply(
-    {'params': params},
-    batch['encoder_input_tokens'],
-    batch['decoder_input_tokens'],
-    batch['decoder_target_tokens'],
-    enable_dropout=False,
-    mutable=['intermediates'],
-  )[1]['intermediates']['decoder']['layers_1']['input_site'][0]
+
+  def second_layer():
+    _, sown = net.apply(
+      {'params': params},
+      batch['encoder_input_tokens'],
+      batch['decoder_input_tokens'],
+      batch['decoder_target_tokens'],
+      enable_dropout=False,
+      mutable=['intermediates'],
+    )
+    return sown['intermediates']['decoder']['layers_1']['input_site'][0]
+
+  sown = second_layer()
   batch['encoder_input_tokens'][0, 3] += 1
-  other = net.apply(
-    {'params': params},
-    batch['encoder_input_tokens'],
-    batch['decoder_input_tokens'],
-    batch['decoder_target_tokens'],
-    enable_dropout=False,
-    mutable=['intermediates'],
-  )[1]['intermediates']['decoder']['layers_1']['input_site'][0]
+  other = second_layer()
   assert (np.abs(sown - other).max(-1)[0, :4] > 1e-6).all()
 
 
