@@ -20,6 +20,8 @@ import jax
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Most programs run a few times only: to compile them well would take longer.
+jax.config.update('jax_disable_most_optimizations', True)
 
 SHARED = pathlib.Path(__file__).parents[2] / 'shared'
 
@@ -34,11 +36,11 @@ def forget():
 
 
 @pytest.fixture
-def quick_compiler():
-  """Programs run a few times only."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
+def optimized():
+  """Programs are compiled as users have them."""
   jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(scope='session')

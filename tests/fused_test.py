@@ -94,7 +94,6 @@ def program(config, platform):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('quick_compiler')
 @pytest.mark.parametrize('platform', ['cuda', 'tpu'])
 def test_the_network_is_the_same_in_low_precision(platform):
   want, want_gradient = program(BFLOAT16, None)

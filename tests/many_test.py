@@ -40,14 +40,6 @@ STEPS = 10
 NAMES = ('mixture_or_task_name', 'method', 'seed')
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler():
-  """Programs run a few times only."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def settings(model_dir, **changes):
   """What all runs share."""
   shared = tiny.settings(model_dir, config=tiny.CONFIG, train_steps=STEPS)

@@ -245,9 +245,7 @@ def test_cached_decoding_equals_the_whole_forward_pass(name):
 
 @pytest.mark.slow
 @several
-def test_a_step_is_the_same_when_sharded_and_after_a_restart(
-  name, tmp_path, quick_compiler
-):
+def test_a_step_is_the_same_when_sharded_and_after_a_restart(name, tmp_path):
   """And changes all that is trained, and nothing else."""
   mesh = partitioning.make_mesh(2)
   plan = parameters.plan(SHALLOW, METHODS[name], mesh)
@@ -362,9 +360,7 @@ def test_a_folded_prefix_answers_as_the_mlp_that_made_it():
 @pytest.mark.parametrize(
   'name', ['full', 'p_tuning', 'prefix, mlp', 'lora+norms']
 )
-def test_a_run_resumes_and_leaves_only_what_it_trained(
-  name, tmp_path, quick_compiler
-):
+def test_a_run_resumes_and_leaves_only_what_it_trained(name, tmp_path):
   method = METHODS[name]
 
   def run(where):

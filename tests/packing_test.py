@@ -87,7 +87,6 @@ def plan_of(method):
 # ------------------------------------------------------------------- exactness
 
 
-@pytest.mark.usefixtures('quick_compiler')
 @pytest.mark.parametrize(
   'name',
   [

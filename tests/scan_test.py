@@ -47,14 +47,6 @@ METHODS = {
 BATCH = make_batch([16, 9, 1, 16, 12, 3, 7, 16], [10, 4, 1, 10, 2, 10, 5, 3])
 
 
-@pytest.fixture(autouse=True, scope='module')
-def quick_compiler():
-  """Programs run a few times only."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def plan_of(name, mesh='1x1', **changes):
   rows, parts = map(int, mesh.split('x'))
   return parameters.plan(

@@ -86,7 +86,7 @@ def test_dropout_follows_the_seed_and_the_step():
     assert abs(run(step, seed) - first) > 1e-3 * first
 
 
-def test_a_prompt_step_costs_at_most_2_1_forward_passes():
+def test_a_prompt_step_costs_at_most_2_1_forward_passes(optimized):
   # Were a single gradient of a frozen kernel read, even by a metric, XLA
   # would compute it; all of them make it three forward passes.
   config = sizes.t5('t5_1_1_small')

@@ -25,11 +25,8 @@ SEEDS = 2
 
 
 @pytest.fixture(autouse=True)
-def quick_and_clean():
-  """Programs run a few times only."""
-  jax.config.update('jax_disable_most_optimizations', True)
+def forget_bindings():
   yield
-  jax.config.update('jax_disable_most_optimizations', False)
   gin.clear_config()
 
 

@@ -142,7 +142,7 @@ def test_the_prompt_is_replicated():
 
 
 @pytest.mark.parametrize('name', DECODED)
-def test_cached_decoding_of_beams_equals_teacher_forcing(name, quick_compiler):
+def test_cached_decoding_of_beams_equals_teacher_forcing(name):
   module, variables = abstract(methods_test.METHODS[name])
   rng = np.random.default_rng(1)
   params = jax.tree.map(

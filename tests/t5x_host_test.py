@@ -219,14 +219,10 @@ add_task(
 
 @pytest.fixture(scope='module', autouse=True)
 def settings():
-  """T5X promotes ranks; and programs are run once, so compiled in haste."""
-  for strict in (False, True):
-    jax.config.update(
-      'jax_numpy_rank_promotion', 'raise' if strict else 'allow'
-    )
-    jax.config.update('jax_disable_most_optimizations', not strict)
-    if not strict:
-      yield
+  """T5X promotes ranks."""
+  jax.config.update('jax_numpy_rank_promotion', 'allow')
+  yield
+  jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
 @pytest.fixture(scope='module')
