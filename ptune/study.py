@@ -33,7 +33,6 @@ from absl import logging
 from etils import epath
 
 from ptune import (
-  bank,
   checkpoints,
   ensemble,
   evaluate,
@@ -41,10 +40,8 @@ from ptune import (
   optim,
   parameters,
   partitioning,
-  predictor,
   report,
   selection,
-  seqio_task,
   sizes,
   tables,
 )
@@ -52,7 +49,6 @@ from ptune.adapters import Method
 from ptune.analysis import figures
 from ptune.convert import identity, open_checkpoint
 from ptune.many import Run
-from ptune.models import EncoderDecoderModel
 from ptune.tables import Result
 from ptune.train import train
 from ptune.train_many import train_many
@@ -326,29 +322,30 @@ class Runner:
     for name, cells in trainings.items():
       records = report.read_records(folder / name)
       own = max(selection.history(records, self._best_metric))
+      plan = parameters.plan(config, cells[0][0].method, self._mesh)
+      counts = [
+        sum(math.prod(plan.params[path].shape) for path in which)
+        for which in (plan.base, plan.trainable)
+      ]
       for cell, seed in cells:
         score = own
         if cell.evaluated is not None:
-          score = self._score(cell, folder / name, cell.evaluated)
-        found.append(self._result(cell, seed, score, folder / name))
+          place = folder / name / f'eval_{cell.evaluated}'
+          score = self._score(
+            cell, cell.evaluated, place, model_dir=os.fspath(folder / name)
+          )
+        found.append(
+          Result(
+            cell.row,
+            cell.column,
+            cell.task,
+            seed,
+            round(score, 4),
+            *counts,
+            os.fspath((folder / name).relative_to(self._directory)),
+          )
+        )
     self._record(found)
-
-  def _result(
-    self, cell: Cell, seed: int, score: float, run: epath.Path
-  ) -> Result:
-    _, config = self._base(cell.base)
-    plan = parameters.plan(config, cell.method, self._mesh)
-    count = lambda paths: sum(math.prod(plan.params[p].shape) for p in paths)
-    return Result(
-      cell.row,
-      cell.column,
-      cell.task,
-      seed,
-      round(score, 4),
-      count(plan.base),
-      count(plan.trainable),
-      os.fspath(run.relative_to(self._directory)),
-    )
 
   def _record(self, found: Sequence[Result]) -> None:
     """Adds results: all of one program at once, or none."""
@@ -374,8 +371,10 @@ class Runner:
 
   # --------------------------------------------------------------- evaluation
 
-  def _score(self, cell: Cell, run: epath.Path, task: str) -> float:
-    """The score of a run on the validation split of another task."""
+  def _score(
+    self, cell: Cell, task: str, output: epath.Path, **which: str
+  ) -> float:
+    """What a run or several prompts score on the validation split of a task."""
     checkpoint, config = self._base(cell.base)
     scores = evaluate.evaluate(
       mixture_or_task_name=task,
@@ -383,54 +382,35 @@ class Runner:
       config=config,
       method=cell.method,
       mixture_or_task_module=self._study.module,
-      model_dir=os.fspath(run),
       checkpoint_path=checkpoint,
-      output_dir=os.fspath(run / f'eval_{task}'),
+      output_dir=os.fspath(output),
       batch_size=self._study.batch_size,
       eval_steps=self._eval_steps,
       model_parallel=self._model_parallel,
+      **which,
     )
     return selection.score(self._best_metric, scores)
 
   def _vote(self) -> None:
     """Adds the best seed of each cell, and what all seeds answer together."""
     for cell in self._study.cells:
-      best = dataclasses.replace(cell, column='best')
-      voted = dataclasses.replace(cell, column=ensemble.NAME)
-      if self._found(best, -1) and self._found(voted, -1):
+      if self._found(dataclasses.replace(cell, column=ensemble.NAME), -1):
         continue
-      found = [self._found(cell, seed) for seed in self._seeds]
-      runs = {f'seed{r.seed}': self._directory / r.prompt for r in found if r}
-      checkpoint, config = self._base(cell.base)
-      prompts = {
-        name: run / 'prompts' / 'best.npy' for name, run in runs.items()
-      }
-      members = predictor.load_bank(
-        config,
-        checkpoint,
-        self._study.task_feature_lengths['targets'],
-        prompts,
-        mesh=self._mesh,
+      found = [r for r in (self._found(cell, s) for s in self._seeds) if r]
+      prompts = ','.join(
+        f'seed{r.seed}={self._directory / r.prompt}/prompts/best.npy'
+        for r in found
       )
-      plan = parameters.plan(config, bank.METHOD, self._mesh)
-      batch_size = self._study.batch_size
-      evaluation = evaluate.Evaluation(
-        seqio_task.load(cell.task, self._study.module),
-        plan,
-        EncoderDecoderModel(plan.network),
-        split='validation',
-        feature_lengths=self._study.task_feature_lengths,
-        batch_size=batch_size,
-        num_examples=self._eval_steps and self._eval_steps * batch_size,
-      )
-      scores, _ = ensemble.evaluate(evaluation, members, list(prompts))
-      first = self._directory / found[0].prompt
-      together = selection.score(self._best_metric, scores[ensemble.NAME])
-      highest = max(r.score for r in found if r)
+      output = self._directory / f'{ensemble.NAME}_{_slug(cell.row)}'
+      voted = self._score(cell, cell.task, output, prompts=prompts)
+      best = max(r.score for r in found)
       self._record(
         [
-          self._result(best, -1, highest, first),
-          self._result(voted, -1, together, first),
+          dataclasses.replace(found[0], column=column, seed=-1, score=score)
+          for column, score in (
+            ('best', best),
+            (ensemble.NAME, round(voted, 4)),
+          )
         ]
       )
 
