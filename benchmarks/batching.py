@@ -6,15 +6,16 @@
 --data is a directory with a train.tsv whose last column is the label; the other
 columns are the inputs. --steps of an epoch are trained in each way:
 
-    bucketed  batches of like lengths, rounded up to 32 (what ptune does)
-    longest   any rows, padded to the batch's longest, rounded up to 32
+    bucketed  batches of like lengths (what ptune does)
+    longest   any rows, padded to the batch's longest
     full      any rows, padded to TASK_FEATURE_LENGTHS
     packed    rows as long as --pack of the longest examples, a --pack-th as
               many, each filled with examples (PACK)
     peft      with --versus=peft, the batches of `longest` by PEFT
 
-Each is trained until it has seen as many examples as the first has in --steps.
-Tokens are those of ptune's vocabulary, unless PTUNE_VOCABULARY names another.
+Lengths of the first two are rounded up to --bucket_multiple. Each is trained
+until it has seen as many examples as the first has in --steps. Tokens
+are those of ptune's vocabulary, unless PTUNE_VOCABULARY names another.
 `loss` is the mean over these steps; with --checkpoint, of a model that has
 learned something. Compilation is not counted; `shapes` is how many there are.
 """
@@ -33,12 +34,6 @@ from ptune import miniature, optim, parameters, pretrained
 from ptune import state as state_lib
 from ptune.methods import prompt
 from ptune.models import EncoderDecoderModel
-
-WAYS = {
-  'bucketed': {},
-  'longest': {'window': 1},
-  'full': {'bucket_multiple': None},
-}
 
 
 def register(data: pathlib.Path) -> str:
@@ -101,7 +96,7 @@ def measure(args):
     return pairs
 
   calls, result = {}, {}
-  for name in (*WAYS, 'packed'):
+  for name in ('bucketed', 'longest', 'full', 'packed'):
     if name == 'packed':
       of_step = packing.PackedBatches(
         task,
@@ -113,7 +108,14 @@ def measure(args):
       )
       run = functools.partial(train, packed_step)
     else:
-      of_step = data.Batches(task, lengths, args.batch, seed=1, **WAYS[name])
+      of_step = data.Batches(
+        task,
+        lengths,
+        args.batch,
+        seed=1,
+        bucket_multiple=None if name == 'full' else args.bucket_multiple,
+        **({'window': 1} if name == 'longest' else {}),
+      )
       run = functools.partial(train, step)
     wanted = args.batch * min(args.steps, of_step.num_examples // args.batch)
     batches, examples = [], 0
@@ -172,5 +174,6 @@ if __name__ == '__main__':
   flags.add_argument('--checkpoint', default='')
   flags.add_argument('--steps', type=int, default=10**9)
   flags.add_argument('--pack', type=int, default=4)
+  flags.add_argument('--bucket_multiple', type=int, default=32)
   flags.add_argument('--versus', choices=('peft',))
   peers.run(flags, measure)
