@@ -18,10 +18,12 @@ os.environ['PTUNE_VOCABULARY'] = 'ptune://tiny'
 
 import jax
 import pytest
+from absl import logging
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Most programs run a few times only: to compile them well would take longer.
 jax.config.update('jax_disable_most_optimizations', True)
+logging.set_verbosity(logging.INFO)  # As the command line does.
 
 SHARED = pathlib.Path(__file__).parents[2] / 'shared'
 
