@@ -32,6 +32,7 @@ STANDS_FOR = {
   r'gs://[^\'"]*': 'ptune://tiny',
   r'/models/t5_1_1_\w+': 'ptune://tiny',
   r'((?:TRAIN_STEPS|train_steps) ?= ?)\d+': r'\g<1>3',
+  r'\nTRAIN_STEPS = 3': r'\nTRAIN_STEPS = 3\nEVAL_STEPS = 1',
   r"'/data/vocab.model', 100": "'{vocabulary}', 20",
   r'/(data|runs|tmp|models)/': r'{root}/\1/',
 }
