@@ -416,12 +416,9 @@ def _set_up_logging() -> None:
   handler = logging.get_absl_handler()
 
   def shown(record):
-    # Gin calls each place where it does not find an included file an error;
     # Orbax and its threads show tracebacks of what is raised too.
-    quiet = (
-      record.module == 'resource_reader'
-      or f'{os.sep}orbax{os.sep}' in record.pathname
-      or record.name in ('asyncio', 'concurrent.futures')
+    quiet = f'{os.sep}orbax{os.sep}' in record.pathname or (
+      record.name in ('asyncio', 'concurrent.futures')
     )
     loud = record.levelno >= python_logging.ERROR and not quiet
     return loud or record.pathname.startswith(package)

@@ -182,6 +182,9 @@ def parse(
   _check_known(yours, bindings, '\n'.join([*texts, *bindings]))
   for folder in folders:
     gin.add_config_file_search_path(folder)
+  # Not among Python's packages, of which gin takes a directory runs/ for one,
+  # and fails: `_with_includes` has found all files.
+  gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
   for path in [*ours, *yours]:
     with _one_line(texts):
       gin.parse_config_file(str(path))

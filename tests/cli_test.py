@@ -351,6 +351,19 @@ def test_gin_files_are_found_where_they_may_lie(tmp_path, monkeypatch):
   assert 'EVAL_PERIOD = 7' in gin.config_str()
 
 
+def test_directories_may_have_the_names_of_ours(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(tmp_path)  # As of the working directory.
+  for name in ('models', 'methods', 'runs'):
+    (tmp_path / name).mkdir()
+  (tmp_path / 'mine.gin').write_text("include 'models/t5_1_1_small.gin'\n")
+  files = ['mine.gin', 'prompts/from_class_labels.gin', 'runs/pretrain.gin']
+  for file in files:
+    gin.clear_config()
+    gin_files.parse([file])
+  assert gin.query_parameter('%LEARNING_RATE') == 0.01
+
+
 def test_beams_can_be_set_by_a_flag():
   files = ['models/t5_small.gin', 'methods/prompt.gin', 'runs/eval.gin']
   for name in ('Decoding', 'models.Decoding'):

@@ -1,52 +1,71 @@
-"""README's commands run as they are written, on the model that comes along.
+"""README's commands, and those of docs/, run as they are written.
 
-What cannot be had here stands for itself: T5 1.1 base is ptune://tiny, 30,000
-steps are 3, and the directories of the examples lie in a temporary one.
+On the model that comes along, in one directory, as a reader would. What cannot
+be had here stands for itself: T5 1.1 base is ptune://tiny, 30,000 steps are 3,
+and the directories of the examples lie in a temporary one. All commands are
+read by the default suite; they are run by the slow one.
 """
 
+import importlib
 import pathlib
 import re
+import runpy
 import shlex
 
 import numpy as np
 import pytest
 
 import gin
-from ptune import cli, pretrained
+from ptune import cli, gin_files, pretrained
 from tests import tiny
 
-README = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
-BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```', README, re.MULTILINE | re.DOTALL)
+ROOT = pathlib.Path(__file__).parents[1]
+README = 'README.md'
+DOCS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob('docs/*.md'))
+LINKING = [
+  *(README, *DOCS, 'CONTRIBUTING.md', 'launch/README.md'),
+  *('benchmarks/README.md', 'ptune/pretrained/README.md'),
+]
 
 STANDS_FOR = {
-  r'models/t5_1_1_\w+\.gin': 'models/tiny.gin',
+  r'models/t5_1_1_base\.gin': 'models/tiny.gin',
   r'gs://[^\'"]*': 'ptune://tiny',
   r'/models/t5_1_1_\w+': 'ptune://tiny',
-  r'(TRAIN_STEPS=)\d+': r'\g<1>3',
+  r'((?:TRAIN_STEPS|train_steps) ?= ?)\d+': r'\g<1>3',
+  r'\nTRAIN_STEPS = 3': r'\nTRAIN_STEPS = 3\nEVAL_STEPS = 1',
   r"'/data/vocab.model', 100": "'{vocabulary}', 20",
   r'/(data|runs|tmp|models)/': r'{root}/\1/',
 }
 # Run elsewhere: by other tests, or with what is not installed here.
-NOT_HERE = (
-  *('pip ', 'python -m t5x'),
-  *('ptune demo', 'ptune serve', 'ptune study'),
+NOT_HERE = re.compile(
+  r'pip |python -m t5x|ptune (demo|serve|study|plan|doctor)\b'
+  r'|.*from_hugging_face.gin'
 )
 
 
-def commands():
-  """The commands, a line each, in README's order."""
-  lines = [
+def blocks(page):
+  """The fenced blocks of a page, [(language, text)]."""
+  text = (ROOT / page).read_text()
+  return re.findall(r'^```(\w*)\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
+
+
+def commands(page):
+  """The commands, a line each, in the page's order."""
+  return [
     ' '.join(line.split())
-    for language, text in BLOCKS
+    for language, text in blocks(page)
     if language in ('', 'bash', 'sh')
     for line in text.replace('\\\n', ' ').splitlines()
     if re.match(r'(ptune|python|pip) ', line)
   ]
-  first = next(i for i, line in enumerate(lines) if 'ptune train' in line)
-  # "With methods/lora.gin in place of the file of prompts/".
-  lora = re.sub(r'prompts/\w+\.gin', 'methods/lora.gin', lines[first])
-  lines.insert(first + 1, lora.replace('/runs/sst2', '/runs/sst2_lora'))
-  return lines
+
+
+def files(page):
+  """What a page says to put into files: the blocks that begin '# NAME'."""
+  heads = [
+    (re.match(r'# (\w+\.\w+)\n', text), text) for _, text in blocks(page)
+  ]
+  return {head[1]: text for head, text in heads if head}
 
 
 def rewritten(text, root):
@@ -57,65 +76,126 @@ def rewritten(text, root):
   return text.replace('{root}', str(root))
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-  """A working directory with the files that README speaks of."""
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.syspath_prepend(tmp_path)
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  """A working directory with the files that the pages speak of."""
+  path = tmp_path_factory.mktemp('place')
   for name in ('data', 'runs', 'tmp', 'models'):
-    (tmp_path / name).mkdir()
+    (path / name).mkdir()
   rows = [(f'a {word} film {i}', int(word == 'good')) for i in range(20)
           for word in ('good', 'dull')]  # fmt: skip
   for split in ('train', 'dev'):
     lines = [f'{text}\t{label}\n' for text, label in rows]
-    (tmp_path / 'data' / f'{split}.tsv').write_text(''.join(lines))
+    (path / 'data' / f'{split}.tsv').write_text(''.join(lines))
     lines.insert(0, 'sentence\tlabel\n')
-    (tmp_path / f'{split}.tsv').write_text(''.join(lines))
-  (tmp_path / 'ptune-demo').mkdir()
+    (path / f'{split}.tsv').write_text(''.join(lines))
+  (path / 'ptune-demo').mkdir()
   lines = []
-  for name in ('sentiment', 'topics'):
-    np.save(tmp_path / 'ptune-demo' / f'{name}.npy', np.ones((20, 96)))
+  for name, value in {'sentiment': 1, 'topics': -1}.items():
+    np.save(path / 'ptune-demo' / f'{name}.npy', np.full((20, 96), value, 'f4'))
     lines.append(f'{{"inputs": "a good film", "prompt": "{name}"}}\n')
-  (tmp_path / 'rows.jsonl').write_text(''.join(lines))
-  (tmp_path / 'sentences.txt').write_text('sentence: a good film\n')
-  (module,) = (text for _, text in BLOCKS if 'seqio.TaskRegistry.add' in text)
-  (tmp_path / 'my_tasks.py').write_text(rewritten(module, tmp_path))
-  return tmp_path
+  (path / 'rows.jsonl').write_text(''.join(lines))
+  (path / 'sentences.txt').write_text('a good film\n')
+  for page in (README, *DOCS):
+    for name, text in files(page).items():
+      (path / name).write_text(rewritten(text, path))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(path)
+    patch.syspath_prepend(path)
+    yield path
+  gin.clear_config()
+
+
+def run(line, place):
+  """Runs one command; returns its exit status."""
+  program, *arguments = shlex.split(rewritten(line, place))
+  gin.clear_config()
+  with tiny.one_device():
+    if program == 'ptune':
+      return cli.main(arguments)
+    assert program == 'python', line
+    runpy.run_path(arguments[0])
+    return 0
+
+
+@pytest.fixture(scope='module')
+def trained(place):
+  """The directory after README's first training, which the pages go on from."""
+  line = next(line for line in commands(README) if 'ptune train' in line)
+  assert run(line, place) == 0
+  return place
 
 
 @pytest.mark.slow
-def test_all_commands_run(place, capsys, monkeypatch):
-  ran = []
-  for line in commands():
-    if line.startswith(NOT_HERE):
+@pytest.mark.parametrize('page', [README, *DOCS])
+def test_all_commands_run(page, trained, capsys):
+  for line in commands(page):
+    if not NOT_HERE.match(line):
+      status = run(line, trained)
+      assert not status, f'{line}\n{capsys.readouterr().err}'
+
+
+@pytest.mark.parametrize('page', [README, *DOCS])
+def test_all_commands_are_understood(page, place):
+  """Flags, gin files, macros and parameters are there, and none is missing."""
+  for line in commands(page):
+    program, *arguments = shlex.split(rewritten(line, place))
+    if program != 'ptune' or arguments[0] == 'tasks':
       continue
-    line = rewritten(line, place)
-    program, *arguments = shlex.split(line)
-    assert program == 'ptune', line
+    args = cli._parse(arguments)
+    if args.program not in cli.PROGRAMS:
+      continue
+    module, function, _ = cli.PROGRAMS[args.program]
+    program = getattr(importlib.import_module(module), function)
+    if args.program in ('plan', 'doctor'):  # Which read few macros.
+      program = None
     gin.clear_config()
-    with tiny.one_device():
-      status = cli.main(arguments)
-    assert not status, f'{line}\n{capsys.readouterr().err}'
-    ran.append(arguments[0])
-  assert {'train', 'eval', 'infer', 'inspect', 'convert', 'export'} <= {*ran}
+    gin_files.parse(args.gin_file, args.gin_bindings, program=program)
 
 
 def test_the_commands_that_need_other_machines_name_what_is_here():
-  text = '\n'.join(commands())
-  for file in re.findall(r'--gin_file=(\S+)', text):
-    assert (pathlib.Path(__file__).parents[1] / 'gin' / file).is_file(), file
+  text = '\n'.join(line for page in (README, *DOCS) for line in commands(page))
+  for file in set(re.findall(r'--gin_file=([\w.]+/\S+)', text)):
+    assert (ROOT / 'gin' / file).is_file(), file
+
+
+def slugs(page):
+  """The anchors of a page's headings, as GitHub makes them."""
+  text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
+  headings = re.findall(r'^#+ (.*)$', text, re.MULTILINE)
+  return {
+    re.sub(r'[^\w\- ]', '', h.lower()).replace(' ', '-') for h in headings
+  }
+
+
+@pytest.mark.parametrize('page', LINKING)
+def test_links_lead_somewhere(page):
+  text = re.sub(
+    r'^```.*?^```', '', (ROOT / page).read_text(), flags=re.M | re.S
+  )
+  for link in re.findall(r'\]\(([^)\s]+)\)', text):
+    if re.match(r'https?://', link):
+      continue
+    path, _, anchor = link.partition('#')
+    target = (ROOT / page).parent / path if path else ROOT / page
+    assert target.exists(), link
+    assert not anchor or anchor in slugs(target), link
+
+
+def test_every_page_is_linked_from_the_readme():
+  text = (ROOT / README).read_text()
+  assert not [page for page in DOCS if f']({page}' not in text]
 
 
 def test_the_files_that_are_named_exist():
-  (listing,) = (text for _, text in BLOCKS if text.startswith('ptune/\n'))
+  (listing,) = (t for _, t in blocks(README) if t.startswith('ptune/\n'))
   named = re.findall(r'^  ([\w/]+\.py|\w+/)', listing, re.MULTILINE)
-  root = pathlib.Path(__file__).parents[1] / 'ptune'
-  missing = [name for name in named if not (root / name).exists()]
+  missing = [name for name in named if not (ROOT / 'ptune' / name).exists()]
   assert not missing
   known = {name.strip('/') for name in re.findall(r'\w+(?:\.py|/)', listing)}
   unnamed = [
     path.name
-    for path in root.iterdir()
+    for path in (ROOT / 'ptune').iterdir()
     if path.name.strip('_') == path.name and path.name not in known
   ]
   assert not unnamed, 'say what these are, under "The code"'
