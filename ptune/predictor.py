@@ -218,7 +218,11 @@ def named_prompts(
     raise ValueError(
       f'METHOD is {method.name!r}; PROMPTS are those of methods/prompt.gin'
     )
-  return parse(prompts)
+  named = parse(prompts)
+  for path in named.values():
+    if not any(epath.Path(p).exists() for p in (path, f'{path}.npy')):
+      raise ValueError(f'PROMPTS names {path}, which does not exist')
+  return named
 
 
 def load_bank(

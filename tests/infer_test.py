@@ -207,6 +207,7 @@ def test_a_prompt_that_is_not_there_is_named_by_file_and_line(
     ({'model_dir': trained}, 'set PROMPTS, or MODEL_DIR'),
     ({'method': prompt.prompt(3, causal=True)}, "METHOD is 'prompt/causal'"),
     ({'prompts': ''}, 'it names no prompts'),
+    ({'prompts': 'a=nowhere'}, 'nowhere, which does not exist'),
   ):
     with pytest.raises(ValueError, match=message):
       run(**{'output_dir': tmp_path / 'out', **settings, **changes})

@@ -34,7 +34,8 @@ ONE, SEVERAL = {peft.ROWS}, {multitask.SHARED, multitask.TASKS}
 EXPECTED = """\
 Expected a prompt: a .npy file, the MODEL_DIR of a run (ptune's, or the paper's
 implementation's with numpy_checkpoints/), a PEFT adapter, a .safetensors file
-of ptune export, or a checkpoint of T5X or ptune that holds a prompt."""
+of ptune export, or a checkpoint of T5X or ptune that holds a prompt. (A whole
+model goes out by ptune convert.)"""
 
 
 @dataclasses.dataclass(frozen=True)
