@@ -8,7 +8,6 @@ import re
 import textwrap
 from unittest import mock
 
-import jax
 import numpy as np
 import pytest
 import seqio
