@@ -103,12 +103,16 @@ def draw(grid: Grid, title: str, x: Mapping[str, int] | None) -> 'Figure':
     grid: The scores.
     title: Stands above.
     x: The parameters of each column, if these are models. If not given, the
-      rows stand side by side, and each column is a series.
+      rows stand side by side, or one below the other where their names are
+      long, and each column is a series.
   """
   from matplotlib import figure
 
   fig = figure.Figure(figsize=(6, 3.8), layout='constrained')
   axes = fig.subplots()
+  rows = list(grid)
+  flat = x is None and sum(map(len, rows)) > 60
+  score = 'score on the validation split'
   if x is not None:
     series = {
       row: {x[name]: scores for name, scores in cells.items()}
@@ -116,7 +120,6 @@ def draw(grid: Grid, title: str, x: Mapping[str, int] | None) -> 'Figure':
     }
     axes.set(xscale='log', xlabel='parameters of the model')
   else:
-    rows = list(grid)
     names = columns(grid)
     series = {
       name: {
@@ -126,19 +129,26 @@ def draw(grid: Grid, title: str, x: Mapping[str, int] | None) -> 'Figure':
       }
       for i, name in enumerate(names)
     }
-    axes.set_xticks(range(len(rows)), rows)
-    if sum(map(len, rows)) > 60:
-      axes.tick_params('x', rotation=20)
+    ends = -0.5, len(rows) - 0.5
+    if flat:
+      labels = [row.replace(' -> ', '\n-> ') for row in rows]
+      axes.set_yticks(range(len(rows)), labels, fontsize='small')
+      axes.set_ylim(*reversed(ends))
+    else:
+      axes.set_xticks(range(len(rows)), rows)
+      axes.set_xlim(*ends)
   for name, points in series.items():
     places = sorted(points)
     mean = [np.mean(points[p]) for p in places]
     spread = [
       np.std(points[p], ddof=1) if len(points[p]) > 1 else 0 for p in places
     ]
-    axes.errorbar(
-      places, mean, spread, fmt='o-' if x else 'o', capsize=3, label=name
-    )
-  axes.set(ylabel='score on the validation split', title=title)
+    how = {'fmt': 'o-' if x else 'o', 'capsize': 3, 'label': name}
+    if flat:
+      axes.errorbar(mean, places, xerr=spread, **how)
+    else:
+      axes.errorbar(places, mean, spread, **how)
+  axes.set(title=title, **{'xlabel' if flat else 'ylabel': score})
   axes.title.set_fontsize('medium')
   axes.legend()
   axes.grid(alpha=0.3)

@@ -206,3 +206,21 @@ def test_an_unknown_study_is_refused(capsys):
 def test_a_tuning_has_the_schedule_of_its_decay():
   rate = Tuning(10, 0.5, 'linear', optim.adafactor).schedule()
   assert float(rate(0)) == 0.5 and float(rate(10)) == 0.0
+
+
+@pytest.mark.parametrize('name', ['short', 'a_task_of_a_long_name -> another'])
+def test_a_figure_shows_every_score_and_room_is_made_for_names(name):
+  grid = {f'{name} {i}': {'a': [1.0, 3.0], 'b': [float(i)]} for i in range(3)}
+  fig = tables.draw(grid, 'title', None)
+  fig.canvas.draw()
+  (axes,) = fig.axes
+  marks = {
+    box.get_label(): np.array(box.lines[0].get_xydata())
+    for box in axes.containers
+  }
+  flat = name != 'short'
+  assert np.allclose(marks['a'][:, 0 if flat else 1], 2)
+  assert np.allclose(marks['b'][:, 0 if flat else 1], range(3))
+  for label in axes.get_yticklabels() if flat else axes.get_xticklabels():
+    box = label.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= fig.bbox.x1, label

@@ -80,8 +80,8 @@ def convert(
   lines = [f'read {source.describe()}', f'base {checksums.digest()}']
   if layout == 'huggingface' and source.activations is None:
     lines.append(
-      f'mlp_activations {config.mlp_activations} were taken: what was read does '
-      'not say them; --activations sets others'
+      f'mlp_activations {config.mlp_activations} were taken: what was read '
+      'does not say them; --activations sets others'
     )
   if layout == 't5x' and step is None:
     lines.append('the step was taken as 0: --step=N sets another')
