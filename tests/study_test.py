@@ -212,7 +212,7 @@ def test_a_tuning_has_the_schedule_of_its_decay():
 def test_a_figure_shows_every_score_and_room_is_made_for_names(name):
   grid = {f'{name} {i}': {'a': [1.0, 3.0], 'b': [float(i)]} for i in range(3)}
   fig = tables.draw(grid, 'title', None)
-  fig.canvas.draw()
+  fig.draw_without_rendering()
   (axes,) = fig.axes
   marks = {
     box.get_label(): np.array(box.lines[0].get_xydata())
