@@ -7,14 +7,9 @@ Pre-training, `generated_pretraining`: a mixture of
     generated_tasks      192 small classification tasks
     generated_described  all latents of a sentence, in words
 
-A row of the last two starts with ids that tell the task: 4 of the vocabulary,
-drawn once for the task, and 4 that only this task has. These are no pieces but
-rows of the embedding beyond them (EMBEDDING_ROWS in all), so the model learns
-to be steered by vectors in front of its input. They are cut off when the model
-is exported (`ptune.pretrained.make`).
-
-    inputs   1029 1711 806 122 3140 3141 3142 3143 <sentence> </s>
-    targets  <label> </s>
+A row of the last two starts with ids that tell the task (see `prefixes`). Those
+that are no pieces make EMBEDDING_ROWS rows of the embedding in all; they are
+cut off when the model is exported (`ptune.pretrained.make`).
 
 Downstream, for prompts, with 2,000 training rows each:
 
@@ -28,19 +23,18 @@ Downstream, for prompts, with 2,000 training rows each:
 """
 
 import functools
-import random
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
 from ptune import pretrained
-from ptune.tasks import generated_text, pretraining
+from ptune.tasks import generated_text, prefixes, pretraining
 
 SEED = 0
 PIECES, SENTINELS = 2980, 20
 VOCABULARY_ROWS = PIECES + SENTINELS
-TASKS, PREFIX = 192, 4
+TASKS, PREFIX = 192, prefixes.PREFIX
 EMBEDDING_ROWS = VOCABULARY_ROWS + (TASKS + 1) * PREFIX
 # Examples of a source; each is seen about twice in 4,000 steps of 56.
 LINES, ROWS = 60_000, 60_000
@@ -77,21 +71,8 @@ def _source(make, **sizes: int) -> seqio.FunctionDataSource:
 
 
 def prefix_ids(task: int) -> list[int]:
-  """The ids that a task's rows start with: 4 pieces, and 4 of its own."""
-  rng = random.Random(f'prefix {SEED} {task}')
-  shared = [rng.randrange(259, PIECES) for _ in range(PREFIX)]
-  first = VOCABULARY_ROWS + task * PREFIX
-  return shared + list(range(first, first + PREFIX))
-
-
-def prepend_prefix(dataset: tf.data.Dataset) -> tf.data.Dataset:
-  """A preprocessor: puts the ids in `prefix` before the tokens of `inputs`."""
-
-  def prepend(example):
-    inputs = tf.concat([example['prefix'], example['inputs']], 0)
-    return {'inputs': inputs, 'targets': example['targets']}
-
-  return dataset.map(prepend, num_parallel_calls=tf.data.AUTOTUNE)
+  """The ids that a task's rows start with."""
+  return prefixes.prefix_ids(SEED, task, PIECES, VOCABULARY_ROWS)
 
 
 def _text(seed, count):
@@ -102,9 +83,8 @@ def _tasks(seed, count):
   tasks = generated_text.prefix_tasks(SEED, TASKS)
   rows = generated_text.prefix_rows(seed, count, tasks)
   numbers, inputs, targets = zip(*rows, strict=True)
-  prefixes = [prefix_ids(number) for number in range(TASKS)]
-  ids = [prefixes[number] for number in numbers]
-  prefix = np.array(ids, np.int32)
+  ids = [prefix_ids(number) for number in range(TASKS)]
+  prefix = np.array([ids[number] for number in numbers], np.int32)
   return {'prefix': prefix, 'inputs': inputs, 'targets': targets}
 
 
@@ -139,12 +119,12 @@ pretraining.add_prefix_lm('generated_prefixes', _lines, vocabulary)
 _add(
   'generated_tasks',
   _source(_tasks, train=2 * ROWS, validation=1000),
-  prepend_prefix,
+  pretraining.prepend_prefix,
 )
 _add(
   'generated_described',
   _source(_described, train=ROWS, validation=200),
-  prepend_prefix,
+  pretraining.prepend_prefix,
 )
 seqio.MixtureRegistry.add(
   'generated_pretraining',

@@ -25,6 +25,8 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from ptune.tasks import prefixes
+
 
 class Domain(NamedTuple):
   """What a sentence of one topic is made of."""
@@ -413,19 +415,6 @@ def text(seed: int, count: int, docstring_share: float = 0.2) -> list[str]:
   return lines
 
 
-@dataclasses.dataclass(frozen=True)
-class PrefixTask:
-  """A task of pre-training: to name one attribute by arbitrary labels.
-
-  Attributes:
-    attribute: Which latent is asked for.
-    labels: The value -> the word that is to be answered.
-  """
-
-  attribute: str
-  labels: dict[str, str]
-
-
 def label_words() -> list[str]:
   """400 invented words, such as `bolan`, to label anything with."""
   rng = random.Random('label words')
@@ -459,24 +448,13 @@ def vocabulary_text(seed: int, count: int) -> list[str]:
   return lines
 
 
-def prefix_tasks(seed: int, count: int) -> list[PrefixTask]:
+def prefix_tasks(seed: int, count: int) -> list[prefixes.PrefixTask]:
   """Draws tasks: an attribute, 2 to 4 of its values, a word for each."""
-  rng = random.Random(f'tasks {seed}')
-  words = label_words()
-  attributes = list(VALUES)
-  weights = [WEIGHTS.get(name, 1) for name in attributes]
-  tasks = []
-  for _ in range(count):
-    attribute = rng.choices(attributes, weights)[0]
-    values = VALUES[attribute]
-    chosen = rng.sample(values, min(rng.randint(2, 4), len(values)))
-    labels = rng.sample(words, len(chosen))
-    tasks.append(PrefixTask(attribute, dict(zip(chosen, labels, strict=True))))
-  return tasks
+  return prefixes.draw_tasks(seed, count, VALUES, WEIGHTS, label_words())
 
 
 def prefix_rows(
-  seed: int, count: int, tasks: Sequence[PrefixTask]
+  seed: int, count: int, tasks: Sequence[prefixes.PrefixTask]
 ) -> list[tuple[int, str, str]]:
   """Draws (number of the task, sentence, label)."""
   rng = random.Random(f'prefix rows {seed}')

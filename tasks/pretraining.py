@@ -346,6 +346,20 @@ def prepend_sentinel(
   return dataset.map(prepend, num_parallel_calls=tf.data.AUTOTUNE)
 
 
+def prepend_prefix(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  """A preprocessor: puts the ids in `prefix` before the tokens of `inputs`.
+
+  So a row tells its task, see `prefixes`. It stands after tokenize and before
+  EOS is appended.
+  """
+
+  def prepend(example):
+    inputs = tf.concat([example['prefix'], example['inputs']], 0)
+    return {'inputs': inputs, 'targets': example['targets']}
+
+  return dataset.map(prepend, num_parallel_calls=tf.data.AUTOTUNE)
+
+
 def _text_to_targets(dataset: tf.data.Dataset) -> tf.data.Dataset:
   spec = dataset.element_spec
   if not isinstance(spec, Mapping) or 'text' not in spec:
