@@ -25,6 +25,7 @@ DOCS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob('docs/*.md'))
 LINKING = [
   *(README, *DOCS, 'CONTRIBUTING.md', 'launch/README.md'),
   *('benchmarks/README.md', 'ptune/pretrained/README.md'),
+  'examples/real_text/README.md',
 ]
 
 STANDS_FOR = {

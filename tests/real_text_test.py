@@ -4,17 +4,21 @@ The corpus is written by the test: what it has in common with the real one are
 the names of the files and the lines where praise begins.
 """
 
+import copy
 import dataclasses
 import gzip
 import importlib
+import inspect
 import pathlib
 import random
 
 import numpy as np
 import pytest
 
+import gin
+from ptune import gin_files, study
 from ptune.methods import full
-from ptune.tasks import generated_text, prefixes, vocabulary
+from ptune.tasks import generated_text, prefixes, pretraining, vocabulary
 from tests import tiny
 
 EXAMPLE = pathlib.Path(__file__).parents[1] / 'examples' / 'real_text'
@@ -240,8 +244,32 @@ def test_a_model_is_pretrained(tasks, tmp_path):
     eval_steps=1,
     checkpoint_period=3,
   )
-  scores = [r for r in tiny.records(tmp_path) if 'accuracy' in str(r)]
-  assert scores
+  last = tiny.records(tmp_path)[-3:]
+  assert {r['task'] for r in last} == {f'corpus_{name}' for name in tasks.RATES}
+  assert all(r['step'] == 3 and np.isfinite(r['loss']) for r in last)
+
+
+def test_the_study_asks_both_data_sets_of_what_sst2_taught():
+  bindings = ["MODEL_DIR='m'", "CHECKPOINT_PATH='/base'"]
+  file = str(EXAMPLE / 'study.gin')
+  gin.clear_config()
+  gin_files.parse([file], bindings, (), study.study)
+  [one] = copy.deepcopy(gin.query_parameter('study.study.studies'))
+  gin.clear_config()
+  assert one.bases['yours'].checkpoint == '/base'
+  assert {cell.task for cell in one.cells} == {'sst2_sentences'}
+  assert [cell.evaluated for cell in one.cells] == [
+    *[None] * 2,
+    *['customer_review_sentences'] * 2,
+  ]
+  assert {cell.tuning.steps for cell in one.cells} == {300, 800}
+
+
+def test_the_lines_held_out_are_those_of_the_text(rows):
+  every = inspect.signature(pretraining.text_files).parameters[
+    'validation_every'
+  ]
+  assert rows.HELD_OUT == every.default
 
 
 def test_naive_bayes_knows_the_words_of_a_class(paths):
