@@ -228,6 +228,7 @@ def test_downstream_rows_have_the_words_of_their_labels(tasks):
       assert said == ('positive' if good else 'negative')
 
 
+@pytest.mark.slow
 def test_a_model_is_pretrained(tasks, tmp_path):
   rows = PIECES + 100 + tasks.TASKS * prefixes.PREFIX
   tiny.run(
