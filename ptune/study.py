@@ -178,7 +178,7 @@ def study(
   checkpoints.check_writable('MODEL_DIR', directory)
   with lock.held(directory):
     for one in studies:
-      Runner(
+      runner = Runner(
         one,
         directory,
         seeds,
@@ -187,7 +187,12 @@ def study(
         eval_steps=eval_steps,
         best_metric=best_metric,
         model_parallel=model_parallel,
-      )()
+      )
+      try:
+        runner()
+      except evaluate.Stopped:
+        logging.info('study %s: stopped; the same command goes on', one.name)
+        return
 
 
 class Runner:
@@ -273,7 +278,11 @@ class Runner:
         yield {name: runs[name] for name in names[i : i + most]}
 
   def _train(self, trainings: Mapping[str, list[tuple[Cell, int]]]) -> None:
-    """Trains runs of one base and tuning, and records their scores."""
+    """Trains runs of one base and tuning, and records their scores.
+
+    Raises:
+      evaluate.Stopped: The training was asked to end, and is saved so far.
+    """
     study = self._study
     cell, seed = next(iter(trainings.values()))[0]
     tuning = cell.tuning
@@ -318,9 +327,12 @@ class Runner:
         seed=seed,
         **common,
       )
+    records_of = {n: report.read_records(folder / n) for n in trainings}
+    if not all(report.scores_at(r, tuning.steps) for r in records_of.values()):
+      raise evaluate.Stopped
     found = []
     for name, cells in trainings.items():
-      records = report.read_records(folder / name)
+      records = records_of[name]
       own = max(selection.history(records, self._best_metric))
       plan = parameters.plan(config, cells[0][0].method, self._mesh)
       counts = [

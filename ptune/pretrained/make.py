@@ -118,6 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
   except subprocess.CalledProcessError as error:
     return error.returncode
+  if (step := open_checkpoint(work_dir).step or 0) < args.steps:
+    print(f'stopped at step {step}; the same command goes on', file=sys.stderr)
+    return 1
   export(work_dir, args.output, generated.VOCABULARY_ROWS)
   written = open_checkpoint(args.output)
   print(f'{written.describe()}\nfingerprint {identity.fingerprint(written)}')
