@@ -63,7 +63,8 @@ def assert_close(got, expected):
 
 
 @pytest.mark.parametrize(
-  ('batch_size', 'bucket_multiple'), [(24, None), (6, 16)]
+  ('batch_size', 'bucket_multiple'),
+  [pytest.param(24, None, marks=pytest.mark.slow), (6, 16)],
 )
 def test_no_score_depends_on_the_batches(
   trained, reference, tmp_path, batch_size, bucket_multiple

@@ -358,7 +358,14 @@ def test_a_folded_prefix_answers_as_the_mlp_that_made_it():
 
 
 @pytest.mark.parametrize(
-  'name', ['full', 'p_tuning', 'prefix, mlp', 'lora+norms']
+  'name',
+  [
+    'prefix, mlp',
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ('full', 'p_tuning', 'lora+norms')
+    ),
+  ],
 )
 def test_a_run_resumes_and_leaves_only_what_it_trained(name, tmp_path):
   method = METHODS[name]
@@ -434,7 +441,9 @@ def lora_run(tmp_path_factory):
   return path, parameters.flatten(jax.device_get(state.trainable))
 
 
-@pytest.mark.parametrize('layout', ['t5x', 'huggingface'])
+@pytest.mark.parametrize(
+  'layout', [pytest.param('t5x', marks=pytest.mark.slow), 'huggingface']
+)
 def test_an_exported_model_answers_as_the_run(lora_run, layout, tmp_path):
   path, trained = lora_run
   out = tmp_path / 'merged'

@@ -234,6 +234,7 @@ def run(tmp_path_factory):
   return path, method
 
 
+@pytest.mark.slow
 def test_a_run_learns_both_and_one_is_exported(run, tmp_path, capsys):
   path, method = run
   out = tmp_path / 'one'

@@ -875,6 +875,7 @@ def test_the_values_at_every_site_can_be_read():
 # ----------------------------------------------------------- rematerialisation
 
 
+@pytest.mark.slow
 def test_computing_layers_again_changes_memory_only():
   config = dataclasses.replace(
     TINY, num_encoder_layers=3, num_decoder_layers=1, dropout_rate=0.1

@@ -113,6 +113,7 @@ def test_an_update_is_the_same_on_every_mesh(mesh):
   assert got[0][prompt.PATH].sharding.is_fully_replicated
 
 
+@pytest.mark.slow
 def test_full_tuning_is_the_same_on_a_mesh():
   got = update('2x4', 'full')
   assert got[0].keys() == plan_on('2x4', 'full').params.keys()

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import pathlib
 import re
-import textwrap
 from unittest import mock
 
 import numpy as np
@@ -196,11 +195,9 @@ def test_settings_are_looked_up_and_changed():
 
 def test_a_study_of_ones_own_task_is_a_short_file(tmp_path):
   text = (ROOT / 'docs' / 'studies.md').read_text()
-  [mine] = re.findall(
-    r'^    from __gin__.*?\n\n', text, re.DOTALL | re.MULTILINE
-  )
+  [mine] = re.findall(r'^```\n(#[^`]*from __gin__.*?)^```', text, re.S | re.M)
   file = tmp_path / 'mine.gin'
-  file.write_text(textwrap.dedent(mine))
+  file.write_text(mine)
   gin_files.parse([str(file)], ["MODEL_DIR='m'"], (), study.study)
   [one] = copy.deepcopy(gin.query_parameter('study.study.studies'))
   assert one.bases['yours'].checkpoint == '/models/mine'
