@@ -240,6 +240,7 @@ def test_a_stop_while_a_run_is_set_up_changes_nothing(tmp_path):
   assert set(tiny.files(run)) <= {'run.lock'}
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_says_so(tmp_path):
   arguments = tiny.arguments(
     'eval',

@@ -177,6 +177,7 @@ def test_what_is_set_already_is_not_advised():
   assert 'DTYPE' not in advice('bfloat16')
 
 
+@pytest.mark.slow
 def test_a_loop_is_measured_whole_and_needs_less_room():
   def temporary(**changes):
     run = with_layers(6, 6, **changes)

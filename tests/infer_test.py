@@ -74,7 +74,11 @@ def test_a_text_file_a_json_file_and_a_split_give_the_same(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'how', [Decoding(num_beams=2), Decoding(temperature=0.7, top_k=5)]
+  'how',
+  [
+    pytest.param(Decoding(num_beams=2), marks=pytest.mark.slow),
+    Decoding(temperature=0.7, top_k=5),
+  ],
 )
 def test_no_answer_depends_on_the_batches(trained, tmp_path, monkeypatch, how):
   settings = {'model_dir': trained, 'decoding': how, 'split': 'train'}
@@ -85,6 +89,7 @@ def test_no_answer_depends_on_the_batches(trained, tmp_path, monkeypatch, how):
   assert_same(got, expected)
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_by_the_seed(trained, tmp_path):
   settings = {'model_dir': trained, 'decoding': Decoding(temperature=1.0)}
   first, again, other = (

@@ -87,6 +87,7 @@ def test_the_folded_prompt_is_the_formulas_and_answers_the_same(name):
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_plain_prompt(tmp_path):
   name = 'lstm'
   method = METHODS[name](3)

@@ -168,6 +168,7 @@ def base(tmp_path_factory):
   return str(path)
 
 
+@pytest.mark.slow
 def test_a_prompt_trains_on_it(base, tmp_path):
   state = tiny.run(
     tmp_path, config=TINY, initial_checkpoint_path=base, eval_split=None

@@ -151,6 +151,7 @@ def test_peak_is_below_the_largest_tensor_and_the_devices(kind, request):
   assert peak < held + LARGEST
 
 
+@pytest.mark.slow
 def test_conversion_holds_few_tensors(huggingface, tmp_path):
   (peak,) = _run(CONVERT, huggingface, 't5x', tmp_path / 'checkpoint_0')
   assert peak < 4 * LARGEST < TOTAL / 2

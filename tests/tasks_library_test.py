@@ -326,9 +326,8 @@ def test_a_mixture_trains():
   assert int(now.step) == 2
 
 
-@pytest.mark.parametrize(
-  'names', [KINDS, pytest.param(MODELS, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('names', [KINDS, MODELS])
 def test_tasks_are_evaluated_and_their_predictions_written(names, tmp_path):
   plan, model, *_ = trained_step()
   values = parameters.initialize(plan, plan.base, seed=0)

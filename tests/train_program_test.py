@@ -181,6 +181,7 @@ def test_the_best_metric_can_be_named_and_less_can_be_better():
     selection.score('acc', scores)
 
 
+@pytest.mark.slow
 def test_every_parameter_can_be_trained_from_random_weights(tmp_path):
   state = tiny.run(
     tmp_path,
@@ -451,6 +452,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path):
   assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [4]
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
   # The update of step 8 spoils the prompt; its own loss is still finite.
   broken = sgd(lambda step: jax.numpy.where(step == 7, jax.numpy.inf, 0.01))
