@@ -127,7 +127,8 @@ def _follow(
   assert process.stdout is not None
   for line in process.stdout:
     text = line.decode(errors='replace').rstrip('\n')
-    print(f'[{index}] {text}', flush=True)
+    # As one piece: the lines of another process may come between two.
+    print(f'[{index}] {text}\n', end='', flush=True)
   process.wait()
   ended.put(index)
 
