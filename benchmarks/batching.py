@@ -14,10 +14,10 @@ columns are the inputs. --steps of an epoch are trained in each way:
     peft      with --versus=peft, the batches of `longest` by PEFT
 
 Lengths of the first two are rounded up to --bucket_multiple. Each is trained
-until it has seen as many examples as the first has in --steps. Tokens
-are those of ptune's vocabulary, unless PTUNE_VOCABULARY names another.
-`loss` is the mean over these steps; with --checkpoint, of a model that has
-learned something. Compilation is not counted; `shapes` is how many there are.
+until it has seen as many examples as the first has in --steps. Tokens are those
+of ptune's vocabulary, unless PTUNE_VOCABULARY names another. `loss` is the mean
+over these steps; with --checkpoint, of a model that has learned something.
+Compilation is not counted; `shapes` is how many there are.
 """
 
 import functools

@@ -318,7 +318,7 @@ def evaluate(
   model_dir: str | None = None,
   checkpoint_path: str | None = None,
   prompt_file: str | None = None,
-  prompts: str | None = None,
+  prompts: str | Mapping[str, str] | None = None,
   output_dir: str | None = None,
   split: str = 'validation',
   batch_size: int = 32,
@@ -341,8 +341,9 @@ def evaluate(
     model_dir: A run of `ptune train`.
     checkpoint_path: The base model.
     prompt_file: A prompt, where there is no model_dir.
-    prompts: Several of the task in place of one, see `bank.parse`: evaluated
-      each, and as an ensemble, in batches that hold every row once a prompt.
+    prompts: Several of the task in place of one, by name or as `bank.parse`
+      reads them: evaluated each, and as an ensemble, in batches that hold every
+      row once a prompt.
     output_dir: Where metrics.jsonl and predictions go; MODEL_DIR/eval_<split>
       if not given.
     split: The split to evaluate.

@@ -13,6 +13,7 @@ from ptune import checkpoints, parameters, partitioning, prompt_init
 from ptune.adapters import Method
 from ptune.bank import PromptBank, parse
 from ptune.convert import account, check_config, open_checkpoint, restore
+from ptune.convert.prompts import find
 from ptune.convert.trained import open_trained
 from ptune.sizes import T5Config
 
@@ -198,7 +199,7 @@ def read_prompt_file(
 
 
 def named_prompts(
-  prompts: str,
+  prompts: str | Mapping[str, str],
   method: Method,
   model_dir: PathLike | None,
   prompt_file: PathLike | None,
@@ -218,10 +219,14 @@ def named_prompts(
     raise ValueError(
       f'METHOD is {method.name!r}; PROMPTS are those of methods/prompt.gin'
     )
-  named = parse(prompts)
+  named = parse(prompts) if isinstance(prompts, str) else dict(prompts)
   for path in named.values():
-    if not any(epath.Path(p).exists() for p in (path, f'{path}.npy')):
-      raise ValueError(f'PROMPTS names {path}, which does not exist')
+    try:
+      find(path)
+    except FileNotFoundError as error:
+      raise ValueError(
+        f'PROMPTS names {path}, which does not exist. {error}'
+      ) from error
   return named
 
 

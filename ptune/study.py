@@ -384,7 +384,7 @@ class Runner:
   # --------------------------------------------------------------- evaluation
 
   def _score(
-    self, cell: Cell, task: str, output: epath.Path, **which: str
+    self, cell: Cell, task: str, output: epath.Path, **which: Any
   ) -> float:
     """What a run or several prompts score on the validation split of a task."""
     checkpoint, config = self._base(cell.base)
@@ -409,10 +409,12 @@ class Runner:
       if self._found(dataclasses.replace(cell, column=ensemble.NAME), -1):
         continue
       found = [r for r in (self._found(cell, s) for s in self._seeds) if r]
-      prompts = ','.join(
-        f'seed{r.seed}={self._directory / r.prompt}/prompts/best.npy'
+      prompts = {
+        f'seed{r.seed}': os.fspath(
+          self._directory / r.prompt / 'prompts' / 'best.npy'
+        )
         for r in found
-      )
+      }
       output = self._directory / f'{ensemble.NAME}_{_slug(cell.row)}'
       voted = self._score(cell, cell.task, output, prompts=prompts)
       best = max(r.score for r in found)

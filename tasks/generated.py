@@ -29,7 +29,7 @@ import seqio
 import tensorflow as tf
 
 from ptune import pretrained
-from ptune.tasks import generated_text, prefixes, pretraining
+from ptune.tasks import generated_text, metrics, prefixes, pretraining
 
 SEED = 0
 PIECES, SENTINELS = 2980, 20
@@ -45,12 +45,6 @@ vocabulary = seqio.SentencePieceVocabulary(
   str(pretrained.VOCABULARY), extra_ids=SENTINELS
 )
 feature = seqio.Feature(vocabulary, add_eos=True)
-
-
-def accuracy(targets, predictions):
-  """Percent of predictions that are the target."""
-  right = [t == p for t, p in zip(targets, predictions, strict=True)]
-  return {'accuracy': 100 * sum(right) / len(right)}
 
 
 def _source(make, **sizes: int) -> seqio.FunctionDataSource:
@@ -109,7 +103,7 @@ def _add(name: str, source: seqio.DataSource, *preprocessors) -> None:
       seqio.preprocessors.append_eos_after_trim,
     ],
     output_features={'inputs': feature, 'targets': feature},
-    metric_fns=[accuracy],
+    metric_fns=[metrics.accuracy],
   )
 
 

@@ -160,10 +160,14 @@ def test_the_commands_that_need_other_machines_name_what_is_here():
     assert (ROOT / 'gin' / file).is_file(), file
 
 
+def prose(page):
+  """A page without its fenced blocks."""
+  return re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
+
+
 def slugs(page):
   """The anchors of a page's headings, as GitHub makes them."""
-  text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
-  headings = re.findall(r'^#+ (.*)$', text, re.MULTILINE)
+  headings = re.findall(r'^#+ (.*)$', prose(page), re.MULTILINE)
   return {
     re.sub(r'[^\w\- ]', '', h.lower()).replace(' ', '-') for h in headings
   }
@@ -171,10 +175,7 @@ def slugs(page):
 
 @pytest.mark.parametrize('page', LINKING)
 def test_links_lead_somewhere(page):
-  text = re.sub(
-    r'^```.*?^```', '', (ROOT / page).read_text(), flags=re.M | re.S
-  )
-  for link in re.findall(r'\]\(([^)\s]+)\)', text):
+  for link in re.findall(r'\]\(([^)\s]+)\)', prose(ROOT / page)):
     if re.match(r'https?://', link):
       continue
     path, _, anchor = link.partition('#')

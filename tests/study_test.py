@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import os
 import pathlib
-import re
 from unittest import mock
 
 import numpy as np
@@ -16,7 +15,7 @@ from ptune import cli, gin_files, optim, studies, study, tables
 from ptune.methods import full, prompt
 from ptune.study import Base, Cell, Study, Tuning
 from ptune.tables import Result
-from tests import tiny
+from tests import readme_test, tiny
 
 QUICK = Tuning(2, 0.1)
 SEEDS = 2
@@ -107,7 +106,7 @@ def test_an_ensemble_stands_beside_the_average_and_the_best(tmp_path):
   cell = a_study().cells[0]
   cell = dataclasses.replace(cell, column='average')
   one = a_study(cells=(cell,), seeds=3, vote=True)
-  results = run(tmp_path, one)
+  results = run(tmp_path / 'a,b', one)
   scores = {(r.column, r.seed): r.score for r in results}
   assert set(scores) == {
     *(('average', seed) for seed in range(3)),
@@ -116,7 +115,7 @@ def test_an_ensemble_stands_beside_the_average_and_the_best(tmp_path):
   }
   members = [scores['average', seed] for seed in range(3)]
   assert scores['best', -1] == max(members)
-  assert run(tmp_path, one) == results
+  assert run(tmp_path / 'a,b', one) == results
 
 
 def result(row, column, seed, score, task='a', parameters=1):
@@ -194,10 +193,8 @@ def test_settings_are_looked_up_and_changed():
 
 
 def test_a_study_of_ones_own_task_is_a_short_file(tmp_path):
-  text = (ROOT / 'docs' / 'studies.md').read_text()
-  [mine] = re.findall(r'^```\n(#[^`]*from __gin__.*?)^```', text, re.S | re.M)
   file = tmp_path / 'mine.gin'
-  file.write_text(mine)
+  file.write_text(readme_test.files('docs/studies.md')['my_sweep.gin'])
   gin_files.parse([str(file)], ["MODEL_DIR='m'"], (), study.study)
   [one] = copy.deepcopy(gin.query_parameter('study.study.studies'))
   assert one.bases['yours'].checkpoint == '/models/mine'

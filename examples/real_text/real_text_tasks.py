@@ -27,7 +27,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from ptune.tasks import prefixes, pretraining
+from ptune.tasks import metrics, prefixes, pretraining
 
 SEED = 0
 TASKS, LABEL_WORDS = 128, 400
@@ -40,12 +40,6 @@ vocabulary = seqio.SentencePieceVocabulary(os.environ['VOCABULARY'], 100)
 feature = seqio.Feature(vocabulary, add_eos=True)
 
 
-def accuracy(targets, predictions):
-  """Percent of predictions that are the target."""
-  right = [t == p for t, p in zip(targets, predictions, strict=True)]
-  return {'accuracy': 100 * sum(right) / len(right)}
-
-
 def add(name, source, *preprocessors):
   """Registers a task of classification."""
   seqio.TaskRegistry.add(
@@ -56,7 +50,7 @@ def add(name, source, *preprocessors):
       seqio.preprocessors.append_eos_after_trim,
     ],
     output_features={'inputs': feature, 'targets': feature},
-    metric_fns=[accuracy],
+    metric_fns=[metrics.accuracy],
   )
 
 
