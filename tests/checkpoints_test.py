@@ -124,9 +124,23 @@ def spoiled(contents):
   yield None
 
 
+@pytest.fixture
+def collected():
+  """What Orbax's threads left is complained of here, not in a later test."""
+  yield
+  gc.collect()
+
+
 # Of Orbax's threads.
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-def test_whatever_file_is_damaged_no_other_values_are_restored(tmp_path):
+careless = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+
+
+@careless
+def test_whatever_file_is_damaged_no_other_values_are_restored(
+  tmp_path, collected
+):
   old, like = make_state(step=4, seed=0)
   new, _ = make_state(step=8, seed=1)
   save(tmp_path, old, new)
@@ -144,10 +158,10 @@ def test_whatever_file_is_damaged_no_other_values_are_restored(tmp_path):
   assert noticed > 10
   restored, _ = checkpoints.restore(tmp_path, like)
   assert_equal(restored, new)
-  gc.collect()  # What Orbax's threads left is to be complained of here.
 
 
-def test_damage_is_told_in_one_line(tmp_path, caplog):
+@careless
+def test_damage_is_told_in_one_line(tmp_path, caplog, collected):
   state, like = make_state()
   save(tmp_path, state)
   for path in (tmp_path / '4' / 'state').rglob('*'):
