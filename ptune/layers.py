@@ -273,6 +273,16 @@ class RelativePositionBias(nn.Module):
     return jnp.take(by_distance, distance + length - 1, axis=1)[None]
 
 
+def _keys_last(x):
+  """[batch, k, heads, kv] -> [batch, heads, kv, k]."""
+  return jnp.moveaxis(x, 1, -1)
+
+
+def _keys_first(x):
+  """[batch, heads, kv, k] -> [batch, k, heads, kv]."""
+  return jnp.moveaxis(x, -1, 1)
+
+
 class Attention(nn.Module):
   """Multi-head attention. T5 does not scale its logits by the head size.
 
@@ -323,6 +333,12 @@ class Attention(nn.Module):
     v = self._project('value', inputs_kv)
     if cache_index is not None:
       k, v = self._cached(k, v, cache_index, prefill)
+    elif inputs_q.shape[1] == 1:
+      # A decoding loop, which does not change them. XLA moves out of it what
+      # stands here, but no transposition of its own making.
+      k, v = map(
+        _keys_first, lax.optimization_barrier((_keys_last(k), _keys_last(v)))
+      )
     k = adapt(self, self.placements, 'keys', inputs_kv, k)
     v = adapt(self, self.placements, 'values', inputs_kv, v)
     # What adapters put before the keys is seen from everywhere.
@@ -377,17 +393,21 @@ class Attention(nn.Module):
   def _cached(
     self, k: jax.Array, v: jax.Array, index: jax.Array, prefill: bool
   ) -> tuple[jax.Array, jax.Array]:
-    """Writes one position into the cache, and returns all positions."""
+    """Writes one position into the cache, and returns all positions.
+
+    It keeps them as [batch, heads, kv, k], which both products take as it is.
+    """
     filled = self.has_variable('cache', 'cached_key')
     cached = []
     for name, x in (('cached_key', k), ('cached_value', v)):
+      x = _keys_last(x)
       start = x if prefill else jnp.zeros_like(x)
       cache = self.variable('cache', name, lambda start=start: start)
       if filled:
         cache.value = lax.dynamic_update_slice(
-          cache.value, x.astype(cache.value.dtype), (0, index, 0, 0)
+          cache.value, x.astype(cache.value.dtype), (0, 0, 0, index)
         )
-      cached.append(cache.value)
+      cached.append(_keys_first(cache.value))
     return cached[0], cached[1]
 
 

@@ -131,7 +131,7 @@ def miniature() -> Setting:
     tasks=('generated_sentiment',),
     task_feature_lengths={'inputs': 64, 'targets': 8},
     prompt=Tuning(300, 0.3, 'linear'),
-    model=Tuning(100, 0.003, 'linear', optim.relative_adam),
+    model=Tuning(300, 0.003, 'linear', optim.relative_adam),
     prompt_length=20,
     init=labels,
     objectives={

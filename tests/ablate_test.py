@@ -94,6 +94,48 @@ def test_the_gradient_is_what_the_loss_changes_by(folder):
   assert gradients[1] == pytest.approx(abs(up - down) * tokens / 0.1, rel=0.02)
 
 
+def zeroed(array, kept, pieces):
+  """The prompt with 0 in all other pieces."""
+  cut = array.reshape(len(array) * pieces, -1).copy()
+  cut[np.setdiff1d(np.arange(len(cut)), kept)] = 0
+  return cut.reshape(array.shape)
+
+
+def test_a_piece_is_worth_what_the_loss_is_without_it(folder):
+  how = {'keep_rows': 2, 'keep_pieces': 5, 'pieces': 4}
+  ablated(folder, output_dir=str(folder / 'pieces'), **how)
+  pruned = read_prompt(folder / 'pieces' / 'pruned.npy')
+  rows, kept = pruned.facts['kept_rows'], pruned.facts['kept_pieces']
+  array = ARRAY[rows]
+  text = (folder / 'pieces' / 'ablation_of_pieces.csv').read_text()
+  table = list(csv.DictReader(text.splitlines()))
+  assert [int(line['row']) for line in table] == np.repeat(rows, 4).tolist()
+  worth = np.array([float(line['importance']) for line in table])
+  without = zeroed(array, np.delete(np.arange(8), 6), 4)
+  change = loss(folder, without) - loss(folder, array)
+  assert worth[6] == pytest.approx(change, abs=1e-5)
+  assert kept == sorted(np.argsort(-worth)[:5].tolist())
+  assert (pruned.array == zeroed(array, kept, 4)).all()
+  score = pruned.facts['scores_of_rows']['pruned']
+  assert score == pytest.approx(-loss(folder, pruned.array), abs=1e-5)
+  drawn = folder / 'pieces' / 'ablation_of_pieces.png'
+  assert drawn.read_bytes()[:4] == b'\x89PNG'
+
+
+def test_a_row_of_one_piece_has_the_gradient_of_the_row(folder):
+  how = {'importance': 'gradient', 'keep_pieces': 3, 'pieces': 1}
+  rows = ablated(folder, output_dir=str(folder / 'one'), **how)
+  text = (folder / 'one' / 'ablation_of_pieces.csv').read_text()
+  table = list(csv.DictReader(text.splitlines()))
+  np.testing.assert_allclose(
+    [float(line['importance']) for line in table], rows, rtol=1e-5
+  )
+  pruned = np.load(folder / 'one' / 'pruned.npy')
+  assert (
+    pruned.any(axis=1).nonzero()[0] == np.sort(np.argsort(-rows)[:3])
+  ).all()
+
+
 def test_how_rows_are_batched_changes_nothing(folder, values, monkeypatch):
   monkeypatch.setattr(ablate, 'AT_ONCE', 48)  # Three prompts, and one.
   again = ablated(folder, batch_size=16)
@@ -126,6 +168,9 @@ def test_a_shorter_prompt_stands_where_the_longer_did(how):
   [
     ({'keep_rows': 4}, 'KEEP_ROWS is 4; expected from 1 to 3'),
     ({'keep_rows': 0}, 'KEEP_ROWS is 0'),
+    ({'keep_pieces': 64}, 'KEEP_PIECES is 64; expected from 1 to 63: the 4 rows'),
+    ({'keep_rows': 2, 'keep_pieces': 32}, 'the 2 rows have 16 pieces'),
+    ({'keep_pieces': 2, 'pieces': 3}, 'PIECES is 3; expected a divisor of 16'),
     ({'importance': 'x'}, "IMPORTANCE is 'x'; expected one of"),
     ({'method': ia3.ia3()}, "'ia3' is no plain prompt"),
     ({'method': prompt.prompt(1)}, 'the prompt has one row'),
@@ -161,7 +206,7 @@ def test_a_prompt_is_ablated_by_command(folder, capsys):
   gin.clear_config()
   captured = capsys.readouterr()
   assert status == 0, captured.err
-  assert 'of the 1 kept' in captured.out
+  assert 'of the 1 rows kept' in captured.out
   facts = json.loads((out / 'pruned.json').read_text())
   assert facts['task'] == 'tiny' and facts['step'] == 12
   assert (np.load(out / 'pruned.npy') == ARRAY[facts['kept_rows']]).all()

@@ -133,6 +133,16 @@ def assert_beams(model, row, tokens, scores, expected):
   assert (tokens[count:] == 0).all()
 
 
+def test_argmax_is_the_first_of_the_largest():
+  rng = np.random.default_rng(0)
+  logits = rng.integers(-3, 3, (64, 2, 7)).astype(np.float32)  # Full of ties.
+  logits[0] = -np.inf
+  want = np.argmax(logits, axis=-1)
+  got = jax.jit(decoding.argmax)(logits)
+  np.testing.assert_array_equal(got, want)
+  assert got.dtype == jnp.int32
+
+
 def test_greedy_takes_the_most_probable_token_at_every_step():
   model = HistoryModel(rows=8)
   tokens, log_probs = sample(model)

@@ -677,7 +677,7 @@ def test_cache_leaves_have_rows_first_but_for_the_shared_ones(net):
   assert shared == {'cache_index', 'cached_bias'}
   for path, leaf in leaves.items():
     if path[-1] not in shared:
-      assert leaf.shape == (3, 12, 4, 8), path
+      assert leaf.shape == (3, 4, 8, 12), path  # Positions last.
   assert len(leaves) == 2 + 2 * TINY.num_decoder_layers
 
 

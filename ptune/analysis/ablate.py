@@ -1,15 +1,17 @@
 """`ptune ablate`: which rows of a prompt matter, and a prompt of those alone.
 
 Ma et al. 2022, "XPrompt" (arXiv 2210.04457), prunes a prompt to the rows that
-matter most. How much row i of the prompt P [prompt, embed] matters is, by
-IMPORTANCE,
+matter most (KEEP_ROWS), and these to the pieces that do (KEEP_PIECES of all
+PIECES of each row, one after the other along embed, as wide as each other). How
+much row i of the prompt P [prompt, embed] matters is, by IMPORTANCE,
 
     leave_one_out   score(P) - score(P without row i)
     gradient        mean_x |dL(x)/dg_i| at g = 1, where P has the rows g_i p_i:
                     the paper's, from one pass forward and back
 
-The score is what BEST_METRIC names, on EVAL_SPLIT. The network reads the
-shorter prompt, of any length, so a row that is left out leaves no trace.
+and so for a piece, in what is left of P, with a 0 for what it is without. The
+score is what BEST_METRIC names, on EVAL_SPLIT. The network reads the shorter
+prompt, of any length, so a row that is left out leaves no trace.
 
     ptune ablate --gin_file=models/t5_1_1_base.gin \\
       --gin_file=methods/prompt.gin --gin_file=runs/ablate.gin \\
@@ -23,7 +25,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +76,8 @@ def ablate(
   importance: str = 'leave_one_out',
   best_metric: str | None = '-loss',
   keep_rows: int | None = None,
+  keep_pieces: int | None = None,
+  pieces: int = 16,
   split: str = 'validation',
   batch_size: int = 32,
   eval_steps: int | None = None,
@@ -85,8 +89,9 @@ def ablate(
 ) -> np.ndarray:
   """Measures every row of a prompt, and prunes it.
 
-  Written to the output directory: ablation.csv, .png and .svg, and with
-  keep_rows pruned.npy and .json.
+  Written to the output directory: ablation.csv, .png and .svg; with
+  keep_pieces the same of pieces, named ablation_of_pieces; and with either
+  pruned.npy and .json.
 
   Args:
     mixture_or_task_name: The task.
@@ -102,7 +107,10 @@ def ablate(
     importance: One of IMPORTANCES.
     best_metric: The score, as in training; the loss, negated, is by far the
       quickest.
-    keep_rows: Rows of the pruned prompt; none is written if not given.
+    keep_rows: Rows of the pruned prompt; all if not given.
+    keep_pieces: Pieces of it, in all its rows together, that are not 0; all if
+      not given.
+    pieces: Of a row; 16 in the paper.
     split: The split that is scored.
     batch_size: Rows that are computed at once.
     eval_steps: Only so many batches; the whole split if not given.
@@ -134,6 +142,17 @@ def ablate(
     raise ValueError(
       f'KEEP_ROWS is {keep_rows}; expected from 1 to {length - 1}, since the'
       f' prompt has {length} rows'
+    )
+  all_pieces = (keep_rows or length) * pieces
+  if keep_pieces is not None and not 1 <= keep_pieces < all_pieces:
+    raise ValueError(
+      f'KEEP_PIECES is {keep_pieces}; expected from 1 to {all_pieces - 1}:'
+      f' the {keep_rows or length} rows have {pieces} pieces each'
+    )
+  if pieces < 1 or config.emb_dim % pieces:
+    raise ValueError(
+      f'PIECES is {pieces}; expected a divisor of {config.emb_dim}, the width'
+      ' of a row'
     )
   predictor.check(plan, model_dir, checkpoint_path, prompt_file)
   directory = predictor.output_directory(
@@ -167,32 +186,71 @@ def ablate(
     shorter = measure(_shortened(plan, length - 1))
     others = np.stack([np.delete(prompt, i, axis=0) for i in range(length)])
     found = score - shorter(frozen, others)
-  kept, scores = None, {'all': score}
+  kept, kept_pieces, scores = None, None, {'all': score}
+  left = whole
   if keep_rows is not None:
-    kept = np.sort(np.argsort(-found, kind='stable')[:keep_rows])
-    pruned = measure(_shortened(plan, keep_rows))
-    scores['pruned'] = float(pruned(frozen, prompt[kept][None])[0])
+    kept = _largest(found, keep_rows)
+    left, prompt = measure(_shortened(plan, keep_rows)), prompt[kept]
+    scores['pruned'] = float(left(frozen, prompt[None])[0])
+  of_pieces = np.empty((0, pieces))
+  if keep_pieces is not None:
+    if importance == 'gradient':
+      of_pieces = left.gradients(frozen, prompt, pieces)
+    else:
+      score = scores.get('pruned', score)
+      others = _without_a_piece(prompt, pieces)
+      of_pieces = score - np.stack([left(frozen, row) for row in others])
+    kept_pieces = _largest(of_pieces.reshape(-1), keep_pieces)
+    gates = np.zeros(of_pieces.size, prompt.dtype)
+    gates[kept_pieces] = 1
+    prompt = np.asarray(_gated(prompt, gates.reshape(of_pieces.shape)))
+    scores['pruned'] = float(left(frozen, prompt[None])[0])
   if jax.process_index() == 0:
     _write(directory, found, kept, importance)
-    if kept is not None:
+    if kept_pieces is not None:
+      _write_pieces(directory, of_pieces, kept_pieces, kept, importance)
+    if kept is not None or kept_pieces is not None:
       known = read_prompt(prompt_file or model_dir or '').facts
       facts = {
         **{
           k: known[k] for k in ('step', 'task', 'base', 'method') if k in known
         },
-        'prompt_length': len(kept),
-        'kept_rows': kept.tolist(),
+        'prompt_length': len(prompt),
         'importance': importance,
         'metric': best_metric,
         'scores_of_rows': scores,
       }
-      _write_prompt(directory, prompt[kept], facts)
-    _show(found, kept, scores, importance, best_metric)
+      if kept is not None:
+        facts['kept_rows'] = kept.tolist()
+      if kept_pieces is not None:
+        facts |= {'kept_pieces': kept_pieces.tolist(), 'pieces': pieces}
+      _write_prompt(directory, prompt, facts)
+    _show(found, kept, kept_pieces, scores, importance, best_metric)
     print(f'written to {directory}')
   return found
 
 
 IMPORTANCES = ('leave_one_out', 'gradient')
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+  """Where the largest values stand, in order."""
+  return np.sort(np.argsort(-values, kind='stable')[:count])
+
+
+def _gated(prompt, gates):
+  """[prompt, embed] times the gates of its pieces, [prompt, pieces]."""
+  return prompt * jnp.repeat(gates, prompt.shape[1] // gates.shape[1], axis=1)
+
+
+def _without_a_piece(prompt: np.ndarray, pieces: int) -> Iterator[np.ndarray]:
+  """Yields, for each row, the prompts [pieces, prompt, embed] without one."""
+  width = prompt.shape[1] // pieces
+  for i in range(len(prompt)):
+    others = np.repeat(prompt[None], pieces, axis=0)
+    for j in range(pieces):
+      others[j, i, j * width : (j + 1) * width] = 0
+    yield others
 
 
 def _length(plan: parameters.Plan) -> int:
@@ -242,12 +300,11 @@ class Measure:
       one = lambda own: model.loss(_with(frozen, own), batch)[1]
       return jax.lax.map(one, prompts, batch_size=at_once)
 
-    def gradients(frozen, prompt, batch):
+    def gradients(frozen, prompt, gates, batch):
       def loss(gates, row):
         row = {name: x[None] for name, x in row.items()}
-        return model.loss(_with(frozen, prompt * gates[:, None]), row)[0]
+        return model.loss(_with(frozen, _gated(prompt, gates)), row)[0]
 
-      gates = jnp.ones(prompt.shape[0])
       found = jax.vmap(jax.grad(loss), (None, 0))(gates, batch)
       # The rows that fill up a batch have no targets, and no gradient.
       real = jnp.any(batch['decoder_loss_weights'] > 0, axis=1)
@@ -278,24 +335,28 @@ class Measure:
         }
     return scores
 
-  def gradients(self, frozen: Flat, prompt: np.ndarray) -> np.ndarray:
-    """mean_x |dL(x)/dg_i| of each row i, [prompt]; see the module."""
+  def gradients(
+    self, frozen: Flat, prompt: np.ndarray, pieces: int | None = None
+  ) -> np.ndarray:
+    """mean_x |dL(x)/dg| of rows, [prompt], or of pieces, [prompt, pieces]."""
+    gates = np.ones((len(prompt), pieces or 1), np.float32)
     found = [
       pair
-      for _, pairs in self._batches(self._gradients, frozen, prompt)
+      for _, pairs in self._batches(self._gradients, frozen, prompt, gates)
       for pair in pairs
     ]
     totals, rows = zip(*found, strict=True)
-    return np.sum(totals, axis=0) / max(np.sum(rows), 1)
+    mean = np.sum(totals, axis=0) / max(np.sum(rows), 1)
+    return mean if pieces else mean[:, 0]
 
-  def _batches(self, program, frozen, prompts):
+  def _batches(self, program, *values):
     """Yields each task's name, and what the program says of its batches."""
     with self._plan.scope():
       for task, dataset in self._evaluation.datasets.items():
         yield (
           task,
           [
-            jax.device_get(program(frozen, prompts, batch))
+            jax.device_get(program(*values, batch))
             for _, batch in self._evaluation.batches(dataset)
           ],
         )
@@ -314,14 +375,49 @@ def _write(
   kept: np.ndarray | None,
   name: str,
 ) -> None:
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(['row', 'importance', *([] if kept is None else ['kept'])])
-  for i, value in enumerate(importance):
-    marks = [] if kept is None else [int(i in kept)]
-    writer.writerow([i, f'{value:.8g}', *marks])
-  report.write_atomically(directory / 'ablation.csv', text.getvalue())
+  table = [
+    {'row': i, 'importance': f'{value:.8g}'}
+    for i, value in enumerate(importance)
+  ]
+  if kept is not None:
+    for i, line in enumerate(table):
+      line['kept'] = int(i in kept)
+  _write_table(directory, 'ablation', table)
   figures.save(draw(importance, kept, name), directory, 'ablation')
+
+
+def _write_pieces(
+  directory: epath.Path,
+  importance: np.ndarray,
+  kept: np.ndarray,
+  rows: np.ndarray | None,
+  name: str,
+) -> None:
+  """As `_write`, of [prompt, pieces]; a row has its number before pruning."""
+  numbers = np.arange(len(importance)) if rows is None else rows
+  is_kept = np.isin(np.arange(importance.size), kept).reshape(importance.shape)
+  table = [
+    {
+      'row': int(numbers[i]),
+      'piece': j,
+      'importance': f'{importance[i, j]:.8g}',
+      'kept': int(is_kept[i, j]),
+    }
+    for i, j in np.ndindex(importance.shape)
+  ]
+  _write_table(directory, 'ablation_of_pieces', table)
+  drawn = draw_pieces(importance, is_kept, numbers, name)
+  figures.save(drawn, directory, 'ablation_of_pieces')
+
+
+def _write_table(
+  directory: epath.Path, name: str, table: Sequence[Mapping[str, Any]]
+) -> None:
+  text = io.StringIO()
+  writer = csv.DictWriter(text, list(table[0]), lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(table)
+  report.write_atomically(directory / f'{name}.csv', text.getvalue())
 
 
 def draw(importance: np.ndarray, kept: np.ndarray | None, name: str):
@@ -349,6 +445,27 @@ def draw(importance: np.ndarray, kept: np.ndarray | None, name: str):
   return fig
 
 
+def draw_pieces(
+  importance: np.ndarray, kept: np.ndarray, rows: np.ndarray, name: str
+):
+  """A square for each piece, darker the more it matters; a cross if pruned."""
+  from matplotlib import figure
+
+  count, pieces = importance.shape
+  fig = figure.Figure(
+    figsize=(2.5 + 0.28 * pieces, 1.5 + 0.2 * count), layout='constrained'
+  )
+  axes = fig.subplots()
+  image = axes.imshow(importance, cmap='Blues', aspect='auto')
+  y, x = np.nonzero(~kept)
+  axes.plot(x, y, 'x', color='0.5', ms=4, label='pruned')
+  axes.set(xlabel='piece', ylabel='row of the prompt')
+  axes.set_yticks(range(count), rows, fontsize=7)
+  axes.set_title(f'{name.replace("_", " ")} (x: pruned)')
+  fig.colorbar(image, label='importance')
+  return fig
+
+
 def _write_prompt(
   directory: epath.Path, array: np.ndarray, facts: Mapping[str, Any]
 ) -> None:
@@ -363,6 +480,7 @@ def _write_prompt(
 def _show(
   importance: np.ndarray,
   kept: np.ndarray | None,
+  kept_pieces: np.ndarray | None,
   scores: Mapping[str, float],
   name: str,
   metric: str | None,
@@ -376,8 +494,10 @@ def _show(
   rich.console.Console(highlight=False).print(table)
   of = metric or "the task's metrics"
   print(f'{of} of all {len(importance)} rows: {scores["all"]:.4g}')
-  if kept is not None:
-    print(f'{of} of the {len(kept)} kept: {scores["pruned"]:.4g}')
+  if 'pruned' in scores:
+    what = [] if kept is None else [f'{len(kept)} rows']
+    what += [] if kept_pieces is None else [f'{len(kept_pieces)} pieces']
+    print(f'{of} of the {", ".join(what)} kept: {scores["pruned"]:.4g}')
 
 
 if __name__ == '__main__':
