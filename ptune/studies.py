@@ -45,6 +45,7 @@ class Setting:
     paraphrases: Two tasks.
     module: Registers the tasks.
     batch_size: Examples a step.
+    models: The names of `bases` that `model_size` compares; all if not given.
   """
 
   bases: Mapping[str, Base]
@@ -61,6 +62,7 @@ class Setting:
   paraphrases: tuple[str, str]
   module: str | None = None
   batch_size: int = 32
+  models: tuple[str, ...] | None = None
 
   def study(self, name: str, title: str, cells, **others: Any) -> Study:
     """A study in this setting."""
@@ -93,7 +95,7 @@ class Setting:
     training = f'prompt {row} {column}' if given else 'prompt'
     return self._cells(row, column, base, training, method, tuning)
 
-  def models(self, row: str, column: str, base: str) -> list[Cell]:
+  def whole(self, row: str, column: str, base: str) -> list[Cell]:
     """Model tuning on every task."""
     return self._cells(row, column, base, 'model', full.full(), self.model)
 
@@ -235,7 +237,7 @@ def setting(
 
   Args:
     name: Which.
-    models: Only these of its models.
+    models: Only these of its models are compared by size.
     usual: The model of studies of one size.
     base: A model of your own for them.
     **others: Attributes of `Setting`; what is None stays.
@@ -256,7 +258,9 @@ def setting(
       f'setting {name!r} has no models {sorted(unknown)}; it has {list(bases)}'
     )
   if models is not None:
-    bases = {k: v for k, v in bases.items() if k in models}
+    if not models:
+      raise ValueError(f'MODELS is empty; name some of {list(bases)}')
+    changed['models'] = tuple(models)
   return dataclasses.replace(
     made, bases=bases, usual=usual or made.usual, **changed
   )
@@ -268,8 +272,8 @@ def setting(
 def model_size(setting: Setting) -> Study:
   """Figure 1: the gap between prompt and model tuning closes with size."""
   cells = []
-  for base in setting.bases:
-    cells += setting.models('model tuning', base, base)
+  for base in setting.models or setting.bases:
+    cells += setting.whole('model tuning', base, base)
     cells += setting.prompts('prompt tuning', base, base)
   title = 'Prompt and model tuning'
   return setting.study('model_size', title, cells, by_size=True)
@@ -307,7 +311,7 @@ def pretraining(setting: Setting) -> Study:
   cells = []
   for name in setting.objectives:
     cells += setting.prompts(name, 'prompt tuning', name)
-    cells += setting.models(name, 'model tuning', name)
+    cells += setting.whole(name, 'model tuning', name)
   return setting.study('pretraining', 'Pre-training', cells)
 
 
@@ -342,7 +346,7 @@ def _transfer(setting: Setting, name, title, pairs) -> Study:
     for other in evaluated:
       row = f'{task} -> {other}'
       for cell in (
-        *own.models(row, 'model tuning', own.usual),
+        *own.whole(row, 'model tuning', own.usual),
         *own.prompts(row, 'prompt tuning', own.usual),
       ):
         where = None if other == task else other

@@ -14,12 +14,16 @@ program (`train_many`). In MODEL_DIR, below the study's name:
     ../models/                models that had to be pre-trained first
 
 What stands in results.csv is not done again: stopped and started again by the
-same command, a study goes on where it was.
+same command, a study goes on where it was. A score is known by all that decides
+it (`setting`): with other settings it is made anew, and the old one stays in
+results.csv but is not shown.
 """
 
 import dataclasses
 import functools
 import hashlib
+import inspect
+import json
 import math
 import os
 import subprocess
@@ -28,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import optax
 from absl import logging
 from etils import epath
@@ -229,12 +234,14 @@ class Runner:
       for cell in self._study.cells
       if self._found(cell, seed) is None
     ]
+    others = len(self._results) - len(self._shown())
     logging.info(
-      'study %s: %d of %d scores are there, in %s',
+      'study %s: %d of %d scores are there, in %s%s',
       self._study.name,
       len(self._study.cells) * len(self._seeds) - len(missing),
       len(self._study.cells) * len(self._seeds),
       self._directory,
+      f'; {others} others, of other settings, are not shown' if others else '',
     )
     for trainings in self._parts(missing):
       self._train(trainings)
@@ -252,12 +259,41 @@ class Runner:
 
   # ----------------------------------------------------------------- training
 
+  def _training(self, cell: Cell) -> str:
+    """All that decides a cell's training but the seed, as a short hash."""
+    study, method = self._study, cell.method
+    return _digest(
+      study.bases[cell.base],
+      self._how,
+      (method.name, method.placements, method.settings, method.initial),
+      cell.tuning,
+      (cell.task, study.module, study.task_feature_lengths, study.batch_size),
+      (self._eval_steps, self._best_metric),
+    )
+
+  def _setting(self, cell: Cell) -> str:
+    """All that decides its scores."""
+    return _digest(self._training(cell), cell.evaluated)
+
   def _found(self, cell: Cell, seed: int) -> Result | None:
-    for result in self._results:
-      at = (result.row, result.column, result.task, result.seed)
-      if at == (cell.row, cell.column, cell.task, seed):
-        return result
+    at = cell.row, cell.column, cell.task, seed, self._setting(cell)
+    for r in self._results:
+      if at == (r.row, r.column, r.task, r.seed, r.setting):
+        return r
     return None
+
+  def _voted(self, cell: Cell) -> list[Result]:
+    """Of a cell: the score of its best seed, and of their vote."""
+    return [
+      r
+      for r in self._results
+      if r.seed == -1
+      and (r.row, r.task) == (cell.row, cell.task)
+      and r.setting == self._setting_of_vote(cell)
+    ]
+
+  def _setting_of_vote(self, cell: Cell) -> str:
+    return _digest(self._setting(cell), len(self._seeds))
 
   def _parts(
     self, missing: Sequence[tuple[Cell, int]]
@@ -288,7 +324,11 @@ class Runner:
     tuning = cell.tuning
     checkpoint, config = self._base(cell.base)
     # Of the same runs, so that a second start finds them again.
-    digest = hashlib.sha256('\n'.join(trainings).encode()).hexdigest()[:8]
+    digest = _digest(
+      *(
+        (name, self._training(cells[0][0])) for name, cells in trainings.items()
+      )
+    )
     folder = self._directory / 'runs' / f'{_slug(cell.base)}_{digest}'
     common: dict[str, Any] = {
       'task_feature_lengths': study.task_feature_lengths,
@@ -355,6 +395,7 @@ class Runner:
             round(score, 4),
             *counts,
             os.fspath((folder / name).relative_to(self._directory)),
+            self._setting(cell),
           )
         )
     self._record(found)
@@ -406,7 +447,7 @@ class Runner:
   def _vote(self) -> None:
     """Adds the best seed of each cell, and what all seeds answer together."""
     for cell in self._study.cells:
-      if self._found(dataclasses.replace(cell, column=ensemble.NAME), -1):
+      if self._voted(cell):
         continue
       found = [r for r in (self._found(cell, s) for s in self._seeds) if r]
       prompts = {
@@ -420,7 +461,13 @@ class Runner:
       best = max(r.score for r in found)
       self._record(
         [
-          dataclasses.replace(found[0], column=column, seed=-1, score=score)
+          dataclasses.replace(
+            found[0],
+            column=column,
+            seed=-1,
+            score=score,
+            setting=self._setting_of_vote(cell),
+          )
           for column, score in (
             ('best', best),
             (ensemble.NAME, round(voted, 4)),
@@ -430,13 +477,15 @@ class Runner:
 
   # ------------------------------------------------------------------ drawing
 
+  def _shown(self) -> list[Result]:
+    shown = []
+    for cell in self._study.cells:
+      shown += [r for seed in self._seeds if (r := self._found(cell, seed))]
+      shown += self._voted(cell) if self._study.vote else []
+    return shown
+
   def _draw(self) -> None:
-    wanted = {(cell.row, cell.column) for cell in self._study.cells}
-    shown = [
-      r
-      for r in self._results
-      if (r.row, r.column) in wanted or (self._study.vote and r.seed < 0)
-    ]
+    shown = self._shown()
     grid = tables.table(shown)
     text = f'{self._study.title}\n\n{tables.markdown(grid)}'
     report.write_atomically(self._directory / 'table.md', text)
@@ -446,6 +495,32 @@ class Runner:
     files = figures.save(fig, self._directory, 'figure')
     names = ', '.join(['results.csv', 'table.md', *files])
     print(f'{text}\nin {self._directory}: {names}')
+
+
+def _digest(*settings: Any) -> str:
+  text = json.dumps(_facts(settings), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _facts(x: Any) -> Any:
+  """Settings as JSON; of a function, its name and what it closes over."""
+  if isinstance(x, Mapping):
+    return {str(key): _facts(value) for key, value in x.items()}
+  if isinstance(x, list | tuple):
+    return [_facts(value) for value in x]
+  if isinstance(x, np.ndarray):
+    return hashlib.sha256(x.tobytes()).hexdigest()
+  if isinstance(x, functools.partial):
+    return _facts([x.func, x.args, x.keywords])
+  if callable(x):
+    x = inspect.unwrap(x)
+    name = f'{x.__module__}.{x.__qualname__}'
+    if not inspect.isfunction(x):
+      return name
+    return _facts([name, inspect.getclosurevars(x).nonlocals])
+  if dataclasses.is_dataclass(x):
+    return _facts({f.name: getattr(x, f.name) for f in dataclasses.fields(x)})
+  return x if isinstance(x, str | int | float | None) else str(x)
 
 
 def _slug(name: str) -> str:

@@ -27,6 +27,7 @@ class Result:
     parameters: Of the model.
     trained: How many of them, or beside them, were trained.
     prompt: Where what was trained lies.
+    setting: A hash of all else that decides the score.
   """
 
   row: str
@@ -37,6 +38,7 @@ class Result:
   parameters: int
   trained: int
   prompt: str
+  setting: str = ''
 
 
 def read(text: str) -> list[Result]:

@@ -9,9 +9,18 @@ from unittest import mock
 import numpy as np
 import pytest
 import seqio
+from etils import epath
 
 import gin
-from ptune import cli, gin_files, optim, studies, study, tables
+from ptune import (
+  cli,
+  gin_files,
+  optim,
+  prompt_init,
+  studies,
+  study,
+  tables,
+)
 from ptune.methods import full, prompt
 from ptune.study import Base, Cell, Study, Tuning
 from ptune.tables import Result
@@ -99,6 +108,13 @@ def test_a_study_trains_every_cell_and_goes_on_where_it_was(tmp_path):
     mock.patch.object(study, 'train', side_effect=AssertionError),
   ):
     assert run(tmp_path, one) == results  # All is there.
+  # With another batch size everything is made anew, and only that is shown.
+  other = run(tmp_path, a_study(batch_size=16, cells=one.cells[:1]))
+  assert other[: len(results)] == results
+  assert [r.row for r in other[len(results) :]] == ['short'] * SEEDS
+  assert other[-1].prompt != by_row['short', 1].prompt
+  table = (file.parent / 'table.md').read_text()
+  assert 'short' in table and 'long' not in table
 
 
 @pytest.mark.slow
@@ -116,6 +132,51 @@ def test_an_ensemble_stands_beside_the_average_and_the_best(tmp_path):
   members = [scores['average', seed] for seed in range(3)]
   assert scores['best', -1] == max(members)
   assert run(tmp_path / 'a,b', one) == results
+  # With a member more, they vote again.
+  more = run(tmp_path / 'a,b', dataclasses.replace(one, seeds=4))
+  votes = [r for r in more if r.column == 'ensemble']
+  assert len(more) == len(results) + 3 and len(votes) == 2
+  assert votes[0].setting != votes[1].setting
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'bases': {'base': Base('/another', tiny.CONFIG)}},
+    {'batch_size': 16},
+    {'task_feature_lengths': {'inputs': 8, 'targets': 4}},
+    {'method': prompt.prompt(4)},
+    {'method': prompt.prompt(2, prompt_init.from_sampled_vocab())},
+    {'method': prompt.prompt(2, prompt_init.from_sampled_vocab(10))},
+    {'tuning': Tuning(2, 0.2)},
+    {'tuning': Tuning(2, 0.1, optimizer=optim.relative_adam)},
+    {'task': 'another'},
+    {'evaluated': 'tiny_b'},
+    {'best_metric': 'loss'},
+    {'eval_steps': 2},
+    {'dtype': 'bfloat16'},
+  ],
+  ids=str,
+)
+def test_a_score_of_other_settings_is_not_taken_for_it(tmp_path, changes):
+  def setting(changes):
+    cell = a_study().cells[0]
+    of_cell = {k: v for k, v in changes.items() if hasattr(cell, k)}
+    of_study = {k: v for k, v in changes.items() if hasattr(a_study(), k)}
+    how = {'eval_steps': 1, 'best_metric': None, 'model_parallel': 1}
+    how |= {k: v for k, v in changes.items() if k in how}
+    runner = study.Runner(
+      a_study(**of_study),
+      epath.Path(tmp_path),
+      SEEDS,
+      8,
+      {'dtype': changes.get('dtype', 'float32')},
+      **how,
+    )
+    return runner._setting(dataclasses.replace(cell, **of_cell))
+
+  assert setting({}) == setting({})
+  assert setting(changes) != setting({})
 
 
 def result(row, column, seed, score, task='a', parameters=1):
