@@ -144,7 +144,11 @@ def combine(methods: Sequence[Method]) -> Method:
     return folded
 
   def merge(path, value, trained):
-    for method in methods:
+    # The kernel of `wo` reads what leaves `hidden`: what is done there comes
+    # after all that is added to the kernel, whichever method stands first.
+    last = lambda m: any(p.site.endswith('/hidden') for p in m.placements)
+    ordered = sorted(methods, key=last) if '/wo/' in path else methods
+    for method in ordered:
       assert method.merge is not None
       value = method.merge(path, value, trained)
     return value

@@ -13,6 +13,7 @@ compiled for a shape of batch and of table, and stays as prompts come and go.
 import difflib
 import functools
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,10 @@ from ptune.sizes import T5Config
 METHOD = Method('row_prompts', per_row(), trainable=(ROWS,))
 # Methods whose prompts stand elsewhere, or are seen otherwise.
 OTHER_METHODS = ('prompt/', 'decoder_prompt')
+# A directory of such files alone is one prompt: that of a run's best step.
+_OF_A_RUN = re.compile(r'(best|step_\d+)\.npy')
+# What a prompt may be called: also a part of a path, and of an address.
+NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]{0,63}')
 
 
 class UnknownPrompt(ValueError):
@@ -287,20 +292,24 @@ def parse(prompts: str) -> dict[str, str]:
 
   Args:
     prompts: NAME=PATH, with commas between them. Without a name, it is the
-      file's or the directory's own. A directory of .npy files is each of them.
+      file's or the directory's own. A directory of .npy files is each of them,
+      but a run's `prompts/` its best one.
 
   Raises:
-    ValueError: If two have one name, or there is none.
+    ValueError: If two have one name, it is none (`NAME`), or there is none.
   """
   found: list[tuple[str, str]] = []
   for part in filter(None, map(str.strip, prompts.split(','))):
     name, equals, path = part.partition('=')
-    if equals:
-      found.append((name.strip(), path.strip()))
+    if equals and not epath.Path(part).exists():  # Paths may have one too.
+      found.append((name.strip(), os.path.expanduser(path.strip())))
       continue
-    place = epath.Path(part)
+    place = epath.Path(os.path.expanduser(part))
     files = sorted(place.glob('*.npy')) if place.is_dir() else []
-    found += [(file.stem, str(file)) for file in files] or [(place.stem, part)]
+    if files and all(_OF_A_RUN.fullmatch(file.name) for file in files):
+      found.append((place.absolute().parent.name, os.fspath(place)))
+    else:
+      found += [(name_of(x), os.fspath(x)) for x in files or [place]]
   names = [name for name, _ in found]
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice or not all(map(all, found)) or not found:
@@ -310,4 +319,15 @@ def parse(prompts: str) -> dict[str, str]:
       + '; expected e.g. sst2=/runs/sst2,rte=rte.npy, or a directory of .npy'
       ' files'
     )
+  if wrong := [name for name in names if not NAME.fullmatch(name)]:
+    raise ValueError(
+      f'PROMPTS is {prompts!r}: {wrong} are no names, which have up to 64 of'
+      ' A-Z a-z 0-9 _ . - and begin with a letter or digit; put one before'
+      ' the path, as in sst2=/runs/sst2'
+    )
   return dict(found)
+
+
+def name_of(path: epath.Path) -> str:
+  """What a prompt is called that was given no name."""
+  return path.stem if path.suffix in ('.npy', '.safetensors') else path.name

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from ptune import partitioning
 from ptune.convert.identity import spread
+from ptune.report import write_atomically
 from ptune.state import TrainState
 
 RUN_FILE = 'run.json'
@@ -410,9 +411,7 @@ def claim(
   """
   path = epath.Path(model_dir) / RUN_FILE
   if jax.process_index() == 0 and not path.exists():
-    temporary = path.parent / f'.{path.name}.tmp'
-    temporary.write_text(json.dumps({**run, **notes}, indent=2) + '\n')
-    temporary.replace(path)
+    write_atomically(path, json.dumps({**run, **notes}, indent=2) + '\n')
 
 
 def compare(

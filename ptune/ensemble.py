@@ -201,10 +201,12 @@ def summary(scores: Mapping[str, Scores], task: str) -> dict[str, Any]:
 
   Returns:
     {'average': metrics, 'best': metrics, 'ensemble': metrics}; the best of each
-    metric, whichever prompt has it.
+    metric, whichever prompt has it. Of metrics that all members have: some are
+    left out where they would mean nothing.
   """
   members = [found[task] for name, found in scores.items() if name != NAME]
-  each = {key: [own[key] for own in members] for key in members[0]}
+  shared = [key for key in members[0] if all(key in own for own in members)]
+  each = {key: [own[key] for own in members] for key in shared}
   best = lambda key: min if key in ('loss', 'invalid') else max
   return {
     'average': {key: float(np.mean(values)) for key, values in each.items()},

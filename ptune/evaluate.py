@@ -298,13 +298,18 @@ def to_json(record: Mapping[str, Any]) -> str:
   """One line of JSON from what tasks hold: bytes, NumPy values, anything."""
 
   def plain(value):
+    if isinstance(value, np.ndarray | np.generic):
+      value = value.tolist()
     if isinstance(value, bytes):
       return value.decode('utf-8', errors='replace')
-    if isinstance(value, np.ndarray | np.generic):
-      return value.tolist()
-    return str(value)
+    if isinstance(value, Mapping):
+      return {str(plain(k)): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+      return [plain(v) for v in value]
+    simple = value is None or isinstance(value, str | int | float)
+    return value if simple else str(value)
 
-  return json.dumps(record, default=plain, ensure_ascii=False)
+  return json.dumps(plain(record), ensure_ascii=False)
 
 
 def evaluate(

@@ -96,6 +96,7 @@ class Run:
   task_feature_lengths: Mapping[str, int]
   batch_size: int
   microbatches: int = 1
+  pack: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,15 +388,18 @@ def _temporary(run: Run, plan: parameters.Plan) -> int:
   """Bytes that XLA reserves on one device for a step, beside the state."""
   tx = run.optimizer(initial_step=0)
   like = state_lib.abstract_state(tx, plan)
-  update = state_lib.compile_step(
-    run.model(plan.network), tx, plan, like, run.microbatches
-  )
+  lengths, model = run.task_feature_lengths, run.model(plan.network)
+  if run.pack:
+    from ptune import packing  # With it comes SeqIO.
+
+    lengths = packing.room(run.method, lengths, run.pack)
+    model = packing.model_of(run.model, plan)
+  update = state_lib.compile_step(model, tx, plan, like, run.microbatches)
   rows = NamedSharding(plan.mesh, PartitionSpec('data'))
 
   def tokens(feature):
-    length = run.task_feature_lengths[feature]
     return jax.ShapeDtypeStruct(
-      (run.batch_size, length), jnp.int32, sharding=rows
+      (run.batch_size, lengths[feature]), jnp.int32, sharding=rows
     )
 
   batch = {
@@ -404,6 +408,9 @@ def _temporary(run: Run, plan: parameters.Plan) -> int:
     'decoder_target_tokens': tokens('targets'),
     'decoder_loss_weights': tokens('targets'),
   }
+  if run.pack:
+    batch['encoder_segment_ids'] = tokens('inputs')
+    batch['decoder_segment_ids'] = tokens('targets')
   frozen = parameters.unflatten(parameters.held(plan))
   options = {}
   if plan.mesh.devices.flat[0].platform == 'cpu':
@@ -497,6 +504,7 @@ def describe(
   lengths = ', '.join(f'{v} {k}' for k, v in run.task_feature_lengths.items())
   encoder, decoder = _depth(run)
   parts = f', in {run.microbatches} parts' if run.microbatches > 1 else ''
+  parts += f', {run.pack} of the longest a row' if run.pack else ''
   text = [
     f'{run.method.name}, {encoder} + {decoder} layers of'
     f' {run.config.emb_dim}, {run.config.dtype}; a batch of {run.batch_size}'

@@ -216,7 +216,7 @@ def _own_prompt(
       f' {sorted(named)}, or write them into a .jsonl file:'
       ' {"inputs": "...", "prompt": "..."}'
     )
-  if name not in named:
+  if not isinstance(name, str) or name not in named:
     raise ValueError(f'{where}: {unknown(str(name), named)}')
   return {'prompt': name}
 
@@ -261,6 +261,10 @@ def _read_texts(
     texts = {k: record[k] for k in ('inputs', 'targets') if k in record}
     if not all(isinstance(text, str) for text in texts.values()):
       raise ValueError(f'{where}: targets must be a string; got {line[:80]!r}')
+    try:
+      ''.join(texts.values()).encode()
+    except UnicodeEncodeError as error:  # Of an escape such as \\ud800.
+      raise ValueError(f'{where} is no Unicode text: {error}') from error
     yield texts | own(where, record)
 
 

@@ -348,10 +348,9 @@ class Attention(nn.Module):
       bias = jnp.pad(bias, added)
     # As T5X does, the weight of a key is dropped for all queries of a head or
     # for none: so its value may be, which fused kernels take as any other.
-    # [b, h, k, d], and back
     v = nn.Dropout(self.dropout_rate, broadcast_dims=(-1,))(
-      v.swapaxes(1, 2), deterministic=not enable_dropout
-    ).swapaxes(1, 2)
+      v, deterministic=not enable_dropout
+    )
 
     if self.fused and cache_index is None and fused.fits(q, k):
       allowed = jnp.zeros(()) if bias is None else bias

@@ -152,9 +152,9 @@ def _leased(path: epath.Path) -> Iterator[None]:
 
 def _wait_until_dead(path: epath.Path) -> None:
   """Returns if no other run shows signs of life, else raises ValueError."""
-  first = _read(path)
-  if not first:
+  if not path.exists():
     return
+  first = _read(path)  # Perhaps '', while it is being written.
   logging.info(
     '%s is there: waiting up to %g s to see whether its run is alive',
     path,
@@ -164,10 +164,9 @@ def _wait_until_dead(path: epath.Path) -> None:
   end = time.monotonic() + LEASE
   while time.monotonic() < end:
     time.sleep(min(BEAT, LEASE) / 5)
-    text = _read(path)
-    if not text:
+    if not path.exists():
       return
-    if text != first:
+    if (text := _read(path)) != first:
       raise _refusal(
         path,
         text,

@@ -65,8 +65,11 @@ def wayward(
         f'TARGET_TEXT has {len(ids)} pieces and the prompt {prompt.shape[0]}'
         f' rows; set PROMPT_LENGTH to {len(ids)}, or change the text'
       )
-    table = params['token_embedder']['embedding']
-    text = jax.lax.stop_gradient(table[np.asarray(ids)].astype(jnp.float32))
+    table, rows = params['token_embedder'], np.asarray(ids)
+    text = table['embedding'][rows].astype(jnp.float32)
+    if 'embedding_scale' in table:  # Of int8; see `parameters.hold`.
+      text *= table['embedding_scale'][rows][:, None]
+    text = jax.lax.stop_gradient(text)
     distance = jnp.sum(jnp.square(prompt - text)) / prompt.shape[0]
     loss, sums = model.cross_entropy(params, batch, dropout_rng)
     loss = loss + gamma * distance * sums['tokens']

@@ -30,8 +30,11 @@ def schedule(
     end_factor: What fraction of the peak they end at.
 
   Raises:
-    ValueError: If the decay is unknown or lacks its length.
+    ValueError: If the rate is no number, or the decay is unknown or lacks its
+      length.
   """
+  if not isinstance(learning_rate, int | float):
+    raise ValueError(f'LEARNING_RATE is {learning_rate!r}; it must be a number')
   if warmup_steps < 0:
     raise ValueError(f'warmup_steps is {warmup_steps}; it cannot be negative')
   if decay in ('linear', 'cosine'):

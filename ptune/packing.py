@@ -31,6 +31,22 @@ from ptune.seqio_task import FEATURES, Batch, Provider
 STACKS = {'inputs': 'encoder', 'targets': 'decoder'}
 
 
+def _insertions(method: Method):
+  """By feature: how many tokens the method adds to an example, and how."""
+  insert = (method.packed or Packed((), {})).insert
+  return {f: insert.get(STACKS[f], (0, np.asarray)) for f in FEATURES}
+
+
+def room(
+  method: Method, feature_lengths: Mapping[str, int], pack: int
+) -> dict[str, int]:
+  """The length of packed rows, which hold `pack` of the longest examples."""
+  return {
+    f: pack * (feature_lengths[f] + more)
+    for f, (more, _) in _insertions(method).items()
+  }
+
+
 class PackedBatches(data.Batches):
   """As `data.Batches`, with rows of several examples: one shape for all steps.
 
@@ -61,11 +77,8 @@ class PackedBatches(data.Batches):
     super().__init__(
       task, feature_lengths, batch_size, bucket_multiple=None, **how
     )
-    insert = (method.packed or Packed((), {})).insert
-    self._insert = {f: insert.get(STACKS[f], (0, np.asarray)) for f in FEATURES}
-    self._room = [
-      pack * (self._lengths[f] + self._insert[f][0]) for f in FEATURES
-    ]
+    self._insert = _insertions(method)
+    self._room = list(room(method, feature_lengths, pack).values())
     self._first_rows = [0]  # Of each chunk packed so far, and of the next.
     self._packed = functools.lru_cache(maxsize=2)(self._pack_chunk)
 

@@ -11,7 +11,7 @@ from etils import epath
 
 from ptune import checkpoints, parameters, partitioning, prompt_init
 from ptune.adapters import Method
-from ptune.bank import PromptBank, parse
+from ptune.bank import OTHER_METHODS, PromptBank, parse
 from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.convert.prompts import find
 from ptune.convert.trained import open_trained
@@ -195,6 +195,13 @@ def read_prompt_file(
   beside = epath.Path(os.fspath(prompt_file).removesuffix('.npy') + '.json')
   # Another's has no such file.
   facts = json.loads(beside.read_text()) if beside.is_file() else {}
+  theirs = facts.get('method', '')
+  if theirs.startswith(OTHER_METHODS) and theirs != plan.method.name:
+    raise ValueError(
+      f'prompt file {os.fspath(prompt_file)} was trained with method'
+      f' {theirs!r}, and METHOD is {plan.method.name!r}: it would stand'
+      ' elsewhere; give the method of the file'
+    )
   return {path: parameters.place(prompt, struct)}, facts
 
 

@@ -98,6 +98,10 @@ def from_class_labels(
       f'CLASS_LABELS is the string {labels!r}; it must be a list, such as'
       f' [{labels!r}]'
     )
+  if wrong := [x for x in labels or () if not isinstance(x, str)]:
+    raise ValueError(
+      f'CLASS_LABELS has {wrong}; it must be texts as they stand in the targets'
+    )
 
   def init(rng, shape, base):
     names = list(base.labels() if labels is None else labels)

@@ -33,11 +33,17 @@ def read_records(model_dir: os.PathLike[str]) -> list[Record]:
 def write_atomically(path: epath.Path, data: bytes | str) -> None:
   """Writes a file that is either there and whole, or not there."""
   temporary = path.parent / f'.{path.name}.tmp'
-  if isinstance(data, str):
-    temporary.write_text(data)
-  else:
-    temporary.write_bytes(data)
+  with temporary.open('wb') as f:
+    f.write(data.encode() if isinstance(data, str) else data)
+    to_disk(f)
   temporary.replace(path)
+
+
+def to_disk(file: Any) -> None:
+  """Waits until what was written lies on the disk: power may fail."""
+  file.flush()
+  if hasattr(file, 'fileno'):  # A bucket's file has none.
+    os.fsync(file.fileno())
 
 
 def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
@@ -217,6 +223,7 @@ class Report:
       return
     with (self._dir / 'metrics.jsonl').open('a') as f:
       f.write(''.join(json.dumps(r) + '\n' for r in records))
+      to_disk(f)
     for record in records:
       name = '/'.join(
         [directory, *([record['task']] if 'task' in record else [])]

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from absl import logging
 
 # TensorFlow is loud. Importing jax sets the level to 1; another is the user's.
 if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
@@ -20,6 +21,8 @@ tf.config.set_visible_devices([], 'GPU')
 tf.get_logger().setLevel('ERROR')
 
 FEATURES = ('inputs', 'targets')
+# Rows in which all labels of a task are looked for.
+LABELLED_ROWS = 100_000
 
 Provider = seqio.Task | seqio.Mixture
 Batch = dict[str, np.ndarray]
@@ -33,6 +36,11 @@ def load(name: str, module: str | Sequence[str] | None = None) -> Provider:
   Raises:
     ValueError: A module does not exist, or no task or mixture has this name.
   """
+  if not isinstance(name, str):
+    raise ValueError(
+      f'MIXTURE_OR_TASK_NAME is {name!r}; it must be a name, such as'
+      " 'glue_sst2_v200'"
+    )
   for path in [module] if isinstance(module, str) else module or ():
     try:
       importlib.import_module(path)
@@ -186,7 +194,20 @@ def encode(
   ids = {}
   for name in FEATURES:
     feature, limit = task.output_features[name], feature_lengths[name]
-    tokens = vocab.encode(texts.get(name, ''))[: limit - int(feature.add_eos)]
+    tokens = vocab.encode(texts.get(name, ''))
+    room = limit - int(feature.add_eos)
+    if len(tokens) > room:
+      logging.log_first_n(
+        logging.WARNING,
+        'the %s %.40r... have %d tokens and are cut to %d (further texts that'
+        ' are cut are not told)',
+        3,
+        name,
+        texts[name],
+        len(tokens),
+        room,
+      )
+    tokens = tokens[:room]
     ids[name] = np.array(tokens + [vocab.eos_id] * feature.add_eos, np.int32)
   return dict(texts), _features(ids['inputs'], ids['targets'])
 
@@ -259,7 +280,7 @@ def distinct_targets(
   """The labels of a classification task: its distinct targets, sorted.
 
   Args:
-    task: The task; the first rows of its training split are read.
+    task: The task; of its training split, LABELLED_ROWS are read at most.
     feature_lengths: TASK_FEATURE_LENGTHS.
     most: More than this, and it is no classification task.
     use_cached: USE_CACHED_TASKS.
@@ -267,8 +288,12 @@ def distinct_targets(
   Raises:
     ValueError: If there are too many.
   """
+  found: set[str] = set()
   rows = examples(task, feature_lengths, 'train', use_cached)
-  found = {texts['targets'] for texts, _ in itertools.islice(rows, 2000)}
+  for texts, _ in itertools.islice(rows, LABELLED_ROWS):
+    found.add(texts['targets'])
+    if len(found) > most:
+      break
   if len(found) > most:
     raise ValueError(
       f'Task {task.name!r} has more than {most} distinct targets, such as '

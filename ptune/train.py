@@ -176,6 +176,7 @@ def train(
     'task_feature_lengths': dict(task_feature_lengths),
     'batch_size': batch_size,
     'pack': int(pack),
+    'bucket_multiple': None if pack else bucket_multiple,
     'seed': seed,
     'optimizer': getattr(optimizer, '__name__', type(optimizer).__name__),
   }
@@ -275,12 +276,11 @@ def train(
     # From here on MODEL_DIR is written to: all that can be wrong was looked at.
     update = state_lib.compile_step(trained, tx, plan, like, microbatches, seed)
     check = None if pack else method.check  # Packing looks at each example.
+    # Of packed rows, known once the first are there: before others are read.
+    examples_per_step = batches.examples_per_step
     ahead = data.prefetch(batches, start, train_steps, mesh, check=check)
     # A stream is first read up to here, which can take long.
     following = next(ahead, None)
-    base_path = initial_checkpoint_path
-    if base_path is not None and '://' not in base_path:
-      base_path = os.fspath(checkpoints.absolute(base_path))
     pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
     sums, step, stop = dict(sums), start, False
     with (
@@ -292,12 +292,12 @@ def train(
         directory,
         start,
         train_steps,
-        batches.examples_per_step,
+        examples_per_step,
         jax.process_index() == 0,
       ) as report,
       profiling.Profile(directory / 'profile', profile_steps) as profile,
     ):
-      checkpoints.claim(directory, run, {'initial_checkpoint_path': base_path})
+      checkpoints.claim(directory, run, from_where(initial_checkpoint_path))
       if jax.process_index() == 0:
         report_lib.write_atomically(
           directory / 'model-info.txt', parameters.describe(plan)
@@ -327,6 +327,7 @@ def train(
           save(saved, state, sums, wait=last or stop)
         scores = report_lib.scores_at(report.records, step)
         if evaluation and look and not stop and not scores:
+          check_finite(saved, state)
           try:
             with report.paused('evaluating'):
               scores = evaluation((state.trainable, frozen), step, asked)
@@ -375,6 +376,13 @@ def train(
         directory,
       )
     return state
+
+
+def from_where(checkpoint: str | None) -> dict[str, str | None]:
+  """What a run records of its base: found from any directory."""
+  if checkpoint is not None and '://' not in checkpoint:
+    checkpoint = os.fspath(checkpoints.absolute(checkpoint))
+  return {'initial_checkpoint_path': checkpoint}
 
 
 def first_adapters(
@@ -440,13 +448,17 @@ def save(
   wait: bool,
 ) -> None:
   """Saves a state, unless its last update spoiled it."""
-  step = int(state.step)
+  check_finite(saved, state)
+  saved.save(state, sums, wait)
+
+
+def check_finite(saved: Checkpoints, state: state_lib.TrainState) -> None:
+  """Raises a FloatingPointError if the last update spoiled the parameters."""
   if not bool(_is_finite(state.trainable)):
     raise FloatingPointError(
-      f'the trained parameters are not finite after step {step}.'
+      f'the trained parameters are not finite after step {int(state.step)}.'
       f' {_last_good(saved)}'
     )
-  saved.save(state, sums, wait)
 
 
 @jax.jit

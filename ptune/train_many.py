@@ -10,6 +10,8 @@ For sweeps (seeds, learning rates, lengths, initialisations) and for several
 tasks. Each run ends with the prompt that `ptune train` would give it, and has
 below `model_dir` a directory of its name with run.json, prompts/, best/ and
 metrics.jsonl as that leaves them. The checkpoints are of all runs together.
+With dropout and bucket_multiple, equal means as good as, not bit by bit: rows
+are padded to the longest of all runs, and what is dropped depends on shapes.
 Whatever adds parameters to the model and trains only those can be a run.
 """
 
@@ -94,9 +96,16 @@ def train_many(
   evaluate.check_counts(
     TRAIN_STEPS=train_steps,
     BATCH_SIZE=batch_size,
+    MICROBATCHES=microbatches,
     EVAL_PERIOD=eval_period,
     CHECKPOINT_PERIOD=checkpoint_period,
     log_period=log_period,
+  )
+  evaluate.check_counts(
+    optional=True,
+    EVAL_STEPS=eval_steps,
+    eval_batch_size=eval_batch_size,
+    KEEP_CHECKPOINTS=keep_checkpoints,
   )
   _check_names(runs)
   directory = checkpoints.run_directory(model_dir)
@@ -129,6 +138,7 @@ def train_many(
         'task': run.task,
         'task_feature_lengths': dict(task_feature_lengths),
         'batch_size': batch_size,
+        'bucket_multiple': bucket_multiple,
         'seed': run.seed,
         'learning_rate': (
           'schedule' if callable(run.learning_rate) else run.learning_rate
@@ -168,11 +178,13 @@ def train_many(
       )
 
     streams = [batches_of(runs[name].task, runs[name].seed) for name in order]
-    checks = [g.plan.method.check for g in groups.values()]
 
     def check(tokens):
-      for one in filter(None, checks):
-        one(tokens)
+      first = 0
+      for group in groups.values():
+        rows = slice(first, first := first + len(group.runs) * batch_size)
+        if group.plan.method.check:
+          group.plan.method.check(tokens[rows])
 
     @functools.cache  # Runs of one task and group share a compiled program.
     def evaluation_of(task, key):
@@ -243,7 +255,7 @@ def train_many(
       checkpoints.claim(
         directory / name,
         facts[name],
-        {'initial_checkpoint_path': initial_checkpoint_path},
+        train.from_where(initial_checkpoint_path),
       )
       reports[name] = stack.enter_context(
         report_lib.Report(
@@ -272,6 +284,8 @@ def train_many(
         sums = {}
       if keep:
         train.save(saved, state, sums, wait=last or stop)
+      elif look:
+        train.check_finite(saved, state)
       for name, report in reports.items() if keep or look else ():
         run, (key, own) = runs[name], places[name]
         one = TrainState(state.step, many.of_run(state, groups, name), {})
@@ -309,7 +323,7 @@ def train_many(
       step += 1
     logging.info(
       '%s at step %d: %s',
-      'stopped' if step < train_steps else 'finished',
+      'finished' if last and not stop else 'stopped',
       step,
       directory,
     )

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import hmac
 import pathlib
-import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,11 +20,9 @@ import pydantic
 from fastapi import exceptions, responses
 from starlette.concurrency import run_in_threadpool
 
-from ptune.bank import PromptBank, UnknownPrompt
+from ptune.bank import NAME, PromptBank, UnknownPrompt
 from ptune.batching import Batcher, Full
 from ptune.convert.prompts import read_prompt
-
-NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]{0,63}')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -214,6 +214,10 @@ def _value(row: Row, column: str) -> str:
   if isinstance(value, bool):
     return str(int(value))
   if isinstance(value, str | int | float):
+    try:
+      str(value).encode()
+    except UnicodeEncodeError as error:
+      raise BadRow(f'column {column!r} is no Unicode text: {error}') from None
     return str(value)
   raise BadRow(
     f'column {column!r} is a {type(value).__name__}, expected a text or number'
@@ -242,13 +246,18 @@ def label_texts(targets: str, names: Sequence[str]) -> list[str]:
 
 
 def _label_text(row: Row, column: str, names: Sequence[str], texts) -> str:
-  value = _value(row, column)
-  if value in names:
-    return texts[list(names).index(value)]
-  try:
-    number = int(value)
-  except ValueError:
-    number = len(names)
+  given, value = row.get(column), _value(row, column)
+  if isinstance(given, float) and given.is_integer():
+    given = int(given)  # As pandas writes labels among which one is missing.
+  if isinstance(given, int):  # Not a name, which may be a number as well.
+    number = int(given)
+  elif value in names:
+    number = list(names).index(value)
+  else:
+    try:
+      number = int(value)
+    except ValueError:
+      number = len(names)
   if number == -1:
     return UNLABELLED
   if not 0 <= number < len(names):

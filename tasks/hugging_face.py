@@ -23,14 +23,21 @@ def _load(dataset: str, config: str | None, split: str) -> Any:
     raise ValueError(
       "DATASET needs the package datasets: pip install 'ptune[datasets]'"
     ) from error
-  if os.path.isfile(os.path.join(dataset, 'dataset_dict.json')):
-    parts = datasets.load_from_disk(dataset)
-    if split not in parts:
-      raise ValueError(
-        f'DATASET {dataset} has no split {split!r}, it has {list(parts)}'
-      )
-    return parts[split]
-  return datasets.load_dataset(dataset, config, split=split)
+  saved = ('dataset_dict.json', 'state.json')  # Of several splits, and of one.
+  if not any(os.path.isfile(os.path.join(dataset, name)) for name in saved):
+    return datasets.load_dataset(dataset, config, split=split)
+  parts = datasets.load_from_disk(dataset)
+  if not isinstance(parts, datasets.DatasetDict):
+    parts = {str(parts.split or 'train'): parts}
+  sizes = {name: len(part) for name, part in parts.items()}
+  try:
+    wanted = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+  except (ValueError, KeyError, AssertionError) as error:
+    raise ValueError(
+      f'DATASET {dataset} has no split {split!r}, it has {list(parts)}'
+    ) from error
+  slices = [parts[x.splitname].select(range(x.from_, x.to)) for x in wanted]
+  return datasets.concatenate_datasets(slices)
 
 
 def from_hugging_face(

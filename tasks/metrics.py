@@ -39,7 +39,7 @@ def _library(module: str) -> Any:
 
 
 def _value(of: Any) -> Any:
-  return of['value'] if isinstance(of, Mapping) else of
+  return of.get('value', of) if isinstance(of, Mapping) else of
 
 
 def _labelled(targets: Sequence[Any], predictions: Sequence[Any]):
@@ -124,9 +124,9 @@ def matthews(targets, predictions) -> Scores:
 
 
 def _correlation(name: str, targets, predictions) -> Scores:
-  pairs = _labelled(targets, predictions)
-  if not pairs:
+  if not _labelled(targets, predictions):  # -1 may be a number among others.
     return {}
+  pairs = list(zip(targets, predictions, strict=True))
   from scipy import stats
 
   function = {'pearson': stats.pearsonr, 'spearman': stats.spearmanr}[name]
@@ -279,10 +279,11 @@ def is_right(target: Any, prediction: Any) -> bool | None:
   """Whether one prediction is right, None where there is no label.
 
   Answers are compared as SQuAD does, everything else as it is. For generated
-  text, a score is a better judge.
+  text, a score is a better judge. None, too, of what a task of others holds
+  that has no plain right or wrong.
   """
   target, prediction = _value(target), _value(prediction)
-  if target in _UNLABELLED:
+  if isinstance(target, Mapping | np.ndarray) or target in _UNLABELLED:
     return None
   if isinstance(target, list) and isinstance(prediction, str):
     return squad([target], [prediction])['em'] == 100.0

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import random
 
 import jax
@@ -13,6 +14,7 @@ from ptune import bank as bank_lib
 from ptune import network, parameters, partitioning, predictor
 from ptune.answers import Predictor
 from ptune.bank import PromptBank
+from ptune.convert.prompts import read_prompt
 from ptune.methods import prompt
 from ptune.models import Decoding, EncoderDecoderModel
 from tests import tiny
@@ -253,16 +255,34 @@ def test_a_flag_names_files_runs_and_directories(tmp_path):
   at = lambda name: str(tmp_path / name)
   assert bank_lib.parse('x=a.npy, y=runs/b') == {'x': 'a.npy', 'y': 'runs/b'}
   assert bank_lib.parse('p/a.npy,runs/b') == {'a': 'p/a.npy', 'b': 'runs/b'}
+  assert bank_lib.parse('r/lr0.1,r/lr0.3') == {
+    'lr0.1': 'r/lr0.1',
+    'lr0.3': 'r/lr0.3',
+  }
+  home = os.path.expanduser('~/a.npy')
+  assert bank_lib.parse('~/a.npy,b=~/a.npy') == {'a': home, 'b': home}
   assert bank_lib.parse(f'{tmp_path},c.npy') == {
     'a': at('a.npy'),
     'b': at('b.npy'),
     'c': 'c.npy',
   }
+  assert bank_lib.parse(f'{tmp_path}/a.npy')['a'] == at('a.npy')
+  (tmp_path / 'lr=0.3').mkdir()
+  with pytest.raises(ValueError, match=r"\['lr=0.3'\] are no names"):
+    bank_lib.parse(at('lr=0.3'))
+  assert bank_lib.parse(f'x={at("lr=0.3")}') == {'x': at('lr=0.3')}
+  run = tmp_path / 'run' / 'prompts'
+  run.mkdir(parents=True)
+  for name in ('best', 'step_4'):
+    np.save(run / f'{name}.npy', PROMPTS['three'])
+  assert bank_lib.parse(str(run)) == {'run': str(run)}
+  assert read_prompt(run).path == str(run / 'best.npy')
   for wrong, message in (
     ('x=a.npy,x=b.npy', r"\['x'\] name several"),
     ('', 'no prompts'),
     ('x=', 'no prompts'),
     ('=a.npy', 'no prompts'),
+    ('glue/sst2=a.npy', r"\['glue/sst2'\] are no names"),
   ):
     with pytest.raises(ValueError, match=message):
       bank_lib.parse(wrong)

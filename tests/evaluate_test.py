@@ -206,9 +206,27 @@ def test_the_output_lies_in_model_dir_if_not_said_otherwise(trained, tmp_path):
   ]
 
 
+def test_anything_becomes_a_line_of_json():
+  record = {
+    'a': b'\xc3\xa4',
+    'b': np.array([1, 2]),
+    'c': {(0, 1): np.float32(0.5), np.int64(3): [None, True, b'x']},
+    'd': object,
+  }
+  assert json.loads(evaluate.to_json(record)) == {
+    'a': 'ä',
+    'b': [1, 2],
+    'c': {'[0, 1]': 0.5, '3': [None, True, 'x']},
+    'd': str(object),
+  }
+
+
 def test_what_is_wrong_is_said(trained, tmp_path):
   base, file = tiny.base(), str(trained / 'prompts' / 'best.npy')
   (tmp_path / 'file').write_text('')
+  elsewhere = str(tmp_path / 'p.npy')
+  np.save(elsewhere, np.load(file))
+  (tmp_path / 'p.json').write_text('{"method": "prompt/before_eos"}')
   for changes, message in (
     ({'batch_size': 0}, 'BATCH_SIZE is 0'),
     ({'eval_steps': 0}, 'EVAL_STEPS is 0'),
@@ -224,6 +242,10 @@ def test_what_is_wrong_is_said(trained, tmp_path):
     ({}, 'set MODEL_DIR .* or PROMPT_FILE'),
     ({'model_dir': trained, 'prompt_file': file}, 'not both'),
     ({'prompt_file': file}, 'CHECKPOINT_PATH, the base model, is needed'),
+    (
+      {'prompt_file': elsewhere, 'checkpoint_path': base},
+      "trained with method 'prompt/before_eos', and METHOD is 'prompt'",
+    ),
     ({'method': full.full(), 'prompt_file': file}, 'has no prompt to be read'),
     ({'model_dir': tmp_path}, r'holds no run of ptune train \(run.json'),
     ({'model_dir': trained, 'method': prompt.prompt(4)}, r'\[4, 16\]'),

@@ -268,6 +268,7 @@ def _header(text):
       'prompt is|damaged',
     ),
     (_header("{'descr': '<f4', 'fortran_order': False}"), 'damaged'),
+    (_header("{'descr': '<f4', 'shape': (2, 2)"), 'damaged'),
     (_header("__import__('os').system('true')"), 'damaged'),
   ],
 )
@@ -277,6 +278,13 @@ def test_hostile_arrays_are_refused(tmp_path, data, message):
     layouts.run('export', '--prompt', path, '--format=npy', '--output', 'q')
   assert str(path) in str(error.value)
   assert not pathlib.Path('/tmp/ptune-was-here').exists()
+
+
+def test_a_bfloat16_array_is_read(tmp_path):
+  array = np.arange(8).reshape(2, 4).astype(jnp.bfloat16)
+  np.save(tmp_path / 'p.npy', array)
+  read = read_prompt(tmp_path / 'p.npy').array
+  assert read.dtype == np.float32 and (read == array.astype(np.float32)).all()
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,15 @@ def test_microbatches_need_less_room():
   assert parts.exact == whole.exact
 
 
+def test_packed_rows_need_room_for_several_examples():
+  one, two = (
+    fit.measure(dataclasses.replace(RUN, pack=n), jax.devices()[:1])[1]
+    for n in (1, 2)
+  )
+  assert two.temporary > 1.8 * one.temporary
+  assert two.exact == one.exact
+
+
 @pytest.mark.parametrize(
   ('gigabytes', 'expected'),
   [((10, 2), 'yes'), ((10, 8), 'perhaps'), ((16, 0), 'no'), ((10, 30), 'no')],

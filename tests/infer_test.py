@@ -254,6 +254,21 @@ def test_what_is_wrong_is_named_by_file_and_line(trained, tmp_path):
       'd.jsonl:1: targets must be a string',
     ),
     (
+      {'input_file': write(tmp_path / 'g.jsonl', r'{"inputs": "\ud800"}')},
+      'g.jsonl:1 is no Unicode text',
+    ),
+    (
+      {
+        'model_dir': None,
+        'checkpoint_path': tiny.base(),
+        'prompts': f'p={trained}',
+        'input_file': write(
+          tmp_path / 'h.jsonl', '{"inputs": "a", "prompt": ["p"]}'
+        ),
+      },
+      'h.jsonl:1: there is no prompt',
+    ),
+    (
       {
         'mode': 'score',
         'input_file': write(tmp_path / 'e.jsonl', good, '{"inputs": "a"}'),

@@ -1,6 +1,7 @@
 """Objectives: their values and gradients by hand, and with any method."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 
@@ -20,7 +21,7 @@ from ptune.methods import lora, prompt
 from ptune.models import EncoderDecoderModel
 from tests import tiny
 from tests.network_test import SHALLOW, make_batch, random_params
-from tests.state_test import BATCH, TOKENS
+from tests.state_test import BATCH, ONE, TOKENS
 
 NET = network.Transformer(SHALLOW, prompt.prompt(5).placements)
 IDS = [20, 21, 22, 23, 24]
@@ -81,6 +82,24 @@ def test_the_text_draws_the_prompt_by_the_formula():
     plain[EMBEDDING],
     atol=1e-5 * np.abs(plain[EMBEDDING]).max(),
   )
+
+
+def test_the_text_of_an_int8_base_is_that_of_its_scales():
+  config = dataclasses.replace(SHALLOW, frozen_dtype='int8')
+  plan = parameters.plan(config, prompt.prompt(5), ONE)
+  flat = parameters.flatten(random_params(NET))
+  placed = {p: parameters.place(v, plan.params[p]) for p, v in flat.items()}
+  frozen = parameters.hold(plan, {p: placed[p] for p in plan.frozen})
+  assert f'{EMBEDDING}_scale' in frozen
+  held = parameters.unflatten({**frozen, prompt.PATH: flat[prompt.PATH]})
+  apart = []
+  for params in (held, random_params(NET)):
+    far, near = (
+      model_of(losses.wayward(IDS, gamma)).loss(params, BATCH)[0]
+      for gamma in (0.5, 0.0)
+    )
+    apart.append(far - near)
+  np.testing.assert_allclose(*apart, rtol=0.01)
 
 
 def test_the_weight_is_the_same_in_microbatches():

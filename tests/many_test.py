@@ -1,7 +1,9 @@
 """Many runs at once are each what they are alone."""
 
+import dataclasses
 import functools
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from ptune import (
+  data,
   many,
   network,
   optim,
@@ -16,6 +19,7 @@ from ptune import (
   partitioning,
   predictor,
   prompt_init,
+  seqio_task,
   train_many,
 )
 from ptune.many import Run
@@ -171,6 +175,13 @@ def test_other_runs_or_settings_are_refused(tmp_path):
   with pytest.raises(ValueError, match='beyond TRAIN_STEPS 5'):
     run(path, train_steps=5)
   assert tiny.files(path) == before
+  for changes in (
+    {'microbatches': 0},
+    {'keep_checkpoints': 0},
+    {'eval_steps': -1},
+  ):
+    with pytest.raises(ValueError, match='expected a whole number of at least'):
+      run(tmp_path / 'new', RUNS, **changes)
   for runs, message in (
     ({'all': Run('tiny', full.full())}, "'all' has method 'full'"),
     ({'a/b': RUNS['a']}, r"choose others than \['a/b'\]"),
@@ -234,6 +245,41 @@ def test_methods_of_other_kinds_share_the_model(tmp_path):
   assert trained['prompt'].keys() == {prompt.PATH}
   assert all('lora' in path for path in trained['lora'])
   assert (tmp_path / 'lora' / 'prompts' / 'step_1.safetensors').exists()
+
+
+def test_what_a_method_asks_of_inputs_is_asked_of_its_own_rows(tmp_path):
+  asked = []
+  checked = dataclasses.replace(
+    prompt.prompt(4), check=lambda tokens: asked.append(tokens.copy())
+  )
+  runs = {
+    'a': Run('tiny', prompt.prompt(3)),
+    'b': Run('tiny_b', checked, seed=5),
+    'c': Run('tiny', prompt.prompt(3), seed=2),
+  }
+  run(tmp_path, runs, train_steps=1, eval_split=None)
+  own = data.Batches(
+    seqio_task.load('tiny_b', 'tests.tiny'),
+    tiny.LENGTHS,
+    8,
+    seed=5,
+    bucket_multiple=None,
+  )
+  np.testing.assert_array_equal(asked[0], own(0)['encoder_input_tokens'])
+
+
+def test_where_the_base_lies_is_known_from_everywhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(os.path.dirname(tiny.base()))
+  base = os.path.basename(tiny.base())
+  run(
+    tmp_path,
+    {'a': RUNS['a']},
+    train_steps=1,
+    eval_split=None,
+    initial_checkpoint_path=base,
+  )
+  facts = json.loads((tmp_path / 'a' / 'run.json').read_text())
+  assert facts['initial_checkpoint_path'] == os.path.abspath(base)
 
 
 def test_batches_are_padded_to_the_longest():

@@ -83,6 +83,12 @@ METHODS |= {
   ),
   'norms, bias': norms.norms(relative_bias=True),
   'prompt+lora': adapters.combine([prompt.prompt(3), lora.lora(2)]),
+  'ia3+lora': adapters.combine(
+    [ia3.ia3(), lora.lora(2, alpha=6, sites=['wo', 'key', 'value'])]
+  ),
+  'lora+lora+ia3': adapters.combine(
+    [lora.lora(2, 6, ['query']), lora.lora(3, 2, ['wo']), ia3.ia3()]
+  ),
   'lora+norms': adapters.combine([lora.lora(2, alpha=6), norms.norms()]),
 }
 IDENTITY = ['full', 'ia3', 'norms', 'lora', 'bottleneck']
@@ -521,6 +527,7 @@ def test_other_settings_than_those_of_the_file_are_refused(lora_run):
   ('call', 'says'),
   [
     (lambda: lora.lora(0), 'rank of LoRA is 0'),
+    (lambda: lora.lora(2.0), 'rank of LoRA is 2.0; .* a whole number'),
     (lambda: lora.lora(sites=['q']), r"\['q'\]; choose at least one of"),
     (lambda: lora.lora(sites=[]), 'choose at least one of'),
     (lambda: prefix.prefix(0), 'PROMPT_LENGTH is 0'),

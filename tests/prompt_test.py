@@ -140,5 +140,8 @@ def test_the_initialiser_is_the_papers_unless_given():
 def test_errors_name_the_macro_and_the_choices():
   with pytest.raises(ValueError, match=r'PROMPT_LENGTH is 0; .* at least 1'):
     prompt.prompt(0)
+  for wrong in ('20', 20.0):
+    with pytest.raises(ValueError, match=f'PROMPT_LENGTH is {wrong!r}'):
+      prompt.prompt(wrong)
   with pytest.raises(ValueError, match=r"'end' is not one of .*'before_eos'"):
     prompt.prompt(5, position='end')

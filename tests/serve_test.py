@@ -441,4 +441,6 @@ def test_a_port_that_is_taken_is_said():
   with serve.listen('127.0.0.1', 0) as taken:
     with pytest.raises(OSError, match='choose another port'):
       serve.listen('127.0.0.1', taken.getsockname()[1])
+  with pytest.raises(ValueError, match='--port is 70000; expected 0 to 65535'):
+    serve.listen('127.0.0.1', 70000)
   assert data.BUCKET_MULTIPLE == 32  # What 32 tokens of input rest on.

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from unittest import mock
 
 import pytest
 
@@ -62,6 +63,15 @@ def test_labels_may_be_numbers_names_or_unknown(tmp_path):
   file = write(tmp_path / 'a.tsv', 'text\tlabel\na\t1\nb\tnegative\nc\t-1\n')
   got = [target for _, target in texts(file, names=NAMES)]
   assert got == ['positive', 'negative', '<unk>']
+  # A number is a label's, and a text its name, where names are numbers.
+  stars = ['1', '2', '3']
+  lines = [0, 2, 1.0, '2', '3', -1]
+  file = write(
+    tmp_path / 'b.jsonl',
+    '\n'.join(json.dumps({'text': 'a', 'label': label}) for label in lines),
+  )
+  got = [target for _, target in texts(file, names=stars)]
+  assert got == ['1', '3', '2', '2', '3', '<unk>']
 
 
 BAD = {
@@ -76,7 +86,8 @@ BAD = {
   'a.jsonl': (
     b'{"text": "ok", "label": 1}\n{"text": "x"}\n[1]\n{"text"\n'
     b'{"text": ["a"], "label": 0}\n{"text": "b\xffd", "label": 0}\n'
-    b'{"text": null, "label": 0}\n{"text": "ok", "label": 0}\n',
+    b'{"text": null, "label": 0}\n{"text": "ok", "label": 0}\n'
+    b'{"text": "\\ud800", "label": 0}\n',
     {
       2: "no column 'label'",
       3: 'not a JSON object',
@@ -84,6 +95,7 @@ BAD = {
       5: 'is a list',
       6: 'not UTF-8',
       7: "no column 'text'",
+      9: 'is no Unicode text',
     },
   ),
 }
@@ -189,6 +201,8 @@ def test_the_task_batches_and_knows_its_labels(sentiment):
   assert batches.num_examples == 40
   assert batches(3)['encoder_input_tokens'].shape == (8, 32)
   assert seqio_task.distinct_targets(task, LENGTHS) == NAMES
+  with mock.patch.object(seqio_task, 'LABELLED_ROWS', 1):
+    assert len(seqio_task.distinct_targets(task, LENGTHS)) == 1
   first, _ = next(seqio_task.examples(task, LENGTHS, 'validation'))
   assert first == {'inputs': 'text: 0 good film', 'targets': 'positive'}
 
@@ -292,6 +306,18 @@ def test_a_hugging_face_data_set_is_a_task(tmp_path):
   assert len(got) == 3
   with pytest.raises(ValueError, match="no split 'none', it has"):
     list(seqio_task.examples(task, LENGTHS, 'other'))
+  # One split alone, in slices.
+  part.save_to_disk(str(tmp_path / 'one'))
+  name = hugging_face.from_hugging_face(
+    str(tmp_path / 'one'),
+    '{text}',
+    '{label}',
+    splits={'train': 'train[:2]', 'validation': 'train[2:]'},
+    name='a_slice',
+  )
+  for split, want in (('train', ['a', 'b']), ('validation', ['c'])):
+    rows = seqio_task.examples(seqio_task.load(name), LENGTHS, split)
+    assert [text['inputs'] for text, _ in rows] == want
 
 
 def test_gin_files_and_flags_alone_make_a_task(sentiment, capsys):

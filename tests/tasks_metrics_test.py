@@ -1,5 +1,6 @@
 """tasks/metrics.py beyond the reference's values."""
 
+import numpy as np
 import pytest
 
 from ptune.tasks import metrics
@@ -20,6 +21,8 @@ from ptune.tasks import metrics
     ([], 'x', None),
     ({'value': ['An owl'], 'group': (0, 1)}, {'value': 'owl'}, True),
     (2.4, 2.4, True),
+    ({'answers': ['a'], 'context': 'a b'}, 'a', None),  # Of others' tasks.
+    (np.array([1, 2]), 1, None),
   ],
 )
 def test_is_right(target, prediction, right):
@@ -32,8 +35,6 @@ def test_unlabelled_rows_count_nowhere_and_none_leaves_no_score():
     metrics.f1,
     metrics.matthews,
     metrics.macro_f1(3),
-    metrics.pearson,
-    metrics.spearman,
     metrics.exact_match,
   ):
     assert metric([-1, -1], [0, 1]) == {}
@@ -42,6 +43,13 @@ def test_unlabelled_rows_count_nowhere_and_none_leaves_no_score():
   assert metrics.squad([[], ['a b']], ['x', 'b']) == metrics.squad(
     [['a b']], ['b']
   )
+
+
+@pytest.mark.parametrize('metric', [metrics.pearson, metrics.spearman])
+def test_of_numbers_minus_one_is_one_where_there_are_others(metric):
+  assert metric([-1.0, -1.0], [0.0, 1.0]) == {}
+  [score] = metric([-1.0, 0.0, 1.0, -1.0], [5.0, 0.0, 1.0, 7.0]).values()
+  assert score < 0
 
 
 def test_invalid_is_the_share_of_minus_one():

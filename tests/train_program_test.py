@@ -363,6 +363,7 @@ def test_a_directory_with_another_run_is_refused_untouched(started, tmp_path):
     ({'method': full.full()}, "method: 'prompt' there, 'full' here"),
     ({'mixture_or_task_name': 'tiny_b'}, "task: 'tiny_no_metrics' there"),
     ({'batch_size': 16}, 'batch_size: 8 there, 16 here'),
+    ({'bucket_multiple': 8}, 'bucket_multiple: None there, 8 here'),
     ({'seed': 5}, 'seed: 1 there, 5 here'),
     ({'task_feature_lengths': {'inputs': 16, 'targets': 4}}, "'inputs': 32"),
     ({'optimizer': optax.sgd}, "optimizer: 'adafactor' there, 'sgd' here"),
@@ -459,6 +460,15 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
   with pytest.raises(FloatingPointError, match='not finite after step 8'):
     tiny.run(tmp_path, optimizer=broken)
   assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [4]
+
+
+def test_a_state_that_is_not_finite_is_never_the_best(tmp_path):
+  # Evaluated before it would be saved.
+  broken = sgd(lambda step: jax.numpy.where(step == 0, jax.numpy.inf, 0.01))
+  with pytest.raises(FloatingPointError, match='not finite after step 1'):
+    tiny.run(tmp_path, optimizer=broken, eval_period=1)
+  assert not (tmp_path / 'prompts').exists()
+  assert not (tmp_path / 'best').exists()
 
 
 def test_a_wrong_best_metric_costs_no_steps(tmp_path):

@@ -30,6 +30,7 @@ from etils import epath
 from ptune import report
 from ptune.analysis import figures
 from ptune.analysis.neighbours import normalised
+from ptune.bank import name_of
 from ptune.convert.prompts import REFERENCE_FILE, find, read_prompt
 
 MEASURES = ('average_tokens', 'per_token')
@@ -83,7 +84,9 @@ def names(files: Sequence[str]) -> list[str]:
   for file in files:
     path = epath.Path(os.path.abspath(file))
     run = path.parent.name == 'prompts'
-    parts.append([*(path.parent.parent if run else path.with_suffix('')).parts])
+    parts.append([*(path.parent.parent if run else path.parent).parts])
+    if not run:
+      parts[-1].append(name_of(path))
     if run and path.stem != 'best':
       parts[-1].append(path.stem)
   for length in range(1, max(map(len, parts), default=0) + 1):

@@ -11,8 +11,10 @@ import dataclasses
 import json
 import math
 import re
+import tokenize
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -212,6 +214,13 @@ def _of_safetensors(file: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
   return tensors[peft.ROWS].read(), facts
 
 
+# What NumPy raises at a damaged header.
+_DAMAGED = (
+  *(ValueError, EOFError, KeyError, TypeError, SyntaxError),
+  tokenize.TokenError,
+)
+
+
 def _of_npy(file: epath.Path) -> np.ndarray:
   """Reads NumPy's format, whatever the file's suffix; never a pickle."""
   size = file.stat().length
@@ -233,8 +242,10 @@ def _of_npy(file: epath.Path) -> np.ndarray:
         )
       data = f.read()
     order = 'F' if transposed else 'C'
+    if dtype == np.dtype('V2'):  # What NumPy's format makes of bfloat16.
+      dtype = np.dtype(jnp.bfloat16)
     return np.frombuffer(data, dtype).reshape(shape, order=order)
-  except (ValueError, EOFError, KeyError, TypeError, SyntaxError) as error:
+  except _DAMAGED as error:
     raise ValueError(
       f'{file} ({size} bytes) is no NumPy array file, or is damaged: {error}.\n'
       f'{EXPECTED}'

@@ -81,8 +81,10 @@ def lora(
   Raises:
     ValueError: If the rank is below 1, or a site unknown or given twice.
   """
-  if rank < 1:
-    raise ValueError(f'the rank of LoRA is {rank}; it must be at least 1')
+  if not isinstance(rank, int) or rank < 1:
+    raise ValueError(
+      f'the rank of LoRA is {rank!r}; it must be at least 1, a whole number'
+    )
   wrong = [s for s in sites if s not in OWNERS or list(sites).count(s) > 1]
   if wrong or not sites:
     raise ValueError(
@@ -92,6 +94,8 @@ def lora(
   scale = alpha / rank
 
   def merge(path, value, trained):
+    if path.split('/')[-2] not in sites:  # Perhaps another LoRA's.
+      return value
     adapter = f'{path.removesuffix("/kernel")}_lora'
     a, b = (trained.get(f'{adapter}/{name}/kernel') for name in 'ab')
     return value if a is None else value + scale * (a @ b)

@@ -312,5 +312,7 @@ def causal_mask(length: int | None) -> tuple[Placement, ...]:
 
 def check_length(length: int) -> None:
   """Raises a ValueError if a prompt cannot have this length."""
-  if length < 1:
-    raise ValueError(f'PROMPT_LENGTH is {length}; it must be at least 1')
+  if not isinstance(length, int) or length < 1:
+    raise ValueError(
+      f'PROMPT_LENGTH is {length!r}; it must be at least 1, a whole number'
+    )
