@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     raise ValueError(
       f'{error}; it comes with pip install "ptune[serve]"'
     ) from error
-  sockets = [listen(args.host, args.port)]  # Before the model is loaded.
+  # Told before a model is loaded, for minutes perhaps; until that is done,
+  # nobody shall be kept waiting for an answer.
+  listen(args.host, args.port).close()
   app = make(args, web)
   # uvicorn raises what it was stopped by again when it is done.
   for number in (signal.SIGINT, signal.SIGTERM):
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     log_config=None,
     timeout_graceful_shutdown=int(args.timeout) + 5,
   )
+  sockets = [listen(args.host, args.port)]
   host, port = sockets[0].getsockname()[:2]
   logging.getLogger('uvicorn').setLevel(logging.WARNING)
   print(f'http://{host}:{port}', flush=True)
@@ -108,11 +111,11 @@ def listen(host: str, port: int) -> Any:
   """
   import socket
 
+  if not 0 <= port <= 65535:
+    raise ValueError(f'--port is {port}; expected 0 to 65535')
   family = socket.AF_INET6 if ':' in host else socket.AF_INET
   try:
     return socket.create_server((host, port), family=family, backlog=2048)
-  except OverflowError as error:
-    raise ValueError(f'--port is {port}; expected 0 to 65535') from error
   except OSError as error:
     raise OSError(
       f'--host {host} --port {port} cannot be listened on: {error.strerror};'

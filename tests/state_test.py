@@ -93,7 +93,7 @@ def test_bfloat16_has_all_products_that_a_step_with_dropout_needs(microbatches):
   plan = parameters.plan(config, prompt.prompt(3), ONE)
   tx = optim.adafactor()
   state, frozen, like = start(plan, tx)
-  batch = make_batch([70, 70, 60, 50], [8, 8, 7, 6])
+  batch = make_batch([70, 70, 60, 50], [8, 8, 7, 6], 70, 8)
   step = state_lib.compile_step(
     models.EncoderDecoderModel(plan.network), tx, plan, like, microbatches
   )
