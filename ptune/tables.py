@@ -98,6 +98,12 @@ def markdown(grid: Grid) -> str:
   return '\n'.join([*lines, ''])
 
 
+def _rounded(count: int) -> str:
+  """581632 -> 0.6 M, 11135332352 -> 11.1 B."""
+  size, unit = (1e9, 'B') if count >= 1e9 else (1e6, 'M')
+  return f'{count / size:.1f} {unit}'
+
+
 def draw(grid: Grid, title: str, x: Mapping[str, int] | None) -> 'Figure':
   """Mean and standard deviation; a line for each row, against x.
 
@@ -121,6 +127,9 @@ def draw(grid: Grid, title: str, x: Mapping[str, int] | None) -> 'Figure':
       for row, cells in grid.items()
     }
     axes.set(xscale='log', xlabel='parameters of the model')
+    names = [f'{name}\n{_rounded(count)}' for name, count in x.items()]
+    axes.set_xticks(list(x.values()), names)
+    axes.set_xticks([], minor=True)
   else:
     names = columns(grid)
     series = {
