@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptune import decoding
 from ptune.models import Batch, EncoderDecoderModel, Params, token_loss
 
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -153,7 +152,7 @@ def perceptron(
     return loss, {
       'loss': loss,
       'z_loss': jnp.zeros_like(loss),
-      'correct': jnp.sum((decoding.argmax(logits) == right) * weights),
+      'correct': jnp.sum((jnp.argmax(logits, axis=-1) == right) * weights),
       'tokens': jnp.sum(weights),
     }
 

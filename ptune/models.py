@@ -127,7 +127,7 @@ class EncoderDecoderModel:
     cross_entropy, z_loss = token_loss(
       logits, targets, self.z_loss, self.label_smoothing
     )
-    right = decoding.argmax(logits) == targets
+    right = jnp.argmax(logits, axis=-1) == targets
     loss = jnp.sum((cross_entropy + z_loss) * weights)
     return loss, {
       'loss': loss,
