@@ -21,10 +21,23 @@ from ptune.fused import MASKED
 
 Initializer = Callable[..., jax.Array]
 
+
+def _precisely(activation: Callable[[jax.Array], jax.Array]):
+  """Computed in float32, and again in the backward pass from its input alone.
+
+  In bfloat16 each operation would be rounded, which takes longer, and all that
+  lies between input and output be kept until the backward pass.
+  """
+  return jax.checkpoint(
+    lambda x: activation(x.astype(jnp.float32)).astype(x.dtype)
+  )
+
+
 ACTIVATIONS = {
-  'gelu': nn.gelu,  # The tanh approximation, as T5 1.1 was trained with.
+  # The tanh approximation, as T5 1.1 was trained with.
+  'gelu': _precisely(nn.gelu),
   'relu': nn.relu,
-  'silu': nn.silu,
+  'silu': _precisely(nn.silu),
   'linear': lambda x: x,
 }
 
@@ -348,9 +361,11 @@ class Attention(nn.Module):
       bias = jnp.pad(bias, added)
     # As T5X does, the weight of a key is dropped for all queries of a head or
     # for none: so its value may be, which fused kernels take as any other.
-    v = nn.Dropout(self.dropout_rate, broadcast_dims=(-1,))(
-      v, deterministic=not enable_dropout
+    # [b, h, k, 1] -> [b, k, h, 1]
+    kept = nn.Dropout(self.dropout_rate, deterministic=not enable_dropout)(
+      jnp.ones((v.shape[0], self.num_heads, v.shape[1], 1), v.dtype)
     )
+    v = v * kept.swapaxes(1, 2)
 
     if self.fused and cache_index is None and fused.fits(q, k):
       allowed = jnp.zeros(()) if bias is None else bias
@@ -362,9 +377,13 @@ class Attention(nn.Module):
       if bias is not None:
         logits = logits + bias
       logits = jnp.where(mask, logits, MASKED)
-      weights = nn.softmax(logits).astype(self.dtype)
+      # A softmax that is divided by its sum last, when it is smaller.
+      most = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+      weights = jnp.exp(logits - most)
+      total = jnp.sum(weights, axis=-1).swapaxes(1, 2)[..., None]
       # -> [b, q, h, d]
-      y = product('bhqk,bkhd->bqhd', weights, v).astype(self.dtype)
+      y = product('bhqk,bkhd->bqhd', weights.astype(self.dtype), v)
+      y = (y / total).astype(self.dtype)
     # -> [b, q, joined_kv] -> [b, q, embed]
     y = y.reshape(*y.shape[:2], -1)
     out = Dense(
