@@ -139,24 +139,27 @@ def test_an_ensemble_stands_beside_the_average_and_the_best(tmp_path):
   assert votes[0].setting != votes[1].setting
 
 
+OTHER_SETTINGS = [
+  {'bases': {'base': Base('/another', tiny.CONFIG)}},
+  {'batch_size': 16},
+  {'task_feature_lengths': {'inputs': 8, 'targets': 4}},
+  {'method': prompt.prompt(4)},
+  {'method': prompt.prompt(2, prompt_init.from_sampled_vocab())},
+  {'method': prompt.prompt(2, prompt_init.from_sampled_vocab(10))},
+  {'tuning': Tuning(2, 0.2)},
+  {'tuning': Tuning(2, 0.1, optimizer=optim.relative_adam)},
+  {'task': 'another'},
+  {'evaluated': 'tiny_b'},
+  {'best_metric': 'loss'},
+  {'eval_steps': 2},
+  {'dtype': 'bfloat16'},
+]
+
+
 @pytest.mark.parametrize(
   'changes',
-  [
-    {'bases': {'base': Base('/another', tiny.CONFIG)}},
-    {'batch_size': 16},
-    {'task_feature_lengths': {'inputs': 8, 'targets': 4}},
-    {'method': prompt.prompt(4)},
-    {'method': prompt.prompt(2, prompt_init.from_sampled_vocab())},
-    {'method': prompt.prompt(2, prompt_init.from_sampled_vocab(10))},
-    {'tuning': Tuning(2, 0.2)},
-    {'tuning': Tuning(2, 0.1, optimizer=optim.relative_adam)},
-    {'task': 'another'},
-    {'evaluated': 'tiny_b'},
-    {'best_metric': 'loss'},
-    {'eval_steps': 2},
-    {'dtype': 'bfloat16'},
-  ],
-  ids=str,
+  OTHER_SETTINGS,
+  ids=lambda changes: next(iter(changes)),
 )
 def test_a_score_of_other_settings_is_not_taken_for_it(tmp_path, changes):
   def setting(changes):
