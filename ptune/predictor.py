@@ -134,9 +134,14 @@ def load(
     directory = checkpoints.run_directory(model_dir)
     run = facts = checkpoints.read_run(directory)
     checkpoint_path = checkpoint_path or run['initial_checkpoint_path']
-    source = open_checkpoint(_best_or_newest(directory))
-    step = source.step
-    values |= restore(source, plan.select(plan.trainable))
+    if (directory / 'best').exists() or (directory / 'checkpoints').exists():
+      source = open_checkpoint(_best_or_newest(directory))
+      step = source.step
+      values |= restore(source, plan.select(plan.trainable))
+    else:  # One of several runs, whose checkpoints are of all together.
+      trained, facts = read_prompt_file(plan, find(directory))
+      step = facts.get('step')
+      values |= trained
   rest = plan.select(frozenset(plan.params) - frozenset(values))
   if rest:
     restored, base_step = _restore_base(plan, checkpoint_path, rest)

@@ -418,7 +418,12 @@ class Runner:
         self._models.mkdir(parents=True, exist_ok=True)
         given = [x.replace('{models}', str(self._models)) for x in base.make]
         command = [sys.executable, '-m', 'ptune.pretrained.make']
-        subprocess.run([*command, f'--output={checkpoint}', *given], check=True)
+        made = subprocess.run([*command, f'--output={checkpoint}', *given])
+        if made.returncode:
+          raise ValueError(
+            f'{checkpoint} was not made: its pre-training, which says why,'
+            f' ended with status {made.returncode}; the same command goes on'
+          )
     config = base.config or identity.config(open_checkpoint(checkpoint))
     return checkpoint, dataclasses.replace(config, **self._how)
 

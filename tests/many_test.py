@@ -245,6 +245,15 @@ def test_methods_of_other_kinds_share_the_model(tmp_path):
   assert trained['prompt'].keys() == {prompt.PATH}
   assert all('lora' in path for path in trained['lora'])
   assert (tmp_path / 'lora' / 'prompts' / 'step_1.safetensors').exists()
+  # Neither was evaluated, so that none is the best: the newest is taken.
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  for name, one in runs.items():
+    plan = parameters.plan(tiny.CONFIG, one.method, mesh)
+    params, step = predictor.load(plan, model_dir=tmp_path / name)
+    flat = parameters.flatten(params)
+    assert step == 1
+    for path, value in trained[name].items():
+      np.testing.assert_array_equal(flat[path], value)
 
 
 def test_what_a_method_asks_of_inputs_is_asked_of_its_own_rows(tmp_path):
