@@ -124,9 +124,9 @@ def matthews(targets, predictions) -> Scores:
 
 
 def _correlation(name: str, targets, predictions) -> Scores:
-  if not _labelled(targets, predictions):  # -1 may be a number among others.
+  pairs = _labelled(targets, predictions)
+  if not pairs:
     return {}
-  pairs = list(zip(targets, predictions, strict=True))
   from scipy import stats
 
   function = {'pearson': stats.pearsonr, 'spearman': stats.spearmanr}[name]
