@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from ptune import parameters, partitioning
 from ptune.adapters import Method
 from ptune.answers import Predictor, Trees
-from ptune.convert.prompts import read_prompt
+from ptune.convert.prompts import is_of_a_run, name_of, read_prompt
 from ptune.methods.prompt import ROWS, per_row, row_parameters
 from ptune.models import Batch, Decoding, EncoderDecoderModel
 from ptune.sizes import T5Config
@@ -36,8 +36,6 @@ from ptune.sizes import T5Config
 METHOD = Method('row_prompts', per_row(), trainable=(ROWS,))
 # Methods whose prompts stand elsewhere, or are seen otherwise.
 OTHER_METHODS = ('prompt/', 'decoder_prompt')
-# A directory of such files alone is one prompt: that of a run's best step.
-_OF_A_RUN = re.compile(r'(best|step_\d+)\.npy')
 # What a prompt may be called: also a part of a path, and of an address.
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]{0,63}')
 
@@ -306,7 +304,7 @@ def parse(prompts: str) -> dict[str, str]:
       continue
     place = epath.Path(os.path.expanduser(part))
     files = sorted(place.glob('*.npy')) if place.is_dir() else []
-    if files and all(_OF_A_RUN.fullmatch(file.name) for file in files):
+    if files and all(map(is_of_a_run, files)):
       found.append((place.absolute().parent.name, os.fspath(place)))
     else:
       found += [(name_of(x), os.fspath(x)) for x in files or [place]]
@@ -326,8 +324,3 @@ def parse(prompts: str) -> dict[str, str]:
       ' the path, as in sst2=/runs/sst2'
     )
   return dict(found)
-
-
-def name_of(path: epath.Path) -> str:
-  """What a prompt is called that was given no name."""
-  return path.stem if path.suffix in ('.npy', '.safetensors') else path.name

@@ -263,7 +263,7 @@ def _read_texts(
       raise ValueError(f'{where}: targets must be a string; got {line[:80]!r}')
     try:
       ''.join(texts.values()).encode()
-    except UnicodeEncodeError as error:  # Of an escape such as \\ud800.
+    except UnicodeEncodeError as error:  # Of an escape such as \ud800.
       raise ValueError(f'{where} is no Unicode text: {error}') from error
     yield texts | own(where, record)
 

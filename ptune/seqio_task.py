@@ -293,11 +293,9 @@ def distinct_targets(
   for texts, _ in itertools.islice(rows, LABELLED_ROWS):
     found.add(texts['targets'])
     if len(found) > most:
-      break
-  if len(found) > most:
-    raise ValueError(
-      f'Task {task.name!r} has more than {most} distinct targets, such as '
-      f'{sorted(found)[:3]}, so its class labels cannot be told. Set '
-      'CLASS_LABELS, or choose another file of prompts/.'
-    )
+      raise ValueError(
+        f'Task {task.name!r} has more than {most} distinct targets, such as '
+        f'{sorted(found)[:3]}, so its class labels cannot be told. Set '
+        'CLASS_LABELS, or choose another file of prompts/.'
+      )
   return sorted(found)

@@ -284,12 +284,9 @@ class Runner:
 
   def _voted(self, cell: Cell) -> list[Result]:
     """Of a cell: the score of its best seed, and of their vote."""
+    at = cell.row, cell.task, -1, self._setting_of_vote(cell)
     return [
-      r
-      for r in self._results
-      if r.seed == -1
-      and (r.row, r.task) == (cell.row, cell.task)
-      and r.setting == self._setting_of_vote(cell)
+      r for r in self._results if at == (r.row, r.task, r.seed, r.setting)
     ]
 
   def _setting_of_vote(self, cell: Cell) -> str:

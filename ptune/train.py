@@ -325,9 +325,10 @@ def train(
           sums = {}
         if keep:
           save(saved, state, sums, wait=last or stop)
+        elif look:  # What is spoiled shall not become the best.
+          check_finite(saved, state)
         scores = report_lib.scores_at(report.records, step)
         if evaluation and look and not stop and not scores:
-          check_finite(saved, state)
           try:
             with report.paused('evaluating'):
               scores = evaluation((state.trainable, frozen), step, asked)

@@ -458,7 +458,7 @@ def draw_pieces(
   axes = fig.subplots()
   image = axes.imshow(importance, cmap='Blues', aspect='auto')
   y, x = np.nonzero(~kept)
-  axes.plot(x, y, 'x', color='0.5', ms=4, label='pruned')
+  axes.plot(x, y, 'x', color='0.5', ms=4)
   axes.set(xlabel='piece', ylabel='row of the prompt')
   axes.set_yticks(range(count), rows, fontsize=7)
   axes.set_title(f'{name.replace("_", " ")} (x: pruned)')

@@ -30,8 +30,7 @@ from etils import epath
 from ptune import report
 from ptune.analysis import figures
 from ptune.analysis.neighbours import normalised
-from ptune.bank import name_of
-from ptune.convert.prompts import REFERENCE_FILE, find, read_prompt
+from ptune.convert.prompts import REFERENCE_FILE, find, name_of, read_prompt
 
 MEASURES = ('average_tokens', 'per_token')
 
@@ -83,12 +82,11 @@ def names(files: Sequence[str]) -> list[str]:
   parts = []
   for file in files:
     path = epath.Path(os.path.abspath(file))
-    run = path.parent.name == 'prompts'
-    parts.append([*(path.parent.parent if run else path.parent).parts])
-    if not run:
-      parts[-1].append(name_of(path))
-    if run and path.stem != 'best':
-      parts[-1].append(path.stem)
+    if path.parent.name == 'prompts':  # Of a run, which has the name.
+      step = [] if path.stem == 'best' else [path.stem]
+      parts.append([*path.parent.parent.parts, *step])
+    else:
+      parts.append([*path.parent.parts, name_of(path)])
   for length in range(1, max(map(len, parts), default=0) + 1):
     short = ['/'.join(p[-length:]) for p in parts]
     if len(set(short)) == len(files):

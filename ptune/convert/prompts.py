@@ -28,6 +28,9 @@ from ptune.methods.prompt import PATH
 # What the paper's implementation calls the prompt's file.
 REFERENCE_FILE = 'encoder.prompt.prompt.prompt'
 REFERENCE_DIRECTORY = 'numpy_checkpoints'
+# What a run calls the files in its prompts/.
+_BEST = ('best.npy', 'best.safetensors')
+_STEP = re.compile(r'step_(\d{1,15})\.(npy|safetensors)')
 # Where a .safetensors file keeps what is known of its prompt.
 FACTS = 'ptune'
 # What such files hold: one prompt, or what `multitask` made of several.
@@ -134,16 +137,25 @@ def find(path: epath.PathLike) -> epath.Path:
   return steps[max(steps)] if steps else path
 
 
+def name_of(path: epath.Path) -> str:
+  """What a prompt is called that was given no name."""
+  return path.stem if path.suffix in ('.npy', SUFFIX) else path.name
+
+
+def is_of_a_run(file: epath.Path) -> bool:
+  """Whether a file has a name that a run gives to those in its `prompts/`."""
+  return file.name in _BEST or bool(_STEP.fullmatch(file.name))
+
+
 def _written(folder: epath.Path) -> epath.Path | None:
   """The best file of a `prompts/` directory, or its newest."""
-  for best in ('best.npy', 'best.safetensors'):
+  for best in _BEST:
     if (folder / best).is_file():
       return folder / best
-  name = re.compile(r'step_(\d{1,15})\.(npy|safetensors)')
   steps = {
     int(match[1]): child
     for child in folder.iterdir()
-    if (match := name.fullmatch(child.name))
+    if (match := _STEP.fullmatch(child.name))
   }
   return steps[max(steps)] if steps else None
 
@@ -216,7 +228,11 @@ def _of_safetensors(file: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
 
 # What NumPy raises at a damaged header.
 _DAMAGED = (
-  *(ValueError, EOFError, KeyError, TypeError, SyntaxError),
+  ValueError,
+  EOFError,
+  KeyError,
+  TypeError,
+  SyntaxError,
   tokenize.TokenError,
 )
 
