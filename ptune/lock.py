@@ -166,7 +166,7 @@ def _wait_until_dead(path: epath.Path) -> None:
     time.sleep(min(BEAT, LEASE) / 5)
     if not path.exists():
       return
-    if (text := _read(path)) != first:
+    if (text := _read(path)) not in (first, ''):
       raise _refusal(
         path,
         text,

@@ -78,7 +78,7 @@ def quick(monkeypatch):
     raise OSError(95, 'Operation not supported')
 
   monkeypatch.setattr(lock.fcntl, 'flock', flock)
-  for name, seconds in {'BEAT': 0.1, 'LEASE': 1.0, 'SETTLE': 0.3}.items():
+  for name, seconds in {'BEAT': 0.1, 'LEASE': 2.0, 'SETTLE': 0.3}.items():
     monkeypatch.setattr(lock, name, seconds)
   left = threading.Event()  # Not this process, should the world be too quick.
   monkeypatch.setattr(lock.os, '_exit', lambda status: left.set())
@@ -95,6 +95,24 @@ def test_signs_of_life_keep_others_out(tmp_path, quick):
   with lock.held(tmp_path):
     pass
   assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_being_written_does_not_say_whose_it_is(
+  tmp_path, quick, monkeypatch
+):
+  write = lock._write
+
+  def slowly(path, owner, beat):
+    path.write_text('')
+    time.sleep(0.1)
+    write(path, owner, beat)
+
+  monkeypatch.setattr(lock, '_write', slowly)
+  with lock.held(tmp_path):
+    for _ in range(5):
+      with pytest.raises(ValueError, match=f'by process {os.getpid()} on'):
+        with lock.held(tmp_path):
+          pass
 
 
 def test_what_shows_no_sign_of_life_is_taken_over(tmp_path, quick, caplog):
