@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ptune import optim, parameters, partitioning, sizes
+from ptune import cpu, optim, parameters, partitioning, sizes
 from ptune import state as state_lib
 from ptune.methods import prompt
 from ptune.models import EncoderDecoderModel
@@ -116,6 +116,7 @@ def run(
   args = parser.parse_args()
   if hasattr(os, 'sched_setaffinity'):  # Before JAX starts its threads.
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+  cpu.configure()  # As the `ptune` command does.
   result = measure(args)
   device = jax.devices()[0].device_kind
   about = {'device': device, 'jax': jax.__version__}

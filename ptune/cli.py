@@ -308,6 +308,8 @@ def _initialize_processes(args: argparse.Namespace) -> None:
   """Sets up JAX, and joins the other processes where there are any."""
   import jax
 
+  from ptune import cpu
+
   # Compiled programs are kept: a second start skips the compilation.
   cache = os.environ.get('JAX_COMPILATION_CACHE_DIR') or os.path.join(
     os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache')), 'ptune'
@@ -316,6 +318,7 @@ def _initialize_processes(args: argparse.Namespace) -> None:
   # Where an error comes from says whose it is: see `_is_for_users`.
   if 'JAX_TRACEBACK_FILTERING' not in os.environ:
     jax.config.update('jax_traceback_filtering', 'off')
+  cpu.configure()
   if args.program in TOOLS:
     return
   if args.coordinator_address or args.multiprocess:

@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # it and, if a package, from itself. A new module is to be put in its place.
 LAYERS = (
   'processes',
+  'cpu',
   'pretrained',
   'adapters',
   'fused',

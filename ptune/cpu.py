@@ -1,0 +1,50 @@
+"""How a program of its own sets up JAX, where that computes on the CPU.
+
+XLA's CPU backend asks the C library for a step's temporaries anew in each
+step. glibc gives so large a piece back to the system when it is freed, and the
+system hands out zeroed pages, one fault each, when it is asked again, which
+took a sixth of a step (benchmarks/README.md). Here what is freed is kept for
+the next step.
+"""
+
+import ctypes
+import importlib.util
+import os
+
+import jax
+
+# From <malloc.h>: no piece is mapped on its own, and the heap never shrinks.
+_MALLOC_OPTIONS = {'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, -1)}
+# Who has set one of these knows better.
+_MALLOC_VARIABLES = ('GLIBC_TUNABLES', 'MALLOC_')
+# What JAX's accelerators come with.
+_PLUGINS = ('jax_plugins', 'libtpu')
+
+
+def configure() -> bool:
+  """Lets the main thread compute, with memory that it keeps.
+
+  The main thread, because the heaps that glibc gives to others cannot hold
+  what is large; and the steps that a loop is ahead of the device would each
+  have temporaries of their own. For a process of ptune's own, before JAX looks
+  for devices.
+
+  Does nothing where JAX has a plugin for an accelerator, unless JAX_PLATFORMS
+  is `cpu`; memory is left to malloc where one of its variables is set, such as
+  MALLOC_TRIM_THRESHOLD_, and where it is not glibc's.
+
+  Returns:
+    Whether memory is kept.
+  """
+  if os.environ.get('JAX_PLATFORMS') != 'cpu' and any(
+    map(importlib.util.find_spec, _PLUGINS)
+  ):
+    return False
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
+  if any(name.startswith(_MALLOC_VARIABLES) for name in os.environ):
+    return False
+  try:
+    mallopt = ctypes.CDLL(None).mallopt
+  except (AttributeError, OSError, TypeError):  # Another C library.
+    return False
+  return all(mallopt(*option) for option in _MALLOC_OPTIONS.values())

@@ -1,0 +1,96 @@
+"""ptune/cpu.py: what the `ptune` command sets up for XLA's CPU backend."""
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from ptune import cpu
+from tests import tiny
+
+# Prints whether memory is kept, and the page faults of a step with 64 MB of
+# temporaries (16,384 pages) once it has run before.
+STEP = """
+import resource
+import jax, jax.numpy as jnp
+from ptune import cpu
+
+kept = cpu.configure()
+step = jax.jit(lambda x: jax.lax.optimization_barrier(jnp.outer(x, x)) @ x)
+x = jnp.ones(4096)
+faults = []
+for _ in range(4):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  step(x).block_until_ready()
+  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(kept, faults[-1])
+"""
+
+
+def faults(**environment):
+  ours = {
+    k: v
+    for k, v in tiny.environment().items()
+    if not k.startswith(('MALLOC_', 'GLIBC_'))
+  }
+  result = subprocess.run(
+    [sys.executable, '-c', STEP],
+    env={**ours, 'JAX_PLATFORMS': 'cpu', **environment},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  kept, count = result.stdout.split()
+  return kept == 'True', int(count)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc is asked')
+def test_a_step_has_no_page_faults():
+  assert faults() == (True, 0)
+  # As it is without: these leave malloc as it comes.
+  for name, value in (
+    ('MALLOC_MMAP_MAX_', '65536'),
+    ('GLIBC_TUNABLES', 'glibc.malloc.mmap_max=65536'),
+  ):
+    kept, count = faults(**{name: value})
+    assert not kept and count > 10_000
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """What configure() sets, in a process where JAX already has its devices."""
+  found = {}
+  monkeypatch.setattr(
+    jax.config, 'update', lambda name, value: found.update({name: value})
+  )
+
+  class Library:
+    def __init__(self, name):
+      del name
+
+    def mallopt(self, option, value):
+      found[option] = value
+      return 1
+
+  monkeypatch.setattr(cpu.ctypes, 'CDLL', Library)
+  for name in ('GLIBC_TUNABLES', 'MALLOC_ARENA_MAX', 'JAX_PLATFORMS'):
+    monkeypatch.delenv(name, raising=False)
+  return found
+
+
+@pytest.mark.parametrize('plugin', ['jax_plugins', 'libtpu'])
+def test_a_host_of_accelerators_keeps_its_own(asked, monkeypatch, plugin):
+  monkeypatch.setattr(
+    cpu.importlib.util, 'find_spec', lambda name: name == plugin or None
+  )
+  assert not cpu.configure() and asked == {}
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  assert cpu.configure()
+  assert asked == {'jax_cpu_enable_async_dispatch': False, -4: 0, -1: -1}
+
+
+def test_another_c_library_has_no_such_options(asked, monkeypatch):
+  monkeypatch.setattr(cpu.ctypes, 'CDLL', lambda name: object())
+  assert not cpu.configure()
+  assert asked == {'jax_cpu_enable_async_dispatch': False}
