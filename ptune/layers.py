@@ -113,6 +113,45 @@ def _product_backward(spec, operands, cotangent):
 product.defvjp(_product_forward, _product_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def exponentials(
+  dtype: jnp.dtype, logits: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """A softmax that is still to be divided by its sum, and the sum.
+
+  All that it keeps for the backward pass is what it returns first.
+
+  Args:
+    dtype: Type of the exponentials; they are computed in float32.
+    logits: [..., k] float32.
+    mask: Broadcasts to [..., k]; False where the weight is 0. Where it is
+      False for all k, they weigh the same, and have no gradient that counts.
+
+  Returns:
+    Exponentials [..., k] of the distance from the largest, and their sum
+    [...] float32, of what was rounded.
+  """
+  logits = jnp.where(mask, logits, MASKED)
+  most = jnp.max(logits, axis=-1, keepdims=True)
+  y = jnp.exp(logits - most).astype(dtype)
+  return y, jnp.sum(y, axis=-1, dtype=jnp.float32)
+
+
+def _exponentials_forward(dtype, logits, mask):
+  y, total = exponentials(dtype, logits, mask)
+  return (y, total), y
+
+
+def _exponentials_backward(dtype, y, cotangents):
+  del dtype
+  dy, dtotal = cotangents
+  # What the largest is does not matter: it cancels when the sum divides.
+  return (dy.astype(jnp.float32) + dtotal[..., None]) * y, None
+
+
+exponentials.defvjp(_exponentials_forward, _exponentials_backward)
+
+
 def scale_of(module: nn.Module, name: str) -> jax.Array | None:
   """The scales [features] beside an int8 parameter; see `parameters.hold`."""
   name = f'{name}_scale'
@@ -376,13 +415,11 @@ class Attention(nn.Module):
       logits = product('bkhd,bqhd->bhqk', k, q)
       if bias is not None:
         logits = logits + bias
-      logits = jnp.where(mask, logits, MASKED)
-      # A softmax that is divided by its sum last, when it is smaller.
-      most = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-      weights = jnp.exp(logits - most)
-      total = jnp.sum(weights, axis=-1).swapaxes(1, 2)[..., None]
-      # -> [b, q, h, d]
-      y = product('bhqk,bkhd->bqhd', weights.astype(self.dtype), v)
+      # Divided by the sum last, when there is less to divide.
+      weights, total = exponentials(self.dtype, logits, mask)
+      # -> [b, q, h, d], [b, q, h, 1]
+      y = product('bhqk,bkhd->bqhd', weights, v)
+      total = total.swapaxes(1, 2)[..., None]
       y = (y / total).astype(self.dtype)
     # -> [b, q, joined_kv] -> [b, q, embed]
     y = y.reshape(*y.shape[:2], -1)

@@ -57,6 +57,39 @@ def test_no_operand_of_a_low_precision_product_is_widened(spec):
   assert [g.dtype for g in grads] == [jnp.bfloat16] * 2
 
 
+@pytest.mark.parametrize(
+  ('dtype', 'close'), [('float32', 1e-6), ('bfloat16', 1e-2)]
+)
+def test_a_softmax_divided_last_is_a_softmax(dtype, close):
+  logits, v = operands(((2, 3, 4, 50), (2, 3, 50, 8)), jnp.float32)
+  logits = logits * 30  # T5's are not scaled.
+  mask = jnp.arange(50) < 40
+  exponentials = functools.partial(
+    layers.exponentials, jnp.dtype(dtype), mask=mask
+  )
+
+  def ours(logits, v):
+    weights, total = exponentials(logits)
+    return weights.astype(jnp.float32) @ v / total[..., None]
+
+  def softmax(logits, v):
+    return jax.nn.softmax(jnp.where(mask, logits, layers.MASKED)) @ v
+
+  got, pull = jax.vjp(ours, logits, v)
+  want, want_pull = jax.vjp(softmax, logits, v)
+  np.testing.assert_allclose(got, want, atol=close)
+  for a, b in zip(pull(want), want_pull(want), strict=True):
+    np.testing.assert_allclose(a, b, atol=10 * close)
+  # Of the logits' size, the backward pass is left the exponentials alone.
+  (weights, total), pull = jax.vjp(exponentials, logits)
+  kept = [x for x in jax.tree.leaves(pull) if x.shape == logits.shape]
+  assert [x.dtype for x in kept] == [weights.dtype] == [dtype]
+  assert total.dtype == jnp.float32
+  # Who may look nowhere looks everywhere: nothing divides by 0.
+  _, total = layers.exponentials(jnp.dtype(dtype), logits, mask & False)
+  assert (total == 50).all()
+
+
 def cosine(a, b):
   a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
   return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
