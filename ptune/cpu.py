@@ -30,8 +30,8 @@ def configure() -> bool:
   for devices.
 
   Does nothing where JAX has a plugin for an accelerator, unless JAX_PLATFORMS
-  is `cpu`; memory is left to malloc where one of its variables is set, such as
-  MALLOC_TRIM_THRESHOLD_, and where it is not glibc's.
+  is `cpu`; memory is left to malloc where one of its variables is set, if only
+  to nothing (`GLIBC_TUNABLES=`), and where it is not glibc's.
 
   Returns:
     Whether memory is kept.
