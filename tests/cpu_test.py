@@ -1,7 +1,9 @@
 """ptune/cpu.py: what the `ptune` command sets up for XLA's CPU backend."""
 
+import os
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -32,7 +34,7 @@ def faults(**environment):
   ours = {
     k: v
     for k, v in tiny.environment().items()
-    if not k.startswith(('MALLOC_', 'GLIBC_'))
+    if not k.startswith(cpu._MALLOC_VARIABLES)
   }
   result = subprocess.run(
     [sys.executable, '-c', STEP],
@@ -66,17 +68,16 @@ def asked(monkeypatch):
     jax.config, 'update', lambda name, value: found.update({name: value})
   )
 
-  class Library:
-    def __init__(self, name):
-      del name
+  def mallopt(option, value):
+    found[option] = value
+    return 1
 
-    def mallopt(self, option, value):
-      found[option] = value
-      return 1
-
-  monkeypatch.setattr(cpu.ctypes, 'CDLL', Library)
-  for name in ('GLIBC_TUNABLES', 'MALLOC_ARENA_MAX', 'JAX_PLATFORMS'):
-    monkeypatch.delenv(name, raising=False)
+  library = types.SimpleNamespace(mallopt=mallopt)
+  monkeypatch.setattr(cpu.ctypes, 'CDLL', lambda name: library)
+  monkeypatch.setattr(cpu.importlib.util, 'find_spec', lambda name: None)
+  for name in list(os.environ):
+    if name.startswith((*cpu._MALLOC_VARIABLES, 'JAX_PLATFORMS')):
+      monkeypatch.delenv(name)
   return found
 
 
