@@ -187,6 +187,14 @@ def matches(pattern: str, path: str) -> bool:
   )
 
 
+def placed(
+  module: nn.Module, placements: Iterable[Placement], site: str
+) -> list[Placement]:
+  """Those of the placements that stand at a site of a module."""
+  path = '/'.join((*module.path, site))
+  return [p for p in placements if matches(p.site, path)]
+
+
 def adapt(
   module: nn.Module,
   placements: Iterable[Placement],
@@ -211,9 +219,7 @@ def adapt(
     y, changed by the adapters. Its length may differ from the given one: masks
     are made from array shapes afterwards.
   """
-  path = '/'.join((*module.path, site))
-  for placement in placements:
-    if matches(placement.site, path):
-      y = placement.adapter(name=placement.name)(x, y)
+  for placement in placed(module, placements, site):
+    y = placement.adapter(name=placement.name)(x, y)
   module.sow('intermediates', f'{site}_site', y)
   return y

@@ -16,7 +16,7 @@ from flax.linen import partitioning
 from jax import lax
 
 from ptune import fused
-from ptune.adapters import Placement, adapt
+from ptune.adapters import Placement, adapt, placed
 from ptune.fused import MASKED
 
 Initializer = Callable[..., jax.Array]
@@ -161,7 +161,10 @@ def scale_of(module: nn.Module, name: str) -> jax.Array | None:
 
 
 def project(
-  x: jax.Array, weights: jax.Array, term: str, scale: jax.Array | None
+  x: jax.Array,
+  weights: jax.Array,
+  scale: jax.Array | None,
+  term: str = 'io',
 ) -> jax.Array:
   """[..., i] times weights, 'io' or 'oi' by `term`: [..., o] float32."""
   rows = 'abcd'[: x.ndim - 1]
@@ -189,7 +192,10 @@ class Dense(nn.Module):
   kernel_init: Initializer = kernel_init
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, apply: Callable[..., jax.Array] = project
+  ) -> jax.Array:
+    """Returns what `apply` makes of x, the kernel and its int8 scales."""
     kernel = partitioning.param_with_axes(
       'kernel',
       self.kernel_init,
@@ -197,7 +203,7 @@ class Dense(nn.Module):
       jnp.float32,
       axes=self.axes,
     )
-    y = project(x.astype(self.dtype), kernel, 'io', scale_of(self, 'kernel'))
+    y = apply(x.astype(self.dtype), kernel, scale_of(self, 'kernel'))
     return y.astype(self.out_dtype or self.dtype)
 
 
@@ -250,7 +256,7 @@ class Embed(nn.Module):
   def attend(self, x: jax.Array) -> jax.Array:
     """Products with all rows: [..., embed] -> [..., vocab], float32."""
     scale = scale_of(self, 'embedding')
-    return project(x.astype(self.dtype), self.embedding, 'oi', scale)
+    return project(x.astype(self.dtype), self.embedding, scale, 'oi')
 
 
 def relative_position_bucket(
@@ -381,46 +387,40 @@ class Attention(nn.Module):
       [batch, q, embed].
     """
     q = self._project('query', inputs_q)
-    k = self._project('key', inputs_kv)
-    v = self._project('value', inputs_kv)
-    if cache_index is not None:
-      k, v = self._cached(k, v, cache_index, prefill)
-    elif inputs_q.shape[1] == 1:
-      # A decoding loop, which does not change them. XLA moves out of it what
-      # stands here, but no transposition of its own making.
-      k, v = map(
-        _keys_first, lax.optimization_barrier((_keys_last(k), _keys_last(v)))
-      )
-    k = adapt(self, self.placements, 'keys', inputs_kv, k)
-    v = adapt(self, self.placements, 'values', inputs_kv, v)
-    # What adapters put before the keys is seen from everywhere.
-    added = [(0, 0)] * 3 + [(k.shape[1] - mask.shape[-1], 0)]
-    mask = jnp.pad(mask, added, constant_values=True)
-    if bias is not None:
-      bias = jnp.pad(bias, added)
-    # As T5X does, the weight of a key is dropped for all queries of a head or
-    # for none: so its value may be, which fused kernels take as any other.
-    # [b, h, k, 1] -> [b, k, h, 1]
-    kept = nn.Dropout(self.dropout_rate, deterministic=not enable_dropout)(
-      jnp.ones((v.shape[0], self.num_heads, v.shape[1], 1), v.dtype)
-    )
-    v = v * kept.swapaxes(1, 2)
-
-    if self.fused and cache_index is None and fused.fits(q, k):
-      allowed = jnp.zeros(()) if bias is None else bias
-      y = fused.attend(q, k, v, jnp.where(mask, allowed, MASKED))
+    if cache_index is None and self._absorbs(inputs_q, inputs_kv):
+      y = self._absorbed(q, inputs_kv, mask, bias, enable_dropout)
     else:
-      # Keys first: XLA's CPU backend lacks a product that the other order
-      # needs in its backward pass, in bfloat16. -> [b, h, q, k]
-      logits = product('bkhd,bqhd->bhqk', k, q)
+      k = self._project('key', inputs_kv)
+      v = self._project('value', inputs_kv)
+      if cache_index is not None:
+        k, v = self._cached(k, v, cache_index, prefill)
+      elif inputs_q.shape[1] == 1:
+        # A decoding loop, which does not change them. XLA moves out of it what
+        # stands here, but no transposition of its own making.
+        k, v = map(
+          _keys_first, lax.optimization_barrier((_keys_last(k), _keys_last(v)))
+        )
+      k = adapt(self, self.placements, 'keys', inputs_kv, k)
+      v = adapt(self, self.placements, 'values', inputs_kv, v)
+      # What adapters put before the keys is seen from everywhere.
+      added = [(0, 0)] * 3 + [(k.shape[1] - mask.shape[-1], 0)]
+      mask = jnp.pad(mask, added, constant_values=True)
       if bias is not None:
-        logits = logits + bias
-      # Divided by the sum last, when there is less to divide.
-      weights, total = exponentials(self.dtype, logits, mask)
-      # -> [b, q, h, d], [b, q, h, 1]
-      y = product('bhqk,bkhd->bqhd', weights, v)
-      total = total.swapaxes(1, 2)[..., None]
-      y = (y / total).astype(self.dtype)
+        bias = jnp.pad(bias, added)
+      # Rather than its weight, its value, which fused kernels take as any.
+      v = v * self._kept(v, enable_dropout).swapaxes(1, 2)
+      if self.fused and cache_index is None and fused.fits(q, k):
+        allowed = jnp.zeros(()) if bias is None else bias
+        y = fused.attend(q, k, v, jnp.where(mask, allowed, MASKED))
+      else:
+        # Keys first: XLA's CPU backend lacks a product that the other order
+        # needs in its backward pass, in bfloat16. -> [b, h, q, k]
+        logits = product('bkhd,bqhd->bhqk', k, q)
+        weights, total = self._weights(logits, mask, bias)
+        # Divided by the sum last, when there is less to divide.
+        # [b, q, h, d] / [b, q, h, 1]
+        y = product('bhqk,bkhd->bqhd', weights, v) / total.swapaxes(1, 2)
+        y = y.astype(self.dtype)
     # -> [b, q, joined_kv] -> [b, q, embed]
     y = y.reshape(*y.shape[:2], -1)
     out = Dense(
@@ -428,22 +428,92 @@ class Attention(nn.Module):
     )(y)
     return adapt(self, self.placements, 'out', y, out)
 
+  def _dense(self, site: str, **how) -> Dense:
+    """The kernel of queries, keys or values, [embed, joined_kv]."""
+    width = self.num_heads * self.head_dim
+    return Dense(width, ('embed', 'joined_kv'), self.dtype, name=site, **how)
+
   def _project(self, site: str, x: jax.Array) -> jax.Array:
     """Makes queries, keys or values: [b, t, embed] -> [b, t, h, d]."""
     init = kernel_init
     if site == 'query':
       # The head size that is not divided out of the logits stands here.
       init = lambda *args: kernel_init(*args) * self.head_dim**-0.5
-    y = Dense(
-      self.num_heads * self.head_dim,
-      ('embed', 'joined_kv'),
-      self.dtype,
-      kernel_init=init,
-      name=site,
-    )(x)
+    y = self._dense(site, kernel_init=init)(x)
     y = y.reshape(*y.shape[:-1], self.num_heads, self.head_dim)
     y = constrain(y, 'batch', 'length', 'heads', 'kv')
     return adapt(self, self.placements, site, x, y)
+
+  def _weights(self, logits, mask, bias):
+    """Logits [b, h, q, k] -> exponentials, and their sums [b, h, q, 1]."""
+    if bias is not None:
+      logits = logits + bias
+    weights, total = exponentials(self.dtype, logits, mask)
+    return weights, total[..., None]
+
+  def _kept(self, keys: jax.Array, enable_dropout: bool) -> jax.Array:
+    """What dropout leaves of the weights of [b, k, ...] keys: [b, h, k, 1].
+
+    As T5X does, the weight of a key is dropped for all queries of a head or for
+    none.
+    """
+    shape = (keys.shape[0], self.num_heads, keys.shape[1], 1)
+    dropout = nn.Dropout(self.dropout_rate, deterministic=not enable_dropout)
+    return dropout(jnp.ones(shape, self.dtype))
+
+  def _absorbs(self, inputs_q: jax.Array, inputs_kv: jax.Array) -> bool:
+    """Whether keys and values need not be made.
+
+    Not in float32, which is computed in T5's own order; not where somebody
+    looks at the sites; not in a decoding loop, which makes them but once.
+    """
+    (queries, embed), keys = inputs_q.shape[1:], inputs_kv.shape[1]
+    sites = ('key', 'value', 'keys', 'values')
+    return (
+      self.dtype != jnp.float32
+      and queries > 1
+      # By half as many multiplications: they are smaller products.
+      and 2 * queries * embed * (keys + self.head_dim)
+      < keys * self.head_dim * (embed + queries)
+      and not self.is_mutable_collection('intermediates')
+      and not any(placed(self, self.placements, site) for site in sites)
+    )
+
+  def _absorbed(self, q, x, mask, bias, enable_dropout):
+    """Attends with the kernels of keys and values on the side of the queries.
+
+        (x K) q = x (K q),    w (x V) = (w x) V
+
+    A few targets before many inputs take less than half the products so, both
+    ways; [b, q, h, d] and [b, k, embed] -> [b, q, h, d].
+
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2, for decoding.
+    """
+    heads = (self.num_heads, self.head_dim)
+
+    def logits_of(x, kernel, scale):
+      asked = q
+      if scale is not None:
+        asked = (q * scale.reshape(1, 1, *heads)).astype(q.dtype)
+      kernel = kernel.reshape(-1, *heads).astype(q.dtype)
+      # -> [b, q, h, i] -> [b, h, q, k]
+      asked = product('bqhd,ihd->bqhi', asked, kernel).astype(x.dtype)
+      asked = constrain(asked, 'batch', 'length', 'heads', 'embed')
+      return product('bki,bqhi->bhqk', x, asked)
+
+    def values_of(x, kernel, scale):
+      # -> [b, h, q, i] -> [b, q, h, d]
+      seen = product('bki,bhqk->bhqi', x, weights) / total
+      seen = constrain(seen, 'batch', 'heads', 'length', 'embed')
+      kernel = kernel.reshape(-1, *heads).astype(x.dtype)
+      y = product('ihd,bhqi->bqhd', kernel, seen.astype(x.dtype))
+      return y if scale is None else y * scale.reshape(1, 1, *heads)
+
+    logits = self._dense('key', out_dtype=jnp.float32)(x, logits_of)
+    weights, total = self._weights(logits, mask, bias)
+    weights = weights * self._kept(x, enable_dropout).swapaxes(2, 3)
+    y = self._dense('value')(x, values_of)
+    return constrain(y, 'batch', 'length', 'heads', 'kv')
 
   def _cached(
     self, k: jax.Array, v: jax.Array, index: jax.Array, prefill: bool

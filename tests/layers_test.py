@@ -8,17 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import convert, layers, parameters, partitioning, sizes
+from ptune import (
+  convert,
+  layers,
+  network,
+  parameters,
+  partitioning,
+  sizes,
+)
 from ptune.convert import identity
-from ptune.methods import full, prompt
+from ptune.methods import full, lora, prompt
 from ptune.models import EncoderDecoderModel
-from tests.network_test import TINY
+from tests.network_test import SHALLOW, TINY, make_batch, random_params
 
 SPECS = {
   'bti,io->bto': ((2, 5, 8), (8, 3)),
   'ti,oi->to': ((5, 8), (3, 8)),
   'bkhd,bqhd->bhqk': ((2, 5, 3, 8), (2, 4, 3, 8)),
   'bhqk,bkhd->bqhd': ((2, 3, 4, 5), (2, 5, 3, 8)),
+  # Of attention with absorbed kernels.
+  'bqhd,ihd->bqhi': ((2, 4, 3, 8), (9, 3, 8)),
+  'bki,bqhi->bhqk': ((2, 5, 9), (2, 4, 3, 9)),
+  'bki,bhqk->bhqi': ((2, 5, 9), (2, 3, 4, 5)),
+  'ihd,bhqi->bqhd': ((9, 3, 8), (2, 3, 4, 9)),
 }
 
 
@@ -88,6 +100,123 @@ def test_a_softmax_divided_last_is_a_softmax(dtype, close):
   # Who may look nowhere looks everywhere: nothing divides by 0.
   _, total = layers.exponentials(jnp.dtype(dtype), logits, mask & False)
   assert (total == 50).all()
+
+
+# What few targets of TINY take before its inputs: 2 x 32 x (16 + 5 + 8) of
+# multiplications, by 16 + 5 times 8 x (32 + 2).
+FEW = make_batch([16, 9, 1, 5], [2, 2, 1, 2], 16, 2)
+
+
+def loss_and_gradients(config, batch, method, dropout=False):
+  """(params -> loss, gradients), compiled; and random parameters."""
+  net = network.Transformer(config, method.placements)
+  rng = jax.random.key(3) if dropout else None
+
+  @jax.jit
+  def run(params):
+    return jax.value_and_grad(
+      lambda p: EncoderDecoderModel(net).loss(p, batch, rng)[0]
+    )(params)
+
+  return run, random_params(net)
+
+
+@pytest.mark.parametrize('dropout', [False, True])
+def test_attention_without_keys_and_values_is_the_same(dropout, monkeypatch):
+  config = dataclasses.replace(SHALLOW, dropout_rate=0.2)
+  found = []
+  for absorbs in (False, True):
+    monkeypatch.setattr(
+      layers.Attention,
+      '_absorbs',
+      lambda self, q, kv, absorbs=absorbs: absorbs and q is not kv,
+    )
+    run, params = loss_and_gradients(config, FEW, prompt.prompt(5), dropout)
+    text = run.lower(params).as_text()
+    # [batch, heads, q, embed], which the other way has not.
+    assert ('4x4x2x32x' in text) == absorbs
+    found.append(run(params))
+  (loss, grads), (again, grads_again) = found
+  np.testing.assert_allclose(again, loss, rtol=1e-6)
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(grads),
+    jax.tree.leaves(grads_again),
+    strict=True,
+  ):
+    np.testing.assert_allclose(
+      b, a, rtol=1e-5, atol=1e-5 * np.abs(a).max(), err_msg=str(path)
+    )
+
+
+def test_attention_reads_int8_kernels_without_keys_and_values(monkeypatch):
+  rng = np.random.default_rng(0)
+  attention = layers.Attention(4, 8)
+  q, kv = (
+    jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    for shape in ((2, 3, 32), (2, 9, 32))
+  )
+  mask = jnp.arange(9)[None, None, None] < np.array([9, 5])[:, None, None, None]
+  params = attention.init(jax.random.key(0), q, kv, mask)['params']
+  params = {
+    name: {
+      'kernel': jnp.asarray(100 * held['kernel'], jnp.int8),
+      'kernel_scale': jnp.asarray(rng.uniform(0.001, 0.02, 32), jnp.float32),
+    }
+    for name, held in params.items()
+  }
+  want = attention.apply({'params': params}, q, kv, mask)
+  monkeypatch.setattr(layers.Attention, '_absorbs', lambda *inputs: True)
+  got = attention.apply({'params': params}, q, kv, mask)
+  assert np.abs(want).max() > 0.1
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('targets', 'dtype', 'method', 'absorbed'),
+  [
+    (2, 'bfloat16', prompt.prompt(5), True),
+    # Float32 is computed in T5's order.
+    (2, 'float32', prompt.prompt(5), False),
+    # As many targets as it takes for the other way to cost less.
+    (8, 'bfloat16', prompt.prompt(5), False),
+    # Decoding, where keys and values are made once.
+    (1, 'bfloat16', prompt.prompt(5), False),
+    # An adapter looks at the values.
+    (2, 'bfloat16', lora.lora(rank=2), False),
+  ],
+  ids=['few', 'float32', 'many', 'one', 'adapted'],
+)
+def test_keys_and_values_are_made_where_they_are_needed(
+  targets, dtype, method, absorbed
+):
+  config = dataclasses.replace(SHALLOW, dtype=dtype)
+  batch = make_batch([16, 9, 1, 5], [targets, 1, 1, 1], 16, targets)
+  run, params = loss_and_gradients(config, batch, method)
+  assert (f'4x4x{targets}x32x' in run.lower(params).as_text()) == absorbed
+  # Who asks for what leaves the sites is given all of them.
+  sites = network.sites(network.Transformer(config, method.placements))
+  site = 'decoder/layers_0/encoder_decoder_attention'
+  assert {f'{site}/key', f'{site}/values'} <= set(sites)
+
+
+@pytest.mark.parametrize('rows', [1, 3])
+@pytest.mark.parametrize('targets', [2, 7, 16])
+def test_bfloat16_has_all_products_of_absorbed_kernels(rows, targets):
+  config = sizes.T5Config(
+    vocab_size=96,
+    emb_dim=64,
+    num_heads=2,
+    head_dim=64,
+    mlp_dim=32,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    dropout_rate=0.1,
+    dtype='bfloat16',
+  )
+  batch = make_batch([150] * rows, [targets] * rows, 150, targets)
+  run, params = loss_and_gradients(config, batch, prompt.prompt(5), True)
+  assert f'{rows}x2x{targets}x64x' in run.lower(params).as_text()
+  assert np.isfinite(run(params)[0])
 
 
 def cosine(a, b):

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ptune import (
   checkpoints,
   data,
+  layers,
   models,
   optim,
   parameters,
@@ -111,6 +112,14 @@ def test_an_update_is_the_same_on_every_mesh(mesh):
   assert np.sqrt(np.mean(moved**2)) > 0.1, 'nothing was trained'
   # Every process must be able to write the whole prompt.
   assert got[0][prompt.PATH].sharding.is_fully_replicated
+
+
+def test_absorbed_kernels_may_lie_split(monkeypatch):
+  want = update(ONE)
+  monkeypatch.setattr(
+    layers.Attention, '_absorbs', lambda self, q, kv: q is not kv
+  )
+  assert_same(update.__wrapped__('2x4'), want)
 
 
 @pytest.mark.slow
