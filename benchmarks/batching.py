@@ -4,7 +4,8 @@
     python -m benchmarks.batching --data=/data/sst2 --checkpoint=ptune://tiny
 
 --data is a directory with a train.tsv whose last column is the label; the other
-columns are the inputs. --steps of an epoch are trained in each way:
+columns are the inputs. Batches of an epoch, or of --steps of it, are made in
+each way:
 
     bucketed  batches of like lengths (what ptune does)
     longest   any rows, padded to the batch's longest
@@ -13,13 +14,16 @@ columns are the inputs. --steps of an epoch are trained in each way:
               many, each filled with examples (PACK)
     peft      with --versus=peft, the batches of `longest` by PEFT
 
-Lengths of the first two are rounded up to --bucket_multiple. Each is trained
-until it has seen as many examples as the first has in --steps. Tokens are those
-of ptune's vocabulary, unless PTUNE_VOCABULARY names another. `loss` is the mean
-over these steps; with --checkpoint, of a model that has learned something.
-Compilation is not counted; `shapes` is how many there are.
+Lengths of the first two are rounded up to --bucket_multiple. Of each way a step
+of every shape is taken, in turns, --rounds times, and counted as often as there
+are batches of this shape: an epoch takes as long, and compilation beside it.
+Each has as many batches as it takes to see as many examples as the first.
+Tokens are those of ptune's vocabulary, unless PTUNE_VOCABULARY names another.
+With --checkpoint, of a model that has learned something, they are trained on,
+and `loss` is the mean over them.
 """
 
+import collections
 import functools
 import os
 import pathlib
@@ -79,23 +83,15 @@ def measure(args):
   tx = optim.adafactor()
   like = state_lib.abstract_state(tx, ours.plan)
   packed = packing.model_of(EncoderDecoderModel, ours.plan)
-  step, packed_step = (
-    state_lib.compile_step(model, tx, ours.plan, like)
-    for model in (ours.model, packed)
-  )
 
-  def train(step, batches):
-    """One pass over the batches, from the start."""
+  def steps(model):
+    """A call that takes the next step, of a batch."""
+    step = state_lib.compile_step(model, tx, ours.plan, like)
     trainable = jax.tree.map(jnp.copy, ours.trainable)
-    state, pairs = state_lib.first_state(tx, trainable, like), []
-    with ours.plan.scope():
-      for batch in batches:
-        batch = data.device_put(batch, ours.plan.mesh)
-        state, sums = step(state, ours.frozen, batch)
-        pairs.append((sums['loss'], sums['tokens']))
-    return pairs
+    state = state_lib.first_state(tx, trainable, like)
+    return peers.repeated(step, state, ours.frozen)
 
-  calls, result = {}, {}
+  calls, counts, result = {}, {}, {}
   for name in ('bucketed', 'longest', 'full', 'packed'):
     if name == 'packed':
       of_step = packing.PackedBatches(
@@ -106,7 +102,6 @@ def measure(args):
         args.pack,
         seed=1,
       )
-      run = functools.partial(train, packed_step)
     else:
       of_step = data.Batches(
         task,
@@ -116,49 +111,56 @@ def measure(args):
         bucket_multiple=None if name == 'full' else args.bucket_multiple,
         **({'window': 1} if name == 'longest' else {}),
       )
-      run = functools.partial(train, step)
     wanted = args.batch * min(args.steps, of_step.num_examples // args.batch)
     batches, examples = [], 0
     while examples < wanted:
       batches.append(of_step(len(batches)))
       examples += examples_of(batches[-1])
-    tokens = [batch['encoder_input_tokens'] for batch in batches]
-    shapes = {
-      tuple(x.shape for x in batch.values()): batch for batch in batches
-    }
-    run(shapes.values())  # Compiles.
-    loss, count = np.sum(np.array(run(batches)), axis=0)
     # With the prompts, which packed rows have among their tokens.
     prompts = 0 if name == 'packed' else args.prompt_length
+    tokens = [batch['encoder_input_tokens'] for batch in batches]
     real = sum(np.count_nonzero(x) + prompts * len(x) for x in tokens)
     positions = sum(x.size + prompts * len(x) for x in tokens)
+    shapes = [tuple(x.shape for x in batch.values()) for batch in batches]
+    counts[name] = collections.Counter(shapes)
     result[name] = {
       'examples': examples,
-      'loss': round(float(loss / count), 4),
-      'shapes': len(shapes),
+      'shapes': len(counts[name]),
       'steps': len(batches),
+      'positions': round(positions / examples, 1),
       'padding': round(1 - real / positions, 3),
     }
-    calls[name] = functools.partial(run, batches)
+    put = functools.partial(data.device_put, mesh=ours.plan.mesh)
+    take = steps(packed if name == 'packed' else ours.model)
+    one_of = dict(zip(shapes, batches, strict=True))
+    for shape, batch in one_of.items():
+      calls[name, shape] = functools.partial(take, put(batch))
+    if args.checkpoint:
+      with ours.plan.scope():
+        sums = [take(put(batch))[1] for batch in batches]
+      loss, count = np.sum([(x['loss'], x['tokens']) for x in sums], axis=0)
+      result[name]['loss'] = round(float(loss / count), 4)
     if name == 'longest' and args.versus == 'peft':
-      inputs = [peers.torch_batch(batch) for batch in batches]
-      calls['peft'] = functools.partial(each, peers.peft_step(args), inputs)
-      result['peft'] = {'examples': examples, 'steps': len(batches)}
-  taken = peers.in_turns(calls, args.rounds)
-  first = np.array(taken['bucketed']) / result['bucketed']['examples']
-  for name, seconds in taken.items():
-    cost = np.array(seconds) / result[name]['examples']
+      update = peers.peft_step(args)
+      counts['peft'] = counts[name]
+      result['peft'] = dict(result[name])
+      for shape, batch in one_of.items():
+        inputs = peers.torch_batch(batch)
+        calls['peft', shape] = functools.partial(update, inputs)
+  with ours.plan.scope():
+    taken = peers.in_turns(calls, args.rounds + 1)
+  costs = {
+    name: sum(n * np.array(taken[name, shape][1:]) for shape, n in many.items())
+    / result[name]['examples']
+    for name, many in counts.items()
+  }
+  for name, cost in costs.items():
     result[name]['examples_per_cpu_second'] = round(1 / np.median(cost), 2)
     if name != 'bucketed':
-      ratios = cost / first
+      ratios = cost / costs['bucketed']
       result[f'times_{name}'] = round(float(np.median(ratios)), 3)
       result[f'times_{name}_min'] = round(float(np.min(ratios)), 3)
   return result
-
-
-def each(update, inputs):
-  """Takes a step with each of the inputs."""
-  return [update(x) for x in inputs]
 
 
 def examples_of(batch):
@@ -169,7 +171,7 @@ def examples_of(batch):
 
 
 if __name__ == '__main__':
-  flags = peers.parser(__doc__, batch=32, targets=8, rounds=1)
+  flags = peers.parser(__doc__, batch=32, targets=8, rounds=3)
   flags.add_argument('--data', required=True)
   flags.add_argument('--checkpoint', default='')
   flags.add_argument('--steps', type=int, default=10**9)

@@ -202,11 +202,11 @@ def compile_step(plan: parameters.Plan, batch: Mapping[str, Any]):
 
 
 def repeated(step: Callable[..., Any], state: Any, *rest: Any):
-  """A call without arguments that takes the next step."""
+  """A call that takes the next step, of what it is given beside the rest."""
 
-  def call():
+  def call(*more):
     nonlocal state
-    state, sums = step(state, *rest)
+    state, sums = step(state, *rest, *more)
     return state, sums
 
   return call

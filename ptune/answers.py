@@ -1,7 +1,7 @@
 """The programs that answer a batch, each compiled at its first use."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,11 +14,29 @@ from ptune.models import Decoding, EncoderDecoderModel
 Trees = tuple[Mapping[str, Any], ...]
 
 
+def fetched(asked: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+  """Brings answers to the host, while the devices compute the next.
+
+  Args:
+    asked: Pairs of anything and an answer on the devices, made as they are
+      drawn: each is drawn before the answer of the one before is waited for.
+  """
+  before: list[tuple[Any, Any]] = []
+  for pair in asked:
+    before.append(pair)
+    if len(before) > 1:
+      which, answer = before.pop(0)
+      yield which, jax.device_get(answer)
+  for which, answer in before:
+    yield which, jax.device_get(answer)
+
+
 class Predictor:
   """Predictions, scores and losses of a batch.
 
   What is asked of it takes the parameters as one or several trees, which are
-  merged; rows are split over the devices, answers come back whole.
+  merged; rows are split over the devices, each has the whole answer. Nothing
+  waits for it: `fetched` and jax.device_get do.
   """
 
   def __init__(
@@ -65,7 +83,7 @@ class Predictor:
 
   def predict(
     self, trees: Trees, batch: Mapping[str, jax.Array], rows: np.ndarray
-  ) -> tuple[np.ndarray, np.ndarray]:
+  ) -> tuple[jax.Array, jax.Array]:
     """Answers [batch, max_decode_length], and their scores [batch].
 
     Args:
@@ -74,21 +92,18 @@ class Predictor:
       rows: [batch] a number of each row, from which its samples are drawn.
     """
     with self._plan.scope():
-      return jax.device_get(
-        self._predict(
-          trees, batch['encoder_input_tokens'], rows.astype(np.uint32)
-        )
+      return self._predict(
+        trees, batch['encoder_input_tokens'], rows.astype(np.uint32)
       )
 
-  def score(self, trees: Trees, batch: Mapping[str, jax.Array]) -> np.ndarray:
+  def score(self, trees: Trees, batch: Mapping[str, jax.Array]) -> jax.Array:
     """Log probabilities of the targets: [batch]."""
     with self._plan.scope():
-      return jax.device_get(self._score(trees, batch))
+      return self._score(trees, batch)
 
   def sums(
     self, trees: Trees, batch: Mapping[str, jax.Array]
-  ) -> dict[str, float]:
+  ) -> dict[str, jax.Array]:
     """The sums of `EncoderDecoderModel.loss`."""
     with self._plan.scope():
-      sums = jax.device_get(self._sums(trees, batch))
-    return {name: float(value) for name, value in sums.items()}
+      return self._sums(trees, batch)

@@ -264,11 +264,12 @@ class PromptBank:
     """
     rows = np.arange(len(names)) if rows is None else rows
     batch = {'encoder_input_tokens': tokens}
-    return self.predictor.predict(self.trees(names), batch, rows)
+    answer = self.predictor.predict(self.trees(names), batch, rows)
+    return jax.device_get(answer)
 
   def score(self, names: Sequence[str], batch: Batch) -> np.ndarray:
     """Log probabilities of the targets: [batch]."""
-    return self.predictor.score(self.trees(names), batch)
+    return jax.device_get(self.predictor.score(self.trees(names), batch))
 
 
 def _padded(prompt: np.ndarray, longest: int) -> np.ndarray:

@@ -145,11 +145,18 @@ def _join(blocks: Sequence[dict[str, np.ndarray]], name: str) -> _Ragged:
   return _Ragged(np.concatenate(values), starts)
 
 
-def _round_up(length, multiple: int | None, limit: int):
-  """Rounds up to a multiple, at most `limit`; without one, to `limit`."""
+def _round_up(length, multiple: int | None, limit: int, finely: bool = False):
+  """Rounds up to a multiple, at most `limit`; without one, to `limit`.
+
+  Finely, short ones only to a half of it, a quarter and so on, down to 4.
+  """
   if not multiple:
     return np.full_like(length, limit)
-  return np.minimum(np.maximum(-(-length // multiple), 1) * multiple, limit)
+  rounded = np.maximum(-(-length // multiple), 1) * multiple
+  while finely and multiple > 4 and multiple % 2 == 0:
+    multiple //= 2
+    rounded = np.where(length <= multiple, multiple, rounded)
+  return np.minimum(rounded, limit)
 
 
 def _bucket(
@@ -228,8 +235,9 @@ class Batches:
       batch_size: Rows in the global batch.
       split: The split to read.
       seed: Of the order of the rows and of random preprocessors.
-      bucket_multiple: Lengths of batches are multiples of this; None or 0
-        pads all to `feature_lengths`.
+      bucket_multiple: Lengths of batches are multiples of this, or for short
+        targets its half, its quarter and so on down to 4; None or 0 pads all
+        to `feature_lengths`.
       window: Batches among which rows are sorted by length.
       use_cached: USE_CACHED_TASKS.
       in_memory: Whether to tokenise once. None: for a task of at most
@@ -336,15 +344,17 @@ class Batches:
     else:
       rows, order = self._next_window(index), np.arange(self._chunk_size)
     if self._multiple:
-      lengths = [self._rounded(rows, name, order) for name in FEATURES]
+      lengths = [self._rounded(f, rows[f].lengths(order)) for f in FEATURES]
       head = -index * self._chunk_size % self._batch_size
       bucketed = _bucket(lengths, head, self._batch_size, self._window, rng)
       order = order[bucketed]
     return rows, order
 
-  def _rounded(self, rows, name: str, which=slice(None)) -> np.ndarray:
-    lengths = rows[name].lengths(which)
-    return _round_up(lengths, self._multiple, self._lengths[name])
+  def _rounded(self, name: str, lengths: np.ndarray) -> np.ndarray:
+    # The decoder computes what is added to a label of three tokens too, and
+    # the output layer, as wide as the vocabulary.
+    finely = name == 'targets'
+    return _round_up(lengths, self._multiple, self._lengths[name], finely)
 
   @property
   def examples_per_step(self) -> float:
@@ -353,11 +363,11 @@ class Batches:
 
   @property
   def shapes(self) -> list[tuple[int, int]]:
-    if self._rows:
-      sizes = [np.unique(self._rounded(self._rows, f)) for f in FEATURES]
-    else:
-      every = [np.arange(1, self._lengths[f] + 1) for f in FEATURES]
-      sizes = [np.unique(_round_up(e, self._multiple, len(e))) for e in every]
+    sizes = []
+    for name in FEATURES:
+      every = np.arange(1, self._lengths[name] + 1)
+      lengths = self._rows[name].lengths() if self._rows else every
+      sizes.append(np.unique(self._rounded(name, lengths)))
     return list(itertools.product(*(size.tolist() for size in sizes)))
 
   def __call__(self, step: int) -> Batch:
@@ -379,7 +389,7 @@ class Batches:
       which.append(order[offsets[chunks == chunk]])
     which = np.concatenate(which)
     inputs, targets = (
-      rows[f].padded(which, self._rounded(rows, f, which).max())
+      rows[f].padded(which, self._rounded(f, rows[f].lengths(which)).max())
       for f in FEATURES
     )
     return {

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from ptune.answers import fetched
 from ptune.bank import PromptBank
 from ptune.report import write_atomically
 
@@ -174,26 +175,30 @@ def _ask(
   bank: PromptBank,
   names: Sequence[str],
   dataset: Any,
-  answers: bool,
+  predicts: bool,
 ) -> Asked:
   """Asks all members for answers, or for the scores of the targets."""
   members = len(names)
+
+  def ask():
+    for which, batch in evaluation.batches(dataset, copies=members):
+      size = len(batch['encoder_input_tokens']) // members
+      trees = bank.trees(np.repeat(names, size).tolist())
+      if predicts:
+        numbers = np.pad(which, (0, size - len(which)), 'edge')
+        numbers = np.tile(numbers, members)
+        yield which, bank.predictor.predict(trees, batch, numbers)
+      else:
+        yield which, (None, bank.predictor.score(trees, batch))
+
   rows, tokens, scores = [], [], []
-  for which, batch in evaluation.batches(dataset, copies=members):
-    size = len(batch['encoder_input_tokens']) // members
-    trees = bank.trees(np.repeat(names, size).tolist())
-    if answers:
-      numbers = np.pad(which, (0, size - len(which)), 'edge')
-      said, values = bank.predictor.predict(
-        trees, batch, np.tile(numbers, members)
-      )
-      tokens.append(said.reshape(members, size, -1)[:, : len(which)])
-    else:
-      values = bank.predictor.score(trees, batch)
+  for which, (said, values) in fetched(ask()):
     rows.extend(which.tolist())
-    scores.append(values.reshape(members, size)[:, : len(which)])
+    scores.append(values.reshape(members, -1)[:, : len(which)])
+    if predicts:
+      tokens.append(said.reshape(members, -1, said.shape[-1])[:, : len(which)])
   whole = lambda parts: np.concatenate(parts, axis=1)
-  return Asked(rows, whole(tokens) if answers else None, whole(scores))
+  return Asked(rows, whole(tokens) if predicts else None, whole(scores))
 
 
 def summary(scores: Mapping[str, Scores], task: str) -> dict[str, Any]:

@@ -215,9 +215,12 @@ class Evaluation:
     scores: Scores = {}
     for name, dataset in self.datasets.items():
       sums: dict[str, float] = {}
-      for _, batch in self.batches(dataset, should_stop):
-        for key, value in self._predictor.sums(trees, batch).items():
-          sums[key] = sums.get(key, 0.0) + value
+      for _, found in answers.fetched(
+        (rows, self._predictor.sums(trees, batch))
+        for rows, batch in self.batches(dataset, should_stop)
+      ):
+        for key, value in found.items():
+          sums[key] = sums.get(key, 0.0) + float(value)
       tokens = max(sums['tokens'], 1.0)
       scores[name] = {
         'loss': sums['loss'] / tokens,
@@ -248,9 +251,11 @@ class Evaluation:
   def _predict(self, trees, should_stop, dataset):
     """What SeqIO asks for: [(row, tokens)] in any order, and their scores."""
     tokens, scores = [], []
-    for rows, batch in self.batches(dataset, should_stop):
-      filled = np.pad(rows, (0, self.batch_size - len(rows)), 'edge')
-      ids, values = self._predictor.predict(trees, batch, filled)
+    filled = lambda rows: np.pad(rows, (0, self.batch_size - len(rows)), 'edge')
+    for rows, (ids, values) in answers.fetched(
+      (rows, self._predictor.predict(trees, batch, filled(rows)))
+      for rows, batch in self.batches(dataset, should_stop)
+    ):
       tokens.extend(zip(rows.tolist(), ids, strict=False))
       scores.extend(values[: len(rows)].tolist())
     return tokens, {'scores': scores}
@@ -258,8 +263,10 @@ class Evaluation:
   def _score(self, trees, should_stop, dataset):
     """What SeqIO asks for: [(row, log probability)], in any order."""
     scores = []
-    for rows, batch in self.batches(dataset, should_stop):
-      values = self._predictor.score(trees, batch)
+    for rows, values in answers.fetched(
+      (rows, self._predictor.score(trees, batch))
+      for rows, batch in self.batches(dataset, should_stop)
+    ):
       scores.extend(zip(rows.tolist(), values.tolist(), strict=False))
     return scores
 

@@ -161,18 +161,22 @@ def infer(
   def answer(chunk, first):
     """The records of a chunk, whose first example has the given number."""
     records: list[dict[str, Any]] = [dict(texts) for texts, _ in chunk]
-    for rows, batch in data.padded_batches(
-      [features for _, features in chunk], batch_size, bucket_multiple
-    ):
-      placed = data.device_put(batch, mesh, method.check)
-      filled = np.pad(rows, (0, batch_size - len(rows)), 'edge')
-      params = trees([records[row] for row in filled])
-      if mode == 'score':
-        scores = asked.score(params, placed)
-      else:
-        tokens, scores = asked.predict(params, placed, first + filled)
-        for row, ids in zip(rows, tokens, strict=False):
-          records[row]['prediction'] = vocabulary.decode(ids.tolist())
+
+    def ask():
+      for rows, batch in data.padded_batches(
+        [features for _, features in chunk], batch_size, bucket_multiple
+      ):
+        placed = data.device_put(batch, mesh, method.check)
+        filled = np.pad(rows, (0, batch_size - len(rows)), 'edge')
+        params = trees([records[row] for row in filled])
+        if mode == 'score':
+          yield rows, ((), asked.score(params, placed))
+        else:
+          yield rows, asked.predict(params, placed, first + filled)
+
+    for rows, (tokens, scores) in answers.fetched(ask()):
+      for row, ids in zip(rows, tokens, strict=False):
+        records[row]['prediction'] = vocabulary.decode(ids.tolist())
       for row, value in zip(rows, scores, strict=False):
         records[row]['score'] = float(value)
     return records

@@ -238,7 +238,7 @@ def test_bucketing_makes_few_shapes_and_halves_the_padding():
   fixed = data.Batches(task, lengths, 16, bucket_multiple=None)
   bucketed = data.Batches(task, lengths, 16, bucket_multiple=16)
   assert fixed.shapes == [(256, 8)]
-  assert bucketed.shapes == [(16, 8), (32, 8), (48, 8), (64, 8)]
+  assert bucketed.shapes == [(n, t) for n in (16, 32, 48, 64) for t in (4, 8)]
   batches = [bucketed(step) for step in range(40)]
   shapes = collections.Counter(
     (b['encoder_input_tokens'].shape[1], b['decoder_target_tokens'].shape[1])
@@ -276,7 +276,21 @@ def test_batches_are_padded_to_the_multiple_and_at_most_the_feature_length():
     for b in map(batches, range(3))
   }
   assert shapes == {10: (1, 10), 1: (1, 10), 45: (1, 48)}
-  assert batches.shapes == [(10, 8), (48, 8)]
+  assert batches.shapes == [(10, 5), (48, 5)]
+
+
+def test_short_targets_are_rounded_up_more_finely():
+  # A label, a sentence and a paragraph, each with its EOS.
+  rows = [{'inputs': 'x', 'targets': 'y' * n} for n in (2, 9, 33)]
+  lengths = {'inputs': 64, 'targets': 64}
+  batches = data.Batches(make_task(rows), lengths, 1, bucket_multiple=32)
+  shapes = [b['decoder_target_tokens'].shape for b in map(batches, range(3))]
+  assert sorted(shapes) == [(1, 4), (1, 16), (1, 64)]
+  assert batches.shapes == [(32, 4), (32, 16), (32, 64)]
+  mixture = data.Batches(make_mixture(), lengths, 1, bucket_multiple=32)
+  assert mixture.shapes == [
+    (i, t) for i in (32, 64) for t in (4, 8, 16, 32, 64)
+  ]
 
 
 @pytest.mark.parametrize('bucket_multiple', [None, 16])
