@@ -155,7 +155,7 @@ def measure(args):
     for name, many in counts.items()
   }
   for name, cost in costs.items():
-    result[name]['examples_per_cpu_second'] = round(1 / np.median(cost), 2)
+    result[name]['examples_per_second'] = round(1 / np.median(cost), 2)
     if name != 'bucketed':
       ratios = cost / costs['bucketed']
       result[f'times_{name}'] = round(float(np.median(ratios)), 3)

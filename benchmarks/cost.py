@@ -5,10 +5,7 @@
 --size is of the sweeps of the other two; of `toy`, two small points of each.
 
 Draws, and prints as a line of JSON, the FLOP of a compiled step as XLA counts
-them, its CPU seconds, and beside both the analytic cost: of each matrix two
-FLOP a weight and token forward and two backward, as no gradient of a frozen
-weight is made; of attention, four a pair of positions forward and eight
-backward, where both operands have a gradient.
+them, its seconds, and beside both the analytic cost (`peers.analytic_flops`).
 """
 
 import argparse
@@ -28,21 +25,6 @@ SWEEPS = {
 }
 
 
-def analytic(config, rows, prompt, inputs, targets):
-  """FLOP of a step."""
-  heads = config.num_heads * config.head_dim
-  attention, mlp = config.emb_dim * heads, config.emb_dim * config.mlp_dim
-  mlp *= 1 + len(config.mlp_activations)
-  read, written = prompt + inputs, targets
-  encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
-  weights = read * encoder * (4 * attention + mlp)
-  weights += read * decoder * 2 * attention  # Keys and values of the encoded.
-  weights += written * decoder * (6 * attention + mlp)
-  weights += written * config.emb_dim * config.vocab_size
-  pairs = encoder * read**2 + decoder * (written**2 + read * written)
-  return rows * (4 * weights + 12 * pairs * heads)
-
-
 def cost(args):
   """Of one step: counted, calculated, and in seconds."""
   ours = peers.ours(args)
@@ -52,21 +34,18 @@ def cost(args):
   trainable = jax.tree.map(jnp.copy, ours.trainable)
   state = state_lib.first_state(tx, trainable, like)
   call = peers.repeated(step, state, ours.frozen, batch)
-  taken = [peers.cpu_seconds(call) for _ in range(args.rounds + 1)]
-  config = plan.network.config
+  taken = [peers.seconds_of(call) for _ in range(args.rounds + 1)]
   return {
     'gflops': step.cost_analysis()['flops'] / 1e9,
-    'analytic_gflops': analytic(
-      config, args.batch, args.prompt_length, args.inputs, args.targets
-    )
-    / 1e9,
-    'cpu_seconds': float(np.median(taken[1:])),
+    'analytic_gflops': peers.analytic_flops(args) / 1e9,
+    'seconds': float(np.median(taken[1:])),
     'parameters': sum(x.size for x in plan.select(plan.base).values()),
   }
 
 
 def draw(sweeps, path):
   """One panel a sweep: FLOP to the left, seconds to the right."""
+  clock = 'CPU' if peers.on_cpu() else 'wall'
   fig = figure.Figure(figsize=(12, 3.6), layout='constrained')
   for axes, (name, points) in zip(
     fig.subplots(1, len(sweeps)), sweeps.items(), strict=True
@@ -76,8 +55,8 @@ def draw(sweeps, path):
     axes.plot(x, [p['gflops'] for p in points], 'o', color='C0')
     axes.set_ylabel('GFLOP a step', color='C0')
     right = axes.twinx()
-    right.plot(x, [p['cpu_seconds'] for p in points], 's-', color='C1', ms=4)
-    right.set_ylabel('CPU seconds a step', color='C1')
+    right.plot(x, [p['seconds'] for p in points], 's-', color='C1', ms=4)
+    right.set_ylabel(f'{clock} seconds a step', color='C1')
     axes.set_xlabel(
       {
         'size': 'parameters of the model',
@@ -93,7 +72,7 @@ def draw(sweeps, path):
         each.set_ylim(bottom=0)
   fig.legend(
     handles=[*fig.axes[0].lines, *fig.axes[len(sweeps)].lines],
-    labels=['analytic', "XLA's count", 'CPU seconds'],
+    labels=['analytic', "XLA's count", f'{clock} seconds'],
     loc='outside lower center',
     ncols=3,
     fontsize='small',

@@ -44,7 +44,8 @@ def of_batch(args):
 
     @torch.no_grad()
     def generate():
-      return peft.generate(**inputs, **lengths, num_beams=1, do_sample=False)
+      how = {'num_beams': 1, 'do_sample': False, **lengths}
+      return peft.generate(**inputs, **how).cpu()
 
     calls['peft'] = generate
   return peers.interleaved(calls, args.rounds)

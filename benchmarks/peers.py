@@ -4,9 +4,11 @@
 the same model shape with random weights, the same batch, one thread each.
 Programs that are compared run in turns in one process on one core, so that
 what else the machine does hits both; seconds are CPU seconds of the process.
+Where JAX has an accelerator, both use it, and seconds are those of the wall.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -46,24 +48,33 @@ SIZES = {
   },
 }
 
+SWITCHES = ('fused_attention', 'remat', 'scan')
+LARGE = 8192  # Of an accelerator's best product.
+
 # ------------------------------------------------------------------- measuring
 
 
-def cpu_seconds(call: Callable[[], Any]) -> float:
-  """CPU seconds of one call, until its result is there."""
-  start = time.process_time()
+def on_cpu() -> bool:
+  """Whether the CPU computes."""
+  return jax.default_backend() == 'cpu'
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+  """Seconds of one call, until its result is there; see above."""
+  clock = time.process_time if on_cpu() else time.perf_counter
+  start = clock()
   jax.block_until_ready(call())
-  return time.process_time() - start
+  return clock() - start
 
 
 def in_turns(
   calls: Mapping[str, Callable[[], Any]], rounds: int
 ) -> dict[str, list[float]]:
-  """CPU seconds of each call, by its name, in each round."""
+  """Seconds of each call, by its name, in each round."""
   taken: dict[str, list[float]] = {name: [] for name in calls}
   for _ in range(rounds):
     for name, call in calls.items():
-      taken[name].append(cpu_seconds(call))
+      taken[name].append(seconds_of(call))
   return taken
 
 
@@ -73,13 +84,13 @@ def interleaved(
   """Calls each in turn, once more than `rounds` times; the first is dropped.
 
   Returns:
-    `cpu_seconds` of each, the median; and of each but the first, by the first
+    `seconds` of each, the median; and of each but the first, by the first
     one's: `times_NAME` (median over the rounds) and `times_NAME_min`.
   """
   taken = in_turns(calls, rounds + 1)
   first, *others = calls
   result: dict[str, Any] = {
-    'cpu_seconds': {
+    'seconds': {
       name: round(float(np.median(t[1:])), 4) for name, t in taken.items()
     }
   }
@@ -105,6 +116,8 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
   for name, value in {**shared, **defaults}.items():
     made.add_argument(f'--{name}', type=type(value), default=value)
   made.add_argument('--frozen_dtype', choices=('float32', 'bfloat16', 'int8'))
+  for name in SWITCHES:  # Of ours alone.
+    made.add_argument(f'--{name}', action='store_true')
   return made
 
 
@@ -114,12 +127,19 @@ def run(
 ) -> None:
   """Reads the flags, measures on one core, and prints a line of JSON."""
   args = parser.parse_args()
-  if hasattr(os, 'sched_setaffinity'):  # Before JAX starts its threads.
+  # Before JAX looks for devices, and starts its threads.
+  if not cpu.is_all():  # It leaves memory to PyTorch.
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+  elif hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
   cpu.configure()  # As the `ptune` command does.
   result = measure(args)
   device = jax.devices()[0].device_kind
-  about = {'device': device, 'jax': jax.__version__}
+  about = {
+    'device': device,
+    'clock': 'CPU' if on_cpu() else 'wall',
+    'jax': jax.__version__,
+  }
   print(json.dumps({**vars(args), **about, **result}))
 
 
@@ -148,7 +168,10 @@ def plan_of(args: argparse.Namespace, **changes: Any) -> parameters.Plan:
   """The parameters of what the flags ask for; nothing is built."""
   config = dataclasses.replace(
     SIZES[args.size],
-    **{'dtype': args.dtype, 'frozen_dtype': args.frozen_dtype, **changes},
+    **{
+      name: getattr(args, name) for name in ('dtype', 'frozen_dtype', *SWITCHES)
+    }
+    | changes,
   )
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   return parameters.plan(config, prompt.prompt(args.prompt_length), mesh)
@@ -212,23 +235,47 @@ def repeated(step: Callable[..., Any], state: Any, *rest: Any):
   return call
 
 
+def analytic_flops(args: argparse.Namespace) -> int:
+  """FLOP of a step, as papers count them.
+
+  Of each matrix two a weight and token forward and two backward, as no
+  gradient of a frozen weight is made; of attention, four a pair of positions
+  forward and eight backward, where both operands have a gradient.
+  """
+  config = plan_of(args).network.config
+  heads = config.num_heads * config.head_dim
+  attention, mlp = config.emb_dim * heads, config.emb_dim * config.mlp_dim
+  mlp *= 1 + len(config.mlp_activations)
+  read, written = args.prompt_length + args.inputs, args.targets
+  encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
+  weights = read * encoder * (4 * attention + mlp)
+  weights += read * decoder * 2 * attention  # Keys and values of the encoded.
+  weights += written * decoder * (6 * attention + mlp)
+  weights += written * config.emb_dim * config.vocab_size
+  pairs = encoder * read**2 + decoder * (written**2 + read * written)
+  return args.batch * (4 * weights + 12 * pairs * heads)
+
+
 def matmul_rate(args: argparse.Namespace) -> float:
-  """FLOP per CPU second of the best of an MLP's products, at its shapes."""
+  """FLOP a second of the best of an MLP's products, at its shapes.
+
+  On an accelerator, of a large product of square matrices.
+  """
   config = plan_of(args).network.config
   rows = args.batch * (args.prompt_length + args.inputs)
   dtype, best = jnp.dtype(args.dtype), 0.0
+  shapes = (config.emb_dim, config.mlp_dim), (config.mlp_dim, config.emb_dim)
+  if not on_cpu():
+    rows, shapes = LARGE, ((LARGE, LARGE),)
   multiply = jax.jit(
     lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)
   )
-  for inner, outer in (
-    (config.emb_dim, config.mlp_dim),
-    (config.mlp_dim, config.emb_dim),
-  ):
+  for inner, outer in shapes:
     a = jnp.ones((rows, inner), dtype)
     b = jnp.ones((inner, outer), dtype)
     flops = 2 * rows * inner * outer
     call = functools.partial(multiply, a, b)
-    seconds = min(cpu_seconds(call) for _ in range(20))
+    seconds = min(seconds_of(call) for _ in range(20))
     best = max(best, flops / seconds)
   return best
 
@@ -254,32 +301,41 @@ def hugging_face_fields(config: sizes.T5Config) -> dict[str, Any]:
 
 
 def peft(args: argparse.Namespace):
-  """The same model with the same prompt, by PEFT; on one thread."""
+  """The same model with the same prompt, by PEFT."""
   import peft as peft_lib
   import torch
   import transformers
 
-  torch.set_num_threads(1)
+  if on_cpu():
+    torch.set_num_threads(1)
   torch.manual_seed(0)
   fields = hugging_face_fields(plan_of(args).network.config)
   config = transformers.T5Config.from_dict(fields)
-  base = transformers.T5ForConditionalGeneration(config)
-  # T5 1.1 has an output layer of its own; some versions tie it all the same.
-  base.lm_head = torch.nn.Linear(config.d_model, config.vocab_size, bias=False)
+  with contextlib.nullcontext() if on_cpu() else torch.device('cuda'):
+    base = transformers.T5ForConditionalGeneration(config)
+    # T5 1.1 has an output layer of its own; some versions tie it all the same.
+    base.lm_head = torch.nn.Linear(
+      config.d_model, config.vocab_size, bias=False
+    )
   base = base.to(getattr(torch, args.dtype))
   tuning = peft_lib.PromptTuningConfig(
     task_type=peft_lib.TaskType.SEQ_2_SEQ_LM,
     num_virtual_tokens=args.prompt_length,
   )
-  return peft_lib.get_peft_model(base, tuning)
+  model = peft_lib.get_peft_model(base, tuning)
+  return model if on_cpu() else model.to('cuda')
 
 
 def torch_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
   """A batch as PEFT's models take it; padding has no loss."""
   import torch
 
-  tokens = torch.from_numpy(np.array(batch['encoder_input_tokens'])).long()
-  targets = torch.from_numpy(np.array(batch['decoder_target_tokens'])).long()
+  tokens, targets = (
+    torch.from_numpy(np.array(batch[name])).long()
+    for name in ('encoder_input_tokens', 'decoder_target_tokens')
+  )
+  if not on_cpu():
+    tokens, targets = tokens.to('cuda'), targets.to('cuda')
   return {
     'input_ids': tokens,
     'attention_mask': (tokens > 0).long(),

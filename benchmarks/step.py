@@ -7,8 +7,13 @@
 pass of the same batch: 2 would be a backward pass through the activations
 alone. It is deterministic, as the bytes are; seconds are this machine's.
 
-`matmul_share` is the step's rate in FLOP per CPU second over that of the best
-matrix product of the same type at the MLP's shapes: what is left to be gained.
+`matmul_share` is the step's rate in FLOP a second over that of the best matrix
+product of the same type: at the MLP's shapes, or on an accelerator of a large
+one. `model_share` is the same of the FLOP that papers count, 4 a weight and
+token and attention, whatever is compiled (`peers.analytic_flops`).
+
+    python -m benchmarks.step --size=t5_1_1_xl --dtype=bfloat16 --batch=32 \
+      --inputs=512 --fused_attention --versus=peft  # on an accelerator
 
 --versus=reference takes the step as the paper's program does, on our network:
 a norm metric keeps the gradients of all parameters alive, the embedding
@@ -90,15 +95,18 @@ def measure(args):
     result['reference_gflops'] = other.cost_analysis()['flops'] / 1e9
   result |= peers.interleaved(calls, args.rounds)
   flops = [program.cost_analysis()['flops'] for program in (step, forward)]
-  rate = flops[0] / result['cpu_seconds']['ours']
+  rate = flops[0] / result['seconds']['ours']
   best = peers.matmul_rate(args)
+  model_flops = peers.analytic_flops(args)
   return {
     **result,
     'flops_ratio': round(flops[0] / flops[1], 4),
-    'step_gflops': round(flops[0] / 1e9, 2),
-    'gflops_per_cpu_second': round(rate / 1e9, 1),
-    'matmul_gflops_per_cpu_second': round(best / 1e9, 1),
+    'step_gflops': round(flops[0] / 1e9, 4),
+    'gflops_per_second': round(rate / 1e9, 1),
+    'matmul_gflops_per_second': round(best / 1e9, 1),
     'matmul_share': round(rate / best, 3),
+    'model_gflops': round(model_flops / 1e9, 4),
+    'model_share': round(model_flops / result['seconds']['ours'] / best, 3),
     'compile_seconds': round(compile_seconds, 2),
     'temporary_bytes': step.memory_analysis().temp_size_in_bytes,
     'frozen_bytes': sum(

@@ -21,6 +21,13 @@ _MALLOC_VARIABLES = ('GLIBC_TUNABLES', 'MALLOC_')
 _PLUGINS = ('jax_plugins', 'libtpu')
 
 
+def is_all() -> bool:
+  """Whether JAX has no accelerator; asked before it looks for devices."""
+  return os.environ.get('JAX_PLATFORMS') == 'cpu' or not any(
+    map(importlib.util.find_spec, _PLUGINS)
+  )
+
+
 def configure() -> bool:
   """Lets the main thread compute, with memory that it keeps.
 
@@ -36,9 +43,7 @@ def configure() -> bool:
   Returns:
     Whether memory is kept.
   """
-  if os.environ.get('JAX_PLATFORMS') != 'cpu' and any(
-    map(importlib.util.find_spec, _PLUGINS)
-  ):
+  if not is_all():
     return False
   jax.config.update('jax_cpu_enable_async_dispatch', False)
   if any(name.startswith(_MALLOC_VARIABLES) for name in os.environ):
