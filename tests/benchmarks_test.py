@@ -49,6 +49,15 @@ def test_step(measure):
   assert 0 < found['model_share'] < found['matmul_share']
 
 
+def test_on_an_accelerator_seconds_are_those_of_the_wall(measure, monkeypatch):
+  monkeypatch.setattr(peers, 'on_cpu', lambda: False)
+  monkeypatch.setattr(peers, 'LARGE', 64)
+  found = measure('step', '--remat', '--fused_attention', dtype='bfloat16')
+  assert found['clock'] == 'wall'
+  assert found['remat'] and found['fused_attention']
+  assert found['seconds']['ours'] > 0 and found['model_share'] > 0
+
+
 @pytest.mark.filterwarnings('ignore')  # PyTorch's libraries, of themselves.
 @pytest.mark.parametrize('script', ['step', 'decode', 'multi_prompt'])
 def test_beside_peft(measure, script):
