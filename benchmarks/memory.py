@@ -36,12 +36,10 @@ def measure(args):
       'temporary_bytes': memory.temp_size_in_bytes,
     }
   if args.versus == 'peft':
-    import torch
-
     for dtype in ('float32', 'bfloat16'):
       one = argparse.Namespace(**{**vars(args), 'dtype': dtype})
-      with torch.device('meta'):
-        held = [p for p in peers.peft(one).parameters() if not p.requires_grad]
+      model = peers.peft(one, 'meta')
+      held = [p for p in model.parameters() if not p.requires_grad]
       size = sum(p.numel() * p.element_size() for p in held)
       result[f'peft, {dtype} weights'] = {'frozen_bytes': size}
   return result

@@ -8,7 +8,6 @@ Where JAX has an accelerator, both use it, and seconds are those of the wall.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
@@ -48,7 +47,7 @@ SIZES = {
   },
 }
 
-SWITCHES = ('fused_attention', 'remat', 'scan')
+SWITCHES = ('fused_attention', 'remat')
 LARGE = 8192  # Of an accelerator's best product.
 
 # ------------------------------------------------------------------- measuring
@@ -300,18 +299,20 @@ def hugging_face_fields(config: sizes.T5Config) -> dict[str, Any]:
   }
 
 
-def peft(args: argparse.Namespace):
-  """The same model with the same prompt, by PEFT."""
+def peft(args: argparse.Namespace, device: str = ''):
+  """The same model with the same prompt, by PEFT, where JAX computes."""
   import peft as peft_lib
   import torch
   import transformers
 
-  if on_cpu():
-    torch.set_num_threads(1)
+  device = device or ('cpu' if on_cpu() else 'cuda')
+  torch.set_num_threads(1)
+  if device == 'cuda':
+    torch.set_float32_matmul_precision('high')  # As JAX's.
   torch.manual_seed(0)
   fields = hugging_face_fields(plan_of(args).network.config)
   config = transformers.T5Config.from_dict(fields)
-  with contextlib.nullcontext() if on_cpu() else torch.device('cuda'):
+  with torch.device(device):
     base = transformers.T5ForConditionalGeneration(config)
     # T5 1.1 has an output layer of its own; some versions tie it all the same.
     base.lm_head = torch.nn.Linear(
@@ -322,8 +323,7 @@ def peft(args: argparse.Namespace):
     task_type=peft_lib.TaskType.SEQ_2_SEQ_LM,
     num_virtual_tokens=args.prompt_length,
   )
-  model = peft_lib.get_peft_model(base, tuning)
-  return model if on_cpu() else model.to('cuda')
+  return peft_lib.get_peft_model(base, tuning).to(device)
 
 
 def torch_batch(batch: Mapping[str, Any]) -> dict[str, Any]:

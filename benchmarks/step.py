@@ -10,7 +10,8 @@ alone. It is deterministic, as the bytes are; seconds are this machine's.
 `matmul_share` is the step's rate in FLOP a second over that of the best matrix
 product of the same type: at the MLP's shapes, or on an accelerator of a large
 one. `model_share` is the same of the FLOP that papers count, 4 a weight and
-token and attention, whatever is compiled (`peers.analytic_flops`).
+token and attention, whatever is compiled (`peers.analytic_flops`): XLA does not
+count what a fused kernel computes.
 
     python -m benchmarks.step --size=t5_1_1_xl --dtype=bfloat16 --batch=32 \
       --inputs=512 --fused_attention --versus=peft  # on an accelerator

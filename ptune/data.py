@@ -148,12 +148,12 @@ def _join(blocks: Sequence[dict[str, np.ndarray]], name: str) -> _Ragged:
 def _round_up(length, multiple: int | None, limit: int, finely: bool = False):
   """Rounds up to a multiple, at most `limit`; without one, to `limit`.
 
-  Finely, short ones only to a half of it, a quarter and so on, down to 4.
+  Finely, short ones only to a half of it, a quarter and so on, to 4 at least.
   """
   if not multiple:
     return np.full_like(length, limit)
   rounded = np.maximum(-(-length // multiple), 1) * multiple
-  while finely and multiple > 4 and multiple % 2 == 0:
+  while finely and multiple >= 8 and multiple % 2 == 0:
     multiple //= 2
     rounded = np.where(length <= multiple, multiple, rounded)
   return np.minimum(rounded, limit)
@@ -236,8 +236,8 @@ class Batches:
       split: The split to read.
       seed: Of the order of the rows and of random preprocessors.
       bucket_multiple: Lengths of batches are multiples of this, or for short
-        targets its half, its quarter and so on down to 4; None or 0 pads all
-        to `feature_lengths`.
+        targets its half, its quarter and so on, 4 at least; None or 0 pads
+        all to `feature_lengths`.
       window: Batches among which rows are sorted by length.
       use_cached: USE_CACHED_TASKS.
       in_memory: Whether to tokenise once. None: for a task of at most

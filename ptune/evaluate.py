@@ -96,7 +96,8 @@ class Evaluation:
       model: The model.
       split: The split.
       feature_lengths: TASK_FEATURE_LENGTHS.
-      batch_size: Rows that are computed at once; no result depends on it.
+      batch_size: Rows that are computed at once; no result depends on it, but
+        for rounding in bfloat16.
       how: How predictions are decoded.
       num_examples: Only the first so many; all if not given.
       bucket_multiple: See `data.padded_batches`.
@@ -359,7 +360,8 @@ def evaluate(
     output_dir: Where metrics.jsonl and predictions go; MODEL_DIR/eval_<split>
       if not given.
     split: The split to evaluate.
-    batch_size: Rows that are computed at once; no score depends on it.
+    batch_size: Rows that are computed at once; no score depends on it, but for
+      rounding in bfloat16.
     eval_steps: Only so many batches; the whole split if not given.
     decoding: How predictions are made.
     use_cached: USE_CACHED_TASKS.

@@ -469,12 +469,14 @@ class Attention(nn.Module):
     """
     (queries, embed), keys = inputs_q.shape[1:], inputs_kv.shape[1]
     sites = ('key', 'value', 'keys', 'values')
+    # Numbers that are kept of a head, without keys and values and with them.
+    kept, made = queries * embed, keys * self.head_dim
     return (
       self.dtype != jnp.float32
       and queries > 1
+      and kept <= made
       # By half as many multiplications: they are smaller products.
-      and 2 * queries * embed * (keys + self.head_dim)
-      < keys * self.head_dim * (embed + queries)
+      and 2 * kept * (keys + self.head_dim) < made * (embed + queries)
       and not self.is_mutable_collection('intermediates')
       and not any(placed(self, self.placements, site) for site in sites)
     )
@@ -503,10 +505,10 @@ class Attention(nn.Module):
 
     def values_of(x, kernel, scale):
       # -> [b, h, q, i] -> [b, q, h, d]
-      seen = product('bki,bhqk->bhqi', x, weights) / total
+      seen = product('bki,bhqk->bhqi', x, weights).astype(x.dtype)
       seen = constrain(seen, 'batch', 'heads', 'length', 'embed')
       kernel = kernel.reshape(-1, *heads).astype(x.dtype)
-      y = product('ihd,bhqi->bqhd', kernel, seen.astype(x.dtype))
+      y = product('ihd,bhqi->bqhd', kernel, seen) / total.swapaxes(1, 2)
       return y if scale is None else y * scale.reshape(1, 1, *heads)
 
     logits = self._dense('key', out_dtype=jnp.float32)(x, logits_of)

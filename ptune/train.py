@@ -100,8 +100,9 @@ def train(
     optimizer: Called with `initial_step=`, the step of the base model.
     batch_size: Examples a step.
     microbatches: Parts that a batch is computed in, one after the other.
-    bucket_multiple: Lengths are rounded up to a multiple of it, in batches of
-      like lengths; None pads all to task_feature_lengths.
+    bucket_multiple: Lengths are rounded up to a multiple of it, short targets
+      to half of it or less, in batches of like lengths; None pads all to
+      task_feature_lengths.
     pack: If not 0, rows hold several examples, and have room for so many of
       the longest, see `packing`; batch_size then counts rows, which all have
       one length.

@@ -291,6 +291,8 @@ def test_short_targets_are_rounded_up_more_finely():
   assert mixture.shapes == [
     (i, t) for i in (32, 64) for t in (4, 8, 16, 32, 64)
   ]
+  odd = data.Batches(make_task(rows), lengths, 1, bucket_multiple=12)
+  assert odd.shapes == [(12, 6), (12, 12), (12, 36)]
 
 
 @pytest.mark.parametrize('bucket_multiple', [None, 16])

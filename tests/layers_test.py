@@ -177,7 +177,7 @@ def test_attention_reads_int8_kernels_without_keys_and_values(monkeypatch):
     (2, 'bfloat16', prompt.prompt(5), True),
     # Float32 is computed in T5's order.
     (2, 'float32', prompt.prompt(5), False),
-    # As many targets as it takes for the other way to cost less.
+    # As many targets as it takes for the other way to cost or to keep less.
     (8, 'bfloat16', prompt.prompt(5), False),
     # Decoding, where keys and values are made once.
     (1, 'bfloat16', prompt.prompt(5), False),
@@ -200,11 +200,14 @@ def test_keys_and_values_are_made_where_they_are_needed(
 
 
 @pytest.mark.parametrize('rows', [1, 3])
-@pytest.mark.parametrize('targets', [2, 7, 16])
-def test_bfloat16_has_all_products_of_absorbed_kernels(rows, targets):
+@pytest.mark.parametrize('targets', [2, 16])
+def test_absorbed_kernels_learn_the_same_in_bfloat16(
+  rows, targets, monkeypatch
+):
+  # XLA's CPU backend has not all products of bfloat16; it has these.
   config = sizes.T5Config(
     vocab_size=96,
-    emb_dim=64,
+    emb_dim=96,
     num_heads=2,
     head_dim=64,
     mlp_dim=32,
@@ -215,8 +218,18 @@ def test_bfloat16_has_all_products_of_absorbed_kernels(rows, targets):
   )
   batch = make_batch([150] * rows, [targets] * rows, 150, targets)
   run, params = loss_and_gradients(config, batch, prompt.prompt(5), True)
-  assert f'{rows}x2x{targets}x64x' in run.lower(params).as_text()
-  assert np.isfinite(run(params)[0])
+  assert f'{rows}x2x{targets}x96x' in run.lower(params).as_text()
+  loss, grads = run(params)
+  monkeypatch.setattr(layers.Attention, '_absorbs', lambda *inputs: False)
+  run, _ = loss_and_gradients(config, batch, prompt.prompt(5), True)
+  assert f'{rows}x2x{targets}x96x' not in run.lower(params).as_text()
+  want, want_grads = run(params)
+  np.testing.assert_allclose(loss, want, rtol=1e-2)
+  found, want = parameters.flatten(grads), parameters.flatten(want_grads)
+  site = 'decoder/layers_0/encoder_decoder_attention'
+  names = ('query', 'key', 'value', 'out')
+  for path in (prompt.PATH, *(f'{site}/{name}/kernel' for name in names)):
+    assert cosine(found[path], want[path]) > 0.99, path
 
 
 def cosine(a, b):
