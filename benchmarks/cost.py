@@ -45,7 +45,6 @@ def cost(args):
 
 def draw(sweeps, path):
   """One panel a sweep: FLOP to the left, seconds to the right."""
-  clock = 'CPU' if peers.on_cpu() else 'wall'
   fig = figure.Figure(figsize=(12, 3.6), layout='constrained')
   for axes, (name, points) in zip(
     fig.subplots(1, len(sweeps)), sweeps.items(), strict=True
@@ -56,7 +55,7 @@ def draw(sweeps, path):
     axes.set_ylabel('GFLOP a step', color='C0')
     right = axes.twinx()
     right.plot(x, [p['seconds'] for p in points], 's-', color='C1', ms=4)
-    right.set_ylabel(f'{clock} seconds a step', color='C1')
+    right.set_ylabel(f'{peers.clock()} seconds a step', color='C1')
     axes.set_xlabel(
       {
         'size': 'parameters of the model',
@@ -72,7 +71,7 @@ def draw(sweeps, path):
         each.set_ylim(bottom=0)
   fig.legend(
     handles=[*fig.axes[0].lines, *fig.axes[len(sweeps)].lines],
-    labels=['analytic', "XLA's count", f'{clock} seconds'],
+    labels=['analytic', "XLA's count", f'{peers.clock()} seconds'],
     loc='outside lower center',
     ncols=3,
     fontsize='small',

@@ -58,12 +58,17 @@ def on_cpu() -> bool:
   return jax.default_backend() == 'cpu'
 
 
+def clock() -> str:
+  """Whose seconds they are."""
+  return 'CPU' if on_cpu() else 'wall'
+
+
 def seconds_of(call: Callable[[], Any]) -> float:
   """Seconds of one call, until its result is there; see above."""
-  clock = time.process_time if on_cpu() else time.perf_counter
-  start = clock()
+  now = time.process_time if on_cpu() else time.perf_counter
+  start = now()
   jax.block_until_ready(call())
-  return clock() - start
+  return now() - start
 
 
 def in_turns(
@@ -134,11 +139,7 @@ def run(
   cpu.configure()  # As the `ptune` command does.
   result = measure(args)
   device = jax.devices()[0].device_kind
-  about = {
-    'device': device,
-    'clock': 'CPU' if on_cpu() else 'wall',
-    'jax': jax.__version__,
-  }
+  about = {'device': device, 'clock': clock(), 'jax': jax.__version__}
   print(json.dumps({**vars(args), **about, **result}))
 
 
@@ -299,13 +300,18 @@ def hugging_face_fields(config: sizes.T5Config) -> dict[str, Any]:
   }
 
 
+def torch_device() -> str:
+  """Where PyTorch computes: where JAX does."""
+  return 'cpu' if on_cpu() else 'cuda'
+
+
 def peft(args: argparse.Namespace, device: str = ''):
-  """The same model with the same prompt, by PEFT, where JAX computes."""
+  """The same model with the same prompt, by PEFT, on `torch_device`."""
   import peft as peft_lib
   import torch
   import transformers
 
-  device = device or ('cpu' if on_cpu() else 'cuda')
+  device = device or torch_device()
   torch.set_num_threads(1)
   if device == 'cuda':
     torch.set_float32_matmul_precision('high')  # As JAX's.
@@ -331,11 +337,9 @@ def torch_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
   import torch
 
   tokens, targets = (
-    torch.from_numpy(np.array(batch[name])).long()
+    torch.from_numpy(np.array(batch[name])).long().to(torch_device())
     for name in ('encoder_input_tokens', 'decoder_target_tokens')
   )
-  if not on_cpu():
-    tokens, targets = tokens.to('cuda'), targets.to('cuda')
   return {
     'input_ids': tokens,
     'attention_mask': (tokens > 0).long(),

@@ -96,7 +96,8 @@ def measure(args):
     result['reference_gflops'] = other.cost_analysis()['flops'] / 1e9
   result |= peers.interleaved(calls, args.rounds)
   flops = [program.cost_analysis()['flops'] for program in (step, forward)]
-  rate = flops[0] / result['seconds']['ours']
+  seconds = result['seconds']['ours']
+  rate = flops[0] / seconds
   best = peers.matmul_rate(args)
   model_flops = peers.analytic_flops(args)
   return {
@@ -107,7 +108,7 @@ def measure(args):
     'matmul_gflops_per_second': round(best / 1e9, 1),
     'matmul_share': round(rate / best, 3),
     'model_gflops': round(model_flops / 1e9, 4),
-    'model_share': round(model_flops / result['seconds']['ours'] / best, 3),
+    'model_share': round(model_flops / seconds / best, 3),
     'compile_seconds': round(compile_seconds, 2),
     'temporary_bytes': step.memory_analysis().temp_size_in_bytes,
     'frozen_bytes': sum(

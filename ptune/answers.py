@@ -1,6 +1,7 @@
 """The programs that answer a batch, each compiled at its first use."""
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,13 +22,8 @@ def fetched(asked: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
     asked: Pairs of anything and an answer on the devices, made as they are
       drawn: each is drawn before the answer of the one before is waited for.
   """
-  before: list[tuple[Any, Any]] = []
-  for pair in asked:
-    before.append(pair)
-    if len(before) > 1:
-      which, answer = before.pop(0)
-      yield which, jax.device_get(answer)
-  for which, answer in before:
+  end = (None, None)
+  for (which, answer), _ in itertools.pairwise(itertools.chain(asked, [end])):
     yield which, jax.device_get(answer)
 
 

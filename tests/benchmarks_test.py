@@ -78,10 +78,7 @@ def test_memory_is_a_half_and_a_quarter(measure):
   found = measure('memory')
   size = {k: v['frozen_bytes'] for k, v in found.items() if 'weights' in k}
   whole = size['float32, float32 weights']
-  switches = dict.fromkeys(peers.SWITCHES, False)
-  args = argparse.Namespace(
-    **FLAGS, **switches, dtype='float32', frozen_dtype=None
-  )
+  args = peers.parser('toy', **FLAGS).parse_args([])
   plan = peers.plan_of(args)
   assert whole == 4 * sum(x.size for x in plan.select(plan.base).values())
   assert 0.5 <= size['bfloat16, bfloat16 weights'] / whole < 0.51
@@ -158,10 +155,7 @@ def test_startup(monkeypatch):
 
 
 def test_a_step_moves_nothing_between_host_and_device():
-  switches = dict.fromkeys(peers.SWITCHES, False)
-  args = argparse.Namespace(
-    **FLAGS, **switches, dtype='float32', frozen_dtype=None
-  )
+  args = peers.parser('toy', **FLAGS).parse_args([])
   ours = peers.ours(args)
   batch = peers.batch_of(ours.plan, 2, 16, 4)
   step, _, tx, like = peers.compile_step(ours.plan, batch)
