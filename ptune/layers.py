@@ -390,37 +390,9 @@ class Attention(nn.Module):
     if cache_index is None and self._absorbs(inputs_q, inputs_kv):
       y = self._absorbed(q, inputs_kv, mask, bias, enable_dropout)
     else:
-      k = self._project('key', inputs_kv)
-      v = self._project('value', inputs_kv)
-      if cache_index is not None:
-        k, v = self._cached(k, v, cache_index, prefill)
-      elif inputs_q.shape[1] == 1:
-        # A decoding loop, which does not change them. XLA moves out of it what
-        # stands here, but no transposition of its own making.
-        k, v = map(
-          _keys_first, lax.optimization_barrier((_keys_last(k), _keys_last(v)))
-        )
-      k = adapt(self, self.placements, 'keys', inputs_kv, k)
-      v = adapt(self, self.placements, 'values', inputs_kv, v)
-      # What adapters put before the keys is seen from everywhere.
-      added = [(0, 0)] * 3 + [(k.shape[1] - mask.shape[-1], 0)]
-      mask = jnp.pad(mask, added, constant_values=True)
-      if bias is not None:
-        bias = jnp.pad(bias, added)
-      # Rather than its weight, its value, which fused kernels take as any.
-      v = v * self._kept(v, enable_dropout).swapaxes(1, 2)
-      if self.fused and cache_index is None and fused.fits(q, k):
-        allowed = jnp.zeros(()) if bias is None else bias
-        y = fused.attend(q, k, v, jnp.where(mask, allowed, MASKED))
-      else:
-        # Keys first: XLA's CPU backend lacks a product that the other order
-        # needs in its backward pass, in bfloat16. -> [b, h, q, k]
-        logits = product('bkhd,bqhd->bhqk', k, q)
-        weights, total = self._weights(logits, mask, bias)
-        # Divided by the sum last, when there is less to divide.
-        # [b, q, h, d] / [b, q, h, 1]
-        y = product('bhqk,bkhd->bqhd', weights, v) / total.swapaxes(1, 2)
-        y = y.astype(self.dtype)
+      y = self._attended(
+        q, inputs_kv, mask, bias, cache_index, prefill, enable_dropout
+      )
     # -> [b, q, joined_kv] -> [b, q, embed]
     y = y.reshape(*y.shape[:2], -1)
     out = Dense(
@@ -460,6 +432,39 @@ class Attention(nn.Module):
     shape = (keys.shape[0], self.num_heads, keys.shape[1], 1)
     dropout = nn.Dropout(self.dropout_rate, deterministic=not enable_dropout)
     return dropout(jnp.ones(shape, self.dtype))
+
+  def _attended(self, q, x, mask, bias, cache_index, prefill, enable_dropout):
+    """Attends to keys and values of x: [b, q, h, d], [b, k, embed] -> as q."""
+    k = self._project('key', x)
+    v = self._project('value', x)
+    if cache_index is not None:
+      k, v = self._cached(k, v, cache_index, prefill)
+    elif q.shape[1] == 1:
+      # A decoding loop, which does not change them. XLA moves out of it what
+      # stands here, but no transposition of its own making.
+      k, v = map(
+        _keys_first, lax.optimization_barrier((_keys_last(k), _keys_last(v)))
+      )
+    k = adapt(self, self.placements, 'keys', x, k)
+    v = adapt(self, self.placements, 'values', x, v)
+    # What adapters put before the keys is seen from everywhere.
+    added = [(0, 0)] * 3 + [(k.shape[1] - mask.shape[-1], 0)]
+    mask = jnp.pad(mask, added, constant_values=True)
+    if bias is not None:
+      bias = jnp.pad(bias, added)
+    # Rather than its weight, its value, which fused kernels take as any.
+    v = v * self._kept(v, enable_dropout).swapaxes(1, 2)
+    if self.fused and cache_index is None and fused.fits(q, k):
+      allowed = jnp.zeros(()) if bias is None else bias
+      return fused.attend(q, k, v, jnp.where(mask, allowed, MASKED))
+    # Keys first: XLA's CPU backend lacks a product that the other order needs
+    # in its backward pass, in bfloat16. -> [b, h, q, k]
+    logits = product('bkhd,bqhd->bhqk', k, q)
+    weights, total = self._weights(logits, mask, bias)
+    # Divided by the sum last, when there is less to divide.
+    # [b, q, h, d] / [b, q, h, 1]
+    y = product('bhqk,bkhd->bqhd', weights, v) / total.swapaxes(1, 2)
+    return y.astype(self.dtype)
 
   def _absorbs(self, inputs_q: jax.Array, inputs_kv: jax.Array) -> bool:
     """Whether keys and values need not be made.
