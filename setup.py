@@ -9,11 +9,7 @@ import setuptools
 
 setuptools.setup(
   packages=[
-    'ptune',
-    'ptune.analysis',
-    'ptune.convert',
-    'ptune.methods',
-    'ptune.pretrained',
+    *setuptools.find_packages(include=['ptune', 'ptune.*']),
     'ptune.tasks',
     'ptune.gin',
   ],

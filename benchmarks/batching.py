@@ -34,10 +34,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peers
-from ptune import miniature, optim, parameters, pretrained
-from ptune import state as state_lib
+from ptune import pretrained
 from ptune.methods import prompt
-from ptune.models import EncoderDecoderModel
+from ptune.model import parameters
+from ptune.model.models import EncoderDecoderModel
+from ptune.tools import miniature
+from ptune.training import optim
+from ptune.training import state as state_lib
 
 
 def register(data: pathlib.Path) -> str:
@@ -69,7 +72,8 @@ def ours_of(args) -> peers.Ours:
 
 
 def measure(args):
-  from ptune import data, packing, seqio_task
+  from ptune.data import batches as data
+  from ptune.data import packing, seqio_task
 
   directory = pathlib.Path(args.data)
   if not (directory / 'train.tsv').exists():

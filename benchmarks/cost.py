@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib import figure
 
 from benchmarks import peers
-from ptune import state as state_lib
+from ptune.training import state as state_lib
 
 SWEEPS = {
   'size': ('small_quarter', 'small_half', 't5_1_1_small', 't5_1_1_base'),

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from benchmarks import peers
-from ptune import parameters
-from ptune.bank import PromptBank
+from ptune.model import parameters
+from ptune.serving.bank import PromptBank
 
 
 def of_batch(args):

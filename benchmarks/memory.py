@@ -12,7 +12,7 @@ before it is run.
 import argparse
 
 from benchmarks import peers
-from ptune import parameters
+from ptune.model import parameters
 
 # Activations, and frozen weights.
 TYPES = (

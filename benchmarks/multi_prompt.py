@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import peers
-from ptune import many, optim
-from ptune import state as state_lib
 from ptune.methods import prompt
-from ptune.models import EncoderDecoderModel
+from ptune.model.models import EncoderDecoderModel
+from ptune.training import many, optim
+from ptune.training import state as state_lib
 
 
 def measure(args):

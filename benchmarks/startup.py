@@ -23,7 +23,9 @@ import tempfile
 import time
 
 from benchmarks import peers
-from ptune import miniature, pretrained, sizes
+from ptune import pretrained
+from ptune.model import sizes
+from ptune.tools import miniature
 
 IMPORTS = ('jax', 'seqio', 'ptune.train')
 STARTS = ('cold', 'filled', 'warm')
@@ -73,9 +75,10 @@ def checkpoint_of(model, directory):
   """Writes random weights, in the layout of a run; returns where."""
   import jax.numpy as jnp
 
-  from ptune import checkpoints, parameters, partitioning
   from ptune.methods import full
-  from ptune.state import TrainState
+  from ptune.model import parameters, partitioning
+  from ptune.training import checkpoints
+  from ptune.training.state import TrainState
 
   plan = parameters.plan(sizes.t5(model), full.full(), partitioning.make_mesh())
   values = parameters.initialize(plan, plan.params, seed=0)

@@ -31,8 +31,8 @@ import optax
 from flax import linen as nn
 
 from benchmarks import peers
-from ptune import layers, parameters
-from ptune import state as state_lib
+from ptune.model import layers, parameters
+from ptune.training import state as state_lib
 
 
 def one_hot(next_method, args, kwargs, context):

@@ -21,7 +21,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from ptune import gin_files, processes
+from ptune import gin_files
+from ptune.training import processes
 
 # Programs that gin configures: module, function, what it does.
 PROGRAMS = {
@@ -38,21 +39,28 @@ PROGRAMS = {
     'measure which rows of a prompt matter, and prune the others',
   ),
   'study': (
-    'ptune.study',
+    'ptune.studies.study',
     'study',
     'measure what a figure or table of the paper shows, and draw it',
   ),
   'plan': (
-    'ptune.fit',
+    'ptune.tools.plan',
     'plan',
     'say what each device would hold in a training run; build nothing',
   ),
-  'doctor': ('ptune.doctor', 'preflight', 'check whether a run could start'),
+  'doctor': (
+    'ptune.tools.doctor',
+    'preflight',
+    'check whether a run could start',
+  ),
 }
 # Programs with flags of their own, added by the module's `add_arguments`.
 TOOLS = {
-  'demo': ('ptune.demo', 'see what a prompt does, on a model of 2 MB'),
-  'serve': ('ptune.serve', 'answer over HTTP, with one model and many prompts'),
+  'demo': ('ptune.tools.demo', 'see what a prompt does, on a model of 2 MB'),
+  'serve': (
+    'ptune.serving.serve',
+    'answer over HTTP, with one model and many prompts',
+  ),
   'export': (
     'ptune.convert.commands',
     'write a prompt for PEFT, T5X, or as a plain file',
@@ -78,8 +86,11 @@ TOOLS = {
     'ptune.analysis.recycle',
     "move a prompt to another model, by their embeddings' likeness",
   ),
-  'methods': ('ptune.list_methods', 'list methods, and how much they train'),
-  'tasks': ('ptune.list_tasks', 'list tasks, or show examples of one'),
+  'methods': (
+    'ptune.tools.list_methods',
+    'list methods, and how much they train',
+  ),
+  'tasks': ('ptune.tools.list_tasks', 'list tasks, or show examples of one'),
 }
 
 
@@ -99,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   given = sys.argv[1:] if argv is None else list(argv)
   if given[:1] == ['tasks']:  # Has commands and gin flags of its own.
-    from ptune import list_tasks
+    from ptune.tools import list_tasks
 
     _set_up_logging()
     return list_tasks.main(given[1:], _quiet_stderr)
@@ -308,7 +319,7 @@ def _initialize_processes(args: argparse.Namespace) -> None:
   """Sets up JAX, and joins the other processes where there are any."""
   import jax
 
-  from ptune import cpu
+  from ptune.training import cpu
 
   # Compiled programs are kept: a second start skips the compilation.
   cache = os.environ.get('JAX_COMPILATION_CACHE_DIR') or os.path.join(

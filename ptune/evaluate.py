@@ -17,21 +17,16 @@ import seqio
 import tensorflow_datasets as tfds
 from etils import epath
 
-from ptune import (
-  answers,
-  data,
-  ensemble,
-  parameters,
-  partitioning,
-  predictor,
-  seqio_task,
-)
-from ptune import bank as bank_lib
-from ptune import report as report_lib
-from ptune.adapters import Method
-from ptune.models import Decoding, EncoderDecoderModel
-from ptune.sizes import T5Config
+from ptune.data import batches as data
+from ptune.data import seqio_task
+from ptune.model import parameters, partitioning
+from ptune.model.adapters import Method
+from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.model.sizes import T5Config
+from ptune.serving import answers, ensemble, predictor
+from ptune.serving import bank as bank_lib
 from ptune.tasks import metrics as task_metrics
+from ptune.training import report as report_lib
 
 Scores = dict[str, dict[str, float]]
 

@@ -13,20 +13,16 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ptune import (
-  answers,
-  data,
-  evaluate,
-  parameters,
-  partitioning,
-  predictor,
-  seqio_task,
-)
-from ptune.adapters import Method
-from ptune.bank import unknown
+from ptune import evaluate
+from ptune.data import batches as data
+from ptune.data import seqio_task
 from ptune.evaluate import to_json
-from ptune.models import Decoding, EncoderDecoderModel
-from ptune.sizes import T5Config
+from ptune.model import parameters, partitioning
+from ptune.model.adapters import Method
+from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.model.sizes import T5Config
+from ptune.serving import answers, predictor
+from ptune.serving.bank import unknown
 
 MODES = ('predict', 'score')
 # Batches that are read, sorted by length and written together.

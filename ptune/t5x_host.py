@@ -48,21 +48,16 @@ from flax import serialization
 from flax.core import freeze, unfreeze
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ptune import models as models_lib
-from ptune import network as network_lib
-from ptune import (
-  optim,
-  parameters,
-  partitioning,
-  predictor,
-  prompt_init,
-  report,
-  seqio_task,
-  sizes,
-)
-from ptune.adapters import Method
 from ptune.convert import open_checkpoint, restore
 from ptune.convert.trained import dump as dump_trained
+from ptune.data import seqio_task
+from ptune.methods import prompt_init
+from ptune.model import models as models_lib
+from ptune.model import network as network_lib
+from ptune.model import parameters, partitioning, sizes
+from ptune.model.adapters import Method
+from ptune.serving import predictor
+from ptune.training import optim, report
 
 Rules = list[tuple[str, str | None]]
 

@@ -25,29 +25,27 @@ from absl import logging
 from etils import epath
 
 import gin
-from ptune import (
-  checkpoints,
-  data,
-  evaluate,
-  lock,
-  optim,
-  packing,
-  parameters,
-  partitioning,
-  profiling,
-  prompt_init,
-  selection,
-  seqio_task,
-  stopping,
-)
-from ptune import report as report_lib
-from ptune import state as state_lib
-from ptune.adapters import Method
-from ptune.checkpoints import Checkpoints
+from ptune import evaluate
 from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.convert.trained import dump as dump_trained
-from ptune.models import Decoding, EncoderDecoderModel
-from ptune.sizes import T5Config
+from ptune.data import batches as data
+from ptune.data import packing, seqio_task
+from ptune.methods import prompt_init
+from ptune.model import parameters, partitioning
+from ptune.model.adapters import Method
+from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.model.sizes import T5Config
+from ptune.training import (
+  checkpoints,
+  lock,
+  optim,
+  profiling,
+  selection,
+  stopping,
+)
+from ptune.training import report as report_lib
+from ptune.training import state as state_lib
+from ptune.training.checkpoints import Checkpoints
 
 Optimizer = Callable[..., optax.GradientTransformation]
 

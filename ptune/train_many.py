@@ -25,27 +25,18 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from ptune import (
-  checkpoints,
-  data,
-  evaluate,
-  lock,
-  many,
-  optim,
-  parameters,
-  partitioning,
-  selection,
-  seqio_task,
-  stopping,
-  train,
-)
-from ptune import report as report_lib
-from ptune.checkpoints import Checkpoints
+from ptune import evaluate, train
 from ptune.convert import account, check_config, open_checkpoint, restore
-from ptune.many import Run
-from ptune.models import Decoding, EncoderDecoderModel
-from ptune.sizes import T5Config
-from ptune.state import TrainState
+from ptune.data import batches as data
+from ptune.data import seqio_task
+from ptune.model import parameters, partitioning
+from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.model.sizes import T5Config
+from ptune.training import checkpoints, lock, many, optim, selection, stopping
+from ptune.training import report as report_lib
+from ptune.training.checkpoints import Checkpoints
+from ptune.training.many import Run
+from ptune.training.state import TrainState
 
 Sums = dict[str, dict[str, float]]
 

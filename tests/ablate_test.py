@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import gin
-from ptune import cli, evaluate, parameters, partitioning
+from ptune import cli, evaluate
 from ptune.analysis import ablate
 from ptune.convert.prompts import read_prompt
 from ptune.methods import ia3, prompt
+from ptune.model import parameters, partitioning
 from tests import tiny
 
 pytestmark = pytest.mark.slow

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from ptune import answers
+from ptune.serving import answers
 
 
 def test_the_next_is_asked_before_an_answer_is_waited_for(monkeypatch):

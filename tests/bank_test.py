@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import bank as bank_lib
-from ptune import network, parameters, partitioning, predictor
-from ptune.answers import Predictor
-from ptune.bank import PromptBank
 from ptune.convert.prompts import read_prompt
 from ptune.methods import prompt
-from ptune.models import Decoding, EncoderDecoderModel
+from ptune.model import network, parameters, partitioning
+from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.serving import bank as bank_lib
+from ptune.serving import predictor
+from ptune.serving.answers import Predictor
+from ptune.serving.bank import PromptBank
 from tests import tiny
 
 LENGTHS = {'five': 5, 'three': 3}

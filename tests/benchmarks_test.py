@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import peers, startup
-from ptune import parameters
-from ptune import state as state_lib
+from ptune.model import parameters
+from ptune.training import state as state_lib
 from tests import tiny
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""ptune/checkpoints.py: small, whole, and known by what they belong to."""
+"""ptune/training/checkpoints.py: small, whole, known by what they are of."""
 
 import gc
 import json
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import checkpoints, optim, parameters, partitioning, sizes
-from ptune import state as state_lib
 from ptune.methods import prompt
+from ptune.model import parameters, partitioning, sizes
+from ptune.training import checkpoints, optim
+from ptune.training import state as state_lib
 from tests import tiny
 
 SUMS = {'loss': 1.1, 'tokens': 3.0}

@@ -17,7 +17,8 @@ import pytest
 from absl import logging
 
 import gin
-from ptune import cli, gin_files, parameters, partitioning
+from ptune import cli, gin_files
+from ptune.model import parameters, partitioning
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]

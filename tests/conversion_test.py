@@ -15,7 +15,7 @@ from ptune.convert.huggingface import write_huggingface
 from ptune.convert.layout import shapes
 from ptune.convert.source import Leaf
 from ptune.convert.t5x import write_t5x
-from ptune.sizes import T5Config
+from ptune.model.sizes import T5Config
 from tests import layouts
 
 LAYOUTS = ('t5x', 'huggingface')

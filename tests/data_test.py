@@ -1,4 +1,4 @@
-"""ptune/data.py: batches are pure functions of the step and lose no example.
+"""ptune/data/batches.py: pure functions of the step that lose no example.
 
 The tasks are real SeqIO tasks on a few lines of text, with bytes as tokens.
 """
@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from ptune import data, seqio_task
+from ptune.data import batches as data
+from ptune.data import seqio_task
 
 import seqio  # isort: skip  (after seqio_task, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip
@@ -595,7 +596,7 @@ def test_load_task_imports_the_module_that_registers_it(tmp_path, monkeypatch):
   ):
     seqio_task.load(name)
   assert seqio_task.load(name, module).name == name
-  assert seqio_task.load(name, [module, 'ptune.data']).name == name
+  assert seqio_task.load(name, [module, 'ptune.data.batches']).name == name
   with pytest.raises(ValueError, match=f'nearest .*{name}'):
     seqio_task.load(name[:-1] + '_', module)
   with pytest.raises(

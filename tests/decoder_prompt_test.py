@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import adapters, decoding, network, parameters, prompt_init
-from ptune.methods import decoder_prompt, prompt
-from ptune.models import Decoding, EncoderDecoderModel
+from ptune.methods import decoder_prompt, prompt, prompt_init
+from ptune.model import adapters, decoding, network, parameters
+from ptune.model.models import Decoding, EncoderDecoderModel
 from tests.network_test import SHALLOW, forward, make_batch, random_params
 
 METHODS = {

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ptune import decoding
+from ptune.model import decoding
 
 EOS = 1
 

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import rich.console
 
-from ptune import checkpoints, demo, miniature, parameters, pretrained
+from ptune import pretrained
 from ptune.convert import open_checkpoint, restore
 from ptune.methods import full
+from ptune.model import parameters
 from ptune.tasks import generated_text
+from ptune.tools import demo, miniature
+from ptune.training import checkpoints
 
 
 @pytest.fixture(scope='module')
@@ -113,7 +116,7 @@ def test_nearest_words_of_an_embedding_are_its_own_piece():
 
 def test_the_demo_loads_no_tensorflow():
   code = (
-    'import sys, ptune.demo;'
+    'import sys, ptune.tools.demo;'
     ' print([m for m in ("tensorflow", "seqio", "orbax") if m in sys.modules])'
   )
   done = subprocess.run(

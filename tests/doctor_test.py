@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ptune import doctor
+from ptune.tools import doctor
 
 
 def test_all_checks_pass_here(tmp_path, capsys):

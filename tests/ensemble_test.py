@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from ptune import ensemble, evaluate
+from ptune import evaluate
 from ptune.methods import prompt
+from ptune.serving import ensemble
 from tests import tiny
 
 pytestmark = pytest.mark.slow

@@ -8,16 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from ptune import (
-  data,
-  evaluate,
-  parameters,
-  partitioning,
-  predictor,
-  seqio_task,
-)
+from ptune import evaluate
+from ptune.data import batches as data
+from ptune.data import seqio_task
 from ptune.methods import full, prompt
-from ptune.models import EncoderDecoderModel
+from ptune.model import parameters, partitioning
+from ptune.model.models import EncoderDecoderModel
+from ptune.serving import predictor
 from tests import tiny
 
 

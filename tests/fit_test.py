@@ -8,10 +8,12 @@ import dataclasses
 import jax
 import pytest
 
-from ptune import fit, optim, parameters, partitioning, sizes
-from ptune import state as state_lib
 from ptune.methods import full, prompt
-from ptune.models import EncoderDecoderModel
+from ptune.model import parameters, partitioning, sizes
+from ptune.model.models import EncoderDecoderModel
+from ptune.tools import plan as fit
+from ptune.training import optim
+from ptune.training import state as state_lib
 
 CONFIG = sizes.T5Config(
   vocab_size=512,

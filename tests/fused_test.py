@@ -16,9 +16,9 @@ import pytest
 from flax import linen as nn
 from jax.experimental.pallas import tpu as pltpu
 
-from ptune import fused, layers, network, parameters, partitioning
 from ptune.methods import prompt
-from ptune.models import EncoderDecoderModel
+from ptune.model import fused, layers, network, parameters, partitioning
+from ptune.model.models import EncoderDecoderModel
 from tests.network_test import SHALLOW, make_batch, random_params
 
 BFLOAT16 = dataclasses.replace(SHALLOW, dtype='bfloat16', fused_attention=True)

@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 
-from ptune import checkpoints
+from ptune.training import checkpoints
 from tests import tiny
 
 # A start takes 3 CPU seconds.

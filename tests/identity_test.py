@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import checkpoints, network, sizes
 from ptune.convert import check_config, identity, open_checkpoint
 from ptune.convert.layout import shapes
 from ptune.convert.source import Leaf, Source
+from ptune.model import network, sizes
+from ptune.training import checkpoints
 from tests import layouts
 
 

@@ -10,65 +10,28 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-# From the bottom to the top. A module or package may import from those before
-# it and, if a package, from itself. A new module is to be put in its place.
-LAYERS = (
-  'processes',
-  'cpu',
-  'pretrained',
-  'adapters',
-  'fused',
-  'layers',
-  'sizes',
-  'scan',
-  'network',
-  'prompt_init',
-  'methods',
-  'decoding',
-  'models',
-  'losses',
-  'optim',
-  'partitioning',
-  'parameters',
-  'convert',
-  'answers',
-  'bank',
-  'tasks',
-  'state',
-  'many',
-  'report',
-  'checkpoints',
-  'seqio_task',
-  'data',
-  'packing',
-  'profiling',
-  'selection',
-  'tables',
-  'lock',
-  'stopping',
-  'predictor',
-  'ensemble',
-  'batching',
-  'web',
-  'evaluate',
-  'infer',
-  'train',
-  'serve',
-  'train_many',
-  'analysis',
-  'study',
-  'studies',
+# From the bottom to the top. What stands in a room may import from its own room
+# and from those before it. `programs` are the modules beside the folders that
+# `python -m ptune.NAME` runs.
+ROOMS = (
+  'errors',
   'gin_files',
+  'model',
+  'methods',
+  'pretrained',
+  'convert',
+  'tasks',
+  'data',
+  'training',
+  'serving',
+  'programs',
+  'analysis',
+  'studies',
   't5x_host',
-  'miniature',
-  'pretrained.make',  # The program that made what `pretrained` finds.
-  'demo',
-  'list_methods',
-  'list_tasks',
-  'fit',
-  'doctor',
+  'tools',
   'cli',
 )
+PROGRAMS = ('evaluate', 'infer', 'train', 'train_many')
 
 
 def name_of(file):
@@ -106,7 +69,7 @@ def imports(tree, lazy=True):
       yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, 'a relative import'
-      # `from ptune import sizes` and `from ptune.sizes import t5`.
+      # `from ptune import sizes` and `from ptune.model.sizes import t5`.
       for alias in node.names:
         full = f'{node.module}.{alias.name}'
         yield full if full in SOURCES else node.module
@@ -116,28 +79,35 @@ def imports(tree, lazy=True):
       yield from imports(node, lazy)
 
 
-def layer_of(name):
-  """ptune.convert.zarr -> convert, but ptune.pretrained.make is a layer."""
-  _, first, *rest = f'{name}.'.split('.')
-  longer = '.'.join([first, *rest[:1]])
-  return longer if longer in LAYERS else first
+def room_of(name):
+  """ptune.convert.zarr -> convert; ptune.train -> programs."""
+  if name == 'ptune.pretrained.make':  # A program: it trains what is there.
+    return 'tools'
+  first = name.split('.')[1]
+  return 'programs' if first in PROGRAMS else first
 
 
-def test_every_module_has_a_place():
-  found = {layer_of(name) for name in SOURCES if name != 'ptune'}
-  assert not found - set(LAYERS), 'add these to LAYERS, at their height'
+def test_every_module_has_a_room():
+  found = {room_of(name) for name in SOURCES if name != 'ptune'}
+  assert found == set(ROOMS)
   assert list(imports(SOURCES['ptune'])) == ['os'], '`import ptune` is free'
 
 
-@pytest.mark.parametrize('layer', LAYERS)
-def test_imports_point_one_way(layer):
-  allowed = LAYERS[: LAYERS.index(layer) + 1]
+def test_every_room_says_what_it_is():
+  for room in ROOMS:
+    if (ROOT / 'ptune' / room).is_dir():
+      assert ast.get_docstring(SOURCES[f'ptune.{room}']), room
+
+
+@pytest.mark.parametrize('room', ROOMS)
+def test_imports_point_one_way(room):
+  allowed = ROOMS[: ROOMS.index(room) + 1]
   wrong = [
     f'{name} imports {target}'
     for name, tree in SOURCES.items()
-    if name != 'ptune' and layer_of(name) == layer
+    if name != 'ptune' and room_of(name) == room
     for target in imports(tree)
-    if target.startswith('ptune.') and layer_of(target) not in allowed
+    if target.startswith('ptune.') and room_of(target) not in allowed
   ]
   assert not wrong
 
@@ -154,42 +124,40 @@ def test_no_module_imports_itself_through_others():
   ('below', 'above'),
   [
     # Held by the order above, and said here since the design rests on them.
-    ('network', 'methods'),
-    ('methods', 'network'),  # A method is a function of sites, not of a model.
-    ('decoding', 'network'),  # Any cached step function can be decoded.
-    ('state', 'data'),
-    ('data', 'network'),
-    ('optim', 'parameters'),
-    ('tasks', 'train'),
-    ('tasks', 'data'),
+    ('model', 'methods'),
+    ('methods', 'model.network'),  # A method knows sites, not a model.
+    ('model.decoding', 'model.network'),  # Decodes any cached step function.
+    ('training.state', 'data'),
+    ('data.batches', 'model.network'),
+    ('training.optim', 'model.parameters'),
   ],
 )
 def test_what_must_not_know_of_each_other(below, above):
   for name, tree in SOURCES.items():
-    if name != 'ptune' and layer_of(name) == below:
-      ours = [t for t in imports(tree) if t.startswith('ptune.')]
-      assert above not in map(layer_of, ours), name
+    if f'{name}.'.startswith(f'ptune.{below}.'):
+      for target in imports(tree):
+        assert not f'{target}.'.startswith(f'ptune.{above}.'), name
 
 
 @pytest.mark.parametrize(
   ('package', 'modules'),
   {
-    'tensorflow': 'seqio_task data',
+    'tensorflow': 'data.seqio_task data.batches',
     'tensorflow_datasets': 'evaluate',
-    'orbax': 'checkpoints',
-    'clu': 'report',
+    'orbax': 'training.checkpoints',
+    'clu': 'training.report',
     'safetensors': 'convert.safetensors_files',
     'tensorstore': 'convert.zarr',
     't5x': 't5x_host',
-    'fastapi': 'web',
-    'uvicorn': 'serve',
+    'fastapi': 'serving.web',
+    'uvicorn': 'serving.serve',
   }.items(),
 )
 def test_a_heavy_package_is_imported_where_it_is_wrapped(package, modules):
   importers = [
     name
     for name, tree in SOURCES.items()
-    if layer_of(name) != 'tasks'  # Made of SeqIO and TensorFlow.
+    if room_of(name) != 'tasks'  # Made of SeqIO and TensorFlow.
     for target in imports(tree)
     if target.split('.')[0] == package
   ]
@@ -205,9 +173,10 @@ def test_the_parser_sees_every_kind_of_import():
   # Else the tests above could pass by seeing nothing.
   tree = ast.parse(
     'import ptune.data\n'
-    'from ptune import network, __version__\n'
+    'from ptune.model import network\n'
+    'from ptune import __version__\n'
     'from ptune.methods import prompt\n'
-    'from ptune.state import TrainState\n'
+    'from ptune.training.state import TrainState\n'
     'def f():\n'
     '  with a:\n'
     '    from ptune import cli\n'
@@ -248,7 +217,8 @@ def loaded_by(code):
 
 def test_the_model_and_its_update_load_no_seqio_and_no_tensorflow():
   loaded, _ = loaded_by(
-    'import ptune.state, ptune.models, ptune.network, ptune.optim\n'
+    'import ptune.training.state, ptune.training.optim\n'
+    'import ptune.model.models, ptune.model.network\n'
     'import ptune.methods.prompt, ptune.methods.full, ptune.convert\n'
     'import benchmarks.step'  # Runs where only JAX and Flax are installed.
   )

@@ -7,9 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from ptune import infer, parameters, partitioning, predictor, seqio_task
+from ptune import infer
+from ptune.data import seqio_task
 from ptune.methods import prompt
-from ptune.models import Decoding, EncoderDecoderModel
+from ptune.model import parameters, partitioning
+from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.serving import predictor
 from tests import tiny
 
 WORDS = [word for word, _ in tiny.rows('test')]

@@ -105,10 +105,10 @@ def test_multitask_adapters_say_how_many(tmp_path):
 
 
 def test_published_sizes_are_named(tmp_path):
-  from ptune import sizes
   from ptune.convert.inspection import _model
   from ptune.convert.layout import shapes
   from ptune.convert.source import Leaf, Source
+  from ptune.model import sizes
 
   def fetch(index):
     raise AssertionError('nothing is to be read')

@@ -8,17 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import (
-  convert,
-  layers,
-  network,
-  parameters,
-  partitioning,
-  sizes,
-)
+from ptune import convert
 from ptune.convert import identity
 from ptune.methods import full, lora, prompt
-from ptune.models import EncoderDecoderModel
+from ptune.model import layers, network, parameters, partitioning, sizes
+from ptune.model.models import EncoderDecoderModel
 from tests.network_test import SHALLOW, TINY, make_batch, random_params
 
 SPECS = {

@@ -16,8 +16,8 @@ from flax import traverse_util
 
 from ptune.convert import commands, identity, open_checkpoint, restore
 from ptune.methods import prompt
-from ptune.models import EncoderDecoderModel
-from ptune.network import Transformer
+from ptune.model.models import EncoderDecoderModel
+from ptune.model.network import Transformer
 
 # Directories of the golden data, and of what of it there are answers for.
 FAMILIES = ('t5_1_0', 'mt5', 'byt5')

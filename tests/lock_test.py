@@ -1,4 +1,4 @@
-"""ptune/lock.py: one run at a time, and none in its own way."""
+"""ptune/training/lock.py: one run at a time, and none in its own way."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ptune import lock
+from ptune.training import lock
 from tests import tiny
 
 

@@ -10,15 +10,12 @@ import numpy as np
 import pytest
 
 import gin
-from ptune import (
-  gin_files,
-  losses,
-  network,
-  parameters,
-  seqio_task,
-)
+from ptune import gin_files
+from ptune.data import seqio_task
 from ptune.methods import lora, prompt
-from ptune.models import EncoderDecoderModel
+from ptune.model import network, parameters
+from ptune.model.models import EncoderDecoderModel
+from ptune.training import losses
 from tests import tiny
 from tests.network_test import SHALLOW, make_batch, random_params
 from tests.state_test import BATCH, ONE, TOKENS

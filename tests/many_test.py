@@ -10,21 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import (
-  data,
-  many,
-  network,
-  optim,
-  parameters,
-  partitioning,
-  predictor,
-  prompt_init,
-  seqio_task,
-  train_many,
-)
-from ptune.many import Run
-from ptune.methods import full, lora, prompt
-from ptune.models import EncoderDecoderModel
+from ptune import train_many
+from ptune.data import batches as data
+from ptune.data import seqio_task
+from ptune.methods import full, lora, prompt, prompt_init
+from ptune.model import network, parameters, partitioning
+from ptune.model.models import EncoderDecoderModel
+from ptune.serving import predictor
+from ptune.training import many, optim
+from ptune.training.many import Run
 from tests import tiny
 
 pytestmark = pytest.mark.slow

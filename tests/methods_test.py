@@ -16,20 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from ptune import (
-  adapters,
-  checkpoints,
-  cli,
-  list_methods,
-  methods,
-  network,
-  optim,
-  parameters,
-  partitioning,
-  predictor,
-  sizes,
-)
-from ptune import state as state_lib
+from ptune import cli, methods
 from ptune.convert import open_checkpoint, restore
 from ptune.convert.safetensors_files import open_file
 from ptune.methods import (
@@ -41,7 +28,12 @@ from ptune.methods import (
   prefix,
   prompt,
 )
-from ptune.models import EncoderDecoderModel
+from ptune.model import adapters, network, parameters, partitioning, sizes
+from ptune.model.models import EncoderDecoderModel
+from ptune.serving import predictor
+from ptune.tools import list_methods
+from ptune.training import checkpoints, optim
+from ptune.training import state as state_lib
 from tests import tiny
 from tests.network_test import (
   SHALLOW,

@@ -24,17 +24,13 @@ import pytest
 from absl import logging
 from jax.experimental import multihost_utils
 
-from ptune import (
-  checkpoints,
-  data,
-  parameters,
-  partitioning,
-  processes,
-  seqio_task,
-  train,
-)
+from ptune import train
 from ptune.convert import open_checkpoint
+from ptune.data import batches as data
+from ptune.data import seqio_task
 from ptune.methods import full
+from ptune.model import parameters, partitioning
+from ptune.training import checkpoints, processes
 from tests import tiny
 
 pytestmark = pytest.mark.slow

@@ -8,16 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from ptune import (
-  evaluate,
-  infer,
-  network,
-  parameters,
-  predictor,
-  prompt_init,
-)
+from ptune import evaluate, infer
 from ptune.convert import commands
-from ptune.methods import multitask, prompt
+from ptune.methods import multitask, prompt, prompt_init
+from ptune.model import network, parameters
+from ptune.serving import predictor
 from ptune.tasks import glue, registry
 from tests import methods_test, tiny
 from tests.network_test import SHALLOW, forward, make_batch, random_params

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import rich.console
 
-from ptune import cli, miniature, pretrained
+from ptune import cli, pretrained
 from ptune.analysis import neighbours
 from ptune.convert import open_checkpoint
 from ptune.convert.prompts import Prompt
 from ptune.convert.source import EMBEDDING, Leaf
+from ptune.tools import miniature
 
 BASE = 'ptune://tiny'
 

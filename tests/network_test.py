@@ -13,11 +13,12 @@ from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
 from jax import lax
 
-from ptune import convert, decoding, network, sizes
-from ptune.adapters import Placement
-from ptune.layers import grow
+from ptune import convert
 from ptune.methods import prompt
-from ptune.models import Decoding, EncoderDecoderModel
+from ptune.model import decoding, network, sizes
+from ptune.model.adapters import Placement
+from ptune.model.layers import grow
+from ptune.model.models import Decoding, EncoderDecoderModel
 
 TINY = sizes.T5Config(
   vocab_size=128,

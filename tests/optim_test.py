@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from ptune import optim
+from ptune.training import optim
 
 
 def second_moments(state, name):

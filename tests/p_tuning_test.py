@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from ptune import network, parameters, predictor, prompt_init
 from ptune.convert import open_checkpoint
 from ptune.convert.export import export
 from ptune.convert.prompts import read_prompt
-from ptune.methods import p_tuning, prompt, residual
+from ptune.methods import p_tuning, prompt, prompt_init, residual
+from ptune.model import network, parameters
+from ptune.serving import predictor
 from tests import tiny
 from tests.network_test import BATCH, SHALLOW, forward, random_params
 from tests.state_test import ONE

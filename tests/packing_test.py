@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from ptune import data, losses, network, packing, parameters, partitioning
-from ptune.adapters import VIRTUAL, combine
+from ptune.data import batches as data
+from ptune.data import packing
 from ptune.methods import (
   decoder_prompt,
   ia3,
@@ -17,7 +17,10 @@ from ptune.methods import (
   prefix,
   prompt,
 )
-from ptune.models import EncoderDecoderModel
+from ptune.model import network, parameters, partitioning
+from ptune.model.adapters import VIRTUAL, combine
+from ptune.model.models import EncoderDecoderModel
+from ptune.training import losses
 from tests import tiny
 from tests.data_test import (
   LENGTHS,

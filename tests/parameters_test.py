@@ -10,16 +10,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ptune import (
-  checkpoints,
-  network,
-  parameters,
-  partitioning,
-  prompt_init,
-  sizes,
-)
-from ptune.adapters import Method, Placement
-from ptune.methods import full, prompt
+from ptune.methods import full, prompt, prompt_init
+from ptune.model import network, parameters, partitioning, sizes
+from ptune.model.adapters import Method, Placement
+from ptune.training import checkpoints
 from tests.network_test import SHALLOW, TINY, load
 
 ONE = partitioning.make_mesh(devices=jax.devices()[:1])

@@ -14,19 +14,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ptune import (
-  checkpoints,
-  data,
-  layers,
-  models,
-  optim,
-  parameters,
-  partitioning,
-  sizes,
-)
-from ptune import state as state_lib
 from ptune.convert import open_checkpoint, restore
+from ptune.data import batches as data
 from ptune.methods import full, prompt
+from ptune.model import layers, models, parameters, partitioning, sizes
+from ptune.training import checkpoints, optim
+from ptune.training import state as state_lib
 from tests import tiny
 from tests.network_test import SHALLOW, make_batch, nested
 

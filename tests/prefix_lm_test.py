@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import bank, network, parameters, partitioning
 from ptune.methods import (
   bottleneck,
   decoder_prompt,
@@ -17,7 +16,9 @@ from ptune.methods import (
   norms,
   prompt,
 )
-from ptune.models import Decoding, EncoderDecoderModel
+from ptune.model import network, parameters, partitioning
+from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.serving import bank
 from tests import tiny
 from tests.network_test import SHALLOW, forward, make_batch, random_params
 

@@ -7,7 +7,7 @@ import logging
 import jax
 import numpy as np
 
-from ptune import profiling
+from ptune.training import profiling
 from tests import tiny
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from ptune import data, prompt_init
+from ptune.data import batches as data
+from ptune.methods import prompt_init
 
 seqio = data.seqio  # Imported there, which quiets TensorFlow first.
 EMBED = 4

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import network, parameters, prompt_init
-from ptune.methods import full, prompt
+from ptune.methods import full, prompt, prompt_init
+from ptune.model import network, parameters
 from tests.network_test import (
   SHALLOW,
   TINY,

@@ -1,4 +1,4 @@
-"""ptune/report.py: records that go on, and what is shown meanwhile."""
+"""ptune/training/report.py: records that go on, and what is shown meanwhile."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-from ptune import report
+from ptune.training import report
 from tests import tiny
 
 SUMS = {'loss': 6.0, 'z_loss': 1.0, 'correct': 3.0, 'tokens': 4.0}

@@ -14,8 +14,8 @@ import pytest
 import tensorstore as ts
 from flax import serialization, traverse_util
 
-from ptune import sizes
 from ptune.convert.layout import layout, shapes
+from ptune.model import sizes
 
 pytestmark = pytest.mark.skipif(
   not sys.platform.startswith('linux'), reason='reads /proc/self/status'
@@ -34,7 +34,7 @@ def memory(name):
 
 RESTORE = """
 import sys
-from ptune import sizes, parameters, partitioning
+from ptune.model import sizes, parameters, partitioning
 from ptune.convert import open_checkpoint, restore
 from ptune.methods import full
 

@@ -7,21 +7,20 @@ import jax
 import numpy as np
 import pytest
 
-from ptune import (
+from ptune.data import batches as data
+from ptune.methods import decoder_prompt, full, ia3, lora, per_layer, prompt
+from ptune.methods import prefix as prefix_lib
+from ptune.model import (
   adapters,
-  checkpoints,
-  data,
   models,
   network,
-  optim,
   parameters,
   partitioning,
   scan,
   sizes,
 )
-from ptune import state as state_lib
-from ptune.methods import decoder_prompt, full, ia3, lora, per_layer, prompt
-from ptune.methods import prefix as prefix_lib
+from ptune.training import checkpoints, optim
+from ptune.training import state as state_lib
 from tests import tiny
 from tests.network_test import make_batch, random_params
 

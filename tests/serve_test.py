@@ -15,19 +15,15 @@ import numpy as np
 import pytest
 import uvicorn
 
-from ptune import (
-  batching,
-  data,
-  miniature,
-  parameters,
-  pretrained,
-  serve,
-  web,
-)
-from ptune.answers import Predictor
+from ptune import pretrained
 from ptune.convert.vocabulary import vocabulary_of
+from ptune.data import batches as data
 from ptune.methods import prompt
-from ptune.models import EncoderDecoderModel
+from ptune.model import parameters
+from ptune.model.models import EncoderDecoderModel
+from ptune.serving import batching, serve, web
+from ptune.serving.answers import Predictor
+from ptune.tools import miniature
 from tests import tiny
 
 TOKEN = 'secret'

@@ -8,8 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
-from ptune import cli, prompt_init
+from ptune import cli
 from ptune.analysis import similarity
+from ptune.methods import prompt_init
 
 RNG = np.random.default_rng(0)
 A = RNG.normal(size=(5, 8)).astype(np.float32)

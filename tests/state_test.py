@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import peers
-from ptune import models, network, optim, parameters, partitioning, sizes
-from ptune import state as state_lib
 from ptune.methods import prompt
+from ptune.model import models, network, parameters, partitioning, sizes
+from ptune.training import optim
+from ptune.training import state as state_lib
 from tests.network_test import SHALLOW, TINY, load, make_batch, random_params
 
 ONE = partitioning.make_mesh(devices=jax.devices()[:1])

@@ -12,18 +12,13 @@ import seqio
 from etils import epath
 
 import gin
-from ptune import (
-  cli,
-  gin_files,
-  optim,
-  prompt_init,
-  studies,
-  study,
-  tables,
-)
-from ptune.methods import full, prompt
-from ptune.study import Base, Cell, Study, Tuning
-from ptune.tables import Result
+from ptune import cli, gin_files
+from ptune.methods import full, prompt, prompt_init
+from ptune.studies import paper as studies
+from ptune.studies import study, tables
+from ptune.studies.study import Base, Cell, Study, Tuning
+from ptune.studies.tables import Result
+from ptune.training import optim
 from tests import readme_test, tiny
 
 QUICK = Tuning(2, 0.1)

@@ -18,8 +18,8 @@ import pytest
 from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
 
-from ptune import network, partitioning, sizes
-from ptune.adapters import Method
+from ptune.model import network, partitioning, sizes
+from ptune.model.adapters import Method
 from tests import methods_test
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -29,10 +29,11 @@ import numpy as np
 import pytest
 
 import gin
-from ptune import cli, methods, parameters, prompt_init
+from ptune import cli, methods
 from ptune.convert import open_checkpoint
 from ptune.convert.trained import open_trained
-from ptune.methods import prompt
+from ptune.methods import prompt, prompt_init
+from ptune.model import parameters
 from ptune.pretrained import VOCABULARY
 from tests import readme_test, tiny
 from tests.methods_test import METHODS
@@ -66,7 +67,7 @@ START = 1_100_000
 LENGTHS = {'inputs': 16, 'targets': 8}
 GIN = """\
 from __gin__ import dynamic_registration
-from ptune import sizes
+from ptune.model import sizes
 MODEL = @sizes.t5()
 sizes.t5:
   vocab_size = 128

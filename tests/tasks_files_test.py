@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from ptune import data, seqio_task  # isort: skip  (first: it quiets TensorFlow)
+from ptune.data import batches as data, seqio_task  # isort: skip  (first: it quiets TensorFlow)
 
 import seqio  # isort: skip
 
@@ -322,7 +322,7 @@ def test_a_hugging_face_data_set_is_a_task(tmp_path):
 
 def test_gin_files_and_flags_alone_make_a_task(sentiment, capsys):
   import gin
-  from ptune import list_tasks
+  from ptune.tools import list_tasks
 
   arguments = ['show', '--gin_file=tasks/from_files.gin', '--examples=1']
   arguments += [

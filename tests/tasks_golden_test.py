@@ -15,7 +15,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from ptune import data  # isort: skip  (first: it quiets TensorFlow)
+from ptune.data import batches as data  # isort: skip  (first: it quiets TensorFlow)
 
 import seqio
 import tensorflow as tf

@@ -17,18 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import (
-  data,
-  evaluate,
-  optim,
-  parameters,
-  partitioning,
-  seqio_task,
-  state,
-)
+from ptune import evaluate
+from ptune.data import batches as data
+from ptune.data import seqio_task
 from ptune.methods import prompt
-from ptune.models import EncoderDecoderModel
-from ptune.sizes import T5Config
+from ptune.model import parameters, partitioning
+from ptune.model.models import EncoderDecoderModel
+from ptune.model.sizes import T5Config
+from ptune.training import optim, state
 
 import seqio  # isort: skip  (after seqio_task, which quiets TensorFlow)
 import tensorflow_datasets as tfds  # isort: skip
@@ -378,7 +374,7 @@ def test_tasks_are_evaluated_and_their_predictions_written(names, tmp_path):
 def test_the_library_is_found_and_imports_in_15_cpu_seconds_without_a_file():
   code = """
 import time
-from ptune import seqio_task
+from ptune.data import seqio_task
 import seqio
 before = len(seqio.TaskRegistry.names())
 print(seqio_task.load('taskless_glue_sst2_v200').name)
@@ -412,7 +408,7 @@ def test_names_that_others_registered_stay_theirs():
 
 
 def test_ptune_tasks_lists_names_with_source_features_and_metrics(capsys):
-  from ptune import list_tasks
+  from ptune.tools import list_tasks
 
   assert list_tasks.main(['taskless_glue_[cs]*_v200', 'squad_to_drop_ex']) == 0
   lines = capsys.readouterr().out.splitlines()
@@ -429,7 +425,7 @@ def test_ptune_tasks_lists_names_with_source_features_and_metrics(capsys):
 
 
 def test_ptune_tasks_show_prints_text_and_ids(capsys):
-  from ptune import list_tasks
+  from ptune.tools import list_tasks
 
   arguments = ['show', 'taskless_glue_sst2_v200', '--split=validation']
   assert list_tasks.main([*arguments, '--examples=2', '--inputs=16']) == 0

@@ -17,7 +17,7 @@ import uuid
 import numpy as np
 import pytest
 
-from ptune import data
+from ptune.data import batches as data
 
 import seqio  # isort: skip  (after seqio_task, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip

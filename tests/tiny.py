@@ -25,17 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptune import (
-  checkpoints,
-  cli,  # noqa: F401, for the server, which forks with it imported.
-  network,
-  parameters,
-  partitioning,
-  sizes,
-  train,
-)
+from ptune import train
 from ptune.methods import prompt
-from ptune.state import TrainState
+from ptune.model import network, parameters, partitioning, sizes
+from ptune.training import checkpoints
+from ptune.training.state import TrainState
 
 import seqio  # isort: skip  (after seqio_task, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip
@@ -51,7 +45,7 @@ CONFIG = sizes.T5Config(
 )
 GIN = """\
 from __gin__ import dynamic_registration
-from ptune import sizes
+from ptune.model import sizes
 MODEL = @sizes.t5()
 sizes.t5:
   vocab_size = 264

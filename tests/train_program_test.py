@@ -12,18 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from ptune import (
-  answers,
-  checkpoints,
-  convert,
-  evaluate,
-  prompt_init,
-  report,
-  selection,
-  stopping,
-  train,
-)
-from ptune.methods import full, prompt
+from ptune import convert, evaluate, train
+from ptune.methods import full, prompt, prompt_init
+from ptune.serving import answers
+from ptune.training import checkpoints, report, selection, stopping
 from tests import tiny
 
 

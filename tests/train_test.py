@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import optim, parameters, partitioning
-from ptune import state as state_lib
 from ptune.methods import prompt
-from ptune.models import EncoderDecoderModel
+from ptune.model import parameters, partitioning
+from ptune.model.models import EncoderDecoderModel
+from ptune.training import optim
+from ptune.training import state as state_lib
 from tests.network_test import TINY, load
 
 

@@ -36,22 +36,18 @@ import rich.console
 import rich.table
 from etils import epath
 
-from ptune import (
-  data,
-  evaluate,
-  parameters,
-  partitioning,
-  predictor,
-  report,
-  selection,
-  seqio_task,
-)
-from ptune.adapters import Method
+from ptune import evaluate
 from ptune.analysis import figures
 from ptune.convert.prompts import read_prompt
+from ptune.data import batches as data
+from ptune.data import seqio_task
 from ptune.methods import prompt as prompt_lib
-from ptune.models import Decoding, EncoderDecoderModel
-from ptune.sizes import T5Config
+from ptune.model import parameters, partitioning
+from ptune.model.adapters import Method
+from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.model.sizes import T5Config
+from ptune.serving import predictor
+from ptune.training import report, selection
 
 LOSSES = ('-loss', 'loss', 'token_accuracy')  # Need no decoding.
 # Of so many rows of data, each with a prompt of its own, the loss is computed

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from ptune import report
+from ptune.training import report
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure

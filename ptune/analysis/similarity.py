@@ -27,10 +27,10 @@ import rich.console
 import rich.table
 from etils import epath
 
-from ptune import report
 from ptune.analysis import figures
 from ptune.analysis.neighbours import normalised
 from ptune.convert.prompts import REFERENCE_FILE, find, name_of, read_prompt
+from ptune.training import report
 
 MEASURES = ('average_tokens', 'per_token')
 

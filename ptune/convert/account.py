@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import jax
 
 from ptune.convert.source import Source
-from ptune.parameters import format_bytes
+from ptune.model.parameters import format_bytes
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
 SHOWN = 4

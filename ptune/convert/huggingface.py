@@ -23,7 +23,7 @@ from ptune.convert.source import (
   nbytes,
   sizes,
 )
-from ptune.sizes import T5Config
+from ptune.model.sizes import T5Config
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'

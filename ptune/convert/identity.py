@@ -17,7 +17,7 @@ from ptune.convert.source import (
   parts,
   sizes,
 )
-from ptune.sizes import SIZES, T5Config
+from ptune.model.sizes import SIZES, T5Config
 
 # The fields of T5Config that tell one model from another; the rest (dropout,
 # dtype) is free.

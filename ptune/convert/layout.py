@@ -7,7 +7,7 @@ directions.
 from collections.abc import Iterable
 
 from ptune.convert.source import EMBEDDING, LOGITS, Shape
-from ptune.sizes import T5Config
+from ptune.model.sizes import T5Config
 
 HEAD = 'lm_head.weight'
 

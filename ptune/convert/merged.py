@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ptune import methods, network
-from ptune.adapters import Method
+from ptune import methods
 from ptune.convert import identity, open_checkpoint, output
 from ptune.convert.conversion import MARKS
 from ptune.convert.export import check_base, recorded_base, step_after
@@ -20,7 +19,9 @@ from ptune.convert.prompts import ONE, SEVERAL
 from ptune.convert.safetensors_files import open_file
 from ptune.convert.source import Index, Leaf, Source
 from ptune.convert.trained import SUFFIX, open_trained
-from ptune.sizes import T5Config
+from ptune.model import network
+from ptune.model.adapters import Method
+from ptune.model.sizes import T5Config
 
 
 def is_trained(place: epath.Path) -> bool:

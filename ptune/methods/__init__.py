@@ -5,7 +5,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ptune.adapters import Method, combine
+from ptune.model.adapters import Method, combine
 
 
 def functions() -> dict[str, Callable[..., Method]]:

@@ -21,8 +21,8 @@ import functools
 import jax
 from flax import linen as nn
 
-from ptune.adapters import Method, Placement
-from ptune.layers import Dense
+from ptune.model.adapters import Method, Placement
+from ptune.model.layers import Dense
 
 PLACES = ('sequential', 'parallel')
 

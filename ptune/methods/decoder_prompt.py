@@ -17,9 +17,9 @@ Trained: P, as decoder/prompt/prompt/prompt.
 
 import functools
 
-from ptune import prompt_init
-from ptune.adapters import Method, Placement
+from ptune.methods import prompt_init
 from ptune.methods.prompt import InsertPrompt, Prompt, check_length, packed
+from ptune.model.adapters import Method, Placement
 
 PATH = 'decoder/prompt/prompt/prompt'
 

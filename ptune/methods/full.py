@@ -6,7 +6,7 @@ tuning" in Lester et al. 2021), and what pre-training uses.
     --gin_file=methods/full.gin
 """
 
-from ptune.adapters import Method, take
+from ptune.model.adapters import Method, take
 
 
 def full() -> Method:

@@ -22,7 +22,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
-from ptune.adapters import Method, Placement
+from ptune.model.adapters import Method, Placement
 
 # Site -> name of the adapter below the attention or the MLP, as T5X's users
 # know them, and logical axes of the vector.

@@ -22,8 +22,8 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from ptune.adapters import Method, Placement
-from ptune.layers import Dense
+from ptune.model.adapters import Method, Placement
+from ptune.model.layers import Dense
 
 # Kernels that it can be added to -> the module that owns them.
 OWNERS = {

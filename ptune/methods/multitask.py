@@ -39,15 +39,15 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
-from ptune import prompt_init
-from ptune.adapters import VIRTUAL, Method, Packed, Placement
-from ptune.layers import kernel_init
+from ptune.methods import prompt_init
 from ptune.methods.prompt import (
   SCOPE,
   ReadPrompt,
   causal_mask,
   check_length,
 )
+from ptune.model.adapters import VIRTUAL, Method, Packed, Placement
+from ptune.model.layers import kernel_init
 
 COMBINE = ('add', 'concat', 'concat_features', 'project', 'scale')
 SHARED = f'{SCOPE}/shared_prompt'

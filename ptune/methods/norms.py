@@ -15,7 +15,7 @@ base's.
     --gin_file=methods/norms.gin
 """
 
-from ptune.adapters import Method, take
+from ptune.model.adapters import Method, take
 
 
 def norms(relative_bias: bool = False) -> Method:

@@ -26,9 +26,7 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.linen import partitioning
 
-from ptune import prompt_init
-from ptune.adapters import Method, Placement
-from ptune.layers import Dense, kernel_init
+from ptune.methods import prompt_init
 from ptune.methods.prompt import (
   PATH,
   SCOPE,
@@ -36,6 +34,8 @@ from ptune.methods.prompt import (
   check_length,
   packed,
 )
+from ptune.model.adapters import Method, Placement
+from ptune.model.layers import Dense, kernel_init
 
 AXES = ('prompt_embed', 'adapter_hidden')  # Of a map to hidden units.
 ENCODERS = ('mlp', 'lstm')

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ptune import prompt_init
-from ptune.adapters import Method, Placement
+from ptune.methods import prompt_init
 from ptune.methods.prompt import PATH, InsertPrompt, Prompt, check_length
+from ptune.model.adapters import Method, Placement
 
 COMBINE = ('replace', 'add')
 

@@ -36,9 +36,9 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
-from ptune.adapters import Method, Placement
-from ptune.layers import Dense
 from ptune.methods.prompt import check_length
+from ptune.model.adapters import Method, Placement
+from ptune.model.layers import Dense
 
 STACKS = {
   'attention': 'encoder',

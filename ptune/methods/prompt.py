@@ -27,8 +27,8 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
-from ptune import prompt_init
-from ptune.adapters import VIRTUAL, Method, Packed, Placement
+from ptune.methods import prompt_init
+from ptune.model.adapters import VIRTUAL, Method, Packed, Placement
 
 SCOPE = 'encoder/prompt/prompt'
 PATH = f'{SCOPE}/prompt'

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
 
-from ptune import prompt_init
-from ptune.adapters import Method
-from ptune.layers import Dense
+from ptune.methods import prompt_init
 from ptune.methods.p_tuning import AXES, encoded_prompt
+from ptune.model.adapters import Method
+from ptune.model.layers import Dense
 
 
 class Residual(nn.Module):

@@ -1,0 +1,565 @@
+"""SeqIO tasks to batches: numpy arrays as a function of the step, on devices.
+
+The batch at step s depends on the task, the seed, s, the batch size and the
+fixed settings of `Batches`, and on nothing else. Every process can make the
+whole batch and keeps the rows of its own devices, so neither hosts nor devices
+nor restarts can change it. Rows come from one of two places:
+
+    in memory  A finite task, tokenised once. Epoch e visits every row once,
+               in an order drawn from (seed, e).
+    stream     A mixture, or a task too large for memory or without an end.
+               SeqIO shuffles, repeats and mixes; to start at step s, the rows
+               before it are read and skipped.
+
+This module and `seqio_task` are the only ones that import SeqIO, and with it
+TensorFlow, at their top.
+"""
+
+import collections
+import concurrent.futures
+import copy
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from ptune.data.seqio_task import FEATURES, Batch, Provider
+from ptune.data.seqio_task import check as check_task
+
+import seqio  # isort: skip  (after ptune.data.seqio_task, which quiets TensorFlow)
+import tensorflow as tf  # isort: skip
+
+Check = Callable[[np.ndarray], None]
+
+BUCKET_MULTIPLE = 32
+# Rows kept in memory: 2M rows of 128 + 4 int32 tokens are 1 GB. A source that
+# does not say its size is read up to the second limit to find out.
+MAX_ROWS = 2_000_000
+MAX_UNCOUNTED_ROWS = 100_000
+_TRIMMED = '_trimmed'  # suffix of the marks that count trimming
+
+
+class _Ragged(NamedTuple):
+  """Rows of different lengths: row i is values[starts[i]:starts[i + 1]]."""
+
+  values: np.ndarray  # [tokens] int32
+  starts: np.ndarray  # [rows + 1] int64
+
+  def lengths(self, which=slice(None)) -> np.ndarray:
+    return self.starts[1:][which] - self.starts[:-1][which]
+
+  def row(self, index: int) -> np.ndarray:
+    return self.values[self.starts[index] : self.starts[index + 1]]
+
+  def padded(self, which: np.ndarray, length: int) -> np.ndarray:
+    """Returns the rows `which`, padded with 0: [len(which), length]."""
+    padded = np.zeros((len(which), length), np.int32)
+    for i, index in enumerate(which):
+      tokens = self.row(index)
+      padded[i, : len(tokens)] = tokens
+    return padded
+
+
+def _mark_trimmed(dataset, sequence_length, output_features, before_eos):
+  """A preprocessor that marks the examples that the next step will trim."""
+
+  def mark(example):
+    marks = {}
+    for name in FEATURES:
+      eos = int(before_eos and output_features[name].add_eos)
+      too_long = tf.size(example[name]) > sequence_length[name] - eos
+      marks[name + _TRIMMED] = too_long
+    return {**example, **marks}
+
+  return dataset.map(mark, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _marked(task: Provider) -> Provider:
+  """Returns a copy of a task whose examples say whether they were trimmed.
+
+  Two places trim: SeqIO itself after the last preprocessor, and before that
+  `append_eos_after_trim`, the last one of most tasks. What a preprocessor of
+  another kind cuts to the lengths (chunks, span corruption) is not marked.
+  """
+  marked = copy.copy(task)
+  if isinstance(task, seqio.Mixture):
+    marks = {name + _TRIMMED for name in FEATURES}
+    marked.get_task_dataset = lambda part, keys, *args: task.get_task_dataset(
+      _marked(part), keys | marks, *args
+    )
+    return marked
+  steps = list(task.preprocessors)
+  last = getattr(steps[-1], 'func', steps[-1]) if steps else None
+  eos = last is seqio.preprocessors.append_eos_after_trim
+  mark = functools.partial(_mark_trimmed, before_eos=eos)
+  steps.insert(len(steps) - eos, mark)
+  # Set over the class's cached property: Task.replace would lose subclasses.
+  marked.preprocessors = tuple(steps)
+  return marked
+
+
+def _read(
+  task: Provider,
+  feature_lengths: Mapping[str, int],
+  rows: int,
+  skip: int = 0,
+  **how: Any,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Reads a task in blocks of `rows` rows, after skipping `skip` rows.
+
+  Returns:
+    For each feature f the trimmed tokens f [rows, longest], their number
+    f_length [rows], and whether they were more, f_trimmed [rows].
+  """
+
+  def trim(example):
+    row = {}
+    for name in FEATURES:
+      length, limit = tf.size(example[name]), feature_lengths[name]
+      row[name] = example[name][:limit]
+      row[name + '_length'] = tf.minimum(length, limit)
+      row[name + _TRIMMED] = example[name + _TRIMMED] | (length > limit)
+    return row
+
+  dataset = _marked(task).get_dataset(
+    feature_lengths, trim_output_features=False, **how
+  )
+  dataset = dataset.map(trim, num_parallel_calls=tf.data.AUTOTUNE)
+  options = tf.data.Options()
+  options.deterministic = True
+  dataset = dataset.skip(skip).padded_batch(rows).with_options(options)
+  return dataset.prefetch(2).as_numpy_iterator()
+
+
+def _join(blocks: Sequence[dict[str, np.ndarray]], name: str) -> _Ragged:
+  values, lengths = [], [block[name + '_length'] for block in blocks]
+  for block, length in zip(blocks, lengths, strict=True):
+    tokens = block[name]
+    values.append(tokens[np.arange(tokens.shape[1]) < length[:, None]])
+  starts = np.cumsum(np.concatenate([[0], *lengths]))
+  return _Ragged(np.concatenate(values), starts)
+
+
+def _round_up(length, multiple: int | None, limit: int, finely: bool = False):
+  """Rounds up to a multiple, at most `limit`; without one, to `limit`.
+
+  Finely, short ones only to a half of it, a quarter and so on, to 4 at least.
+  """
+  if not multiple:
+    return np.full_like(length, limit)
+  rounded = np.maximum(-(-length // multiple), 1) * multiple
+  while finely and multiple >= 8 and multiple % 2 == 0:
+    multiple //= 2
+    rounded = np.where(length <= multiple, multiple, rounded)
+  return np.minimum(rounded, limit)
+
+
+def _bucket(
+  lengths: Sequence[np.ndarray],
+  head: int,
+  batch_size: int,
+  window: int,
+  rng: np.random.Generator,
+) -> np.ndarray:
+  """Reorders rows so that batches hold rows of like length.
+
+  With input lengths, batches of 2, a head of 1 and one window:
+      before  5 | 7 2 | 8 1 | 2 7 | 3
+      after   5 | 2 7 | 1 2 | 7 8 | 3
+
+  Args:
+    lengths: [rows] Rounded lengths of the inputs, and of the targets, by
+      which equal inputs are sorted. Ties keep their order, which is random.
+    head: Rows at the start that complete the batch before. They stay where
+      they are, as do those at the end that begin another batch.
+    batch_size: Rows in a batch.
+    window: Batches among which rows are sorted. The order of the batches
+      within a window is random.
+    rng: Draws that order.
+
+  Returns:
+    [rows] A permutation of the rows.
+  """
+  inputs, targets = lengths
+  order = np.arange(len(inputs))
+  batches = max(0, len(order) - head) // batch_size
+  windows = max(1, -(-batches // window))  # of even size: short ones sort badly
+  edges = [head + batches * i // windows * batch_size for i in range(windows)]
+  for start, stop in itertools.pairwise([*edges, head + batches * batch_size]):
+    rows = np.lexsort((targets[start:stop], inputs[start:stop]))
+    rows = rng.permutation(start + rows.reshape(-1, batch_size))
+    order[start:stop] = rows.ravel()
+  return order
+
+
+class Batches:
+  """The training batches of a task: `batches(step)` is a pure function.
+
+  In memory, step s holds the positions from s * batch_size on of all epochs
+  laid end to end; no batch is short. An epoch is a permutation of the rows.
+  With bucketing it is rearranged so that a batch holds rows of like length,
+  padded to the longest rounded up; only the batch across the border of two
+  epochs holds any rows.
+
+  Attributes:
+    num_examples: Rows in memory, or None for a stream.
+    shapes: The (input length, target length) that a batch may have.
+    trimmed: For each feature, the rows that were longer than its length: of
+      all rows in memory, or of those read of a stream so far. Counted is what
+      SeqIO itself cuts at the end of a task.
+  """
+
+  def __init__(
+    self,
+    task: Provider,
+    feature_lengths: Mapping[str, int],
+    batch_size: int,
+    *,
+    split: str = 'train',
+    seed: int = 0,
+    bucket_multiple: int | None = BUCKET_MULTIPLE,
+    window: int = 64,
+    use_cached: bool = False,
+    in_memory: bool | None = None,
+  ):
+    """Checks a task and tokenises it, or opens its stream.
+
+    Args:
+      task: A SeqIO task or mixture.
+      feature_lengths: TASK_FEATURE_LENGTHS, to which features are trimmed.
+      batch_size: Rows in the global batch.
+      split: The split to read.
+      seed: Of the order of the rows and of random preprocessors.
+      bucket_multiple: Lengths of batches are multiples of this, or for short
+        targets its half, its quarter and so on, 4 at least; None or 0 pads
+        all to `feature_lengths`.
+      window: Batches among which rows are sorted by length.
+      use_cached: USE_CACHED_TASKS.
+      in_memory: Whether to tokenise once. None: for a task of at most
+        MAX_ROWS rows. Pass False if preprocessors are random and should draw
+        anew in each epoch, as for span corruption.
+
+    Raises:
+      ValueError: The task does not suit T5 or these arguments, or is empty.
+    """
+    check_task(task, feature_lengths, split, use_cached)
+    for name, value, least in (
+      ('BATCH_SIZE', batch_size, 1),
+      ('RANDOM_SEED', seed, 0),
+      ('window', window, 1),
+      ('bucket_multiple', bucket_multiple or 0, 0),
+    ):
+      if value < least:
+        raise ValueError(f'{name} is {value}, expected at least {least}.')
+    self._name = f'{task.name}:{split}'
+    self._lengths = {name: feature_lengths[name] for name in FEATURES}
+    self._batch_size, self._seed = batch_size, seed
+    self._multiple, self._window = bucket_multiple, window
+    self._read = functools.partial(
+      _read,
+      task,
+      feature_lengths,
+      split=split,
+      use_cached=use_cached,
+      seed=seed,
+    )
+    self.trimmed = dict.fromkeys(FEATURES, 0)
+    limit = _row_limit(task, split, use_cached, in_memory)
+    self._rows = self._tokenise(limit)
+    self.num_examples = self._rows and len(self._rows['inputs'].lengths())
+    # Rows are ordered in chunks: an epoch in memory, a window of a stream.
+    self._chunk_size = self.num_examples or batch_size * window
+    self._chunk = functools.lru_cache(maxsize=2)(self._make_chunk)
+    self._next_chunk = None  # the one that an open stream comes to next
+
+  def _tokenise(self, limit: float) -> dict[str, _Ragged] | None:
+    """Reads a task of at most `limit` rows into memory, None if it is larger.
+
+    At least one row is read, so that what is wrong with a task shows here.
+    """
+    blocks, count = [], 0
+    for block in self._read(
+      rows=1024 if limit else 1, shuffle=False, num_epochs=1
+    ):
+      count += len(block['inputs'])
+      if count > limit:
+        logging.info('%s: streamed, it is not kept in memory.', self._name)
+        return None
+      blocks.append(block)
+    if not count:
+      raise ValueError(
+        f'{self._name} has no examples after its preprocessors, expected at '
+        'least one. Check its source and what its preprocessors filter out.'
+      )
+    logging.info('%s: %d rows in memory.', self._name, count)
+    return self._collect(blocks)
+
+  def _collect(self, blocks: Sequence[dict[str, np.ndarray]]):
+    """Joins blocks to rows, and counts those that were trimmed."""
+    first = not any(self.trimmed.values())
+    for name in FEATURES:
+      self.trimmed[name] += sum(int(b[name + _TRIMMED].sum()) for b in blocks)
+    rows = {name: _join(blocks, name) for name in FEATURES}
+    if first and any(self.trimmed.values()):
+      logging.warning(
+        '%s: of the first %d rows, %s were trimmed to TASK_FEATURE_LENGTHS %s.',
+        self._name,
+        len(rows['inputs'].lengths()),
+        self.trimmed,
+        self._lengths,
+      )
+    return rows
+
+  def _next_window(self, index: int) -> dict[str, _Ragged]:
+    """Reads a window of the stream, from the start if it is not the next."""
+    skip = index * self._chunk_size
+    if index != self._next_chunk:
+      self._blocks = self._read(
+        rows=self._batch_size, skip=skip, shuffle=True, num_epochs=None
+      )
+      if skip:
+        logging.info('%s: skipping %d rows to resume.', self._name, skip)
+    self._next_chunk = None  # in case reading fails
+    blocks = list(itertools.islice(self._blocks, self._window))
+    count = sum(len(b['inputs']) for b in blocks)
+    if count < self._chunk_size:
+      raise ValueError(
+        f'The stream of {self._name} ended after {skip + count} rows, expected '
+        'no end. A task of the mixture may have an empty split.'
+      )
+    self._next_chunk = index + 1
+    return self._collect(blocks)
+
+  def _make_chunk(self, index: int) -> tuple[dict[str, _Ragged], np.ndarray]:
+    """Returns rows, and the order [chunk_size] in which they come."""
+    key = np.array([self._seed, index], np.uint64)
+    rng = np.random.Generator(np.random.Philox(key=key))
+    if self._rows:
+      rows, order = self._rows, rng.permutation(self._chunk_size)
+    else:
+      rows, order = self._next_window(index), np.arange(self._chunk_size)
+    if self._multiple:
+      lengths = [self._rounded(f, rows[f].lengths(order)) for f in FEATURES]
+      head = -index * self._chunk_size % self._batch_size
+      bucketed = _bucket(lengths, head, self._batch_size, self._window, rng)
+      order = order[bucketed]
+    return rows, order
+
+  def _rounded(self, name: str, lengths: np.ndarray) -> np.ndarray:
+    # The decoder computes what is added to a label of three tokens too, and
+    # the output layer, as wide as the vocabulary.
+    finely = name == 'targets'
+    return _round_up(lengths, self._multiple, self._lengths[name], finely)
+
+  @property
+  def examples_per_step(self) -> float:
+    """How many examples a batch holds, as far as is known without reading."""
+    return self._batch_size
+
+  @property
+  def shapes(self) -> list[tuple[int, int]]:
+    sizes = []
+    for name in FEATURES:
+      every = np.arange(1, self._lengths[name] + 1)
+      lengths = self._rows[name].lengths() if self._rows else every
+      sizes.append(np.unique(self._rounded(name, lengths)))
+    return list(itertools.product(*(size.tolist() for size in sizes)))
+
+  def __call__(self, step: int) -> Batch:
+    """Returns the batch of a step >= 0.
+
+    Returns:
+      The features of seqio.EncDecFeatureConverter without packing, int32:
+      encoder_input_tokens [batch, input length], and decoder_target_tokens,
+      decoder_input_tokens, decoder_loss_weights [batch, target length].
+
+    Raises:
+      ValueError: A stream ended.
+    """
+    positions = step * self._batch_size + np.arange(self._batch_size)
+    chunks, offsets = np.divmod(positions, self._chunk_size)
+    which = []
+    for chunk in np.unique(chunks).tolist():
+      rows, order = self._chunk(chunk)
+      which.append(order[offsets[chunks == chunk]])
+    which = np.concatenate(which)
+    inputs, targets = (
+      rows[f].padded(which, self._rounded(f, rows[f].lengths(which)).max())
+      for f in FEATURES
+    )
+    return {
+      'encoder_input_tokens': inputs,
+      'decoder_target_tokens': targets,
+      'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+      'decoder_loss_weights': (targets != 0).astype(np.int32),
+    }
+
+
+def _row_limit(
+  task: Provider, split: str, use_cached: bool, in_memory: bool | None
+) -> float:
+  """Returns the most rows to be kept in memory, 0 for a stream."""
+  if isinstance(task, seqio.Mixture):
+    if in_memory:
+      raise ValueError(
+        f'in_memory is True for the mixture {task.name!r}, expected a task: a '
+        'mixture has no epochs. Leave in_memory out.'
+      )
+    return 0
+  if in_memory is not None:
+    return math.inf if in_memory else 0
+  if use_cached and task.supports_caching:
+    rows = task.get_cached_stats(split)['examples']
+  else:
+    rows = task.num_input_examples(split)
+  if rows is None:
+    return MAX_UNCOUNTED_ROWS
+  return MAX_ROWS if rows <= MAX_ROWS else 0
+
+
+def check_batch_size(
+  size: int, mesh: jax.sharding.Mesh, microbatches: int = 1
+) -> None:
+  """Raises a ValueError unless the axis `data` divides each microbatch."""
+  if 'data' not in mesh.shape:
+    raise ValueError(
+      f'The mesh has the axes {mesh.axis_names}, expected one named data.'
+    )
+  devices = mesh.shape['data']
+  parts = devices * microbatches
+  if size % parts:
+    below = size - size % parts
+    fitting = ' or '.join(str(s) for s in (below, below + parts) if s)
+    times = f', times {microbatches} MICROBATCHES' if microbatches > 1 else ''
+    raise ValueError(
+      f'BATCH_SIZE is {size}, expected a multiple of the {devices} devices '
+      f'along the mesh axis data{times}. Use {fitting}.'
+    )
+
+
+def device_put(
+  batch: Batch, mesh: jax.sharding.Mesh, check: Check | None = None
+) -> dict[str, jax.Array]:
+  """Puts a global batch on devices, its rows split over the axis `data`.
+
+  Each process passes the same batch, and copies the rows of its devices only.
+
+  Args:
+    batch: Features [batch, length].
+    mesh: The devices.
+    check: The method's, of the encoder's input tokens.
+
+  Raises:
+    ValueError: The mesh has no axis `data`, or it does not divide the batch;
+      or what `check` says.
+  """
+  if check is not None:
+    check(batch['encoder_input_tokens'])
+  check_batch_size(len(next(iter(batch.values()))), mesh)
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  return {
+    name: jax.make_array_from_callback(array.shape, rows, array.__getitem__)
+    for name, array in batch.items()
+  }
+
+
+def prefetch(
+  batches: Callable[[int], Batch],
+  start: int,
+  stop: int,
+  mesh: jax.sharding.Mesh,
+  depth: int = 2,
+  check: Check | None = None,
+) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+  """Yields (step, batch on devices) for steps start..stop-1.
+
+  A thread works up to `depth` batches ahead. What it raises is raised at the
+  step concerned; closing the generator ends the thread.
+  """
+
+  def make(step):
+    return device_put(batches(step), mesh, check)
+
+  steps = iter(range(start, stop))
+  thread = concurrent.futures.ThreadPoolExecutor(1, 'ptune-data')
+  try:
+    ahead = collections.deque(
+      thread.submit(make, step) for step in itertools.islice(steps, depth)
+    )
+    for step in range(start, stop):
+      batch = ahead.popleft().result()
+      ahead.extend(thread.submit(make, s) for s in itertools.islice(steps, 1))
+      yield step, batch
+  finally:
+    thread.shutdown(cancel_futures=True)
+
+
+def padded_batches(
+  examples: Iterable[Mapping[str, np.ndarray]],
+  batch_size: int,
+  bucket_multiple: int | None = BUCKET_MULTIPLE,
+) -> Iterator[tuple[np.ndarray, Batch]]:
+  """Yields every example exactly once, in batches of one size.
+
+  With a multiple, the longest inputs come first (what does not fit in memory
+  fails at once), and inputs are cut to the batch's longest, rounded up. What
+  the decoder reads keeps its length, which must not tell that of the targets.
+
+  Args:
+    examples: Model features, 1-D, padded with 0 or not.
+    batch_size: Rows in each batch. The last one is filled up by repeating its
+      last example, so that decoding ends as early as without, with loss
+      weights of 0, so that sums over tokens are right.
+    bucket_multiple: As for `Batches`; None or 0 keeps order and length.
+
+  Yields:
+    Which examples the first rows hold [n <= batch_size], and the batch.
+  """
+  if batch_size < 1:
+    raise ValueError(f'The batch size is {batch_size}, expected at least 1.')
+  examples = list(examples)
+  longest = {
+    name: max(len(example[name]) for example in examples)
+    for name in (examples[0] if examples else ())
+  }
+  tokens = (np.flatnonzero(e['encoder_input_tokens']) for e in examples)
+  lengths = np.array([t[-1] + 1 if len(t) else 0 for t in tokens])
+  order = np.arange(len(examples))
+  if bucket_multiple:
+    order = np.argsort(-lengths, kind='stable')
+  for start in range(0, len(examples), batch_size):
+    which = order[start : start + batch_size]
+    filled = np.pad(which, (0, batch_size - len(which)), 'edge')
+    limit = longest['encoder_input_tokens']
+    cut = _round_up(lengths[which].max(), bucket_multiple, limit)
+    batch = {}
+    for name, length in {**longest, 'encoder_input_tokens': cut}.items():
+      rows = [examples[i][name][:length] for i in filled]
+      batch[name] = np.stack([np.pad(r, (0, length - len(r))) for r in rows])
+    batch['decoder_loss_weights'][len(which) :] = 0
+    yield which, batch
+
+
+def eval_batches(
+  dataset: tf.data.Dataset,
+  batch_size: int,
+  bucket_multiple: int | None = BUCKET_MULTIPLE,
+) -> Iterator[tuple[np.ndarray, Batch]]:
+  """Yields a SeqIO dataset of model features as `padded_batches` does.
+
+  The dataset may be enumerated, as seqio.Evaluator's are: then the indices
+  yielded are its own, else they count the examples from 0.
+  """
+  if not isinstance(dataset.element_spec, tuple):
+    dataset = dataset.enumerate()
+  indices, examples = [], []
+  for index, example in dataset.as_numpy_iterator():
+    indices.append(index)
+    examples.append(example)
+  for which, batch in padded_batches(examples, batch_size, bucket_multiple):
+    yield np.array(indices)[which], batch

@@ -1,0 +1,581 @@
+"""The layers of T5: dense, norm, embedding, relative bias, attention, MLP.
+
+Shapes: b batch, q and k query and key length, h heads, d kv (head size).
+Parameters carry the names and the logical axes of T5X checkpoints. Compute
+happens in `dtype`; layer norm, softmax and logits are float32 in any case.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen import partitioning
+from jax import lax
+
+from ptune.model import fused
+from ptune.model.adapters import Placement, adapt, placed
+from ptune.model.fused import MASKED
+
+Initializer = Callable[..., jax.Array]
+
+
+def _precisely(activation: Callable[[jax.Array], jax.Array]):
+  """Computed in float32, and again in the backward pass from its input alone.
+
+  In bfloat16 each operation would be rounded, which takes longer, and all that
+  lies between input and output be kept until the backward pass.
+  """
+  return jax.checkpoint(
+    lambda x: activation(x.astype(jnp.float32)).astype(x.dtype)
+  )
+
+
+ACTIVATIONS = {
+  # The tanh approximation, as T5 1.1 was trained with.
+  'gelu': _precisely(nn.gelu),
+  'relu': nn.relu,
+  'silu': _precisely(nn.silu),
+  'linear': lambda x: x,
+}
+
+kernel_init = nn.initializers.variance_scaling(
+  1.0, 'fan_in', 'truncated_normal'
+)
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+  """Shards an activation by its logical axes, where rules are in force."""
+  return nn.with_logical_constraint(x, axes)
+
+
+def grow(valid: jax.Array, length: int) -> jax.Array:
+  """Fits a token mask to an array that an adapter made longer or shorter.
+
+  Adapters add real positions, and padding stands last, so whatever was added
+  may be counted at the front, wherever it was put among the tokens:
+
+      valid [1, 1, 0], length 5 -> [1, 1, 1, 1, 0]
+
+  Args:
+    valid: [batch, tokens] True at real tokens.
+    length: Positions of the array that the mask is for.
+
+  Returns:
+    [batch, length].
+  """
+  added = length - valid.shape[1]
+  if added < 0:
+    return valid[:, -added:]
+  return jnp.pad(valid, ((0, 0), (added, 0)), constant_values=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """An einsum of two arrays whose operands stay in their type both ways.
+
+  Sums are made in float32 in any case. Left to itself, a derivative multiplies
+  the float32 cotangent with a bfloat16 operand, for which no hardware has a
+  unit: both are converted first. Here the cotangent is rounded to the
+  operands' type. In float32 nothing changes.
+
+  The cotangents of both operands are given; of a frozen one nothing is
+  computed, as nothing reads it.
+
+  Args:
+    spec: As for einsum, such as 'bti,io->bto'; each letter stands in two of
+      the three terms at least.
+    a: An array.
+    b: An array of the same type.
+
+  Returns:
+    The product, float32.
+  """
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _product_forward(spec, a, b):
+  return product(spec, a, b), (a, b)
+
+
+def _product_backward(spec, operands, cotangent):
+  a, b = operands
+  terms, out = spec.split('->')
+  left, right = terms.split(',')
+  cotangent = cotangent.astype(a.dtype)
+  da = product(f'{out},{right}->{left}', cotangent, b)
+  db = product(f'{left},{out}->{right}', a, cotangent)
+  return da.astype(a.dtype), db.astype(b.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def exponentials(
+  dtype: jnp.dtype, logits: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """A softmax that is still to be divided by its sum, and the sum.
+
+  All that it keeps for the backward pass is what it returns first.
+
+  Args:
+    dtype: Type of the exponentials; they are computed in float32.
+    logits: [..., k] float32.
+    mask: Broadcasts to [..., k]; False where the weight is 0. Where it is
+      False for all k, they weigh the same, and have no gradient that counts.
+
+  Returns:
+    Exponentials [..., k] of the distance from the largest, and their sum
+    [...] float32, of what was rounded.
+  """
+  logits = jnp.where(mask, logits, MASKED)
+  most = jnp.max(logits, axis=-1, keepdims=True)
+  y = jnp.exp(logits - most).astype(dtype)
+  return y, jnp.sum(y, axis=-1, dtype=jnp.float32)
+
+
+def _exponentials_forward(dtype, logits, mask):
+  y, total = exponentials(dtype, logits, mask)
+  return (y, total), y
+
+
+def _exponentials_backward(dtype, y, cotangents):
+  del dtype
+  dy, dtotal = cotangents
+  # What the largest is does not matter: it cancels when the sum divides.
+  return (dy.astype(jnp.float32) + dtotal[..., None]) * y, None
+
+
+exponentials.defvjp(_exponentials_forward, _exponentials_backward)
+
+
+def scale_of(module: nn.Module, name: str) -> jax.Array | None:
+  """The scales [features] beside an int8 parameter; see `parameters.hold`."""
+  name = f'{name}_scale'
+  if module.has_variable('params', name):
+    return module.get_variable('params', name)
+  return None
+
+
+def project(
+  x: jax.Array,
+  weights: jax.Array,
+  scale: jax.Array | None,
+  term: str = 'io',
+) -> jax.Array:
+  """[..., i] times weights, 'io' or 'oi' by `term`: [..., o] float32."""
+  rows = 'abcd'[: x.ndim - 1]
+  y = product(f'{rows}i,{term}->{rows}o', x, weights.astype(x.dtype))
+  if scale is not None:
+    y = y * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+  return y
+
+
+class Dense(nn.Module):
+  """A linear map of the last axis, without bias.
+
+  Attributes:
+    features: Size of the output's last axis.
+    axes: Logical axes of the kernel.
+    dtype: The operands' type. Products are summed in float32.
+    out_dtype: Type of the output; `dtype` if not given.
+    kernel_init: Initialiser of the [in, features] kernel.
+  """
+
+  features: int
+  axes: tuple[str, str]
+  dtype: jnp.dtype = jnp.float32
+  out_dtype: jnp.dtype | None = None
+  kernel_init: Initializer = kernel_init
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, apply: Callable[..., jax.Array] = project
+  ) -> jax.Array:
+    """Returns what `apply` makes of x, the kernel and its int8 scales."""
+    kernel = partitioning.param_with_axes(
+      'kernel',
+      self.kernel_init,
+      (x.shape[-1], self.features),
+      jnp.float32,
+      axes=self.axes,
+    )
+    y = apply(x.astype(self.dtype), kernel, scale_of(self, 'kernel'))
+    return y.astype(self.out_dtype or self.dtype)
+
+
+class LayerNorm(nn.Module):
+  """T5's layer norm: divides by the root mean square; no mean, no bias."""
+
+  dtype: jnp.dtype = jnp.float32
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = partitioning.param_with_axes(
+      'scale',
+      nn.initializers.ones,
+      (x.shape[-1],),
+      jnp.float32,
+      axes=('embed',),
+    )
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(lax.square(x), axis=-1, keepdims=True)
+    y = x * lax.rsqrt(mean_square + self.epsilon)
+    y = y * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return y.astype(self.dtype)
+
+
+class Embed(nn.Module):
+  """The token embedding, also the output layer of models that tie the two."""
+
+  vocab_size: int
+  features: int
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    self.embedding = partitioning.param_with_axes(
+      'embedding',
+      nn.initializers.normal(stddev=1.0),
+      (self.vocab_size, self.features),
+      jnp.float32,
+      axes=('vocab', 'embed'),
+    )
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Looks up rows: [batch, length] -> [batch, length, embed]."""
+    x = jnp.take(self.embedding, tokens, axis=0)
+    scale = scale_of(self, 'embedding')
+    if scale is not None:
+      x = x * jnp.take(scale, tokens)[..., None]
+    return x.astype(self.dtype)
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """Products with all rows: [..., embed] -> [..., vocab], float32."""
+    scale = scale_of(self, 'embedding')
+    return project(x.astype(self.dtype), self.embedding, scale, 'oi')
+
+
+def relative_position_bucket(
+  relative_position: np.ndarray,
+  bidirectional: bool,
+  num_buckets: int,
+  max_distance: int,
+) -> np.ndarray:
+  """Sorts distances into buckets: exact when near, logarithmic when far.
+
+  In NumPy, when the program is traced: a logarithm that rounds differently on
+  another device would move a distance into the next bucket.
+
+  Args:
+    relative_position: Any shape, integers: key minus query position.
+    bidirectional: Whether keys after the query have buckets of their own (the
+      upper half); otherwise they share bucket 0.
+    num_buckets: Buckets in all.
+    max_distance: Distance from which the last bucket is used.
+
+  Returns:
+    The bucket of each distance, int32.
+
+  Source: T5 (arXiv 1910.10683), section 2.1.
+  """
+  distance = -np.asarray(relative_position)
+  offset = np.zeros_like(distance)
+  if bidirectional:
+    num_buckets //= 2
+    offset = np.where(distance < 0, num_buckets, 0)
+    distance = np.abs(distance)
+  distance = np.maximum(distance, 0)
+  exact = num_buckets // 2
+  # The maximum only keeps log(0) away; near distances do not use this branch.
+  ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
+  # T5's own epsilon: it lifts exact powers over the edge of their bucket.
+  ratio = ratio + np.finfo(np.float32).eps
+  scale = (num_buckets - exact) / np.log(max_distance / exact)
+  far = exact + (np.log(ratio) * scale).astype(np.int32)
+  far = np.minimum(far, num_buckets - 1)
+  return (offset + np.where(distance < exact, distance, far)).astype(np.int32)
+
+
+class RelativePositionBias(nn.Module):
+  """A learned number for each head and distance, shared by a stack's layers."""
+
+  num_heads: int
+  bidirectional: bool
+  num_buckets: int = 32
+  max_distance: int = 128
+
+  @nn.compact
+  def __call__(self, length: int) -> jax.Array:
+    """Returns the bias among `length` positions, [1, heads, q, k] float32."""
+    table = partitioning.param_with_axes(
+      'rel_embedding',
+      nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
+      (self.num_heads, self.num_buckets),
+      jnp.float32,
+      axes=('heads', 'relpos_buckets'),
+    )
+    buckets = relative_position_bucket(
+      np.arange(1 - length, length),
+      self.bidirectional,
+      self.num_buckets,
+      self.max_distance,
+    )
+    # [heads, 2 * length - 1] -> [heads, q, k]
+    by_distance = jnp.take(table.astype(jnp.float32), buckets, axis=1)
+    positions = jnp.arange(length)
+    distance = positions[None, :] - positions[:, None]
+    return jnp.take(by_distance, distance + length - 1, axis=1)[None]
+
+
+def _keys_last(x):
+  """[batch, k, heads, kv] -> [batch, heads, kv, k]."""
+  return jnp.moveaxis(x, 1, -1)
+
+
+def _keys_first(x):
+  """[batch, heads, kv, k] -> [batch, k, heads, kv]."""
+  return jnp.moveaxis(x, -1, 1)
+
+
+class Attention(nn.Module):
+  """Multi-head attention. T5 does not scale its logits by the head size.
+
+  Sites: `query`, `key`, `value` [batch, length, heads, kv], what is projected;
+  `keys`, `values` [batch, k, heads, kv], all that is attended to, with what
+  lies in the cache; `out` [batch, length, embed].
+
+  With `fused`, an accelerator's kernel computes it where there is one.
+  """
+
+  num_heads: int
+  head_dim: int
+  dtype: jnp.dtype = jnp.float32
+  dropout_rate: float = 0.0
+  placements: tuple[Placement, ...] = ()
+  fused: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    inputs_q: jax.Array,
+    inputs_kv: jax.Array,
+    mask: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    cache_index: jax.Array | None = None,
+    prefill: bool = False,
+    enable_dropout: bool = False,
+  ) -> jax.Array:
+    """Attends from each query position to the keys that the mask allows.
+
+    Args:
+      inputs_q: [batch, q, embed].
+      inputs_kv: [batch, k, embed].
+      mask: Broadcasts to [batch, heads, q, k]; True where a query may look.
+      bias: Broadcasts to [batch, heads, q, k], added to the logits.
+      cache_index: When decoding, the position of the one query; the keys and
+        values of all positions are then kept in the `cache` collection. The
+        first call makes it, with the length of its inputs, at position 0.
+      prefill: Whether that call's own keys and values are kept.
+      enable_dropout: Whether attention weights are dropped.
+
+    Returns:
+      [batch, q, embed].
+    """
+    q = self._project('query', inputs_q)
+    if cache_index is None and self._absorbs(inputs_q, inputs_kv):
+      y = self._absorbed(q, inputs_kv, mask, bias, enable_dropout)
+    else:
+      y = self._attended(
+        q, inputs_kv, mask, bias, cache_index, prefill, enable_dropout
+      )
+    # -> [b, q, joined_kv] -> [b, q, embed]
+    y = y.reshape(*y.shape[:2], -1)
+    out = Dense(
+      inputs_q.shape[-1], ('joined_kv', 'embed'), self.dtype, name='out'
+    )(y)
+    return adapt(self, self.placements, 'out', y, out)
+
+  def _dense(self, site: str, **how) -> Dense:
+    """The kernel of queries, keys or values, [embed, joined_kv]."""
+    width = self.num_heads * self.head_dim
+    return Dense(width, ('embed', 'joined_kv'), self.dtype, name=site, **how)
+
+  def _project(self, site: str, x: jax.Array) -> jax.Array:
+    """Makes queries, keys or values: [b, t, embed] -> [b, t, h, d]."""
+    init = kernel_init
+    if site == 'query':
+      # The head size that is not divided out of the logits stands here.
+      init = lambda *args: kernel_init(*args) * self.head_dim**-0.5
+    y = self._dense(site, kernel_init=init)(x)
+    y = y.reshape(*y.shape[:-1], self.num_heads, self.head_dim)
+    y = constrain(y, 'batch', 'length', 'heads', 'kv')
+    return adapt(self, self.placements, site, x, y)
+
+  def _weights(self, logits, mask, bias):
+    """Logits [b, h, q, k] -> exponentials, and their sums [b, h, q, 1]."""
+    if bias is not None:
+      logits = logits + bias
+    weights, total = exponentials(self.dtype, logits, mask)
+    return weights, total[..., None]
+
+  def _kept(self, keys: jax.Array, enable_dropout: bool) -> jax.Array:
+    """What dropout leaves of the weights of [b, k, ...] keys: [b, h, k, 1].
+
+    As T5X does, the weight of a key is dropped for all queries of a head or for
+    none.
+    """
+    shape = (keys.shape[0], self.num_heads, keys.shape[1], 1)
+    dropout = nn.Dropout(self.dropout_rate, deterministic=not enable_dropout)
+    return dropout(jnp.ones(shape, self.dtype))
+
+  def _attended(self, q, x, mask, bias, cache_index, prefill, enable_dropout):
+    """Attends to keys and values of x: [b, q, h, d], [b, k, embed] -> as q."""
+    k = self._project('key', x)
+    v = self._project('value', x)
+    if cache_index is not None:
+      k, v = self._cached(k, v, cache_index, prefill)
+    elif q.shape[1] == 1:
+      # A decoding loop, which does not change them. XLA moves out of it what
+      # stands here, but no transposition of its own making.
+      k, v = map(
+        _keys_first, lax.optimization_barrier((_keys_last(k), _keys_last(v)))
+      )
+    k = adapt(self, self.placements, 'keys', x, k)
+    v = adapt(self, self.placements, 'values', x, v)
+    # What adapters put before the keys is seen from everywhere.
+    added = [(0, 0)] * 3 + [(k.shape[1] - mask.shape[-1], 0)]
+    mask = jnp.pad(mask, added, constant_values=True)
+    if bias is not None:
+      bias = jnp.pad(bias, added)
+    # Rather than its weight, its value, which fused kernels take as any.
+    v = v * self._kept(v, enable_dropout).swapaxes(1, 2)
+    if self.fused and cache_index is None and fused.fits(q, k):
+      allowed = jnp.zeros(()) if bias is None else bias
+      return fused.attend(q, k, v, jnp.where(mask, allowed, MASKED))
+    # Keys first: XLA's CPU backend lacks a product that the other order needs
+    # in its backward pass, in bfloat16. -> [b, h, q, k]
+    logits = product('bkhd,bqhd->bhqk', k, q)
+    weights, total = self._weights(logits, mask, bias)
+    # Divided by the sum last, when there is less to divide.
+    # [b, q, h, d] / [b, q, h, 1]
+    y = product('bhqk,bkhd->bqhd', weights, v) / total.swapaxes(1, 2)
+    return y.astype(self.dtype)
+
+  def _absorbs(self, inputs_q: jax.Array, inputs_kv: jax.Array) -> bool:
+    """Whether keys and values need not be made.
+
+    Not in float32, which is computed in T5's own order; not where somebody
+    looks at the sites; not in a decoding loop, which makes them but once.
+    """
+    (queries, embed), keys = inputs_q.shape[1:], inputs_kv.shape[1]
+    sites = ('key', 'value', 'keys', 'values')
+    # Numbers that are kept of a head, without keys and values and with them.
+    kept, made = queries * embed, keys * self.head_dim
+    return (
+      self.dtype != jnp.float32
+      and queries > 1
+      and kept <= made
+      # By half as many multiplications: they are smaller products.
+      and 2 * kept * (keys + self.head_dim) < made * (embed + queries)
+      and not self.is_mutable_collection('intermediates')
+      and not any(placed(self, self.placements, site) for site in sites)
+    )
+
+  def _absorbed(self, q, x, mask, bias, enable_dropout):
+    """Attends with the kernels of keys and values on the side of the queries.
+
+        (x K) q = x (K q),    w (x V) = (w x) V
+
+    A few targets before many inputs take less than half the products so, both
+    ways; [b, q, h, d] and [b, k, embed] -> [b, q, h, d].
+
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2, for decoding.
+    """
+    heads = (self.num_heads, self.head_dim)
+
+    def logits_of(x, kernel, scale):
+      asked = q
+      if scale is not None:
+        asked = (q * scale.reshape(1, 1, *heads)).astype(q.dtype)
+      kernel = kernel.reshape(-1, *heads).astype(q.dtype)
+      # -> [b, q, h, i] -> [b, h, q, k]
+      asked = product('bqhd,ihd->bqhi', asked, kernel).astype(x.dtype)
+      asked = constrain(asked, 'batch', 'length', 'heads', 'embed')
+      return product('bki,bqhi->bhqk', x, asked)
+
+    def values_of(x, kernel, scale):
+      # -> [b, h, q, i] -> [b, q, h, d]
+      seen = product('bki,bhqk->bhqi', x, weights).astype(x.dtype)
+      seen = constrain(seen, 'batch', 'heads', 'length', 'embed')
+      kernel = kernel.reshape(-1, *heads).astype(x.dtype)
+      y = product('ihd,bhqi->bqhd', kernel, seen) / total.swapaxes(1, 2)
+      return y if scale is None else y * scale.reshape(1, 1, *heads)
+
+    logits = self._dense('key', out_dtype=jnp.float32)(x, logits_of)
+    weights, total = self._weights(logits, mask, bias)
+    weights = weights * self._kept(x, enable_dropout).swapaxes(2, 3)
+    y = self._dense('value')(x, values_of)
+    return constrain(y, 'batch', 'length', 'heads', 'kv')
+
+  def _cached(
+    self, k: jax.Array, v: jax.Array, index: jax.Array, prefill: bool
+  ) -> tuple[jax.Array, jax.Array]:
+    """Writes one position into the cache, and returns all positions.
+
+    It keeps them as [batch, heads, kv, k], which both products take as it is.
+    """
+    filled = self.has_variable('cache', 'cached_key')
+    cached = []
+    for name, x in (('cached_key', k), ('cached_value', v)):
+      x = _keys_last(x)
+      start = x if prefill else jnp.zeros_like(x)
+      cache = self.variable('cache', name, lambda start=start: start)
+      if filled:
+        cache.value = lax.dynamic_update_slice(
+          cache.value, x.astype(cache.value.dtype), (0, 0, 0, index)
+        )
+      cached.append(_keys_first(cache.value))
+    return cached[0], cached[1]
+
+
+class Mlp(nn.Module):
+  """The feed-forward block, gated where it has two activations.
+
+  With ('gelu', 'linear'), T5 1.1's: wo(gelu(wi_0 x) * (wi_1 x)); with
+  ('relu',), T5 1.0's: wo(relu(wi x)).
+
+  Sites: `wi` or `wi_0`, `wi_1` (before the activation), `hidden` [batch,
+  length, mlp], `wo` [batch, length, embed].
+  """
+
+  hidden: int
+  activations: tuple[str, ...] = ('gelu', 'linear')
+  dtype: jnp.dtype = jnp.float32
+  dropout_rate: float = 0.0
+  placements: tuple[Placement, ...] = ()
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, *, enable_dropout: bool = False
+  ) -> jax.Array:
+    """Maps [batch, length, embed] to the same shape."""
+    h = None
+    for i, activation in enumerate(self.activations):
+      name = 'wi' if len(self.activations) == 1 else f'wi_{i}'
+      y = Dense(self.hidden, ('embed', 'mlp'), self.dtype, name=name)(x)
+      y = constrain(y, 'batch', 'length', 'mlp')
+      y = adapt(self, self.placements, name, x, y)
+      y = ACTIVATIONS[activation](y)
+      h = y if h is None else h * y
+    assert h is not None, 'an MLP needs an activation'
+    h = adapt(self, self.placements, 'hidden', x, h)
+    h = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+      h, deterministic=not enable_dropout
+    )
+    out = Dense(x.shape[-1], ('mlp', 'embed'), self.dtype, name='wo')(h)
+    return adapt(self, self.placements, 'wo', h, out)

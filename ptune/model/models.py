@@ -1,0 +1,262 @@
+"""What is asked of a network: the loss, the score of targets, a prediction."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ptune.model import decoding, scan
+from ptune.model.network import Transformer
+
+Params = Mapping[str, Any]
+Batch = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """How predictions are made.
+
+  Attributes:
+    num_beams: Beams of a beam search; 1 decodes greedily or samples.
+    alpha: Strength of beam search's length penalty.
+    temperature: 0 takes the best token, otherwise tokens are sampled.
+    top_k: Sample from the k best tokens only; 0 from all.
+    top_p: Sample from the best tokens of this total probability; 0 from all.
+  """
+
+  num_beams: int = 1
+  alpha: float = 0.6
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 0.0
+
+  def __post_init__(self):
+    if self.num_beams > 1 and self.temperature:
+      raise ValueError(
+        f'num_beams is {self.num_beams} and temperature {self.temperature}:'
+        ' beam search does not sample; set one of the two'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderModel:
+  """A network with its loss, as T5 is trained.
+
+  Attributes:
+    network: The Flax module.
+    z_loss: Coefficient of log(Z)^2, which keeps the logits' scale in place.
+    label_smoothing: Probability spread over the wrong tokens.
+    loss_normalizing_factor: What the summed loss is divided by: nothing
+      (None), a number, or 'NUM_REAL_TARGET_TOKENS'.
+    eos_id: The token that ends a target.
+    objective: What is minimised in place of the cross entropy, one of
+      `losses`: called as `loss`, with the model before.
+  """
+
+  network: Transformer
+  z_loss: float = 1e-4
+  label_smoothing: float = 0.0
+  loss_normalizing_factor: float | str | None = None
+  eos_id: int = 1
+  objective: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
+
+  def __post_init__(self):
+    if not 0 <= self.label_smoothing < 1:
+      raise ValueError(
+        f'label_smoothing is {self.label_smoothing}; it must be in [0, 1)'
+      )
+
+  def variables(self, params: Params) -> dict[str, Params]:
+    """What the network is applied to, made of its parameters."""
+    return {
+      'params': scan.stacked(params) if self.network.config.scan else params
+    }
+
+  def logits(
+    self,
+    params: Params,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
+  ) -> jax.Array:
+    """Logits [batch, length, vocab], dropping only if given an rng."""
+    return self.network.apply(
+      self.variables(params),
+      batch['encoder_input_tokens'],
+      batch['decoder_input_tokens'],
+      batch['decoder_target_tokens'],
+      encoder_segment_ids=batch.get('encoder_segment_ids'),
+      decoder_segment_ids=batch.get('decoder_segment_ids'),
+      enable_dropout=dropout_rng is not None,
+      rngs=None if dropout_rng is None else {'dropout': dropout_rng},
+    )
+
+  def loss(
+    self,
+    params: Params,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a batch and its parts, summed over target tokens.
+
+    The cross entropy, if there is no other `objective`.
+
+    Args:
+      params: Parameters of the network.
+      batch: The features of `seqio.EncDecFeatureConverter`.
+      dropout_rng: Turns dropout on.
+
+    Returns:
+      The loss, and sums that add up over batches: `loss` and `z_loss` (the
+      former contains the latter), `correct` and `tokens`.
+    """
+    objective = self.objective or EncoderDecoderModel.cross_entropy
+    return objective(self, params, batch, dropout_rng)
+
+  def cross_entropy(
+    self,
+    params: Params,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """See `loss`."""
+    logits = self.logits(params, batch, dropout_rng)
+    targets = batch['decoder_target_tokens']
+    weights = batch['decoder_loss_weights'].astype(jnp.float32)
+    cross_entropy, z_loss = token_loss(
+      logits, targets, self.z_loss, self.label_smoothing
+    )
+    right = jnp.argmax(logits, axis=-1) == targets
+    loss = jnp.sum((cross_entropy + z_loss) * weights)
+    return loss, {
+      'loss': loss,
+      'z_loss': jnp.sum(z_loss * weights),
+      'correct': jnp.sum(right * weights),
+      'tokens': jnp.sum(weights),
+    }
+
+  def normalizer(self, batch: Batch) -> jax.Array | float | None:
+    """What the summed loss of a whole batch is divided by to be minimised."""
+    if self.loss_normalizing_factor == 'NUM_REAL_TARGET_TOKENS':
+      tokens = jnp.sum(batch['decoder_loss_weights']).astype(jnp.float32)
+      # A batch of padding has a loss of 0, not 0 / 0.
+      return jnp.maximum(tokens, 1.0)
+    if isinstance(self.loss_normalizing_factor, str):
+      raise ValueError(
+        f'loss_normalizing_factor is {self.loss_normalizing_factor!r}; it'
+        " must be None, a number or 'NUM_REAL_TARGET_TOKENS'"
+      )
+    return self.loss_normalizing_factor
+
+  def score(self, params: Params, batch: Batch) -> jax.Array:
+    """Log probability of each row's targets, summed: [batch] float32."""
+    cross_entropy, _ = token_loss(
+      self.logits(params, batch), batch['decoder_target_tokens'], 0.0, 0.0
+    )
+    return -jnp.sum(cross_entropy * batch['decoder_loss_weights'], axis=-1)
+
+  def predict(
+    self,
+    params: Params,
+    encoder_input_tokens: jax.Array,
+    max_decode_length: int,
+    how: Decoding = Decoding(),
+    rng: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Decodes what the model answers to each row.
+
+    Args:
+      params: Parameters of the network.
+      encoder_input_tokens: [batch, length] int32.
+      max_decode_length: Most tokens of an answer, its EOS included.
+      how: Greedy unless it says otherwise.
+      rng: A key, or one for each row, to sample with.
+
+    Returns:
+      Tokens [batch, max_decode_length] int32, 0 after EOS, and the score
+      [batch]: summed log probability, penalised by length in a beam search.
+    """
+    variables = self.variables(params)
+    encoded = self.network.apply(
+      variables,
+      encoder_input_tokens,
+      enable_dropout=False,
+      method='encode',
+    )
+    rows = encoder_input_tokens.shape[0]
+
+    def decode(tokens, cache):
+      beams = tokens.shape[0] // rows
+      return self.network.apply(
+        variables | cache,
+        jnp.repeat(encoded, beams, axis=0),
+        jnp.repeat(encoder_input_tokens, beams, axis=0),
+        tokens,
+        tokens,
+        enable_dropout=False,
+        decode=True,
+        mutable=['cache'],
+        method='decode',
+      )
+
+    # The first call makes the cache; its logits are never computed.
+    whole = jnp.ones((rows, max_decode_length), jnp.int32)
+    _, cache = decode(whole, {})
+    if how.num_beams > 1:
+      tokens, scores = decoding.beam_search(
+        decode,
+        cache,
+        rows,
+        max_decode_length,
+        num_beams=how.num_beams,
+        alpha=how.alpha,
+        eos_id=self.eos_id,
+      )
+      return tokens[:, -1], scores[:, -1]
+    return decoding.sample(
+      decode,
+      cache,
+      rows,
+      max_decode_length,
+      rng=rng,
+      temperature=how.temperature,
+      top_k=how.top_k,
+      top_p=how.top_p,
+      eos_id=self.eos_id,
+    )
+
+
+def token_loss(
+  logits: jax.Array,
+  targets: jax.Array,
+  z_loss: float,
+  label_smoothing: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Cross entropy and z-loss of every target token.
+
+  With label smoothing, the entropy of the smoothed label is subtracted, so
+  that a perfect prediction still has a loss of 0, as in T5.
+
+  Args:
+    logits: [batch, length, vocab] float32.
+    targets: [batch, length] int32.
+    z_loss: Coefficient of log(Z)^2.
+    label_smoothing: Probability spread over the wrong tokens.
+
+  Returns:
+    Two arrays [batch, length] float32.
+  """
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  label = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  cross_entropy = log_z - label
+  if label_smoothing:
+    others = logits.shape[-1] - 1
+    right, wrong = 1.0 - label_smoothing, label_smoothing / others
+    entropy = -right * jnp.log(right) - label_smoothing * jnp.log(wrong)
+    mean_loss = (others + 1) * log_z - jnp.sum(
+      logits, axis=-1
+    )  # Summed over all labels.
+    cross_entropy = (right - wrong) * cross_entropy + wrong * mean_loss
+    cross_entropy = cross_entropy - entropy
+  return cross_entropy, z_loss * jnp.square(log_z)

@@ -1,0 +1,134 @@
+"""The mesh, and which of its axes each logical axis is split over.
+
+Two mesh axes: `data` splits the batch, `model` splits the weights. The same
+program runs on one device and on many; only the mesh differs.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from absl import logging
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ptune.model.sizes import T5Config
+
+# Logical axis -> mesh axis. The axes of adapters are replicated, so that every
+# process holds the whole prompt.
+LOGICAL_AXIS_RULES = (
+  ('batch', 'data'),
+  ('vocab', 'model'),
+  ('mlp', 'model'),
+  ('heads', 'model'),
+  ('joined_kv', 'model'),
+  ('embed', None),
+  ('kv', None),
+  ('length', None),
+  ('relpos_buckets', None),
+  ('prompt', None),
+  ('prompt_embed', None),
+  ('task', None),
+  ('adapter_in', None),
+  ('adapter_hidden', None),
+  ('adapter_out', None),
+  ('adapter_heads', None),
+  ('adapter_kv', None),
+)
+# With T5Config.fsdp, frozen matrices are split over `data` too: each of them
+# has an axis `embed`.
+FULLY_SHARDED = {'embed': 'data'}
+
+Rules = Sequence[tuple[str, str | None]]
+
+
+def make_mesh(
+  model_parallel: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Arranges the devices as [data, model].
+
+  Args:
+    model_parallel: Devices that one copy of the weights is split over.
+    devices: All of them if not given.
+
+  Raises:
+    ValueError: If the devices cannot be divided so.
+  """
+  devices = jax.devices() if devices is None else devices
+  n = len(devices)
+  if model_parallel < 1 or n % model_parallel:
+    fitting = [m for m in range(1, n + 1) if n % m == 0]
+    raise ValueError(
+      f'MODEL_PARALLEL is {model_parallel}, which does not divide the'
+      f' {n} devices; choose one of {fitting}'
+    )
+  grid = np.asarray(devices).reshape(n // model_parallel, model_parallel)
+  # Explicit axes, the default of jax.make_mesh, break Linen's modules.
+  return Mesh(grid, ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
+
+
+def rules(
+  mesh: Mesh, config: T5Config, changes: Mapping[str, str | None] | None = None
+) -> Rules:
+  """The logical axis rules for a mesh, without splits that do not come out.
+
+  Six heads cannot be split over four devices; the other axes of that model
+  still can.
+
+  Args:
+    mesh: The devices.
+    config: The sizes.
+    changes: What differs from `LOGICAL_AXIS_RULES`, such as `FULLY_SHARDED`.
+  """
+  sizes = {
+    'embed': config.emb_dim,
+    'vocab': config.vocab_size,
+    'mlp': config.mlp_dim,
+    'heads': config.num_heads,
+    'joined_kv': config.num_heads * config.head_dim,
+  }
+  kept = []
+  for axis, over in (dict(LOGICAL_AXIS_RULES) | dict(changes or {})).items():
+    if over and axis in sizes and sizes[axis] % mesh.shape[over]:
+      logging.info(
+        '%s (%d) is not split over the %d devices of axis %r',
+        axis,
+        sizes[axis],
+        mesh.shape[over],
+        over,
+      )
+      over = None
+    kept.append((axis, over))
+  return tuple(kept)
+
+
+@contextlib.contextmanager
+def scope(mesh: Mesh, logical_rules: Rules) -> Iterator[None]:
+  """Puts a mesh and its rules in force for what is traced inside."""
+  # `with mesh:` would silently drop the constraints of the network.
+  with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules):
+    yield
+
+
+def shardings(
+  mesh: Mesh,
+  logical_rules: Rules,
+  axes: Mapping[str, tuple[str, ...]],
+) -> dict[str, NamedSharding]:
+  """How parameters lie on the mesh, by path, from their logical axes."""
+  table = dict(logical_rules)
+  unknown = sorted({a for names in axes.values() for a in names} - set(table))
+  if unknown:
+    raise ValueError(
+      f'no logical axis rule for {unknown}; the rules know {sorted(table)}'
+    )
+  return {
+    path: NamedSharding(mesh, PartitionSpec(*(table[a] for a in names)))
+    for path, names in axes.items()
+  }
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of what every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())

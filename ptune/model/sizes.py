@@ -1,0 +1,180 @@
+"""The sizes of a T5, and a table of the published ones."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ptune.model.layers import ACTIVATIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """The sizes of a T5.
+
+  Attributes:
+    vocab_size: Rows of the embedding (a few more than the vocabulary has).
+    emb_dim: Width of the residual stream (d_model).
+    num_heads: Attention heads.
+    head_dim: Size of one head; num_heads * head_dim need not be emb_dim.
+    mlp_dim: Width of the MLP (d_ff).
+    num_encoder_layers: Encoder layers; 0 for a decoder alone, a prefix LM.
+    num_decoder_layers: Decoder layers.
+    mlp_activations: ('gelu', 'linear') in T5 1.1, ('relu',) in T5 1.0.
+    logits_via_embedding: T5 1.0's output layer: the embedding, scaled by
+      emb_dim**-0.5. Otherwise it has its own kernel.
+    dropout_rate: In training, on inputs, sublayers and attention weights.
+    dtype: 'float32' or 'bfloat16': what activations are computed in.
+    frozen_dtype: What frozen matrices are kept in: 'float32', 'bfloat16', or
+      'int8' with a scale for each output channel; `dtype` if not given.
+    fsdp: Whether frozen matrices lie split over all devices, `data` included,
+      and are gathered where they are used.
+    remat: Whether the backward pass computes each layer again, and only what
+      goes into it is kept.
+    fused_attention: Whether attention is computed by an accelerator's fused
+      kernel, where `fused` has one that fits.
+    scan: Whether the layers of a stack are one program, run in a loop over
+      their parameters (see `scan`). Quicker to compile, and, with remat, in
+      less memory; without remat in more, since a loop keeps all that the
+      backward pass may want.
+    relative_attention_num_buckets: Buckets of the relative position bias.
+    relative_attention_max_distance: Where its last bucket starts.
+  """
+
+  vocab_size: int
+  emb_dim: int
+  num_heads: int
+  head_dim: int
+  mlp_dim: int
+  num_encoder_layers: int
+  num_decoder_layers: int
+  mlp_activations: tuple[str, ...] = ('gelu', 'linear')
+  logits_via_embedding: bool = False
+  dropout_rate: float = 0.0
+  dtype: str = 'float32'
+  frozen_dtype: str | None = None
+  fsdp: bool = False
+  remat: bool = False
+  fused_attention: bool = False
+  scan: bool = False
+  relative_attention_num_buckets: int = 32
+  relative_attention_max_distance: int = 128
+
+  @property
+  def decoder_only(self) -> bool:
+    """Whether the decoder reads the inputs itself, before the targets."""
+    return self.num_encoder_layers == 0
+
+  def __post_init__(self):
+    # Gin gives a list, and what describes a network must be hashable.
+    object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+    if self.dtype not in ('float32', 'bfloat16'):
+      raise ValueError(
+        f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'"
+      )
+    if self.frozen_dtype not in (None, 'float32', 'bfloat16', 'int8'):
+      raise ValueError(
+        f'FROZEN_DTYPE is {self.frozen_dtype!r}; it must be None (as DTYPE),'
+        " 'float32', 'bfloat16' or 'int8'"
+      )
+    unknown = sorted(set(self.mlp_activations) - set(ACTIVATIONS))
+    if unknown or not self.mlp_activations:
+      raise ValueError(
+        f'mlp_activations are {self.mlp_activations}; they must be of'
+        f' {tuple(ACTIVATIONS)}'
+      )
+    if not 0 <= self.dropout_rate < 1:
+      raise ValueError(
+        f'DROPOUT_RATE is {self.dropout_rate}; it must be in [0, 1)'
+      )
+
+
+def _sizes() -> dict[str, T5Config]:
+  """The published models: heads, head size, layers, d_model, d_ff."""
+  t5_1_1 = {
+    'small': (6, 64, 8, 8, 512, 1024),
+    'base': (12, 64, 12, 12, 768, 2048),
+    'large': (16, 64, 24, 24, 1024, 2816),
+    'xl': (32, 64, 24, 24, 2048, 5120),
+    'xxl': (64, 64, 24, 24, 4096, 10240),
+  }
+  t5_1_0 = {
+    'small': (8, 64, 6, 6, 512, 2048),
+    'base': (12, 64, 12, 12, 768, 3072),
+    'large': (16, 64, 24, 24, 1024, 4096),
+    '3b': (32, 128, 24, 24, 1024, 16384),
+    '11b': (128, 128, 24, 24, 1024, 65536),
+  }
+  # Bytes need a deep encoder and a shallow decoder (arXiv 2105.13626).
+  byt5 = {
+    'small': (6, 64, 12, 4, 1472, 3584),
+    'base': (12, 64, 18, 6, 1536, 3968),
+    'large': (16, 64, 36, 12, 1536, 3840),
+    'xl': (32, 64, 36, 12, 2560, 6720),
+    'xxl': (64, 64, 36, 12, 4672, 12352),
+  }
+  families: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
+    't5': (
+      t5_1_0,
+      {
+        'vocab_size': 32128,
+        'mlp_activations': ('relu',),
+        'logits_via_embedding': True,
+      },
+    ),
+    't5_1_1': (t5_1_1, {'vocab_size': 32128}),
+    'flan_t5': (t5_1_1, {'vocab_size': 32128}),
+    'mt5': (t5_1_1, {'vocab_size': 250112}),
+    'byt5': (byt5, {'vocab_size': 384}),
+  }
+  table = {}
+  for family, (sizes, common) in families.items():
+    for size, numbers in sizes.items():
+      heads, head_dim, encoder, decoder, embed, mlp = numbers
+      table[f'{family}_{size}'] = T5Config(
+        num_heads=heads,
+        head_dim=head_dim,
+        num_encoder_layers=encoder,
+        num_decoder_layers=decoder,
+        emb_dim=embed,
+        mlp_dim=mlp,
+        **common,
+      )
+  return table
+
+
+SIZES: Mapping[str, T5Config] = _sizes()
+
+
+def t5(size: str | None = None, **changes) -> T5Config:
+  """A published size by name, or one given in numbers.
+
+  Args:
+    size: A name in `SIZES`, such as 't5_1_1_base'.
+    **changes: Fields of `T5Config` that differ from the table's; all the
+      sizes if no name is given.
+
+  Raises:
+    ValueError: If the name is unknown (the nearest ones are listed), or
+      fields are unknown or missing.
+  """
+  fields = {f.name: f for f in dataclasses.fields(T5Config)}
+  unknown = sorted(set(changes) - set(fields))
+  if unknown:
+    raise ValueError(f'T5Config has no {unknown}; it has {sorted(fields)}')
+  if size is not None:
+    if size not in SIZES:
+      near = difflib.get_close_matches(size, SIZES, n=3) or sorted(SIZES)
+      raise ValueError(f'no model size {size!r}; did you mean {near}?')
+    return dataclasses.replace(SIZES[size], **changes)
+  missing = [
+    name
+    for name, field in fields.items()
+    if field.default is dataclasses.MISSING and name not in changes
+  ]
+  if missing:
+    raise ValueError(
+      f'a model without a size name needs {missing}; or name a size, such'
+      " as size='t5_1_1_small'"
+    )
+  return T5Config(**changes)

@@ -1,0 +1,105 @@
+"""The programs that answer a batch, each compiled at its first use."""
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptune.model import decoding, parameters, partitioning
+from ptune.model.models import Decoding, EncoderDecoderModel
+
+Trees = tuple[Mapping[str, Any], ...]
+
+
+def fetched(asked: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+  """Brings answers to the host, while the devices compute the next.
+
+  Args:
+    asked: Pairs of anything and an answer on the devices, made as they are
+      drawn: each is drawn before the answer of the one before is waited for.
+  """
+  end = (None, None)
+  for (which, answer), _ in itertools.pairwise(itertools.chain(asked, [end])):
+    yield which, jax.device_get(answer)
+
+
+class Predictor:
+  """Predictions, scores and losses of a batch.
+
+  What is asked of it takes the parameters as one or several trees, which are
+  merged; rows are split over the devices, each has the whole answer. Nothing
+  waits for it: `fetched` and jax.device_get do.
+  """
+
+  def __init__(
+    self,
+    plan: parameters.Plan,
+    model: EncoderDecoderModel,
+    max_decode_length: int,
+    how: Decoding = Decoding(),
+    seed: int = 0,
+  ):
+    """Prepares the programs.
+
+    Args:
+      plan: The parameters.
+      model: The model.
+      max_decode_length: Most tokens of an answer, its EOS included.
+      how: How predictions are decoded.
+      seed: For sampling.
+    """
+    # What is out of range is said now, and not when a run has long trained.
+    if how.num_beams < 1:
+      raise ValueError(f'num_beams is {how.num_beams}; it must be at least 1')
+    jax.eval_shape(
+      lambda: decoding.sampling_probabilities(
+        jnp.zeros((1, 2)), how.temperature, how.top_k, how.top_p
+      )
+    )
+    self._plan = plan
+    merge = parameters.merge
+
+    def predict(trees, tokens, rows):
+      base = jax.random.key(seed)
+      # A row's sample depends on the row, not on the batch it is put in.
+      keys = jax.vmap(lambda row: jax.random.fold_in(base, row))(rows)
+      params = merge(*trees)
+      return model.predict(params, tokens, max_decode_length, how, keys)
+
+    jit = functools.partial(
+      jax.jit, out_shardings=partitioning.replicated(plan.mesh)
+    )
+    self._predict = jit(predict)
+    self._score = jit(lambda trees, batch: model.score(merge(*trees), batch))
+    self._sums = jit(lambda trees, batch: model.loss(merge(*trees), batch)[1])
+
+  def predict(
+    self, trees: Trees, batch: Mapping[str, jax.Array], rows: np.ndarray
+  ) -> tuple[jax.Array, jax.Array]:
+    """Answers [batch, max_decode_length], and their scores [batch].
+
+    Args:
+      trees: The parameters.
+      batch: With `encoder_input_tokens`.
+      rows: [batch] a number of each row, from which its samples are drawn.
+    """
+    with self._plan.scope():
+      return self._predict(
+        trees, batch['encoder_input_tokens'], rows.astype(np.uint32)
+      )
+
+  def score(self, trees: Trees, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Log probabilities of the targets: [batch]."""
+    with self._plan.scope():
+      return self._score(trees, batch)
+
+  def sums(
+    self, trees: Trees, batch: Mapping[str, jax.Array]
+  ) -> dict[str, jax.Array]:
+    """The sums of `EncoderDecoderModel.loss`."""
+    with self._plan.scope():
+      return self._sums(trees, batch)

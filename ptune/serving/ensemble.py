@@ -1,0 +1,246 @@
+"""Several prompts of one task, asked at once, and their majority vote.
+
+Lester et al. 2021 (arXiv 2104.08691), section 6: N prompts of one task are N
+models that share all weights but the prompt, and answer in one batch that holds
+every example N times. The answer that most of them give wins; of answers with
+equally many votes, the one with the highest score, summed over those who gave
+it. Table 3 there compares the ensemble with the average and the best of them.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from ptune.serving.answers import fetched
+from ptune.serving.bank import PromptBank
+from ptune.training.report import write_atomically
+
+Scores = dict[str, dict[str, float]]
+# What the vote is called among the prompts.
+NAME = 'ensemble'
+
+
+class Votes(NamedTuple):
+  """What several members make of each row.
+
+  Attributes:
+    tokens: [rows, length] the answers that won.
+    scores: [rows] the mean score of the members that gave them.
+    count: [rows] how many did.
+  """
+
+  tokens: np.ndarray
+  scores: np.ndarray
+  count: np.ndarray
+
+
+def vote(tokens: np.ndarray, scores: np.ndarray) -> Votes:
+  """The majority's answer to each row.
+
+  Args:
+    tokens: [members, rows, length] what each member answers.
+    scores: [members, rows] the scores of these answers.
+  """
+  same = np.all(tokens[:, None] == tokens[None], axis=-1)
+  count = np.sum(same, axis=1)  # [members, rows]
+  summed = np.sum(same * scores[None], axis=1)
+  # The last key counts first; of equals, the first member.
+  winner = np.lexsort((-summed, -count), axis=0)[:1]
+  pick = lambda x: np.take_along_axis(x, winner, axis=0)[0]
+  return Votes(
+    np.take_along_axis(tokens, winner[..., None], axis=0)[0],
+    pick(summed) / pick(count),
+    pick(count),
+  )
+
+
+class Asked(NamedTuple):
+  """What all members say to a data set, its rows in any order.
+
+  Attributes:
+    rows: [rows] their numbers.
+    tokens: [members, rows, length], if they were asked for answers.
+    scores: [members, rows] of the answers, or of the targets.
+  """
+
+  rows: list[int]
+  tokens: np.ndarray | None
+  scores: np.ndarray
+
+
+def evaluate(
+  evaluation: Any, bank: PromptBank, names: Sequence[str]
+) -> tuple[dict[str, Scores], dict[str, Asked]]:
+  """The metrics of every prompt, and of their vote.
+
+  A metric of scores takes the mean of the members' for the ensemble.
+
+  Args:
+    evaluation: The `evaluate.Evaluation` of the task.
+    bank: The prompts, and the model.
+    names: The members.
+
+  Returns:
+    By member, and under `NAME`, the metrics by task. And what all members
+    answer, by task, for tasks that ask for answers.
+  """
+  kept: dict[tuple[int, bool], Asked] = {}
+
+  def asked(dataset, answers: bool) -> Asked:
+    key = (id(dataset), answers)
+    if key not in kept:
+      kept[key] = _ask(evaluation, bank, names, dataset, answers)
+    return kept[key]
+
+  def measure(name: str, predicted, scored) -> Scores:
+    def predict(dataset):
+      found = asked(dataset, True)
+      tokens, scores = predicted(found)
+      pairs = zip(found.rows, tokens, strict=True)
+      return list(pairs), {'scores': scores.tolist()}
+
+    def score(dataset):
+      found = asked(dataset, False)
+      return list(zip(found.rows, scored(found).tolist(), strict=True))
+
+    return evaluation.metrics(name, predict, score)
+
+  scores: dict[str, Scores] = {}
+  for i, name in enumerate(names):
+    own = measure(
+      name,
+      lambda found, i=i: (found.tokens[i], found.scores[i]),
+      lambda found, i=i: found.scores[i],
+    )
+    losses = evaluation.losses(bank.trees([name] * evaluation.batch_size))
+    scores[name] = {task: own[task] | losses[task] for task in losses}
+  scores[NAME] = measure(
+    NAME,
+    lambda found: vote(found.tokens, found.scores)[:2],
+    lambda found: np.mean(found.scores, axis=0),
+  )
+  answers = {
+    task: kept[id(dataset), True]
+    for task, dataset in evaluation.datasets.items()
+    if (id(dataset), True) in kept
+  }
+  return scores, answers
+
+
+def report(
+  evaluation: Any,
+  bank: PromptBank,
+  decode: Callable[[list[int]], Any],
+  tell: Callable[[dict[str, Any], dict[str, float]], None],
+  directory: epath.Path,
+) -> Scores:
+  """Evaluates all prompts of a bank, tells and writes what came of it.
+
+  Args:
+    evaluation: As in `evaluate`.
+    bank: The prompts, and the model.
+    decode: Tokens to text.
+    tell: Called with whose metrics these are, and the metrics.
+    directory: `<task>/votes.jsonl` is written below it.
+
+  Returns:
+    The metrics of the vote, by task.
+  """
+  names = bank.names
+  scores, answered = evaluate(evaluation, bank, names)
+  for task in evaluation.datasets:
+    about = {'split': evaluation.split, 'task': task}
+    for name in names:
+      tell({**about, 'prompt': name}, scores[name][task])
+    for which, values in summary(scores, task).items():
+      tell({**about, 'prompts': which}, values)
+  for task, found in answered.items():
+    lines = [
+      json.dumps(record, ensure_ascii=False)
+      for record in records(found, names, decode)
+    ]
+    if jax.process_index() == 0:
+      folder = directory / task
+      folder.mkdir(parents=True, exist_ok=True)
+      write_atomically(folder / 'votes.jsonl', '\n'.join([*lines, '']))
+  return scores[NAME]
+
+
+def _ask(
+  evaluation: Any,
+  bank: PromptBank,
+  names: Sequence[str],
+  dataset: Any,
+  predicts: bool,
+) -> Asked:
+  """Asks all members for answers, or for the scores of the targets."""
+  members = len(names)
+
+  def ask():
+    for which, batch in evaluation.batches(dataset, copies=members):
+      size = len(batch['encoder_input_tokens']) // members
+      trees = bank.trees(np.repeat(names, size).tolist())
+      if predicts:
+        numbers = np.pad(which, (0, size - len(which)), 'edge')
+        numbers = np.tile(numbers, members)
+        yield which, bank.predictor.predict(trees, batch, numbers)
+      else:
+        yield which, (None, bank.predictor.score(trees, batch))
+
+  rows, tokens, scores = [], [], []
+  for which, (said, values) in fetched(ask()):
+    rows.extend(which.tolist())
+    scores.append(values.reshape(members, -1)[:, : len(which)])
+    if predicts:
+      tokens.append(said.reshape(members, -1, said.shape[-1])[:, : len(which)])
+  whole = lambda parts: np.concatenate(parts, axis=1)
+  return Asked(rows, whole(tokens) if predicts else None, whole(scores))
+
+
+def summary(scores: Mapping[str, Scores], task: str) -> dict[str, Any]:
+  """Average, best and ensemble of a task's metrics, as in the paper's table 3.
+
+  Returns:
+    {'average': metrics, 'best': metrics, 'ensemble': metrics}; the best of each
+    metric, whichever prompt has it. Of metrics that all members have: some are
+    left out where they would mean nothing.
+  """
+  members = [found[task] for name, found in scores.items() if name != NAME]
+  shared = [key for key in members[0] if all(key in own for own in members)]
+  each = {key: [own[key] for own in members] for key in shared}
+  best = lambda key: min if key in ('loss', 'invalid') else max
+  return {
+    'average': {key: float(np.mean(values)) for key, values in each.items()},
+    'best': {key: best(key)(values) for key, values in each.items()},
+    NAME: scores[NAME].get(task, {}),
+  }
+
+
+def records(
+  found: Asked, names: Sequence[str], decode: Callable[[list[int]], Any]
+) -> list[dict[str, Any]]:
+  """The vote on each row, in order, beside what each member answered."""
+  votes = vote(found.tokens, found.scores)
+  table = []
+  for i in np.argsort(found.rows):
+    members = {
+      name: {
+        'prediction': decode(found.tokens[m, i].tolist()),
+        'score': float(found.scores[m, i]),
+      }
+      for m, name in enumerate(names)
+    }
+    table.append(
+      {
+        'index': found.rows[i],
+        'prediction': decode(votes.tokens[i].tolist()),
+        'score': float(votes.scores[i]),
+        'votes': int(votes.count[i]),
+        'members': members,
+      }
+    )
+  return table

@@ -1,0 +1,299 @@
+"""A trained model, restored: what a program that asks it needs."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from ptune.convert import account, check_config, open_checkpoint, restore
+from ptune.convert.prompts import find
+from ptune.convert.trained import open_trained
+from ptune.methods import prompt_init
+from ptune.model import parameters, partitioning
+from ptune.model.adapters import Method
+from ptune.model.sizes import T5Config
+from ptune.serving.bank import OTHER_METHODS, PromptBank, parse
+from ptune.training import checkpoints
+
+PathLike = str | os.PathLike[str]
+# The base alone.
+NOTHING = Method('base', (), ())
+
+
+def output_directory(
+  name: str, output_dir: PathLike | None, model_dir: PathLike | None, below: str
+) -> epath.Path:
+  """Makes the directory that a program writes to.
+
+  Args:
+    name: What users call it.
+    output_dir: The directory, if given.
+    model_dir: MODEL_DIR, if given; `below` is made in it otherwise.
+    below: Name of a directory.
+
+  Raises:
+    ValueError: If neither is given, or it cannot be written.
+  """
+  if output_dir is None and model_dir is None:
+    raise ValueError(
+      f'{name} is needed where there is no MODEL_DIR; for example'
+      f' --gin.{name}="\'/runs/out\'"'
+    )
+  if output_dir is None:
+    _check_run(model_dir)
+    output_dir = checkpoints.run_directory(model_dir) / below
+  directory = checkpoints.absolute(output_dir)
+  checkpoints.check_writable(name, directory)
+  return directory
+
+
+def check(
+  plan: parameters.Plan,
+  model_dir: PathLike | None = None,
+  checkpoint_path: PathLike | None = None,
+  prompt_file: PathLike | None = None,
+) -> None:
+  """Checks that the given paths name one model; `load` says what they are.
+
+  Raises:
+    ValueError: If they do not, or it was not trained as `plan` says.
+  """
+  given = f'MODEL_DIR={model_dir!r}, PROMPT_FILE={prompt_file!r}'
+  if model_dir is not None:
+    if prompt_file is not None:
+      raise ValueError(f'set MODEL_DIR or PROMPT_FILE, not both; got {given}')
+    run = _check_run(model_dir)
+    checkpoints.compare(model_dir, run, parameters.identity(plan))
+    return
+  if prompt_file is not None and not plan.frozen:
+    raise ValueError(
+      f'method {plan.method.name!r} trains all of the model: it'
+      ' has no prompt to be read from PROMPT_FILE; give MODEL_DIR'
+    )
+  if prompt_file is not None and plan.method.fold:
+    raise ValueError(
+      f'method {plan.method.name!r} folds what it trained into a simpler'
+      ' method: set METHOD to that one, such as methods/prompt.gin for a .npy,'
+      f' to read PROMPT_FILE={prompt_file!r}; or give MODEL_DIR'
+    )
+  if prompt_file is None and plan.adapters:
+    raise ValueError(
+      'set MODEL_DIR (a run of ptune train) or PROMPT_FILE (a prompt for the'
+      f' base model in CHECKPOINT_PATH); got {given}'
+    )
+  if checkpoint_path is None:
+    raise ValueError(
+      'CHECKPOINT_PATH, the base model, is needed without a MODEL_DIR; for'
+      ' example --gin.CHECKPOINT_PATH="\'/models/t5_1_1_small\'"'
+    )
+
+
+def _check_run(model_dir: PathLike | None) -> dict[str, Any]:
+  directory = checkpoints.run_directory(model_dir)
+  run = checkpoints.read_run(directory)
+  if not run:
+    raise ValueError(
+      f'MODEL_DIR {directory} holds no run of ptune train'
+      f' ({checkpoints.RUN_FILE} is not there)'
+    )
+  return run
+
+
+def load(
+  plan: parameters.Plan,
+  model_dir: PathLike | None = None,
+  checkpoint_path: PathLike | None = None,
+  prompt_file: PathLike | None = None,
+) -> tuple[dict[str, Any], int]:
+  """Restores a trained model: the base and what was trained on it.
+
+  Args:
+    plan: The parameters.
+    model_dir: A run of `ptune train`: its best step is taken, or its newest
+      where none was evaluated.
+    checkpoint_path: The base model; the one that the run was started from if
+      not given. A method without adapters needs nothing else.
+    prompt_file: A file of a run's prompts/, where there is no model_dir.
+
+  Returns:
+    The parameters, and the step they were trained for.
+
+  Raises:
+    ValueError: If these do not fit together.
+  """
+  run: dict[str, Any] = {}
+  values: dict[str, jax.Array] = {}
+  step = None
+  if prompt_file is not None:
+    trained, facts = read_prompt_file(plan, prompt_file)
+    values |= trained
+    step = facts.get('step')
+  elif model_dir is not None:
+    directory = checkpoints.run_directory(model_dir)
+    run = facts = checkpoints.read_run(directory)
+    checkpoint_path = checkpoint_path or run['initial_checkpoint_path']
+    if (directory / 'best').exists() or (directory / 'checkpoints').exists():
+      source = open_checkpoint(_best_or_newest(directory))
+      step = source.step
+      values |= restore(source, plan.select(plan.trainable))
+    else:  # One of several runs, whose checkpoints are of all together.
+      trained, facts = read_prompt_file(plan, find(directory))
+      step = facts.get('step')
+      values |= trained
+  rest = plan.select(frozenset(plan.params) - frozenset(values))
+  if rest:
+    restored, base_step = _restore_base(plan, checkpoint_path, rest)
+    step = base_step if step is None else step
+    values |= restored
+  if (model_dir or prompt_file) and plan.frozen:
+    frozen = {path: values[path] for path in plan.frozen}
+    base = checkpoints.fingerprint(frozen)
+    checkpoints.compare(model_dir or '', run, {'base': base})
+    if facts.get('base', base) != base:
+      logging.warning(
+        'prompt file %s was trained on another base model (fingerprint %s)'
+        ' than that of CHECKPOINT_PATH %s (%s)',
+        prompt_file,
+        facts['base'],
+        checkpoint_path,
+        base,
+      )
+  logging.info('%s', parameters.summary(plan))
+  frozen = {path: values.pop(path) for path in plan.frozen}
+  return parameters.unflatten(values | parameters.hold(plan, frozen)), step or 0
+
+
+def read_prompt_file(
+  plan: parameters.Plan, prompt_file: PathLike
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+  """Reads what `ptune train` wrote to `prompts/`, and what stands beside it.
+
+  Args:
+    plan: The parameters, of the method that reads it: see `check`.
+    prompt_file: The file.
+
+  Returns:
+    The trained parameters, by path, and the facts of the .json beside, {}
+    without one.
+
+  Raises:
+    ValueError: If the file does not fit.
+  """
+  path = plan.method.prompt
+  if path is None:
+    source, facts = open_trained(prompt_file)
+    ours = dict(plan.method.settings)
+    theirs = facts.get('settings', ours)
+    if theirs != ours:
+      raise ValueError(
+        f'prompt file {os.fspath(prompt_file)} was trained with the settings'
+        f' {theirs}, and METHOD {plan.method.name!r} has {ours}; give those of'
+        ' the file'
+      )
+    return restore(source, plan.select(plan.trainable)), facts
+  struct = plan.params[path]
+  prompt = prompt_init.fit(
+    prompt_init.read(prompt_file), struct.shape, f'prompt file {prompt_file}'
+  )
+  beside = epath.Path(os.fspath(prompt_file).removesuffix('.npy') + '.json')
+  # Another's has no such file.
+  facts = json.loads(beside.read_text()) if beside.is_file() else {}
+  theirs = facts.get('method', '')
+  if theirs.startswith(OTHER_METHODS) and theirs != plan.method.name:
+    raise ValueError(
+      f'prompt file {os.fspath(prompt_file)} was trained with method'
+      f' {theirs!r}, and METHOD is {plan.method.name!r}: it would stand'
+      ' elsewhere; give the method of the file'
+    )
+  return {path: parameters.place(prompt, struct)}, facts
+
+
+def named_prompts(
+  prompts: str | Mapping[str, str],
+  method: Method,
+  model_dir: PathLike | None,
+  prompt_file: PathLike | None,
+) -> dict[str, str]:
+  """PROMPTS: files or runs, by name; `load_bank` reads them.
+
+  Raises:
+    ValueError: If it names none, or other settings contradict it.
+  """
+  if model_dir is not None or prompt_file is not None:
+    raise ValueError(
+      'set PROMPTS, or MODEL_DIR, or PROMPT_FILE; got'
+      f' PROMPTS={prompts!r}, MODEL_DIR={model_dir!r},'
+      f' PROMPT_FILE={prompt_file!r}'
+    )
+  if method.name != 'prompt':
+    raise ValueError(
+      f'METHOD is {method.name!r}; PROMPTS are those of methods/prompt.gin'
+    )
+  named = parse(prompts) if isinstance(prompts, str) else dict(prompts)
+  for path in named.values():
+    try:
+      find(path)
+    except FileNotFoundError as error:
+      raise ValueError(
+        f'PROMPTS names {path}, which does not exist. {error}'
+      ) from error
+  return named
+
+
+def load_bank(
+  config: T5Config,
+  checkpoint_path: PathLike | None,
+  max_decode_length: int,
+  prompts: Mapping[str, PathLike],
+  **settings: Any,
+) -> PromptBank:
+  """Restores a base model, and puts prompts beside it.
+
+  Args:
+    config: The network's sizes.
+    checkpoint_path: CHECKPOINT_PATH, the base model.
+    max_decode_length: Most tokens of an answer, its EOS included.
+    prompts: Files or runs, by the names that they are asked by.
+    **settings: Others of `PromptBank`.
+
+  Raises:
+    ValueError: If the base does not fit, or a prompt does not fit it.
+  """
+  mesh = settings.pop('mesh', None) or partitioning.make_mesh()
+  plan = parameters.plan(config, NOTHING, mesh)
+  check(plan, checkpoint_path=checkpoint_path)
+  base = _restore_base(plan, checkpoint_path, plan.select(plan.base))[0]
+  bank = PromptBank(
+    config,
+    base,
+    max_decode_length,
+    mesh=mesh,
+    fingerprint=checkpoints.fingerprint(base),
+    **settings,
+  )
+  for name, path in prompts.items():
+    bank.add(name, path)
+  return bank
+
+
+def _restore_base(
+  plan: parameters.Plan,
+  checkpoint_path: PathLike | None,
+  wanted: Mapping[str, jax.ShapeDtypeStruct],
+) -> tuple[dict[str, jax.Array], int | None]:
+  """Parameters of CHECKPOINT_PATH, and its step."""
+  source = open_checkpoint(checkpoint_path or '')
+  check_config(source, plan.network.config)
+  restored = restore(source, wanted, ignore=plan.params.__contains__)
+  logging.info('%s', account(source, restored))
+  return restored, source.step
+
+
+def _best_or_newest(model_dir: epath.Path) -> epath.Path:
+  """The checkpoint that was the best when it was evaluated."""
+  steps = checkpoints.finished_steps(model_dir / 'best')
+  return model_dir / 'best' / str(steps[-1]) if steps else model_dir

@@ -1,0 +1,182 @@
+"""`ptune serve`: one frozen model and many prompts, over HTTP.
+
+    ptune serve --base=ptune://tiny --prompts=sst2=/runs/sst2,rte=rte.npy
+
+docs/serving.md has the interface and the limits.
+"""
+
+import argparse
+import logging
+import os
+import pathlib
+import signal
+from typing import Any
+
+from absl import logging as absl_logging
+
+TOKEN = 'PTUNE_SERVE_TOKEN'
+
+
+def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of `ptune serve`."""
+  del command
+  add = parser.add_argument
+  add(
+    '--base',
+    required=True,
+    help='the frozen model: ptune://tiny, or a checkpoint of T5X, Hugging Face'
+    ' or ptune',
+  )
+  add(
+    '--prompts',
+    metavar='NAME=PATH,...',
+    help='files or runs, or a directory of .npy files; others can be uploaded',
+  )
+  add(
+    '--vocabulary',
+    help='a SentencePiece file, where none lies in the directory of the base',
+  )
+  add('--host', default='127.0.0.1', help='to listen on (%(default)s)')
+  add('--port', type=int, default=8000, help='0 for a free one (%(default)s)')
+  add(
+    '--token_file',
+    help=f'holds the token that may change prompts; or ${TOKEN} is it',
+  )
+  add('--dtype', default='float32', help='float32 or bfloat16 (%(default)s)')
+  add(
+    '--model_parallel',
+    type=int,
+    default=1,
+    help='devices that hold one copy of the weights (%(default)s)',
+  )
+  for name, default, what in (
+    ('input_length', 128, 'most tokens of an input'),
+    ('output_length', 32, 'most tokens of an answer'),
+    ('prompt_length', 128, 'most tokens of a prompt that is uploaded'),
+    ('batch_size', 32, 'most rows that are computed at once'),
+    ('max_queue', 512, 'most inputs that wait'),
+    ('max_body', 8_000_000, 'most bytes of a request'),
+  ):
+    add(f'--{name}', type=int, default=default, help=f'{what} (%(default)s)')
+  for name, default, what in (
+    ('max_wait', 0.005, 'seconds that an input waits for others'),
+    ('timeout', 30.0, 'seconds until a request is given up'),
+  ):
+    add(f'--{name}', type=float, default=default, help=f'{what} (%(default)s)')
+
+
+def run(args: argparse.Namespace) -> int:
+  """Serves until SIGTERM or Ctrl-C; what has been asked is answered first.
+
+  Raises:
+    ValueError: If a flag, the base or a prompt is wrong.
+    OSError: If the port is taken.
+  """
+  try:
+    import uvicorn
+
+    from ptune.serving import web
+  except ModuleNotFoundError as error:
+    raise ValueError(
+      f'{error}; it comes with pip install "ptune[serve]"'
+    ) from error
+  # Told before a model is loaded, for minutes perhaps; until that is done,
+  # nobody shall be kept waiting for an answer.
+  listen(args.host, args.port).close()
+  app = make(args, web)
+  # uvicorn raises what it was stopped by again when it is done.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)
+  config = uvicorn.Config(
+    app,
+    access_log=False,
+    log_config=None,
+    timeout_graceful_shutdown=int(args.timeout) + 5,
+  )
+  sockets = [listen(args.host, args.port)]
+  host, port = sockets[0].getsockname()[:2]
+  logging.getLogger('uvicorn').setLevel(logging.WARNING)
+  print(f'http://{host}:{port}', flush=True)
+  server = uvicorn.Server(config)
+  server.run(sockets)
+  print('stopped; all that was asked has been answered', flush=True)
+  return 0
+
+
+def listen(host: str, port: int) -> Any:
+  """A socket that listens.
+
+  Raises:
+    OSError: If it cannot.
+  """
+  import socket
+
+  if not 0 <= port <= 65535:
+    raise ValueError(f'--port is {port}; expected 0 to 65535')
+  family = socket.AF_INET6 if ':' in host else socket.AF_INET
+  try:
+    return socket.create_server((host, port), family=family, backlog=2048)
+  except OSError as error:
+    raise OSError(
+      f'--host {host} --port {port} cannot be listened on: {error.strerror};'
+      ' choose another port'
+    ) from error
+
+
+def make(args: argparse.Namespace, web: Any) -> Any:
+  """The application: the model on its devices, its programs compiled."""
+  from ptune.convert import identity, open_checkpoint
+  from ptune.convert.vocabulary import vocabulary_of
+  from ptune.evaluate import check_counts
+  from ptune.model import partitioning
+  from ptune.serving import bank as bank_lib
+  from ptune.serving import predictor
+  from ptune.serving.batching import Batcher
+
+  counts = ('input_length', 'output_length', 'prompt_length', 'batch_size')
+  counts += ('max_queue', 'max_body', 'model_parallel')
+  check_counts(**{f'--{name}': getattr(args, name) for name in counts})
+  if args.max_wait < 0 or args.timeout <= 0:
+    raise ValueError(
+      f'--max_wait is {args.max_wait} and --timeout {args.timeout}; expected'
+      ' seconds, the timeout more than 0'
+    )
+  token = os.environ.get(TOKEN) or None
+  if args.token_file is not None:
+    token = pathlib.Path(args.token_file).read_text().strip()
+    if not token:
+      raise ValueError(f'--token_file {args.token_file} is empty')
+  config = identity.config(open_checkpoint(args.base), dtype=args.dtype)
+  vocabulary = vocabulary_of(args.vocabulary or args.base)
+  if vocabulary.vocab_size > config.vocab_size:
+    raise ValueError(
+      f'the vocabulary has {vocabulary.vocab_size} ids, and the base'
+      f' {config.vocab_size}; give that of the base as --vocabulary'
+    )
+  bank = predictor.load_bank(
+    config,
+    args.base,
+    args.output_length,
+    bank_lib.parse(args.prompts) if args.prompts else {},
+    mesh=partitioning.make_mesh(args.model_parallel),
+  )
+  metrics = web.Metrics()
+  batcher = Batcher(
+    bank,
+    args.input_length,
+    args.batch_size,
+    args.max_wait,
+    args.max_queue,
+    metrics.observe_batch,
+  )
+  absl_logging.info('compiling; prompts: %s', ', '.join(bank.names) or 'none')
+  batcher.warm_up()
+  return web.make(
+    bank,
+    batcher,
+    metrics,
+    encode=lambda text: [*vocabulary.encode(text), vocabulary.eos_id],
+    decode=vocabulary.decode,
+    limits=web.Limits(args.prompt_length, args.max_body, args.timeout),
+    token=token,
+  )

@@ -1,0 +1,521 @@
+"""`ptune study`: a figure or a table of a paper, from training to drawing.
+
+    ptune study prompt_length --gin.MODEL_DIR="'/runs/length'"
+
+A study says what is trained and where in a table the scores stand (`studies`
+has those of Lester et al. 2021). Each training is repeated for every seed.
+Those that freeze the model and share it are trained together, many in one
+program (`train_many`). In MODEL_DIR, below the study's name:
+
+    results.csv               a line for every score
+    table.md                  mean and standard deviation over the seeds
+    figure.png, figure.svg
+    runs/                     what trained, as `ptune train` leaves it
+    ../models/                models that had to be pre-trained first
+
+What stands in results.csv is not done again: stopped and started again by the
+same command, a study goes on where it was. A score is known by all that decides
+it (`setting`): with other settings it is made anew, and the old one stays in
+results.csv but is not shown.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optax
+from absl import logging
+from etils import epath
+
+from ptune import evaluate
+from ptune.analysis import figures
+from ptune.convert import identity, open_checkpoint
+from ptune.model import parameters, partitioning, sizes
+from ptune.model.adapters import Method
+from ptune.serving import ensemble
+from ptune.studies import tables
+from ptune.studies.tables import Result
+from ptune.train import train
+from ptune.train_many import train_many
+from ptune.training import checkpoints, lock, optim, report, selection
+from ptune.training.many import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+  """A model to start from.
+
+  Attributes:
+    checkpoint: Its path.
+    config: Its sizes; the checkpoint tells them if not given.
+    make: Arguments of `ptune.pretrained.make`, of a model that is not there
+      before; `{models}` stands for the directory that such models are in. The
+      checkpoint is then the name of the model.
+  """
+
+  checkpoint: str
+  config: sizes.T5Config | None = None
+  make: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+  """How a method is trained.
+
+  Attributes:
+    steps: Steps.
+    learning_rate: The peak.
+    decay: See `optim.schedule`.
+    optimizer: A function of `optim`.
+  """
+
+  steps: int
+  learning_rate: float
+  decay: str = 'constant'
+  optimizer: Callable[..., optax.GradientTransformation] = optim.adafactor
+
+  def schedule(self) -> optim.Schedule:
+    """The learning rate at each step."""
+    return optim.schedule(self.learning_rate, self.decay, 0, self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One number of a table: the score of a way of training.
+
+  Attributes:
+    row: Where it stands.
+    column: Where it stands.
+    base: The name of the model.
+    training: What is trained, in a word: cells of one training (and base and
+      task) share it.
+    task: What is trained on. Cells at one place with several tasks show the
+      mean over these.
+    method: What is trained.
+    tuning: How.
+    evaluated: The task whose score it is, if not the one trained on.
+  """
+
+  row: str
+  column: str
+  base: str
+  training: str
+  task: str
+  method: Method
+  tuning: Tuning
+  evaluated: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """What a figure or a table shows.
+
+  Attributes:
+    name: Of its directory.
+    title: What is shown.
+    bases: The models, by name.
+    cells: The numbers.
+    task_feature_lengths: Of all tasks, in tokens.
+    module: Registers the tasks.
+    batch_size: Examples a step.
+    seeds: How often everything is trained; None for as often as asked for.
+    vote: Whether the seeds of a cell also answer together, as an ensemble:
+      beside its column stand `best` and `ensemble`.
+    by_size: Whether the columns are models, so that a figure shows scores
+      against their parameters.
+  """
+
+  name: str
+  title: str
+  bases: Mapping[str, Base]
+  cells: tuple[Cell, ...]
+  task_feature_lengths: Mapping[str, int]
+  module: str | None = None
+  batch_size: int = 32
+  seeds: int | None = None
+  vote: bool = False
+  by_size: bool = False
+
+
+def study(
+  *,
+  model_dir: str,
+  studies: Sequence[Study],
+  seeds: int = 3,
+  together: int = 8,
+  eval_steps: int | None = None,
+  best_metric: str | None = None,
+  model_parallel: int = 1,
+  **how: Any,
+) -> None:
+  """Runs studies, and draws them; goes on where an earlier start was stopped.
+
+  Args:
+    model_dir: Where everything is written.
+    studies: What to run.
+    seeds: How often each training is repeated, with seeds from 0 on.
+    together: The most trainings in one program.
+    eval_steps: Batches of an evaluation; the whole split if not given.
+    best_metric: What the score is, see `train.train`.
+    model_parallel: Devices that one copy of the weights is split over.
+    **how: Of `sizes.T5Config`: how models are computed, such as `dtype`.
+  """
+  evaluate.check_counts(SEEDS=seeds, TOGETHER=together)
+  directory = checkpoints.run_directory(model_dir)
+  checkpoints.check_writable('MODEL_DIR', directory)
+  with lock.held(directory):
+    for one in studies:
+      runner = Runner(
+        one,
+        directory,
+        seeds,
+        together,
+        how,
+        eval_steps=eval_steps,
+        best_metric=best_metric,
+        model_parallel=model_parallel,
+      )
+      try:
+        runner()
+      except evaluate.Stopped:
+        logging.info('study %s: stopped; the same command goes on', one.name)
+        return
+
+
+class Runner:
+  """One study, in its directory."""
+
+  def __init__(
+    self,
+    study: Study,
+    directory: epath.Path,
+    seeds: int,
+    together: int,
+    how: Mapping[str, Any],
+    *,
+    eval_steps: int | None,
+    best_metric: str | None,
+    model_parallel: int,
+  ):
+    self._study, self._together, self._how = study, together, how
+    self._models, self._directory = directory / 'models', directory / study.name
+    self._seeds = range(study.seeds or seeds)
+    self._eval_steps, self._best_metric = eval_steps, best_metric
+    self._model_parallel = model_parallel
+    self._mesh = partitioning.make_mesh(model_parallel)
+    self._directory.mkdir(parents=True, exist_ok=True)
+    file = self._directory / 'results.csv'
+    self._results = tables.read(file.read_text()) if file.exists() else []
+
+  def __call__(self) -> None:
+    """Trains what is missing, evaluates, and draws."""
+    start = time.monotonic()
+    missing = [
+      (cell, seed)
+      for seed in self._seeds
+      for cell in self._study.cells
+      if self._found(cell, seed) is None
+    ]
+    others = len(self._results) - len(self._shown())
+    logging.info(
+      'study %s: %d of %d scores are there, in %s%s',
+      self._study.name,
+      len(self._study.cells) * len(self._seeds) - len(missing),
+      len(self._study.cells) * len(self._seeds),
+      self._directory,
+      f'; {others} others, of other settings, are not shown' if others else '',
+    )
+    for trainings in self._parts(missing):
+      self._train(trainings)
+      left = sum(self._found(*x) is None for x in missing)
+      logging.info(
+        'study %s: %d of %d scores to go, %.0f s so far',
+        self._study.name,
+        left,
+        len(missing),
+        time.monotonic() - start,
+      )
+    if self._study.vote:
+      self._vote()
+    self._draw()
+
+  # ----------------------------------------------------------------- training
+
+  def _training(self, cell: Cell) -> str:
+    """All that decides a cell's training but the seed, as a short hash."""
+    study, method = self._study, cell.method
+    return _digest(
+      study.bases[cell.base],
+      self._how,
+      (method.name, method.placements, method.settings, method.initial),
+      cell.tuning,
+      (cell.task, study.module, study.task_feature_lengths, study.batch_size),
+      (self._eval_steps, self._best_metric),
+    )
+
+  def _setting(self, cell: Cell) -> str:
+    """All that decides its scores."""
+    return _digest(self._training(cell), cell.evaluated)
+
+  def _found(self, cell: Cell, seed: int) -> Result | None:
+    at = cell.row, cell.column, cell.task, seed, self._setting(cell)
+    for r in self._results:
+      if at == (r.row, r.column, r.task, r.seed, r.setting):
+        return r
+    return None
+
+  def _voted(self, cell: Cell) -> list[Result]:
+    """Of a cell: the score of its best seed, and of their vote."""
+    at = cell.row, cell.task, -1, self._setting_of_vote(cell)
+    return [
+      r for r in self._results if at == (r.row, r.task, r.seed, r.setting)
+    ]
+
+  def _setting_of_vote(self, cell: Cell) -> str:
+    return _digest(self._setting(cell), len(self._seeds))
+
+  def _parts(
+    self, missing: Sequence[tuple[Cell, int]]
+  ) -> Iterator[dict[str, list[tuple[Cell, int]]]]:
+    """What is trained in one program: by the run's name, the cells it is for.
+
+    Cells that differ only in what they are evaluated on share a run.
+    """
+    groups: dict[Any, dict[str, list[tuple[Cell, int]]]] = {}
+    for cell, seed in missing:
+      whole = not cell.method.placements
+      runs = groups.setdefault((cell.base, cell.tuning, whole), {})
+      name = _slug(f'{cell.training} {cell.task} seed{seed}')
+      runs.setdefault(name, []).append((cell, seed))
+    for (_, _, whole), runs in groups.items():
+      names, most = list(runs), 1 if whole else self._together
+      for i in range(0, len(names), most):
+        yield {name: runs[name] for name in names[i : i + most]}
+
+  def _train(self, trainings: Mapping[str, list[tuple[Cell, int]]]) -> None:
+    """Trains runs of one base and tuning, and records their scores.
+
+    Raises:
+      evaluate.Stopped: The training was asked to end, and is saved so far.
+    """
+    study = self._study
+    cell, seed = next(iter(trainings.values()))[0]
+    tuning = cell.tuning
+    checkpoint, config = self._base(cell.base)
+    # Of the same runs, so that a second start finds them again.
+    digest = _digest(
+      *(
+        (name, self._training(cells[0][0])) for name, cells in trainings.items()
+      )
+    )
+    folder = self._directory / 'runs' / f'{_slug(cell.base)}_{digest}'
+    common: dict[str, Any] = {
+      'task_feature_lengths': study.task_feature_lengths,
+      'train_steps': tuning.steps,
+      'config': config,
+      'initial_checkpoint_path': checkpoint,
+      'mixture_or_task_module': study.module,
+      'batch_size': study.batch_size,
+      'eval_period': max(tuning.steps // 4, 1),
+      'eval_steps': self._eval_steps,
+      'checkpoint_period': max(tuning.steps // 2, 1),
+      'keep_checkpoints': 1,
+      'log_period': max(tuning.steps // 4, 1),
+      'best_metric': self._best_metric,
+      'model_parallel': self._model_parallel,
+    }
+    if cell.method.placements:
+      train_many(
+        {
+          name: Run(c.task, c.method, c.tuning.schedule(), s)
+          for name, ((c, s), *_) in trainings.items()
+        },
+        model_dir=os.fspath(folder),
+        optimizer=tuning.optimizer,
+        **common,
+      )
+    else:
+      [name] = trainings
+      train(
+        model_dir=os.fspath(folder / name),
+        mixture_or_task_name=cell.task,
+        method=cell.method,
+        optimizer=functools.partial(
+          tuning.optimizer, learning_rate=tuning.schedule()
+        ),
+        seed=seed,
+        **common,
+      )
+    records_of = {n: report.read_records(folder / n) for n in trainings}
+    if not all(report.scores_at(r, tuning.steps) for r in records_of.values()):
+      raise evaluate.Stopped
+    found = []
+    for name, cells in trainings.items():
+      records = records_of[name]
+      own = max(selection.history(records, self._best_metric))
+      plan = parameters.plan(config, cells[0][0].method, self._mesh)
+      counts = [
+        sum(math.prod(plan.params[path].shape) for path in which)
+        for which in (plan.base, plan.trainable)
+      ]
+      for cell, seed in cells:
+        score = own
+        if cell.evaluated is not None:
+          place = folder / name / f'eval_{cell.evaluated}'
+          score = self._score(
+            cell, cell.evaluated, place, model_dir=os.fspath(folder / name)
+          )
+        found.append(
+          Result(
+            cell.row,
+            cell.column,
+            cell.task,
+            seed,
+            round(score, 4),
+            *counts,
+            os.fspath((folder / name).relative_to(self._directory)),
+            self._setting(cell),
+          )
+        )
+    self._record(found)
+
+  def _record(self, found: Sequence[Result]) -> None:
+    """Adds results: all of one program at once, or none."""
+    self._results.extend(found)
+    text = tables.dump(self._results)
+    report.write_atomically(self._directory / 'results.csv', text)
+
+  def _base(self, name: str) -> tuple[str, sizes.T5Config]:
+    """The checkpoint of a base, made if it is not there; and its sizes."""
+    base = self._study.bases[name]
+    checkpoint = base.checkpoint
+    if base.make is not None:
+      place = self._models / checkpoint
+      checkpoint = os.fspath(place)
+      if not (place / 'config.json').exists():
+        logging.info('pre-training %s, which takes a while', checkpoint)
+        self._models.mkdir(parents=True, exist_ok=True)
+        given = [x.replace('{models}', str(self._models)) for x in base.make]
+        command = [sys.executable, '-m', 'ptune.pretrained.make']
+        made = subprocess.run([*command, f'--output={checkpoint}', *given])
+        if made.returncode:
+          raise ValueError(
+            f'{checkpoint} was not made: its pre-training, which says why,'
+            f' ended with status {made.returncode}; the same command goes on'
+          )
+    config = base.config or identity.config(open_checkpoint(checkpoint))
+    return checkpoint, dataclasses.replace(config, **self._how)
+
+  # --------------------------------------------------------------- evaluation
+
+  def _score(
+    self, cell: Cell, task: str, output: epath.Path, **which: Any
+  ) -> float:
+    """What a run or several prompts score on the validation split of a task."""
+    checkpoint, config = self._base(cell.base)
+    scores = evaluate.evaluate(
+      mixture_or_task_name=task,
+      task_feature_lengths=self._study.task_feature_lengths,
+      config=config,
+      method=cell.method,
+      mixture_or_task_module=self._study.module,
+      checkpoint_path=checkpoint,
+      output_dir=os.fspath(output),
+      batch_size=self._study.batch_size,
+      eval_steps=self._eval_steps,
+      model_parallel=self._model_parallel,
+      **which,
+    )
+    return selection.score(self._best_metric, scores)
+
+  def _vote(self) -> None:
+    """Adds the best seed of each cell, and what all seeds answer together."""
+    for cell in self._study.cells:
+      if self._voted(cell):
+        continue
+      found = [r for r in (self._found(cell, s) for s in self._seeds) if r]
+      prompts = {
+        f'seed{r.seed}': os.fspath(
+          self._directory / r.prompt / 'prompts' / 'best.npy'
+        )
+        for r in found
+      }
+      output = self._directory / f'{ensemble.NAME}_{_slug(cell.row)}'
+      voted = self._score(cell, cell.task, output, prompts=prompts)
+      best = max(r.score for r in found)
+      self._record(
+        [
+          dataclasses.replace(
+            found[0],
+            column=column,
+            seed=-1,
+            score=score,
+            setting=self._setting_of_vote(cell),
+          )
+          for column, score in (
+            ('best', best),
+            (ensemble.NAME, round(voted, 4)),
+          )
+        ]
+      )
+
+  # ------------------------------------------------------------------ drawing
+
+  def _shown(self) -> list[Result]:
+    shown = []
+    for cell in self._study.cells:
+      shown += [r for seed in self._seeds if (r := self._found(cell, seed))]
+      shown += self._voted(cell) if self._study.vote else []
+    return shown
+
+  def _draw(self) -> None:
+    shown = self._shown()
+    grid = tables.table(shown)
+    text = f'{self._study.title}\n\n{tables.markdown(grid)}'
+    report.write_atomically(self._directory / 'table.md', text)
+    sized = self._study.by_size and len(tables.columns(grid)) > 1
+    x = {r.column: r.parameters for r in shown} if sized else None
+    fig = tables.draw(grid, self._study.title, x)
+    files = figures.save(fig, self._directory, 'figure')
+    names = ', '.join(['results.csv', 'table.md', *files])
+    print(f'{text}\nin {self._directory}: {names}')
+
+
+def _digest(*settings: Any) -> str:
+  text = json.dumps(_facts(settings), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _facts(x: Any) -> Any:
+  """Settings as JSON; of a function, its name and what it closes over."""
+  if isinstance(x, Mapping):
+    return {str(key): _facts(value) for key, value in x.items()}
+  if isinstance(x, list | tuple):
+    return [_facts(value) for value in x]
+  if isinstance(x, np.ndarray):
+    return hashlib.sha256(x.tobytes()).hexdigest()
+  if isinstance(x, functools.partial):
+    return _facts([x.func, x.args, x.keywords])
+  if callable(x):
+    x = inspect.unwrap(x)
+    name = f'{x.__module__}.{x.__qualname__}'
+    if not inspect.isfunction(x):
+      return name
+    return _facts([name, inspect.getclosurevars(x).nonlocals])
+  if dataclasses.is_dataclass(x):
+    return _facts({f.name: getattr(x, f.name) for f in dataclasses.fields(x)})
+  return x if isinstance(x, str | int | float | None) else str(x)
+
+
+def _slug(name: str) -> str:
+  return ''.join(c if c.isalnum() or c in '._-' else '_' for c in name)

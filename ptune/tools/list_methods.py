@@ -1,0 +1,103 @@
+"""`ptune methods`: what each method trains, counted for the published sizes.
+
+    ptune methods --size=t5_1_1_base --size=t5_1_1_xl
+
+The counts are those of each method's defaults. No model is built: a network of
+one encoder and one decoder layer is traced for its shapes, and its layers are
+counted as often as there are.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+
+from ptune import methods
+from ptune.model import network
+from ptune.model.adapters import Method, Placement
+from ptune.model.sizes import SIZES, T5Config, t5
+
+DEFAULT = 't5_1_1_base'
+
+
+def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
+  """Adds the flags of `ptune methods`."""
+  del command
+  parser.add_argument(
+    'name', nargs='*', help='a method; all of them if not given'
+  )
+  parser.add_argument(
+    '--size',
+    action='append',
+    default=[],
+    help=f'{", ".join(SIZES)}, or all; may be repeated ({DEFAULT})',
+  )
+
+
+def run(args: argparse.Namespace) -> None:
+  """Prints a table: a row for each method, a column for each size.
+
+  Raises:
+    ValueError: If a size or a method is unknown.
+  """
+  sizes = args.size or [DEFAULT]
+  if 'all' in sizes:
+    sizes = list(SIZES)
+  known = methods.functions()
+  unknown = sorted(set(args.name) - set(known))
+  if unknown:
+    raise ValueError(f'no method {unknown}; there are {sorted(known)}')
+  print(table(args.name or known, sizes))
+
+
+def table(names: Iterable[str], sizes: Iterable[str]) -> str:
+  """A line for each method: '51,200 0.07%' for each size."""
+  configs = {size: t5(size) for size in sizes}
+  rows = [('method', *configs)]
+  for name in names:
+    method = methods.functions()[name]()
+    row = []
+    for config in configs.values():
+      trained, whole = counts(config, method)
+      row.append(f'{trained:,} {100 * trained / whole:.3g}%')
+    rows.append((name, *row))
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = []
+  for name, *cells in rows:
+    cells = map(str.rjust, cells, widths[1:])
+    lines.append('  '.join([name.ljust(widths[0]), *cells]))
+  return '\n'.join(lines)
+
+
+def counts(config: T5Config, method: Method) -> tuple[int, int]:
+  """How many parameters a method trains, and how many the base model has.
+
+  Args:
+    config: The sizes of the model.
+    method: Treats all layers of a stack alike.
+  """
+  trained = {
+    path: x
+    for path, x in _parameters(config, method.placements).items()
+    if method.trains(path)
+  }
+  return sum(trained.values()), sum(_parameters(config, ()).values())
+
+
+@functools.cache
+def _parameters(
+  config: T5Config, placements: tuple[Placement, ...]
+) -> dict[str, int]:
+  """Sizes by path, where layer 0 stands for all of its stack."""
+  one = dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1)
+  params = network.parameters(network.Transformer(one, placements))
+  layers = {
+    'encoder/layers_0/': config.num_encoder_layers,
+    'decoder/layers_0/': config.num_decoder_layers,
+  }
+  return {
+    path: math.prod(x.shape)
+    * next((n for layer, n in layers.items() if path.startswith(layer)), 1)
+    for path, x in params.items()
+  }

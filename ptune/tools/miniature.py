@@ -1,0 +1,335 @@
+"""Tunes a small model on rows of text, in seconds and without SeqIO.
+
+    config, base = load(pretrained.directory('tiny'))
+    pieces, tx = Pieces(), prompt_optimizer(600)
+    tuner = Tuner(config, base, prompt_method(), tx, pieces)
+    tuned = tuner('prompt', (train, validation, test), steps=600)
+    tuned.accuracy, tuned.prompt
+
+For `ptune demo` and for the study of sizes, whose data are lists of (text,
+label). SeqIO, which `ptune train` reads tasks with, takes 9 seconds to import.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+import rich.progress
+import sentencepiece
+
+from ptune import pretrained
+from ptune.convert import identity, open_checkpoint, restore
+from ptune.methods import prompt, prompt_init
+from ptune.model import network, parameters, partitioning
+from ptune.model.adapters import Method
+from ptune.model.models import EncoderDecoderModel
+from ptune.model.sizes import T5Config
+from ptune.serving.bank import PromptBank
+from ptune.training import optim
+from ptune.training import state as state_lib
+
+BATCH_SIZE = 32
+TEST_BATCH = 200  # Rows that are tested at once; splits hold a multiple of it.
+EVALUATIONS = 12  # Points of a curve.
+INPUT_LENGTH, ANSWER_LENGTH = 32, 8  # Tokens, EOS included.
+
+Row = tuple[str, str]  # A text and its label.
+Splits = tuple[Sequence[Row], Sequence[Row], Sequence[Row]]
+Features = dict[str, np.ndarray]
+
+
+class Pieces:
+  """The vocabulary of ptune's models, without TensorFlow."""
+
+  def __init__(self):
+    self.processor = sentencepiece.SentencePieceProcessor(
+      model_file=str(pretrained.VOCABULARY)
+    )
+    self.unk_id = self.processor.unk_id()
+    self.eos_id = self.processor.eos_id()
+    self.size = self.processor.get_piece_size()
+
+  def encode(self, text: str) -> list[int]:
+    """A text's ids, without EOS."""
+    return self.processor.encode(text)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids up to EOS or padding; sentinels are left out."""
+    kept: list[int] = []
+    for i in ids:
+      if i in (0, self.eos_id):
+        break
+      if i < self.size:
+        kept.append(int(i))
+    return self.processor.decode(kept)
+
+
+def load(
+  checkpoint: str | os.PathLike[str],
+) -> tuple[T5Config, dict[str, jax.Array]]:
+  """Opens a model: its sizes, and its parameters in float32."""
+  source = open_checkpoint(checkpoint)
+  config = identity.config(source)
+  base = network.parameters(network.Transformer(config))
+  everywhere = partitioning.replicated(one_device())
+  structs = {
+    path: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=everywhere)
+    for path, x in base.items()
+  }
+  return config, restore(source, structs)
+
+
+def one_device() -> jax.sharding.Mesh:
+  """The mesh: so small a model gains nothing from several devices."""
+  return partitioning.make_mesh(devices=jax.devices()[:1])
+
+
+def prompt_method(length: int = 20) -> Method:
+  """A prompt that starts as the labels' embeddings, as in the paper."""
+  fill = prompt_init.from_sampled_vocab(2000)
+  return prompt.prompt(length, prompt_init.from_class_labels(fill=fill))
+
+
+def prompt_optimizer(steps: int) -> optax.GradientTransformation:
+  """The paper's Adafactor at 0.3, here decayed to 0."""
+  return optim.adafactor(0, optim.schedule(0.3, 'linear', 0, steps))
+
+
+def full_optimizer(steps: int) -> optax.GradientTransformation:
+  """What the models were pre-trained with, at a fifth of the rate."""
+  return optim.relative_adam(0, optim.schedule(0.003, 'linear', 0, steps))
+
+
+# ----------------------------------------------------------------------- data
+
+
+def features(pieces: Pieces, rows: Sequence[Row]) -> Features:
+  """The model's features, all of one length: [rows, length]."""
+  eos = pieces.eos_id
+  texts, labels = zip(*rows, strict=True)
+  inputs = _padded([pieces.encode(text) for text in texts], eos, INPUT_LENGTH)
+  targets = _padded(
+    [pieces.encode(label) for label in labels], eos, ANSWER_LENGTH
+  )
+  return {
+    'encoder_input_tokens': inputs,
+    'decoder_target_tokens': targets,
+    'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+    'decoder_loss_weights': (targets > 0).astype(np.int32),
+  }
+
+
+def _padded(rows: list[list[int]], eos_id: int, length: int) -> np.ndarray:
+  padded = np.zeros((len(rows), length), np.int32)
+  for i, ids in enumerate(rows):
+    ids = [*ids[: length - 1], eos_id]  # One review in many is too long.
+    padded[i, : len(ids)] = ids
+  return padded
+
+
+def batches(data: Features, steps: int, seed: int) -> Iterator[Features]:
+  """Batches of epochs laid end to end, each in an order of its own."""
+  rng = np.random.default_rng(seed)
+  count = len(data['encoder_input_tokens'])
+  order = np.empty(0, np.int64)
+  for _ in range(steps):
+    while len(order) < BATCH_SIZE:
+      order = np.concatenate([order, rng.permutation(count)])
+    rows, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
+    yield {name: x[rows] for name, x in data.items()}
+
+
+# --------------------------------------------------------------------- tuning
+
+
+class Tuned(NamedTuple):
+  """What a training left behind.
+
+  Attributes:
+    first: What was trained, before the first step, by path.
+    last: The same after the last step.
+    curve: (step, accuracy on the validation rows).
+    untrained: Accuracy on the test rows before the first step.
+    accuracy: Accuracy on the test rows.
+    seconds: Of training, compilation and validation included.
+  """
+
+  first: Mapping[str, np.ndarray]
+  last: Mapping[str, np.ndarray]
+  curve: list[tuple[int, float]]
+  untrained: float
+  accuracy: float
+  seconds: float
+
+  @property
+  def prompt(self) -> np.ndarray:
+    """The prompt, [prompt, embed] float32."""
+    return self.last[prompt.PATH]
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of what was trained."""
+    return sum(x.nbytes for x in self.last.values())
+
+
+class Tuner:
+  """Trains one method on one model; compiled once for all its tasks."""
+
+  def __init__(
+    self,
+    config: T5Config,
+    base: Mapping[str, jax.Array],
+    method: Method,
+    tx: optax.GradientTransformation,
+    pieces: Pieces,
+    console: rich.console.Console | None = None,
+  ):
+    """Prepares the programs.
+
+    Args:
+      config: The model's sizes.
+      base: Its parameters, by path; they stay as they are.
+      method: What is added, and trained.
+      tx: The optimizer.
+      pieces: The vocabulary.
+      console: Where progress is shown; nowhere if not given.
+    """
+    self._base, self._pieces, self._console = base, pieces, console
+    self._plan = parameters.plan(config, method, one_device())
+    model = EncoderDecoderModel(self._plan.network)
+    self._tx = tx
+    self._like = state_lib.abstract_state(tx, self._plan)
+    self._step = state_lib.compile_step(model, tx, self._plan, self._like)
+    self._right = jax.jit(functools.partial(right, model))
+
+  def __call__(
+    self, title: str, rows: Splits, steps: int, seed: int = 0
+  ) -> Tuned:
+    """Trains under a progress bar, and tests.
+
+    Args:
+      title: Stands before the bar.
+      rows: Of training, validation and test.
+      steps: Training steps.
+      seed: Of the first values and of the order of the rows.
+    """
+    start = time.monotonic()
+    train, validation, test = (features(self._pieces, part) for part in rows)
+    labels = sorted({label for _, label in rows[0]})
+    trainable, frozen = initial(
+      self._plan, self._base, self._pieces, labels, seed
+    )
+    first = _on_host(trainable)
+    state = state_lib.first_state(self._tx, trainable, self._like)
+    period = max(steps // EVALUATIONS, 1)
+    curve: list[tuple[int, float]] = []
+    with self._plan.scope(), _progress(self._console) as bar:
+      line = bar.add_task(title, total=steps, shown='compiling')
+      untrained = self._accuracy(state.trainable, frozen, test)
+      for i, batch in enumerate(batches(train, steps, seed)):
+        if i % period == 0:
+          found = self._accuracy(state.trainable, frozen, validation)
+          curve.append((i, found))
+        state, sums = self._step(state, frozen, batch)
+        if i % 10 == 9:  # Reading the loss waits for the step.
+          loss = float(sums['loss'] / sums['tokens'])
+          shown = f'loss {loss:6.3f}, {curve[-1][1]:6.1%} of validation right'
+          bar.update(line, completed=i + 1, shown=shown)
+      found = self._accuracy(state.trainable, frozen, validation)
+      curve.append((steps, found))
+      accuracy = self._accuracy(state.trainable, frozen, test)
+      shown = f'{accuracy:6.1%} of {len(rows[2])} test rows right'
+      bar.update(line, completed=steps, shown=shown)
+    return Tuned(
+      first,
+      _on_host(state.trainable),
+      curve,
+      untrained,
+      accuracy,
+      time.monotonic() - start,
+    )
+
+  def _accuracy(self, trainable, frozen, data: Features) -> float:
+    count = len(data['encoder_input_tokens'])
+    assert count % TEST_BATCH == 0, count
+    total = 0
+    for i in range(0, count, TEST_BATCH):
+      batch = {name: x[i : i + TEST_BATCH] for name, x in data.items()}
+      total += int(np.sum(self._right((trainable, frozen), batch)))
+    return total / count
+
+
+def _on_host(tree: Any) -> dict[str, np.ndarray]:
+  return jax.tree.map(np.array, parameters.flatten(tree))
+
+
+def initial(
+  plan: parameters.Plan,
+  base: Mapping[str, jax.Array],
+  pieces: Pieces,
+  labels: Sequence[str],
+  seed: int,
+) -> tuple[Any, Any]:
+  """The trainable and the frozen tree before the first step."""
+  added = parameters.initialize_adapters(
+    plan,
+    prompt_init.Base(
+      embedding=functools.partial(parameters.embedding_rows, base),
+      vocabulary=lambda: pieces,
+      labels=lambda: labels,
+    ),
+    seed,
+  )
+  # Copies: the train step donates what it is given.
+  copied = {path: jnp.copy(base[path]) for path in plan.trainable & plan.base}
+  frozen = {path: base[path] for path in plan.frozen}
+  return parameters.unflatten(copied | added), parameters.unflatten(frozen)
+
+
+def _progress(console: rich.console.Console | None) -> rich.progress.Progress:
+  """A bar that stays when it is full."""
+  return rich.progress.Progress(
+    rich.progress.TextColumn('{task.description:12}'),
+    rich.progress.BarColumn(bar_width=24),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TextColumn('{task.fields[shown]}'),
+    rich.progress.TimeElapsedColumn(),
+    console=console,
+    disable=console is None,
+  )
+
+
+# -------------------------------------------------------------------- answers
+
+
+def right(model: EncoderDecoderModel, trees, batch: Features) -> jax.Array:
+  """Which rows would be answered with exactly their target: [batch] bool.
+
+  Greedy decoding gives the target if its tokens, one after the other, are the
+  best continuations of those before them; one pass tells that.
+  """
+  logits = model.logits(parameters.merge(*trees), batch)
+  targets = batch['decoder_target_tokens']
+  same = jnp.argmax(logits, axis=-1) == targets
+  return jnp.all(same | (targets == 0), axis=-1)
+
+
+def bank(config: T5Config, base: Mapping[str, jax.Array]) -> PromptBank:
+  """The model with any prompts; it decodes greedily."""
+  return PromptBank(config, base, ANSWER_LENGTH, mesh=one_device())
+
+
+def answer(
+  bank: PromptBank, pieces: Pieces, rows: Sequence[Row], names: Sequence[str]
+) -> list[str]:
+  """What the model says to each row, with the prompt of the row's name."""
+  tokens = features(pieces, rows)['encoder_input_tokens']
+  said, _ = bank.predict(names, tokens)
+  return [pieces.decode(ids) for ids in said]

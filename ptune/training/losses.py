@@ -1,0 +1,163 @@
+"""What can be minimised in place of the cross entropy, with any method.
+
+Each function here makes an objective for `EncoderDecoderModel.objective`,
+called as its `loss` with the model before; one file of gin/losses/ picks it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptune.model.models import Batch, EncoderDecoderModel, Params, token_loss
+
+Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def wayward(
+  ids: Sequence[int],
+  gamma: float = 0.01,
+  path: str = 'encoder/prompt/prompt/prompt',
+) -> Objective:
+  """The cross entropy of a prompt that stays near a text.
+
+  Khashabi et al. 2022, "Prompt Waywardness" (arXiv 2112.08348), section 3.3.
+  With the prompt P [prompt, embed] and the embeddings E of the text, as long,
+  each target token of a batch has the loss
+
+      cross entropy + gamma / prompt * sum((P - E)^2)
+
+  Per token, so that the weight of the text depends neither on the batch size
+  nor on MICROBATCHES. Gradients go into P, not into E.
+
+  Args:
+    ids: Token ids of the text, without EOS.
+    gamma: Weight of the distance; 0 is the cross entropy alone.
+    path: The parameter P.
+
+  Returns:
+    An objective.
+
+  Raises:
+    ValueError: When called, if there is no P, or it is not as long as the
+      text.
+  """
+
+  def objective(
+    model: EncoderDecoderModel,
+    params: Params,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
+  ):
+    prompt: Any = params
+    for name in path.split('/'):
+      prompt = prompt.get(name) if hasattr(prompt, 'get') else None
+    if prompt is None:
+      raise ValueError(
+        f'losses/wayward.gin draws the parameter {path} to a text, and the'
+        ' method has none; choose methods/prompt.gin or a file of prompts/'
+      )
+    if len(ids) != prompt.shape[0]:
+      raise ValueError(
+        f'TARGET_TEXT has {len(ids)} pieces and the prompt {prompt.shape[0]}'
+        f' rows; set PROMPT_LENGTH to {len(ids)}, or change the text'
+      )
+    table, rows = params['token_embedder'], np.asarray(ids)
+    text = table['embedding'][rows].astype(jnp.float32)
+    if 'embedding_scale' in table:  # Of int8; see `parameters.hold`.
+      text *= table['embedding_scale'][rows][:, None]
+    text = jax.lax.stop_gradient(text)
+    distance = jnp.sum(jnp.square(prompt - text)) / prompt.shape[0]
+    loss, sums = model.cross_entropy(params, batch, dropout_rng)
+    loss = loss + gamma * distance * sums['tokens']
+    return loss, sums | {'loss': loss}
+
+  return objective
+
+
+def perceptron(
+  targets: Sequence[Sequence[int]], margin: float = 0.0
+) -> Objective:
+  """A ranking loss: the right target against the best of the wrong ones.
+
+  With the score S(Y | X), the summed log probability of the tokens of Y, the
+  right target Y of a row X and the set C of all targets, a row has the loss
+
+      max(0, margin + max over Y' in C but Y of S(Y' | X) - S(Y | X))
+
+  The perceptron's with a margin of 0, a hinge above (the implementation of
+  prompt tuning by Lester et al. 2021, its extension "perceptron").
+
+  Args:
+    targets: C as token ids, each with its EOS.
+    margin: By how much the right one must score higher.
+
+  Returns:
+    An objective, summed over rows; `correct` counts tokens, as always.
+  """
+  length = max(map(len, targets))
+  candidates = np.array(
+    [[*ids, *[0] * (length - len(ids))] for ids in targets], np.int32
+  )
+
+  def objective(
+    model: EncoderDecoderModel,
+    params: Params,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
+  ):
+    if 'encoder_segment_ids' in batch:
+      raise ValueError(
+        'losses/perceptron.gin scores every target with every row, which must'
+        ' hold one example; turn packing off (PACK)'
+      )
+    network, variables = model.network, model.variables(params)
+    how = {
+      'enable_dropout': dropout_rng is not None,
+      'rngs': None if dropout_rng is None else {'dropout': dropout_rng},
+    }
+    inputs = batch['encoder_input_tokens']
+    encoded = network.apply(variables, inputs, method='encode', **how)
+
+    def scores(targets, encoded, inputs):
+      """Of targets [n, length]: logits, and log probabilities [n]."""
+      shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+      logits = network.apply(
+        variables, encoded, inputs, shifted, targets, method='decode', **how
+      )
+      losses, _ = token_loss(logits, targets, 0.0, 0.0)
+      return logits, -jnp.sum(losses * (targets > 0), axis=1)
+
+    rows, classes = inputs.shape[0], len(candidates)
+    right = batch['decoder_target_tokens']
+    logits, right_score = scores(right, encoded, inputs)
+    # Every row with every target: [rows * classes, ...].
+    _, all_scores = scores(
+      jnp.tile(candidates, (rows, 1)),
+      jnp.repeat(encoded, classes, axis=0),
+      jnp.repeat(inputs, classes, axis=0),
+    )
+    longest = max(right.shape[1], length)
+    same = jnp.all(
+      _padded(right, longest)[:, None] == _padded(candidates, longest)[None],
+      axis=-1,
+    )
+    wrong = jnp.where(same, -jnp.inf, all_scores.reshape(rows, classes))
+    weights = batch['decoder_loss_weights'].astype(jnp.float32)
+    real = jnp.max(weights, axis=1)  # 0 in rows that fill up a batch.
+    loss = jnp.maximum(margin + jnp.max(wrong, axis=1) - right_score, 0.0)
+    loss = jnp.sum(loss * real)
+    return loss, {
+      'loss': loss,
+      'z_loss': jnp.zeros_like(loss),
+      'correct': jnp.sum((jnp.argmax(logits, axis=-1) == right) * weights),
+      'tokens': jnp.sum(weights),
+    }
+
+  return objective
+
+
+def _padded(tokens, length: int) -> jax.Array:
+  return jnp.pad(tokens, ((0, 0), (0, length - tokens.shape[1])))

@@ -1,0 +1,227 @@
+"""Many prompts on one frozen model, updated together: one batch, one program.
+
+`state.train_step` is mapped over the runs: each has its own rows of the batch,
+learning rate, seed and optimizer state, and gets the update that it would get
+by itself. The frozen weights are not mapped, so that they multiply the rows of
+all runs at once. Runs whose parameters differ in shape, as prompts of different
+lengths do, are mapped in groups, one after the other in the same program.
+
+Nothing here reads data or files; `train_many` is the program.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ptune.model import parameters, partitioning
+from ptune.model.adapters import Method
+from ptune.model.models import EncoderDecoderModel
+from ptune.model.sizes import T5Config
+from ptune.training import optim
+from ptune.training import state as state_lib
+from ptune.training.state import TrainState
+
+# Called with `initial_step=` and `learning_rate=`, a number.
+Optimizer = Callable[..., optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What one of many runs does not share with the others.
+
+  Attributes:
+    task: The SeqIO task or mixture.
+    method: What is added to the network, and trained.
+    learning_rate: A number, or a schedule of the step.
+    seed: Of the initialisation, the data order and dropout.
+  """
+
+  task: str
+  method: Method
+  learning_rate: float | optim.Schedule = 0.3
+  seed: int = 0
+
+  def rate(self, step: jax.Array) -> jax.Array:
+    """The learning rate of a step, float32."""
+    rate = self.learning_rate
+    return jnp.asarray(rate(step) if callable(rate) else rate, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Runs whose parameters have the same shapes and meaning.
+
+  Attributes:
+    plan: The parameters of one of them.
+    runs: Their names, in the order of the batch's rows.
+  """
+
+  plan: parameters.Plan
+  runs: tuple[str, ...]
+
+
+def group(
+  runs: Mapping[str, Run], config: T5Config, mesh: jax.sharding.Mesh
+) -> dict[str, Group]:
+  """Puts runs together that one mapped update can train.
+
+  Raises:
+    ValueError: If a run trains parameters of the base itself.
+  """
+  plans: dict[str, parameters.Plan] = {}
+  names: dict[str, list[str]] = {}
+  for name, run in runs.items():
+    plan = parameters.plan(config, run.method, mesh)
+    if plan.frozen != plan.base:
+      raise ValueError(
+        f'run {name!r} has method {run.method.name!r}, which trains parameters'
+        ' of the base model, so it cannot share one; train it by ptune train'
+      )
+    key = json.dumps(parameters.identity(plan), sort_keys=True)
+    plans.setdefault(key, plan)
+    names.setdefault(key, []).append(name)
+  return {
+    f'group_{i}': Group(plans[key], tuple(names[key]))
+    for i, key in enumerate(plans)
+  }
+
+
+def abstract_state(
+  tx: optax.GradientTransformation, groups: Mapping[str, Group]
+) -> TrainState:
+  """The state of all runs: by group, arrays with an axis of runs in front."""
+  trainable, opt_state, step = {}, {}, None
+  for name, members in groups.items():
+    like = state_lib.abstract_state(tx, members.plan)
+    step = like.step
+    trainable[name], opt_state[name] = jax.tree.map(
+      functools.partial(_stacked, len(members.runs)),
+      (like.trainable, like.opt_state),
+    )
+  return TrainState(step, trainable, opt_state)
+
+
+def _stacked(runs: int, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  assert isinstance(x.sharding, NamedSharding)
+  spec = PartitionSpec(None, *x.sharding.spec)
+  return jax.ShapeDtypeStruct(
+    (runs, *x.shape), x.dtype, sharding=NamedSharding(x.sharding.mesh, spec)
+  )
+
+
+def first_state(
+  tx: optax.GradientTransformation,
+  trainable: Mapping[str, Mapping[str, Any]],
+  groups: Mapping[str, Group],
+) -> TrainState:
+  """The state before the first step.
+
+  Args:
+    tx: The optimizer.
+    trainable: What each run trains, a nested dict as in the network, by name.
+    groups: The runs.
+  """
+  like = abstract_state(tx, groups)
+
+  def init(trainable):
+    stacked = {
+      name: jax.tree.map(
+        lambda *x: jnp.stack(x), *(trainable[run] for run in members.runs)
+      )
+      for name, members in groups.items()
+    }
+    opt_state = {k: jax.vmap(tx.init)(x) for k, x in stacked.items()}
+    return TrainState(jnp.zeros((), jnp.int32), stacked, opt_state)
+
+  shardings = jax.tree.map(lambda x: x.sharding, like)
+  return jax.jit(init, out_shardings=shardings)(dict(trainable))
+
+
+def of_run(state: TrainState, groups: Mapping[str, Group], run: str) -> Any:
+  """What a run has trained, a nested dict as in the network."""
+  name = next(name for name, g in groups.items() if run in g.runs)
+  index = groups[name].runs.index(run)
+  return jax.tree.map(lambda x: x[index], state.trainable[name])
+
+
+def compile_step(
+  model: Callable[..., EncoderDecoderModel],
+  optimizer: Optimizer,
+  initial_step: int,
+  runs: Mapping[str, Run],
+  groups: Mapping[str, Group],
+  microbatches: int = 1,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """One update of all runs, (state, frozen, batch) -> (state, sums).
+
+  The batch [runs * batch, length] holds the rows of one run after those of
+  another, in the order of the groups; sums are [runs]. The state is donated.
+  """
+
+  def update(state, frozen, batch):
+    trainable, opt_state, sums, first = {}, {}, [], 0
+    size = batch['encoder_input_tokens'].shape[0] // len(runs)
+    for name, members in groups.items():
+      count = len(members.runs)
+      rows = slice(first, first := first + count * size)
+      part = {
+        k: x[rows].reshape(count, size, *x.shape[1:]) for k, x in batch.items()
+      }
+      mine = [runs[run] for run in members.runs]
+
+      def one(trainable, opt_state, part, rate, seed, members=members):
+        new, sums = state_lib.train_step(
+          model(members.plan.network),
+          optimizer(initial_step=initial_step, learning_rate=rate),
+          TrainState(state.step, trainable, opt_state),
+          frozen,
+          part,
+          microbatches=microbatches,
+          seed=seed,
+        )
+        return new.trainable, new.opt_state, sums
+
+      trainable[name], opt_state[name], own = jax.vmap(one)(
+        state.trainable[name],
+        state.opt_state[name],
+        part,
+        jnp.stack([run.rate(state.step) for run in mine]),
+        np.array([run.seed for run in mine], np.uint32),
+      )
+      sums.append(own)
+    sums = jax.tree.map(lambda *x: jnp.concatenate(x), *sums)
+    return TrainState(state.step + 1, trainable, opt_state), sums
+
+  tx = optimizer(initial_step=initial_step, learning_rate=0.0)
+  like = abstract_state(tx, groups)
+  mesh = next(iter(groups.values())).plan.mesh
+  shardings = jax.tree.map(lambda x: x.sharding, like)
+  return jax.jit(
+    update,
+    donate_argnums=0,
+    out_shardings=(shardings, partitioning.replicated(mesh)),
+  )
+
+
+def joined(
+  batches: Sequence[Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+  """Puts batches below each other, padded with 0 to the longest."""
+
+  def padded(x, length):
+    return np.pad(x, ((0, 0), (0, length - x.shape[1])))
+
+  result = {}
+  for name in batches[0]:
+    parts = [batch[name] for batch in batches]
+    longest = max(x.shape[1] for x in parts)
+    result[name] = np.concatenate([padded(x, longest) for x in parts])
+  return result

@@ -1,0 +1,67 @@
+"""Which prompt is the best: one number made of the scores of an evaluation."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ptune.training import report
+
+
+def score(
+  best_metric: str | None, scores: Mapping[str, Mapping[str, float]]
+) -> float:
+  """What is maximised: one number from the metrics of all tasks."""
+  if best_metric is not None:
+    name, sign = best_metric.removeprefix('-'), 1.0
+    if name != best_metric:
+      sign = -1.0
+    found = [s[name] for s in scores.values() if name in s]
+    if not found:
+      known = sorted({k for s in scores.values() for k in s})
+      raise ValueError(
+        f'BEST_METRIC {best_metric!r} is not among the metrics {known}'
+      )
+    return sign * float(np.mean(found))
+  own = [
+    value
+    for values in scores.values()
+    for name, value in values.items()
+    if name not in ('loss', 'token_accuracy', 'invalid')
+  ]
+  if own:
+    return float(np.mean(own))
+  return -float(np.mean([s['loss'] for s in scores.values()]))
+
+
+def is_best(
+  records: Sequence[report.Record],
+  best_metric: str | None,
+  scores: Mapping[str, Mapping[str, float]],
+) -> bool:
+  """Whether scores are better than all recorded ones."""
+  return score(best_metric, scores) > max(
+    history(records, best_metric), default=-np.inf
+  )
+
+
+def patience_is_over(
+  records: Sequence[report.Record],
+  best_metric: str | None,
+  evaluations: int | None,
+) -> bool:
+  """Whether so many evaluations have brought no better score."""
+  values = history(records, best_metric)
+  if evaluations is None or not values:
+    return False
+  return len(values) - 1 - int(np.argmax(values)) >= evaluations
+
+
+def history(
+  records: Sequence[report.Record], best_metric: str | None
+) -> list[float]:
+  """The score of each evaluation; one that is not a number is the least."""
+  values = [
+    score(best_metric, report.scores_at(records, step))
+    for step in report.evaluated_steps(records)
+  ]
+  return [-np.inf if np.isnan(value) else value for value in values]

@@ -1,0 +1,105 @@
+"""How a run stops: when it is asked to, and when it can not go on."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ptune.training import checkpoints
+
+# Seconds between two times that the processes of a run ask each other.
+ASK_EVERY = 5.0
+
+
+class Asked:
+  """Whether to stop: every process of a run is told so, or none.
+
+  Attributes:
+    received: The names of the signals that this process got.
+  """
+
+  def __init__(self):
+    self.received: list[str] = []
+    self._next = 0
+    self._last: tuple[int, float] | None = None  # Step and time.
+
+  def __call__(self, step: int | None = None) -> bool:
+    """Asks between two steps, or, without a step, at any other moment.
+
+    All processes must ask at the same moments. To ask the others takes time,
+    so it is not done at each step, but at those that all compute from the
+    slowest one's pace.
+    """
+    if jax.process_count() == 1:
+      return bool(self.received)
+    if step is not None and step < self._next:
+      return False
+    now, pace = time.monotonic(), ASK_EVERY
+    if step is not None and self._last is not None:
+      pace = (now - self._last[1]) / max(step - self._last[0], 1)
+    mine = np.array([bool(self.received), pace], np.float32)
+    stop, slowest = multihost_utils.process_allgather(mine).max(axis=0)
+    if step is not None:
+      steps = ASK_EVERY / max(float(slowest), 1e-3)
+      self._next = step + max(1, min(int(steps), 100))
+      self._last = step, now
+    return bool(stop)
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[Asked]:
+  """Notes SIGTERM and Ctrl-C, to be acted on between two steps.
+
+  Once one has come, Ctrl-C ends the process where it stands.
+  """
+  asked = Asked()
+  if threading.current_thread() is not threading.main_thread():
+    yield asked
+    return
+
+  def note(number, frame):
+    del frame
+    asked.received.append(signal.Signals(number).name)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Not by logging: the signal may have come in the middle of that. The code
+    # shows the cursor, which the progress bar hides.
+    cursor = '\x1b[?25h' if os.isatty(2) else ''
+    text = f'{cursor}{asked.received[-1]}: saving; Ctrl-C leaves at once\n'
+    os.write(2, text.encode())
+
+  before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield asked
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def explained(directory: epath.Path) -> Iterator[None]:
+  """Says what to do about a full disk, whoever ran into it."""
+  try:
+    yield
+  except Exception as error:
+    # Orbax, TensorStore and TensorFlow each have an exception of their own.
+    full = ('No space left on device', 'Disk quota exceeded')
+    if not any(text in f'{error} {error.__cause__}' for text in full):
+      raise
+    steps = checkpoints.finished_steps(directory / 'checkpoints')
+    raise OSError(
+      f'no space is left for {directory}. '
+      + (
+        f'Its checkpoint of step {steps[-1]} is whole'
+        if steps
+        else 'It holds no checkpoint yet'
+      )
+      + ': free space, and start the same command again, which goes on from'
+      f' {"there" if steps else "the beginning"}'
+    ) from error
