@@ -10,7 +10,6 @@ Nothing heavy is imported before the command line has been read.
 
 import argparse
 import contextlib
-import dis
 import importlib.util
 import logging as python_logging
 import os
@@ -22,6 +21,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from ptune import gin_files
+from ptune.errors import UserError
 from ptune.training import processes
 
 # Programs that gin configures: module, function, what it does.
@@ -326,9 +326,6 @@ def _initialize_processes(args: argparse.Namespace) -> None:
     os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache')), 'ptune'
   )
   jax.config.update('jax_compilation_cache_dir', cache)
-  # Where an error comes from says whose it is: see `_is_for_users`.
-  if 'JAX_TRACEBACK_FILTERING' not in os.environ:
-    jax.config.update('jax_traceback_filtering', 'off')
   cpu.configure()
   if args.program in TOOLS:
     return
@@ -345,10 +342,10 @@ def _initialize_processes(args: argparse.Namespace) -> None:
 def _is_for_users(error: Exception) -> bool:
   """Whether an error is one line for the user, or a bug with its traceback.
 
-  What users can mend is said by a `raise ValueError` in ptune or gin. Any other
-  ValueError is a bug, also one that a line of ptune runs into.
+  What users can mend is a `UserError`, or what the file system says. Gin
+  raises plain ValueErrors, and a TypeError where a call lacks an argument.
   """
-  if isinstance(error, OSError | FloatingPointError):
+  if isinstance(error, UserError | OSError | FloatingPointError):
     return True
   import gin
 
@@ -356,16 +353,9 @@ def _is_for_users(error: Exception) -> bool:
   assert trace is not None
   while trace.tb_next is not None:
     trace = trace.tb_next
-  code = trace.tb_frame.f_code
-  file = pathlib.Path(code.co_filename)
-  ours, gins = (pathlib.Path(p).parent for p in (__file__, gin.__file__))
-  if isinstance(error, TypeError):  # A call that lacks arguments.
-    return file.is_relative_to(gins)
-  raised = code.co_code[trace.tb_lasti] == dis.opmap['RAISE_VARARGS']
-  return (
-    isinstance(error, ValueError)
-    and raised
-    and (file.is_relative_to(ours) or file.is_relative_to(gins))
+  file = pathlib.Path(trace.tb_frame.f_code.co_filename)
+  return isinstance(error, ValueError | TypeError) and file.is_relative_to(
+    pathlib.Path(gin.__file__).parent
   )
 
 
@@ -426,7 +416,13 @@ def _set_up_logging() -> None:
   flags.FLAGS.mark_as_parsed()  # Else absl complains; argparse has read them.
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
-  package = str(pathlib.Path(__file__).parent)
+  # `ptune.tasks` lies beside the package in a checkout, and in it elsewhere.
+  tasks = importlib.util.find_spec('ptune.tasks')
+  assert tasks is not None and tasks.origin is not None
+  ours = (
+    str(pathlib.Path(__file__).parent),
+    str(pathlib.Path(tasks.origin).parent),
+  )
   handler = logging.get_absl_handler()
 
   def shown(record):
@@ -435,7 +431,7 @@ def _set_up_logging() -> None:
       record.name in ('asyncio', 'concurrent.futures')
     )
     loud = record.levelno >= python_logging.ERROR and not quiet
-    return loud or record.pathname.startswith(package)
+    return loud or record.pathname.startswith(ours)
 
   for old in list(handler.filters):
     handler.removeFilter(old)

@@ -19,6 +19,7 @@ from etils import epath
 
 from ptune.data import batches as data
 from ptune.data import seqio_task
+from ptune.errors import UserError, check_counts
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Decoding, EncoderDecoderModel
@@ -29,30 +30,6 @@ from ptune.tasks import metrics as task_metrics
 from ptune.training import report as report_lib
 
 Scores = dict[str, dict[str, float]]
-
-
-def check_counts(optional: bool = False, **counts: Any) -> None:
-  """Raises ValueError unless each is a whole number of at least 1.
-
-  Args:
-    optional: Whether None will do too.
-    **counts: By the name that users know.
-  """
-  wrong = [
-    f'{name} is {value!r}'
-    for name, value in counts.items()
-    if not (optional and value is None)
-    and (
-      not isinstance(value, int | np.integer)
-      or isinstance(value, bool)
-      or value < 1
-    )
-  ]
-  if wrong:
-    raise ValueError(
-      f'{", ".join(wrong)}; expected a whole number of at least 1'
-      + (', or None' if optional else '')
-    )
 
 
 class Stopped(Exception):
@@ -144,7 +121,7 @@ class Evaluation:
       else:
         continue
       if not any(True for _ in dataset.take(1)):
-        raise ValueError(f'split {split!r} of task {part.name!r} is empty')
+        raise UserError(f'split {split!r} of task {part.name!r} is empty')
       self.datasets[part.name] = dataset
     self._predictor = answers.Predictor(
       plan, model, feature_lengths['targets'], how, seed
@@ -376,7 +353,7 @@ def evaluate(
   if prompts is not None:
     named = predictor.named_prompts(prompts, method, model_dir, prompt_file)
     if ensemble.NAME in named:
-      raise ValueError(f'a prompt is named {ensemble.NAME!r}, as their vote is')
+      raise UserError(f'a prompt is named {ensemble.NAME!r}, as their vote is')
     method = bank_lib.METHOD
   plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
   data.check_batch_size(batch_size, plan.mesh)

@@ -7,7 +7,6 @@ says of the rest is made one line that names the nearest right thing.
 
 import ast
 import contextlib
-import difflib
 import inspect
 import os
 import pathlib
@@ -15,6 +14,8 @@ import re
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from ptune.errors import UserError, nearest
 
 # The macros that ptune's files read: what each is, and an example, whose type
 # the value must have.
@@ -108,7 +109,7 @@ _NAMES = re.compile(r'@([\w.]+)|^([\w.]+)\.\w+\s*=|^([\w.]+):', re.MULTILINE)
 Sources = dict[pathlib.Path, str]
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
   """What is wrong with a command line."""
 
 
@@ -143,7 +144,7 @@ def find(file: str, search_paths: Iterable[str] = ()) -> pathlib.Path:
       return path.resolve()
   raise UsageError(
     f'there is no gin file {file!r} in {", ".join(places)}'
-    + _nearest(file, own_files())
+    + nearest(file, own_files())
   )
 
 
@@ -207,16 +208,6 @@ def flag(name: str) -> str:
   return f'--gin.{name}=' + (example if plain else f'"{example}"')
 
 
-def _nearest(name: str, known: Iterable[str], most: int = 80) -> str:
-  """'; did you mean ...?', or what there is if none is like the name."""
-  by_lower = {k.lower(): k for k in sorted(set(known))}
-  near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
-  if near:
-    return f'; did you mean {" or ".join(by_lower[k] for k in near)}?'
-  known = list(by_lower.values())
-  return f'; there are {", ".join(known)}' if 0 < len(known) <= most else ''
-
-
 def _with_includes(path: pathlib.Path, folders: Iterable[str]) -> Sources:
   found: Sources = {}
   todo = [path]
@@ -229,7 +220,7 @@ def _with_includes(path: pathlib.Path, folders: Iterable[str]) -> Sources:
       if not included:
         raise UsageError(
           f'{path} includes {file!r}, which is in none of .,'
-          f' {", ".join(folders)}{_nearest(file, own_files())}'
+          f' {", ".join(folders)}{nearest(file, own_files())}'
         )
       if included[0] not in found:
         todo.append(included[0])
@@ -282,13 +273,13 @@ def _check_known(
       )
     for macro in _SETS_MACRO.findall(binding):
       if macro not in known:
-        raise UsageError(f'there is no macro {macro!r}{_nearest(macro, known)}')
+        raise UsageError(f'there is no macro {macro!r}{nearest(macro, known)}')
   for sources in yours.values():
     for path, text in sources.items():
       for macro in _SETS_MACRO.findall(text):
         if macro not in known:
           raise UsageError(
-            f'{path} sets {macro}, which nothing reads{_nearest(macro, known)}'
+            f'{path} sets {macro}, which nothing reads{nearest(macro, known)}'
           )
 
 
@@ -322,10 +313,10 @@ def _one_line(
     names = [n for t in texts for m in _NAMES.findall(t) for n in m if n]
     near = ''
     if match := re.search(r"matching (?:reference )?'@?([\w.]+)", message):
-      near = _nearest(match[1], names)
+      near = nearest(match[1], names)
     if match := re.search(r"'([\w.]+)' doesn't have a parameter", message):
       parameter = message.rstrip("'.").split("'")[-1]
-      near = _nearest(parameter, _parameters(match[1]))
+      near = nearest(parameter, _parameters(match[1]))
     raise UsageError(f'{where}{message.rstrip(".")}{near}') from error
 
 
@@ -417,5 +408,5 @@ def _check_read(bindings: Iterable[str], text: str) -> None:
       raise UsageError(
         f'--gin.{name} has no effect: the gin files do not read it'
         + (f'; {" and ".join(readers)} would' if readers else '')
-        + _nearest(name, read, most=0)
+        + nearest(name, read, most=0)
       )

@@ -13,9 +13,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ptune import evaluate
 from ptune.data import batches as data
 from ptune.data import seqio_task
+from ptune.errors import UserError, check_counts
 from ptune.evaluate import to_json
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
@@ -95,8 +95,8 @@ def infer(
     several.
   """
   if mode not in MODES:
-    raise ValueError(f'INFER_MODE is {mode!r}; it must be one of {MODES}')
-  evaluate.check_counts(BATCH_SIZE=batch_size)
+    raise UserError(f'INFER_MODE is {mode!r}; it must be one of {MODES}')
+  check_counts(BATCH_SIZE=batch_size)
   task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
   seqio_task.check_vocabulary(task, config.vocab_size)
   vocabulary = seqio_task.vocabulary(task)
@@ -106,7 +106,7 @@ def infer(
     if default_prompt is None and len(named) == 1:
       default_prompt = next(iter(named))
   elif default_prompt is not None:
-    raise ValueError(f'DEFAULT_PROMPT is {default_prompt!r}, without PROMPTS')
+    raise UserError(f'DEFAULT_PROMPT is {default_prompt!r}, without PROMPTS')
   own = functools.partial(_own_prompt, named, default_prompt)
   if input_file is None:
     name = f'{mixture_or_task_name}-{split}'
@@ -191,7 +191,7 @@ def infer(
   if not count:
     if writes:
       partial.unlink()
-    raise ValueError(
+    raise UserError(
       f'there is nothing to {mode}: {input_file or name} has no examples'
     )
   if writes:
@@ -211,13 +211,13 @@ def _own_prompt(
     return {}
   name = record.get('prompt', default)
   if name is None:
-    raise ValueError(
+    raise UserError(
       f'{where}: no prompt is named; set DEFAULT_PROMPT to one of'
       f' {sorted(named)}, or write them into a .jsonl file:'
       ' {"inputs": "...", "prompt": "..."}'
     )
   if not isinstance(name, str) or name not in named:
-    raise ValueError(f'{where}: {unknown(str(name), named)}')
+    raise UserError(f'{where}: {unknown(str(name), named)}')
   return {'prompt': name}
 
 
@@ -230,7 +230,7 @@ def _read_texts(
   if not path.is_file():
     raise FileNotFoundError(f'there is no INFER_FILE {path}')
   if mode == 'score' and path.suffix != '.jsonl':
-    raise ValueError(
+    raise UserError(
       f'to score, INFER_FILE must be a .jsonl file, with {_LINE[mode]} on each'
       f' line; got {path}'
     )
@@ -240,7 +240,7 @@ def _read_texts(
     try:
       line = raw.decode('utf-8-sig' if number == 1 else 'utf-8').rstrip('\r')
     except UnicodeDecodeError as error:
-      raise ValueError(f'{where} is not UTF-8: {error}') from error
+      raise UserError(f'{where} is not UTF-8: {error}') from error
     if not line.strip():
       continue
     record: Any = {'inputs': line}
@@ -248,23 +248,23 @@ def _read_texts(
       try:
         record = json.loads(line)
       except json.JSONDecodeError as error:
-        raise ValueError(f'{where} is not JSON: {error}') from error
+        raise UserError(f'{where} is not JSON: {error}') from error
     keys = ('inputs', 'targets') if mode == 'score' else ('inputs',)
     good = isinstance(record, dict) and all(
       isinstance(record.get(key), str) for key in keys
     )
     if not good:
-      raise ValueError(
+      raise UserError(
         f'{where}: to {mode}, each line must be {_LINE[mode]}; got'
         f' {line[:80]!r}'
       )
     texts = {k: record[k] for k in ('inputs', 'targets') if k in record}
     if not all(isinstance(text, str) for text in texts.values()):
-      raise ValueError(f'{where}: targets must be a string; got {line[:80]!r}')
+      raise UserError(f'{where}: targets must be a string; got {line[:80]!r}')
     try:
       ''.join(texts.values()).encode()
     except UnicodeEncodeError as error:  # Of an escape such as \ud800.
-      raise ValueError(f'{where} is no Unicode text: {error}') from error
+      raise UserError(f'{where} is no Unicode text: {error}') from error
     yield texts | own(where, record)
 
 

@@ -51,6 +51,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ptune.convert import open_checkpoint, restore
 from ptune.convert.trained import dump as dump_trained
 from ptune.data import seqio_task
+from ptune.errors import UserError
 from ptune.methods import prompt_init
 from ptune.model import models as models_lib
 from ptune.model import network as network_lib
@@ -97,7 +98,7 @@ class Model(t5x_models.EncoderDecoderModel):
         otherwise.
     """
     if config.scan:
-      raise ValueError(
+      raise UserError(
         'SCAN is an option of ptune train: under T5X each layer has its'
         ' parameters for itself. Leave it out'
       )
@@ -109,7 +110,7 @@ class Model(t5x_models.EncoderDecoderModel):
     network = network_lib.Transformer(config, method.placements)
     settings = loss(network)
     if settings.objective is not None:
-      raise ValueError(
+      raise UserError(
         'T5X minimises the cross entropy; leave the file of losses/ out, or'
         ' train with ptune train'
       )
@@ -401,7 +402,7 @@ class Initializer(t5x_utils.TrainStateInitializer):
     )
     if self._path is None:
       if plan.frozen:
-        raise ValueError(
+        raise UserError(
           f'method {plan.method.name!r} freezes the base model, so'
           ' INITIAL_CHECKPOINT_PATH is needed'
         )
@@ -410,7 +411,7 @@ class Initializer(t5x_utils.TrainStateInitializer):
     base = restore(
       source, plan.select(plan.base), ignore=plan.params.__contains__
     )
-    adapters = parameters.initialize_adapters(
+    adapters = prompt_init.initialize_adapters(
       plan,
       prompt_init.Base(
         embedding=functools.partial(parameters.embedding_rows, base),
@@ -472,7 +473,7 @@ def save_adapter(
   step = int(t5x_checkpoints.get_local_data(state_dict['state']['step']))
   wrong = [path for path, x in trained.items() if not np.isfinite(x).all()]
   if wrong:
-    raise ValueError(
+    raise UserError(
       f'at step {step} these are not finite: {wrong}; lower LEARNING_RATE.'
       f' Checkpoint {step} is not saved'
     )

@@ -30,6 +30,7 @@ from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.convert.trained import dump as dump_trained
 from ptune.data import batches as data
 from ptune.data import packing, seqio_task
+from ptune.errors import UserError, check_counts
 from ptune.methods import prompt_init
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
@@ -133,7 +134,7 @@ def train(
     FloatingPointError: If the loss is not finite.
   """
   # ------------------------------------------------------------------ checks
-  evaluate.check_counts(
+  check_counts(
     TRAIN_STEPS=train_steps,
     BATCH_SIZE=batch_size,
     MICROBATCHES=microbatches,
@@ -141,7 +142,7 @@ def train(
     CHECKPOINT_PERIOD=checkpoint_period,
     log_period=log_period,
   )
-  evaluate.check_counts(
+  check_counts(
     optional=True,
     EVAL_STEPS=eval_steps,
     eval_batch_size=eval_batch_size,
@@ -163,7 +164,7 @@ def train(
   plan = parameters.plan(config, method, mesh)
   logging.info('%s', parameters.summary(plan))
   if plan.frozen and initial_checkpoint_path is None:
-    raise ValueError(
+    raise UserError(
       f'method {method.name!r} freezes the base model, so'
       ' INITIAL_CHECKPOINT_PATH is needed; for example'
       ' --gin.INITIAL_CHECKPOINT_PATH="\'/models/t5_1_1_small\'"'
@@ -394,7 +395,7 @@ def first_adapters(
   seed: int,
 ) -> parameters.Flat:
   """First values of what the method added; they may look at base and task."""
-  return parameters.initialize_adapters(
+  return prompt_init.initialize_adapters(
     plan,
     prompt_init.Base(
       embedding=functools.partial(parameters.embedding_rows, base),
@@ -418,7 +419,7 @@ def check_evaluation(
     return True
   splits = ', '.join(sorted(task.splits))
   if split not in (None, 'validation'):
-    raise ValueError(
+    raise UserError(
       f'EVAL_SPLIT is {split!r}, and task {task.name!r} has the splits'
       f' {splits}; choose one of them, or None to evaluate nothing'
     )
@@ -427,7 +428,7 @@ def check_evaluation(
     ('BEST_METRIC', best_metric),
   ):
     if value is not None:
-      raise ValueError(
+      raise UserError(
         f'{name} is {value!r}, and nothing is evaluated: EVAL_SPLIT is'
         f' {split!r}, and task {task.name!r} has the splits {splits}. Set'
         f' EVAL_SPLIT to one of them, or leave {name} out'

@@ -29,6 +29,7 @@ from ptune import evaluate, train
 from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.data import batches as data
 from ptune.data import seqio_task
+from ptune.errors import UserError, check_counts
 from ptune.model import parameters, partitioning
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.model.sizes import T5Config
@@ -84,7 +85,7 @@ def train_many(
     FloatingPointError: If the loss of a run is not finite.
   """
   # ------------------------------------------------------------------ checks
-  evaluate.check_counts(
+  check_counts(
     TRAIN_STEPS=train_steps,
     BATCH_SIZE=batch_size,
     MICROBATCHES=microbatches,
@@ -92,7 +93,7 @@ def train_many(
     CHECKPOINT_PERIOD=checkpoint_period,
     log_period=log_period,
   )
-  evaluate.check_counts(
+  check_counts(
     optional=True,
     EVAL_STEPS=eval_steps,
     eval_batch_size=eval_batch_size,
@@ -150,7 +151,7 @@ def train_many(
     )
     start = 0 if state is None else int(state.step)
     if start > train_steps:
-      raise ValueError(
+      raise UserError(
         f'the runs in {directory} are at step {start}, beyond TRAIN_STEPS'
         f' {train_steps}; raise it, or choose another MODEL_DIR'
       )
@@ -333,7 +334,7 @@ def _check_names(runs: Mapping[str, Run]) -> None:
   taken = ('', '.', '..', 'checkpoints', checkpoints.RUN_FILE)
   wrong = [name for name in runs if name in taken or '/' in name]
   if wrong or not runs:
-    raise ValueError(
+    raise UserError(
       f'the runs are {list(runs)}: there must be one at least, and a name is'
       f' that of a directory; choose others than {wrong}'
     )

@@ -29,6 +29,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
+from ptune.errors import UserError
 from ptune.tasks import metrics as metrics_lib
 from ptune.tasks import postprocessors, registry
 from ptune.tasks.preprocessors import UNLABELLED
@@ -39,7 +40,7 @@ SHOWN = 20  # bad rows that a message lists; it counts all
 Row = Mapping[str, Any]
 
 
-class BadRow(ValueError):
+class BadRow(UserError):
   """What is wrong with one row; whoever reads it knows where it is."""
 
 
@@ -56,7 +57,7 @@ def read_rows(file: str) -> Iterator[tuple[str, Row | BadRow]]:
   """
   suffix = os.path.splitext(file)[1]
   if suffix not in SUFFIXES:
-    raise ValueError(
+    raise UserError(
       f'TASK_FILES has {file!r}, expected a name that ends in one of '
       f'{", ".join(SUFFIXES)}'
     )
@@ -64,14 +65,14 @@ def read_rows(file: str) -> Iterator[tuple[str, Row | BadRow]]:
     with tf.io.gfile.GFile(file, 'rb') as f:
       data = f.read()
   except (tf.errors.NotFoundError, tf.errors.FailedPreconditionError) as error:
-    raise ValueError(
+    raise UserError(
       f'TASK_FILES has {file!r}, which cannot be read: {error}. A relative '
       f'path starts at {os.getcwd()}'
     ) from error
   lines = data.removeprefix(b'\xef\xbb\xbf').split(b'\n')
   lines = [line.removesuffix(b'\r') for line in lines]
   if not any(line.strip() for line in lines):
-    raise ValueError(f'TASK_FILES has {file!r}, which is empty')
+    raise UserError(f'TASK_FILES has {file!r}, which is empty')
   read = {'.tsv': _read_tsv, '.csv': _read_csv, '.jsonl': _read_jsonl}[suffix]
   for number, row in read(file, lines):
     yield f'{file}:{number}', row
@@ -97,7 +98,7 @@ def _checked(read: Callable[..., Row], *args: Any) -> Row | BadRow:
 def _columns(file: str, fields: Sequence[str]) -> Sequence[str]:
   twice = sorted({f for f in fields if fields.count(f) > 1})
   if twice:
-    raise ValueError(f'{file}:1 names the columns {twice} more than once')
+    raise UserError(f'{file}:1 names the columns {twice} more than once')
   return fields
 
 
@@ -130,7 +131,7 @@ def _header(file: str, line: bytes) -> str:
   try:
     return _decoded(line)
   except BadRow as error:
-    raise ValueError(f'{file}:1, which names the columns: {error}') from None
+    raise UserError(f'{file}:1, which names the columns: {error}') from None
 
 
 def _read_csv(file, lines):
@@ -188,10 +189,10 @@ def _fields(template: str, macro: str) -> list[str]:
   try:
     parts = list(string.Formatter().parse(template))
   except ValueError as error:
-    raise ValueError(f'{macro} is {template!r}: {error}') from error
+    raise UserError(f'{macro} is {template!r}: {error}') from error
   found = [name for _, name, _, _ in parts if name is not None]
   if not all(found):
-    raise ValueError(
+    raise UserError(
       f'{macro} is {template!r}, expected a column in every pair of braces; '
       'write {{ and }} for braces in the text'
     )
@@ -228,13 +229,13 @@ def _labels(targets: str, names: Sequence[str]) -> tuple[str, list[str]]:
   """The column of a classification's labels, and their texts as targets."""
   columns = _fields(targets, 'TARGETS')
   if len(columns) != 1:
-    raise ValueError(
+    raise UserError(
       f'TARGETS is {targets!r}, expected one column, the label, because there '
       'are LABEL_NAMES'
     )
   texts = [_fill(targets, {columns[0]: name}) for name in names]
   if len(set(texts)) != len(texts) or len(texts) < 2:
-    raise ValueError(
+    raise UserError(
       f'LABEL_NAMES is {list(names)}, expected at least two different names'
     )
   return columns[0], texts
@@ -311,13 +312,13 @@ def to_texts(
     some = '\n  '.join(bad[:SHOWN])
     more = f'\n  and {len(bad) - SHOWN} more' if len(bad) > SHOWN else ''
     if not skip_bad_rows:
-      raise ValueError(
+      raise UserError(
         f'{len(bad)} bad rows; mend them, or set SKIP_BAD_ROWS = True to leave '
         f'them out:\n  {some}{more}'
       )
     logging.warning('%d bad rows are left out:\n  %s%s', len(bad), some, more)
   if not texts['inputs']:
-    raise ValueError(f'There are no good rows, and {len(bad)} bad ones')
+    raise UserError(f'There are no good rows, and {len(bad)} bad ones')
   return texts
 
 
@@ -337,19 +338,19 @@ def _scoring(
   unknown = [name for name in metrics if name not in kinds]
   if unknown:
     near = difflib.get_close_matches(unknown[0], kinds, n=3)
-    raise ValueError(
+    raise UserError(
       f'METRICS has {unknown}, expected some of {sorted(kinds)}'
       + (f'; did you mean {near}?' if near else '')
     )
   compared = {kinds[name] for name in metrics}
   if len(compared) > 1:
-    raise ValueError(
+    raise UserError(
       f'METRICS is {list(metrics)}, expected what compares the same; these '
       f'compare {", ".join(f"{name}: {kinds[name]}" for name in metrics)}'
     )
   kind = compared.pop() if compared else 'text'
   if (kind == 'label') != (labels is not None and bool(metrics)):
-    raise ValueError(
+    raise UserError(
       f'METRICS is {list(metrics)} and LABEL_NAMES {labels}: metrics of labels '
       'and LABEL_NAMES need each other'
     )
@@ -407,7 +408,7 @@ def register(
     )
   if rank:
     if not labels:
-      raise ValueError('RANK is True, expected LABEL_NAMES to be scored')
+      raise UserError('RANK is True, expected LABEL_NAMES to be scored')
     task = registry.ranking(source, [], labels, postprocess, functions)
   else:
     task = {
@@ -448,7 +449,7 @@ def from_files(
       raised when its split is read.
   """
   if not isinstance(files, Mapping) or not files:
-    raise ValueError(
+    raise UserError(
       f"TASK_FILES is {files!r}, expected {{'train': 'train.tsv', ...}}"
     )
   paths = {
@@ -462,7 +463,7 @@ def from_files(
     for path in paths[split]:
       matches = sorted(tf.io.gfile.glob(path)) if '*' in path else [path]
       if not matches:
-        raise ValueError(
+        raise UserError(
           f'No file matches {path!r} in TASK_FILES. A relative path starts at '
           f'{os.getcwd()}'
         )

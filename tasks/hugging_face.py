@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ptune.errors import UserError
 from ptune.tasks import files
 
 
@@ -20,7 +21,7 @@ def _load(dataset: str, config: str | None, split: str) -> Any:
   try:
     import datasets
   except ModuleNotFoundError as error:
-    raise ValueError(
+    raise UserError(
       "DATASET needs the package datasets: pip install 'ptune[datasets]'"
     ) from error
   saved = ('dataset_dict.json', 'state.json')  # Of several splits, and of one.
@@ -33,7 +34,7 @@ def _load(dataset: str, config: str | None, split: str) -> Any:
   try:
     wanted = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
   except (ValueError, KeyError, AssertionError) as error:
-    raise ValueError(
+    raise UserError(
       f'DATASET {dataset} has no split {split!r}, it has {list(parts)}'
     ) from error
   slices = [parts[x.splitname].select(range(x.from_, x.to)) for x in wanted]

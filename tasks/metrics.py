@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ptune.errors import UserError
+
 Scores = dict[str, float]
 Metric = Callable[..., Scores]
 
@@ -33,7 +35,7 @@ def _library(module: str) -> Any:
   try:
     return importlib.import_module(module)
   except ModuleNotFoundError as error:
-    raise ValueError(
+    raise UserError(
       f'a metric needs {module.split(".")[0]}: pip install "ptune[metrics]"'
     ) from error
 

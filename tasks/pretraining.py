@@ -28,6 +28,8 @@ from collections.abc import Mapping, Sequence
 import seqio
 import tensorflow as tf
 
+from ptune.errors import UserError
+
 NOISE_DENSITY = 0.15
 MEAN_NOISE_SPAN_LENGTH = 3.0
 # What text files are shuffled in: blocks of lines, so that most neighbours in
@@ -60,7 +62,7 @@ def text_files(
       file matches one of the globs.
   """
   if validation_every < 2:
-    raise ValueError(
+    raise UserError(
       f'validation_every is {validation_every}, expected at least 2: 100 holds '
       'out every 100th line.'
     )
@@ -70,7 +72,7 @@ def text_files(
     found = {glob: tf.io.gfile.glob(glob) for glob in patterns}
     empty = [glob for glob, matches in found.items() if not matches]
     if empty or not found:
-      raise ValueError(
+      raise UserError(
         f'No text file matches {", ".join(empty) or "an empty list"}, expected '
         'at least one for each pattern. A relative path starts at the working '
         'directory.'
@@ -134,7 +136,7 @@ def span_corruption_lengths(
     ValueError: A parameter is out of range.
   """
   if not (0 < noise_density < 1 and mean_noise_span_length >= 1):
-    raise ValueError(
+    raise UserError(
       f'noise_density is {noise_density}, expected more than 0 and less than '
       f'1; mean_noise_span_length is {mean_noise_span_length}, expected at '
       f'least 1. T5 has {NOISE_DENSITY} and {MEAN_NOISE_SPAN_LENGTH}.'
@@ -149,7 +151,7 @@ def span_corruption_lengths(
 
   length = 2  # the shortest piece: one token that is seen and one that is not
   if corrupted(length) > inputs_length:
-    raise ValueError(
+    raise UserError(
       f"TASK_FEATURE_LENGTHS['inputs'] is {inputs_length}, expected at least "
       f'{corrupted(length)}: a token, a sentinel and EOS.'
     )
@@ -211,7 +213,7 @@ def span_corruption(
       "or shorten TASK_FEATURE_LENGTHS['inputs']"
     )
   if wrong:
-    raise ValueError(f'Span corruption: {"; ".join(wrong)}.')
+    raise UserError(f'Span corruption: {"; ".join(wrong)}.')
   return _corrupt(
     _pieces(dataset, length),
     counts=tf.constant(counts),
@@ -283,7 +285,7 @@ def prefix_lm(
   lengths = _feature_lengths(sequence_length)
   length = min(lengths['inputs'], lengths['targets'])
   if length < 2:
-    raise ValueError(
+    raise UserError(
       f'TASK_FEATURE_LENGTHS is {dict(lengths)}, expected at least 2 for '
       'inputs and for targets: a token and EOS.'
     )
@@ -301,7 +303,7 @@ def _feature_lengths(
   sequence_length: Mapping[str, int] | None,
 ) -> Mapping[str, int]:
   if not {'inputs', 'targets'} <= set(sequence_length or ()):
-    raise ValueError(
+    raise UserError(
       f'TASK_FEATURE_LENGTHS is {sequence_length}, expected a length for '
       "'inputs' and for 'targets': they say how long the pieces are."
     )
@@ -363,7 +365,7 @@ def prepend_prefix(dataset: tf.data.Dataset) -> tf.data.Dataset:
 def _text_to_targets(dataset: tf.data.Dataset) -> tf.data.Dataset:
   spec = dataset.element_spec
   if not isinstance(spec, Mapping) or 'text' not in spec:
-    raise ValueError(
+    raise UserError(
       f'The source has examples of {spec}, expected a field named text. Use '
       'text_files, or a source that maps its examples to {"text": ...}.'
     )

@@ -17,6 +17,8 @@ from typing import BinaryIO
 
 import sentencepiece
 
+from ptune.errors import UserError
+
 SAMPLE = 'The 42 naïve cats said “hello” 😀.'
 
 
@@ -32,7 +34,7 @@ def read_lines(files: Sequence[str]) -> Iterator[str]:
       with open_file(file, 'rt', encoding='utf-8') as lines:
         yield from (line.rstrip('\n') for line in lines)
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-      raise ValueError(f'{file} is not UTF-8 text: {error}.') from error
+      raise UserError(f'{file} is not UTF-8 text: {error}.') from error
 
 
 def train_vocabulary(
@@ -59,7 +61,7 @@ def train_vocabulary(
   """
   empty = [pattern for pattern in patterns if not glob.glob(pattern)]
   if empty:
-    raise ValueError(
+    raise UserError(
       f'No file matches --input {", ".join(empty)}, expected at least one for '
       f'each. A relative path starts at {os.getcwd()}.'
     )
@@ -72,7 +74,7 @@ def train_vocabulary(
     # Made before the training, which takes minutes, to see that it can be.
     scratch = tempfile.TemporaryDirectory(dir=folder)
   except OSError as error:
-    raise ValueError(
+    raise UserError(
       f'Cannot write --output {output}: {error}. Give a file in a directory '
       'that you may write to.'
     ) from error
@@ -107,7 +109,7 @@ def _train(
       minloglevel=2,
     )
   except RuntimeError as error:
-    raise ValueError(
+    raise UserError(
       f'No vocabulary of --vocab_size {vocab_size} comes of the text in '
       f'{len(files)} files, first {files[0]}: {error}'
     ) from error

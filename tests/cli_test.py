@@ -18,6 +18,7 @@ from absl import logging
 
 import gin
 from ptune import cli, gin_files
+from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from tests import tiny
 
@@ -34,7 +35,7 @@ def no_gin_from_elsewhere():
 @pytest.fixture(autouse=True)
 def settings_as_before():
   """Undoes what a command sets for its process."""
-  names = ('jax_compilation_cache_dir', 'jax_traceback_filtering')
+  names = ('jax_compilation_cache_dir',)
   before = {name: getattr(jax.config, name) for name in names}
   verbosity, handlers = logging.get_verbosity(), [*python_logging.root.handlers]
   yield
@@ -209,7 +210,7 @@ def test_an_error_that_ptune_did_not_foresee_is_not_hidden(
 
 def test_a_failure_is_told_from_a_wrong_command(says, monkeypatch):
   for error, status in (
-    (ValueError('wrong'), 2),
+    (UserError('wrong'), 2),
     (FileNotFoundError('wrong'), 2),
     (OSError('no space'), 1),
     (FloatingPointError('nan'), 1),
@@ -219,7 +220,6 @@ def test_a_failure_is_told_from_a_wrong_command(says, monkeypatch):
       raise error
 
     monkeypatch.setattr(cli, '_run', fail)
-    monkeypatch.setattr(cli, '__file__', __file__)  # As if ptune had raised it.
     assert says('train') == (status, f'ptune train: {error}\n')
 
 

@@ -183,7 +183,7 @@ def test_the_parser_sees_every_kind_of_import():
     'if __name__ == "__main__":\n'
     '  from ptune import train\n'
   )
-  top = ['data', 'network', None, 'methods.prompt', 'state']
+  top = ['data', 'model.network', None, 'methods.prompt', 'training.state']
   top = ['ptune' if t is None else f'ptune.{t}' for t in top]
   assert list(imports(tree, lazy=False)) == top
   assert list(imports(tree)) == [*top, 'ptune.cli']

@@ -223,14 +223,14 @@ def test_initial_values_have_the_networks_distributions():
 def test_adapters_start_from_their_initialiser_and_the_seed():
   plan = plan_of()
   a, again, b = (
-    parameters.initialize_adapters(plan, ELSEWHERE, seed=s) for s in (0, 0, 1)
+    prompt_init.initialize_adapters(plan, ELSEWHERE, seed=s) for s in (0, 0, 1)
   )
   assert a.keys() == {prompt.PATH}
   np.testing.assert_array_equal(a[prompt.PATH], again[prompt.PATH])
   assert np.abs(np.asarray(a[prompt.PATH] - b[prompt.PATH])).min() > 0
   given = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
   method = prompt.prompt(5, prompt_init.from_array(given))
-  values = parameters.initialize_adapters(
+  values = prompt_init.initialize_adapters(
     parameters.plan(SHALLOW, method, partitioning.make_mesh()), ELSEWHERE, 0
   )
   np.testing.assert_array_equal(values[prompt.PATH], given)

@@ -41,6 +41,7 @@ from ptune.analysis import figures
 from ptune.convert.prompts import read_prompt
 from ptune.data import batches as data
 from ptune.data import seqio_task
+from ptune.errors import UserError, check_counts
 from ptune.methods import prompt as prompt_lib
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
@@ -122,10 +123,10 @@ def ablate(
   Raises:
     ValueError: What is given does not fit together.
   """
-  evaluate.check_counts(BATCH_SIZE=batch_size)
-  evaluate.check_counts(optional=True, EVAL_STEPS=eval_steps)
+  check_counts(BATCH_SIZE=batch_size)
+  check_counts(optional=True, EVAL_STEPS=eval_steps)
   if importance not in IMPORTANCES:
-    raise ValueError(
+    raise UserError(
       f'IMPORTANCE is {importance!r}; expected one of {list(IMPORTANCES)}'
     )
   task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
@@ -135,18 +136,18 @@ def ablate(
   data.check_batch_size(batch_size, mesh)
   length = _length(plan)
   if keep_rows is not None and not 1 <= keep_rows < length:
-    raise ValueError(
+    raise UserError(
       f'KEEP_ROWS is {keep_rows}; expected from 1 to {length - 1}, since the'
       f' prompt has {length} rows'
     )
   all_pieces = (keep_rows or length) * pieces
   if keep_pieces is not None and not 1 <= keep_pieces < all_pieces:
-    raise ValueError(
+    raise UserError(
       f'KEEP_PIECES is {keep_pieces}; expected from 1 to {all_pieces - 1}:'
       f' the {keep_rows or length} rows have {pieces} pieces each'
     )
   if pieces < 1 or config.emb_dim % pieces:
-    raise ValueError(
+    raise UserError(
       f'PIECES is {pieces}; expected a divisor of {config.emb_dim}, the width'
       ' of a row'
     )
@@ -257,14 +258,14 @@ def _length(plan: parameters.Plan) -> int:
   """
   name = plan.method.name
   if name.partition('/')[0] != 'prompt' or plan.method.prompt is None:
-    raise ValueError(
+    raise UserError(
       f'method {name!r} is no plain prompt, of which rows can be left out; if'
       ' its run left prompts/best.npy, give that as PROMPT_FILE, with'
       ' --gin_file=methods/prompt.gin'
     )
   length = plan.params[prompt_lib.PATH].shape[0]
   if length < 2:
-    raise ValueError('the prompt has one row: there is none to leave out')
+    raise UserError('the prompt has one row: there is none to leave out')
   return length
 
 

@@ -29,6 +29,7 @@ from ptune.convert import open_checkpoint, vocabulary
 from ptune.convert.export import check_width, recorded_base
 from ptune.convert.prompts import Prompt, read_prompt
 from ptune.convert.source import EMBEDDING, Leaf
+from ptune.errors import UserError
 
 # Values of an embedding that are held at once: 64 MB as float32.
 BLOCK = 1 << 24
@@ -160,11 +161,11 @@ def neighbours(
   try:
     texts, encode = read_vocabulary(words or base)
   except ValueError as error:
-    raise ValueError(f'{error}, as --vocabulary') from error
+    raise UserError(f'{error}, as --vocabulary') from error
   texts = texts[: source.leaves[EMBEDDING].shape[0]]
   count = sum(text is not None for text in texts)
   if not 1 <= top <= count:
-    raise ValueError(
+    raise UserError(
       f'--top is {top}; expected from 1 to the {count} pieces of the vocabulary'
     )
   encoded = {
@@ -172,7 +173,7 @@ def neighbours(
     for label in labels
   }
   if unknown := [label for label, own in encoded.items() if not own]:
-    raise ValueError(f'the vocabulary has no pieces for the labels {unknown}')
+    raise UserError(f'the vocabulary has no pieces for the labels {unknown}')
   ids, cosines = nearest(
     prompt.array, blocks_of(source.leaves[EMBEDDING]), texts, top
   )
@@ -274,7 +275,7 @@ def run(args: argparse.Namespace) -> None:
   prompt = read_prompt(args.prompt, args.task)
   base = args.base or recorded_base(prompt.path)
   if base is None:
-    raise ValueError(
+    raise UserError(
       f'nothing says on which model {prompt.path} was trained; name it, such as'
       ' --base=ptune://tiny'
     )

@@ -41,6 +41,7 @@ from ptune.convert.export import check_base, check_width, export
 from ptune.convert.identity import fingerprint
 from ptune.convert.prompts import Prompt, read_prompt
 from ptune.convert.source import EMBEDDING, Source
+from ptune.errors import UserError
 
 HIDDEN, BATCH, EPOCHS, RATE = 4, 50, 25, 3e-4
 # Directions of the source's embedding that are below this share of the largest
@@ -70,7 +71,7 @@ def recycle(
     ValueError: There are fewer than 20 tokens, or what comes out is not finite.
   """
   if len(source) < 20:
-    raise ValueError(
+    raise UserError(
       f'{len(source)} tokens are too few to fit a map to; expected at least 20.'
       ' Give more with --tokens'
     )
@@ -82,7 +83,7 @@ def recycle(
   errors['fit_error'] = _error(found(source), target)
   moved = np.asarray(found(prompt.array), np.float32)
   if not np.isfinite(moved).all():
-    raise ValueError(
+    raise UserError(
       f'the recycled prompt holds NaN or infinity by --method={method}; take'
       ' --method=linear'
     )
@@ -227,7 +228,7 @@ def shared_tokens(
     ids = np.array(sorted(pairs), np.int64).reshape(-1, 2)
     return ids[:, 0], ids[:, 1]
   if rows[0] != rows[1]:
-    raise ValueError(
+    raise UserError(
       f'the embeddings have {rows[0]} and {rows[1]} rows: which are of the same'
       ' token, only the vocabularies tell; name them with --source_vocabulary'
       ' and --target_vocabulary.\n' + '\n'.join(reasons)
@@ -289,7 +290,7 @@ def run(args: argparse.Namespace) -> None:
     ValueError, OSError: What a user can mend.
   """
   if args.skip < 0 or (args.tokens is not None and args.tokens < 1):
-    raise ValueError(
+    raise UserError(
       f'--skip={args.skip} --tokens={args.tokens}; expected at least 0, and 1'
     )
   path = f'{args.output.removesuffix(".npy")}.npy'

@@ -30,6 +30,7 @@ from etils import epath
 from ptune.analysis import figures
 from ptune.analysis.neighbours import normalised
 from ptune.convert.prompts import REFERENCE_FILE, find, name_of, read_prompt
+from ptune.errors import UserError
 from ptune.training import report
 
 MEASURES = ('average_tokens', 'per_token')
@@ -52,7 +53,7 @@ def similarities(
   """
   widths = {name: array.shape[1] for name, array in prompts.items()}
   if len(set(widths.values())) > 1:
-    raise ValueError(
+    raise UserError(
       'prompts of models of unlike width cannot be compared:\n'
       + '\n'.join(f'  {name}: embed is {n}' for name, n in widths.items())
     )
@@ -92,9 +93,7 @@ def names(files: Sequence[str]) -> list[str]:
     if len(set(short)) == len(files):
       return short
   again = sorted({f for f in files if files.count(f) > 1})
-  raise ValueError(
-    f'these prompts are named twice: {", ".join(again or files)}'
-  )
+  raise UserError(f'these prompts are named twice: {", ".join(again or files)}')
 
 
 def library(directory: epath.PathLike) -> list[str]:
@@ -105,7 +104,7 @@ def library(directory: epath.PathLike) -> list[str]:
   """
   place = epath.Path(directory)
   if not place.is_dir():
-    raise ValueError(f'--directory={directory} is no directory')
+    raise UserError(f'--directory={directory} is no directory')
   files = []
   for child in sorted(place.iterdir()):
     if child.name.startswith('.'):
@@ -114,7 +113,7 @@ def library(directory: epath.PathLike) -> list[str]:
     if file.suffix == '.npy' or file.name == REFERENCE_FILE:
       files.append(str(file))
   if not files:
-    raise ValueError(
+    raise UserError(
       f'--directory={directory} holds no prompts; expected .npy files, or'
       ' directories of runs'
     )
@@ -146,7 +145,7 @@ def retrieve(
       values = {m: float(matrix[0, 1]) for m, matrix in both.items()}
       found.append({'prompt': file, **values})
   if not found:
-    raise ValueError(
+    raise UserError(
       f'--directory={directory} holds no other prompt of embed {own.shape[1]}'
     )
   return sorted(found, key=lambda source: -source[measure])[:top]
@@ -264,12 +263,12 @@ def run(args: argparse.Namespace) -> None:
   console = rich.console.Console(highlight=False, markup=False)
   if args.directory:
     if len(args.prompt) != 1 or args.output:
-      raise ValueError(
+      raise UserError(
         '--directory is searched for one prompt, and writes nothing; without'
         ' it, prompts are compared with each other'
       )
     if args.top < 1:
-      raise ValueError(f'--top is {args.top}; expected at least 1')
+      raise UserError(f'--top is {args.top}; expected at least 1')
     found = retrieve(args.prompt[0], args.directory, args.top, args.measure)
     if args.json:
       print(json.dumps(found))
@@ -277,7 +276,7 @@ def run(args: argparse.Namespace) -> None:
       show_sources(found, console)
     return
   if len(args.prompt) < 2:
-    raise ValueError(
+    raise UserError(
       'one prompt has nothing to be compared with; name another, or a'
       ' --directory of them'
     )

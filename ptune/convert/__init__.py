@@ -20,6 +20,7 @@ from ptune.convert.account import account
 from ptune.convert.hub import locate
 from ptune.convert.identity import check_config
 from ptune.convert.source import Leaf, Source, restore, sizes
+from ptune.errors import UserError
 
 __all__ = [
   'Leaf',
@@ -69,7 +70,7 @@ def open_checkpoint(path: epath.PathLike) -> Source:
   if not path.exists():
     raise FileNotFoundError(_absent(path))
   if not path.is_dir():
-    raise ValueError(
+    raise UserError(
       f'{path} is a file; give the directory that holds it.\n{EXPECTED}'
     )
   names = _listing(path)
@@ -90,7 +91,7 @@ def open_checkpoint(path: epath.PathLike) -> Source:
     return open_huggingface(path)
   if 'checkpoints' in names:
     return open_checkpoint(_newest(path / 'checkpoints'))
-  raise ValueError(_unrecognised(path, names))
+  raise UserError(_unrecognised(path, names))
 
 
 def _listing(path: epath.Path) -> list[str]:
@@ -108,7 +109,7 @@ def _newest(checkpoints: epath.Path) -> epath.Path:
   names = _listing(checkpoints)
   steps = [name for name in names if name.isdecimal()]
   if not steps:
-    raise ValueError(
+    raise UserError(
       f'{checkpoints} holds no finished checkpoint: {_shown(names)}. '
       'Was the run stopped before its first one?'
     )

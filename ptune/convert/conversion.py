@@ -7,6 +7,7 @@ from etils import epath
 
 from ptune.convert import identity, open_checkpoint, output
 from ptune.convert.source import Source
+from ptune.errors import UserError
 
 # What a directory must hold one of, to be replaced as an earlier output.
 MARKS = {'t5x': ('checkpoint',), 'huggingface': ('config.json',)}
@@ -55,7 +56,7 @@ def convert(
   leaves = identity.base_leaves(source)
   beyond = sorted(source.leaves.keys() - leaves.keys())
   if beyond and not base_only:
-    raise ValueError(
+    raise UserError(
       f'{path} holds more than the model, which has no place in the other '
       'layout:\n'
       + '\n'.join(f'  {name}' for name in beyond)
@@ -93,7 +94,7 @@ def _check_activations(
 ) -> None:
   said = source.activations
   if activations and said and activations != said:
-    raise ValueError(
+    raise UserError(
       f'--activations={",".join(activations)}, but the {source.where} says '
       f'{",".join(said)}'
     )

@@ -26,6 +26,7 @@ from ptune.convert.hub import SCHEME
 from ptune.convert.huggingface import read_json
 from ptune.convert.prompts import FACTS, PATH, Prompt
 from ptune.convert.source import Leaf, Source
+from ptune.errors import UserError
 
 # Methods whose prompts stand before the first token, and are all there is.
 PLAIN = ('prompt', 'p_tuning/mlp', 'p_tuning/lstm', 'residual')
@@ -68,12 +69,12 @@ def export(
       or the output is there.
   """
   if layout == 'huggingface':
-    raise ValueError(
+    raise UserError(
       f'{prompt.path} is a prompt, for which a model of Hugging Face has no'
       ' place; --format=peft writes it as an adapter beside the model'
     )
   if layout not in FORMATS:
-    raise ValueError(f'--format={layout}; expected one of {", ".join(FORMATS)}')
+    raise UserError(f'--format={layout}; expected one of {", ".join(FORMATS)}')
   if layout in ('npy', 'safetensors'):
     path = f'{os.fspath(path).removesuffix("." + layout)}.{layout}'
   inputs = [p for p in (prompt.path, base) if p]
@@ -85,7 +86,7 @@ def export(
     return _export_safetensors(prompt, target)
   method = prompt.facts.get('method', 'prompt')
   if method not in PLAIN:
-    raise ValueError(
+    raise UserError(
       f'{prompt.path} was trained by method {method!r}; {layout} puts a prompt '
       'before the first token, and nothing else, so that it would mean '
       'something else there. Export it as npy or safetensors'
@@ -93,7 +94,7 @@ def export(
   named = base is not None
   base = base or recorded_base(prompt.path)
   if base is None and layout == 't5x':
-    raise ValueError(
+    raise UserError(
       'A T5X checkpoint holds the base model too; name it with --base=PATH'
     )
   lines = []
@@ -229,7 +230,7 @@ def check_base(
       'compared with the base'
     )
   if fingerprint != facts['base']:
-    raise ValueError(
+    raise UserError(
       f'{path} was trained on a model of fingerprint {facts["base"]}; the '
       f'{source.where} has {fingerprint}. Nothing was written. Give the model '
       'that it was trained on as --base'
@@ -240,7 +241,7 @@ def check_base(
 def check_width(prompt: Prompt, source: Source) -> None:
   width = identity.facts(source).get('emb_dim')
   if width != prompt.array.shape[1]:
-    raise ValueError(
+    raise UserError(
       f'{prompt.path} is {list(prompt.array.shape)} [prompt, embed], but embed '
       f'is {width} in the {source.describe()}. Give the model that it was '
       'trained on as --base'

@@ -5,6 +5,7 @@ import re
 from etils import epath
 
 from ptune import pretrained
+from ptune.errors import UserError
 
 # No weights but safetensors: the others are pickles, or of other frameworks.
 FILES = ('*.json', '*.safetensors', '*.model')
@@ -39,14 +40,14 @@ def download(name: str) -> epath.Path:
   """
   match = re.fullmatch(r'hf://([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?', name)
   if not match:
-    raise ValueError(
+    raise UserError(
       f'{name} is no name on the Hub; expected hf://org/name or '
       'hf://org/name@revision'
     )
   try:
     import huggingface_hub
   except ImportError as error:
-    raise ValueError(
+    raise UserError(
       f'{name} needs huggingface_hub: pip install huggingface_hub. Or download '
       'the directory, and give its path'
     ) from error
@@ -58,7 +59,7 @@ def download(name: str) -> epath.Path:
     )
   # Its errors come from HTTP, the file system and its own checks.
   except Exception as error:
-    raise ValueError(
+    raise UserError(
       f'{name} cannot be downloaded, and is not in the local cache: '
       f'{type(error).__name__}: {error}\nWithout network, give the path of a '
       'directory that was downloaded elsewhere'

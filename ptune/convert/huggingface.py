@@ -23,6 +23,7 @@ from ptune.convert.source import (
   nbytes,
   sizes,
 )
+from ptune.errors import UserError
 from ptune.model.sizes import T5Config
 
 CONFIG = 'config.json'
@@ -129,12 +130,12 @@ def write_huggingface(
     ValueError: Hugging Face has no name for the activation, or no such model.
   """
   if config.decoder_only:
-    raise ValueError(
+    raise UserError(
       'a decoder alone is no model of Hugging Face; use --format=t5x'
     )
   projections = {names: text for text, names in reversed(ACTIVATIONS.items())}
   if config.mlp_activations not in projections:
-    raise ValueError(
+    raise UserError(
       f'mlp_activations {config.mlp_activations} have no feed_forward_proj; '
       f'known: {sorted(projections)}'
     )
@@ -181,13 +182,13 @@ def read_json(file: epath.Path) -> dict[str, Any]:
   """Reads a JSON object; raises ValueError where there is none."""
   if not file.exists():
     found = sorted(child.name for child in file.parent.iterdir())
-    raise ValueError(f'{file} is missing. Found: {", ".join(found)}')
+    raise UserError(f'{file} is missing. Found: {", ".join(found)}')
   try:
     value = json.loads(file.read_text())
   except (ValueError, RecursionError, OSError) as error:
-    raise ValueError(f'{file} is not JSON: {error}') from error
+    raise UserError(f'{file} is not JSON: {error}') from error
   if not isinstance(value, dict):
-    raise ValueError(f'{file} holds a {type(value).__name__}, not an object.')
+    raise UserError(f'{file} holds a {type(value).__name__}, not an object.')
   return value
 
 
@@ -214,7 +215,7 @@ def _activations(
     if config.get(key, value) != value:
       wrong.append(f'{key} {config[key]}: expected {value}')
   if wrong:
-    raise ValueError(
+    raise UserError(
       f'{file} describes a network that ptune does not have:\n'
       + '\n'.join(f'  {line}' for line in wrong)
     )
@@ -237,14 +238,14 @@ def _tensors(path: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
     isinstance(file, str) and epath.Path(file).name == file
     for file in where.values()
   ):
-    raise ValueError(
+    raise UserError(
       f'{path / INDEX} has no proper weight_map; expected one that maps '
       'tensors to files beside it.'
     )
   names = sorted(set(where.values()))
   missing = [file for file in names if not (path / file).exists()]
   if missing:
-    raise ValueError(
+    raise UserError(
       f'{path / INDEX} names {len(names)} files, of which are missing: '
       f'{", ".join(missing)}. Download them again.'
     )
@@ -256,7 +257,7 @@ def _tensors(path: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
     if name not in shards[file]
   ]
   if absent:
-    raise ValueError(
+    raise UserError(
       f'{path / INDEX} names tensors that their files do not have:\n'
       + '\n'.join(absent)
     )
@@ -290,7 +291,7 @@ def _tied(
     scaled = False  # transformers 5 never scales an mT5's logits.
   if head is None:
     if scaled is False:
-      raise ValueError(
+      raise UserError(
         f'{path}: there is no {HEAD}, and by {CONFIG} (an mT5, or '
         'scale_decoder_outputs false) the logits are made with the embedding, '
         'but not scaled. ptune has only the scaled form '
@@ -327,7 +328,7 @@ def _equal(a: Leaf, b: Leaf) -> bool:
 
 def _refuse_unknown(path: epath.Path, names: set[str]) -> None:
   if names:
-    raise ValueError(
+    raise UserError(
       f'{path} has {len(names)} tensors that no T5 for conditional '
       'generation has:\n'
       + '\n'.join(f'  {name}' for name in sorted(names))
@@ -351,7 +352,7 @@ def _check_config(config: Mapping[str, Any], source: Source) -> None:
       f'tensors are {"wi_0 and wi_1" if found["gated"] else "wi"}'
     )
   if wrong:
-    raise ValueError(
+    raise UserError(
       f'{source.path}: {CONFIG} does not describe these tensors:\n'
       + '\n'.join(wrong)
       + '\nThe files do not belong together; download them again.'

@@ -17,6 +17,7 @@ from ptune.convert.source import (
   parts,
   sizes,
 )
+from ptune.errors import UserError
 from ptune.model.sizes import SIZES, T5Config
 
 # The fields of T5Config that tell one model from another; the rest (dropout,
@@ -76,7 +77,7 @@ def config(source: Source, **changes: Any) -> T5Config:
   found = facts(source)
   missing = sorted(set(FIELDS) - set(found))
   if missing:
-    raise ValueError(
+    raise UserError(
       f'The {source.describe()} is no whole model: it does not tell {missing}.'
     )
   if '?' in found['mlp_activations']:
@@ -91,7 +92,7 @@ def check_whole(source: Source, config: T5Config) -> None:
   got = {path: leaf.shape for path, leaf in base_leaves(source).items()}
   wrong = misshapen(got, expected)
   if wrong:
-    raise ValueError(
+    raise UserError(
       f'The {source.describe()} is no whole model:\n' + '\n'.join(wrong)
     )
 
@@ -130,7 +131,7 @@ def check_config(source: Source, config: T5Config) -> None:
   advice += ' file of your own.'
   if theirs:
     advice = f'Take --gin_file=models/{theirs[0]}.gin.'
-  raise ValueError(
+  raise UserError(
     'The checkpoint does not fit the model; nothing was restored.\n'
     f'checkpoint: {" or ".join(theirs) or "no published size"}\n'
     f'model: {" or ".join(ours) or "no published size"}\n'
@@ -196,7 +197,7 @@ class Checksums:
       give_back()  # Of the leaf before.
       array = leaf.fetch(index)
       if not is_finite(array):
-        raise ValueError(
+        raise UserError(
           f'{path} {list(leaf.shape)} has values that are NaN or infinite; the '
           'checkpoint is damaged, or was written after its training diverged'
         )

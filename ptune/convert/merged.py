@@ -19,6 +19,7 @@ from ptune.convert.prompts import ONE, SEVERAL
 from ptune.convert.safetensors_files import open_file
 from ptune.convert.source import Index, Leaf, Source
 from ptune.convert.trained import SUFFIX, open_trained
+from ptune.errors import UserError
 from ptune.model import network
 from ptune.model.adapters import Method
 from ptune.model.sizes import T5Config
@@ -60,7 +61,7 @@ def export_merged(
       output is there.
   """
   if layout not in MARKS:
-    raise ValueError(
+    raise UserError(
       f'{file} holds what a method trained, and no prompt: --format={layout}'
       f' cannot hold it; {" and ".join(MARKS)} hold it merged into its base'
     )
@@ -68,7 +69,7 @@ def export_merged(
   method = _method(file, facts)
   base = base or recorded_base(file)
   if base is None:
-    raise ValueError(
+    raise UserError(
       f'{file} is merged into the model that it was trained on; name it with'
       ' --base=PATH'
     )
@@ -110,13 +111,13 @@ def export_merged(
 
 def _method(file: epath.PathLike, facts: Mapping[str, Any]) -> Method:
   if 'method' not in facts:
-    raise ValueError(
+    raise UserError(
       f'{file} does not say by which method it was trained: the .json that a'
       ' run writes beside it is missing'
     )
   method = methods.make(facts['method'], facts.get('settings'))
   if method.merge is None:
-    raise ValueError(
+    raise UserError(
       f'{file} was trained by method {method.name!r}, as which no model'
       ' without adapters answers, so that it cannot be merged. Use the file as'
       ' PROMPT_FILE'
@@ -130,7 +131,7 @@ def _check_shapes(method: Method, trained: Source, config: T5Config) -> None:
   expected = {p: x.shape for p, x in params.items() if method.trains(p)}
   wrong = identity.misshapen(trained.shapes, expected)
   if wrong:
-    raise ValueError(
+    raise UserError(
       f'{trained.path} is not what method {method.name!r} trains of the base:\n'
       + '\n'.join(wrong)
     )

@@ -15,6 +15,7 @@ from etils import epath
 
 from ptune.convert.source import Source, refuse_scanned
 from ptune.convert.zarr import file_store, open_arrays, subdirectory
+from ptune.errors import UserError
 
 # Where the parameters and the step lie in the tree, by kind of checkpoint.
 LAYOUTS = {
@@ -35,7 +36,7 @@ def open_orbax(path: epath.Path) -> Source:
   tops = {key[0] for key in keys}
   kind = next((k for k, (top, _) in LAYOUTS.items() if top in tops), None)
   if kind is None:
-    raise ValueError(
+    raise UserError(
       f'{item} is an Orbax tree of {sorted(tops)}; expected target and state '
       '(T5X), or step, trainable and opt_state (ptune).'
     )
@@ -79,14 +80,14 @@ def _metadata(item: epath.Path) -> dict[str, Any]:
   file = item / '_METADATA'
   if not file.exists():
     found = sorted(child.name for child in item.iterdir())
-    raise ValueError(
+    raise UserError(
       f'{file} is missing, without which this is no Orbax PyTree; if it was '
       f'one, copy it again. Found: {", ".join(found) or "nothing"}.'
     )
   try:
     return dict(json.loads(file.read_text()))
   except (ValueError, TypeError) as error:
-    raise ValueError(
+    raise UserError(
       f'{file} is damaged or cut short; copy it again. {error}'
     ) from error
 
@@ -100,7 +101,7 @@ def _keys(metadata: dict[str, Any], item: epath.Path) -> list[tuple[str, ...]]:
       if not entry['value_metadata'].get('skip_deserialize')
     ]
   except (KeyError, TypeError, AttributeError) as error:
-    raise ValueError(
+    raise UserError(
       f'{item / "_METADATA"} is not as Orbax writes it ({error!r}); was the '
       'checkpoint written by a newer Orbax?'
     ) from error

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from ptune.errors import UserError
+
 
 def check(
   path: epath.PathLike,
@@ -34,7 +36,7 @@ def check(
     ValueError: it is there, is not local, or is not to be replaced.
   """
   if '://' in os.fspath(path):
-    raise ValueError(
+    raise UserError(
       f'--output={path} is not local, where a rename is not atomic. Write it '
       'to a disk and copy it: gcloud storage cp -r ...'
     )
@@ -42,14 +44,14 @@ def check(
   if not path.exists():
     return path
   if not overwrite:
-    raise ValueError(
+    raise UserError(
       f'{path} exists already; nothing was written. Choose another --output, '
       'or replace it with --overwrite'
     )
   if path.is_dir():
     names = {child.name for child in path.iterdir()}
     if names and not names & set(marks):
-      raise ValueError(
+      raise UserError(
         f'--output={path} is a directory that holds '
         f'{", ".join(sorted(names)[:10])}: '
         + (f'none of {", ".join(marks)}' if marks else 'and no file')
@@ -57,7 +59,7 @@ def check(
       )
     for used in inputs:
       if epath.Path(os.path.abspath(used)).is_relative_to(path):
-        raise ValueError(
+        raise UserError(
           f'--output={path} holds {used}, which is read. Choose another'
         )
   return path

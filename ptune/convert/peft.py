@@ -18,6 +18,7 @@ from etils import epath
 from ptune.convert import safetensors_files
 from ptune.convert.huggingface import read_json
 from ptune.convert.source import Leaf
+from ptune.errors import UserError
 
 CONFIG = 'adapter_config.json'
 WEIGHTS = 'adapter_model.safetensors'
@@ -50,12 +51,12 @@ def read_peft(
   config = read_json(path / CONFIG)
   kind = str(config.get('peft_type'))
   if kind not in TENSORS:
-    raise ValueError(
+    raise UserError(
       f'{path} is a PEFT adapter of type {kind}, which is no prompt before the '
       f'encoder; prompts are {", ".join(TENSORS)}'
     )
   if config.get('task_type') not in (None, 'SEQ_2_SEQ_LM'):
-    raise ValueError(
+    raise UserError(
       f'{path / CONFIG}: task_type {config["task_type"]!r}; a prompt for a T5 '
       "has 'SEQ_2_SEQ_LM'"
     )
@@ -64,7 +65,7 @@ def read_peft(
   if kind == 'MULTITASK_PROMPT_TUNING':
     rows = _of_task(path, rows, tensors, task)
   elif task is not None:
-    raise ValueError(f'{path} is of type {kind}: it has no tasks to choose of')
+    raise UserError(f'{path} is of type {kind}: it has no tasks to choose of')
   facts = read_json(path / FACTS) if (path / FACTS).exists() else {}
   base = config.get('base_model_name_or_path')
   if base and 'base_model' not in facts:
@@ -83,10 +84,10 @@ def _tensors(path: epath.Path, kind: str) -> dict[str, Leaf]:
         ' adapter_model.bin is not read (no pickle is ever loaded); load and '
         'save the adapter with PEFT once, which writes safetensors.'
       )
-    raise ValueError(message)
+    raise UserError(message)
   tensors, _ = safetensors_files.open_file(path / WEIGHTS)
   if set(tensors) != TENSORS[kind]:
-    raise ValueError(
+    raise UserError(
       f'{path / WEIGHTS} holds {sorted(tensors)}; expected '
       f'{sorted(TENSORS[kind])} for {kind}'
     )
@@ -104,12 +105,12 @@ def _encoder_rows(
   """
   length, width = config.get('num_virtual_tokens'), config.get('token_dim')
   if rows.ndim != 2 or rows.shape[1] != (width or rows.shape[1]):
-    raise ValueError(
+    raise UserError(
       f'{path / WEIGHTS}: {ROWS} is {list(rows.shape)}; expected [prompt, '
       f'{width or "embed"}] by {CONFIG}'
     )
   if not isinstance(length, int) or rows.shape[0] not in (length, 2 * length):
-    raise ValueError(
+    raise UserError(
       f'{path / WEIGHTS}: {ROWS} has {rows.shape[0]} rows, and {CONFIG} says '
       f'num_virtual_tokens {length}; the files do not belong together'
     )
@@ -139,14 +140,14 @@ def _of_task(
     and factors.shape[2] == width
   )
   if not fits:
-    raise ValueError(
+    raise UserError(
       f'{path / WEIGHTS}: prefix_task_cols {list(columns.shape)} and '
       f'prefix_task_rows {list(factors.shape)} do not go with a prompt '
       f'{list(rows.shape)}'
     )
   tasks = columns.shape[0]
   if task is None or not 0 <= task < tasks:
-    raise ValueError(
+    raise UserError(
       f'{path} holds the prompts of {tasks} tasks; got --task={task}, expected '
       f'one of 0 ... {tasks - 1}'
     )

@@ -22,6 +22,7 @@ from ptune.convert import open_checkpoint, peft, safetensors_files
 from ptune.convert.hub import locate
 from ptune.convert.huggingface import read_json
 from ptune.convert.trained import SUFFIX, open_trained
+from ptune.errors import UserError
 from ptune.methods import multitask
 from ptune.methods.prompt import PATH
 
@@ -83,7 +84,7 @@ def read_prompt(path: epath.PathLike, task: int | None = None) -> Prompt:
   elif is_multitask(place):
     kind, (array, facts) = 'safetensors', _of_task(place, task)
   elif task is not None:
-    raise ValueError(f'{place} is one prompt: there is no task to choose')
+    raise UserError(f'{place} is one prompt: there is no task to choose')
   elif place.is_dir():
     kind, array, facts = _of_checkpoint(place)
   elif place.suffix == '.safetensors':
@@ -173,7 +174,7 @@ def _of_checkpoint(path: epath.Path) -> tuple[str, np.ndarray, dict[str, Any]]:
   source = open_checkpoint(path)
   if PATH not in source.leaves:
     others = sorted(name for name in source.leaves if 'prompt' in name)
-    raise ValueError(
+    raise UserError(
       f'The {source.describe()} holds no {PATH}.'
       + ''.join(f'\n  it holds {name}' for name in others[:20])
       + f'\n{EXPECTED}'
@@ -197,14 +198,14 @@ def _of_task(
   trained = {path: leaf.read() for path, leaf in source.leaves.items()}
   settings = facts.pop('settings', None)
   if settings is None:
-    raise ValueError(
+    raise UserError(
       f'{file} holds the prompts of several tasks; the .json that a run wrote'
       ' beside it says what they are made of, and is needed'
     )
   try:
     array = multitask.task_prompt(settings, trained, task)
   except ValueError as error:
-    raise ValueError(f'{file}: {error}, with --task') from error
+    raise UserError(f'{file}: {error}, with --task') from error
   method = 'prompt/causal' if settings['causal'] else 'prompt'
   return array, {**facts, 'method': method, 'task_index': task}
 
@@ -212,7 +213,7 @@ def _of_task(
 def _of_safetensors(file: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
   tensors, metadata = safetensors_files.open_file(file)
   if set(tensors) != ONE:
-    raise ValueError(
+    raise UserError(
       f'{file} holds {sorted(tensors)[:20]}; the file of a prompt holds '
       f'{peft.ROWS} alone. What another method trained is a PROMPT_FILE as it '
       'is, and merged by ptune export --format=t5x or huggingface'
@@ -222,7 +223,7 @@ def _of_safetensors(file: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
   except (ValueError, RecursionError):
     facts = None
   if not isinstance(facts, dict):
-    raise ValueError(f'{file}: its metadata {FACTS!r} is no JSON object')
+    raise UserError(f'{file}: its metadata {FACTS!r} is no JSON object')
   return tensors[peft.ROWS].read(), facts
 
 
@@ -249,11 +250,11 @@ def _of_npy(file: epath.Path) -> np.ndarray:
       }[version]
       shape, transposed, dtype = read_header(f)
       if dtype.hasobject:
-        raise ValueError('it holds pickled objects, which are not loaded')
+        raise UserError('it holds pickled objects, which are not loaded')
       # Before room is made for as much as the header says.
       left = size - f.tell()
       if left != math.prod(shape) * dtype.itemsize:
-        raise ValueError(
+        raise UserError(
           f'{left} bytes follow a header that says {list(shape)} {dtype}'
         )
       data = f.read()
@@ -262,7 +263,7 @@ def _of_npy(file: epath.Path) -> np.ndarray:
       dtype = np.dtype(jnp.bfloat16)
     return np.frombuffer(data, dtype).reshape(shape, order=order)
   except _DAMAGED as error:
-    raise ValueError(
+    raise UserError(
       f'{file} ({size} bytes) is no NumPy array file, or is damaged: {error}.\n'
       f'{EXPECTED}'
     ) from error
@@ -273,7 +274,7 @@ def _checked(array: np.ndarray, place: epath.Path) -> np.ndarray:
   kind = array.dtype
   numbers = np.issubdtype(kind, np.floating) or kind.name == 'bfloat16'
   if array.ndim != 2 or not numbers or 0 in array.shape:
-    raise ValueError(
+    raise UserError(
       f'{place} holds {kind} {list(array.shape)}; a prompt is [prompt, embed] '
       'floats'
     )
@@ -281,5 +282,5 @@ def _checked(array: np.ndarray, place: epath.Path) -> np.ndarray:
   with np.errstate(over='ignore'):
     array = np.ascontiguousarray(array, np.float32)
   if not np.isfinite(array).all():
-    raise ValueError(f'{place} holds NaN or infinity')
+    raise UserError(f'{place} holds NaN or infinity')
   return array

@@ -18,6 +18,7 @@ import safetensors
 from etils import epath
 
 from ptune.convert.source import Index, Leaf, nbytes
+from ptune.errors import UserError
 
 DTYPES = {
   'F64': 'float64',
@@ -34,7 +35,7 @@ def _opened(file: epath.Path) -> Iterator[Any]:
     with safetensors.safe_open(str(file), framework='numpy') as tensors:
       yield tensors
   except (safetensors.SafetensorError, OSError) as error:
-    raise ValueError(
+    raise UserError(
       f'{file} is missing, damaged or cut short; download it again. {error}'
     ) from error
 
@@ -50,7 +51,7 @@ def open_file(file: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
       is not read.
   """
   if '://' in str(file):
-    raise ValueError(
+    raise UserError(
       f'{file}: safetensors are mapped into memory, which needs local files. '
       f'Copy the directory: gcloud storage cp -r {file.parent} .'
     )
@@ -66,7 +67,7 @@ def open_file(file: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
     if dtype not in DTYPES
   ]
   if unknown:
-    raise ValueError(
+    raise UserError(
       f'{file} has tensors of a dtype that is not read (expected '
       f'{", ".join(DTYPES)}):\n' + '\n'.join(unknown)
     )

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptune.errors import UserError
+
 Index = tuple[slice, ...]
 Shape = tuple[int, ...]
 
@@ -191,7 +193,7 @@ def restore(
     if not finite:
       broken[path] = f'  {path} {_text(spec.shape)} as {cast.name}'
   if broken:
-    raise ValueError(
+    raise UserError(
       f'{len(broken)} parameters have values that are NaN or infinite:\n'
       + '\n'.join(broken[path] for path in abstract if path in broken)
       + f'\nin the {source.describe()}\nThe checkpoint is damaged, or was '
@@ -211,7 +213,7 @@ def refuse_scanned(path: Any, shapes: Mapping[str, Shape]) -> None:
     and len(shape) > 2
   ]
   if stacked:
-    raise ValueError(
+    raise UserError(
       f'{path} was trained with scanned layers: one array holds the kernels '
       'of all layers.\n'
       + '\n'.join(stacked)
@@ -287,7 +289,7 @@ def _check(
     'The gin file may be that of another size or family; pick the '
     'models/*.gin of this checkpoint.'
   )
-  raise ValueError('\n'.join(lines))
+  raise UserError('\n'.join(lines))
 
 
 def _place(

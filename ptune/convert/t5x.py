@@ -26,6 +26,7 @@ from ptune.convert.zarr import (
   subdirectory,
   write_array,
 )
+from ptune.errors import UserError
 
 # Version 2 wrote bfloat16 as uint16; version 0 had no optimizer around it.
 VERSIONS = (2, 3)
@@ -115,7 +116,7 @@ def _optimizer(file: epath.Path) -> dict[str, Any]:
   """The msgpack file's {'target': ..., 'state': ...}."""
   data = file.read_bytes()
   if data.startswith(b'model_checkpoint_path'):
-    raise ValueError(
+    raise UserError(
       f'{file} belongs to a checkpoint of TensorFlow (Mesh TensorFlow T5); '
       'the same models converted to T5X lie in '
       'gs://t5-data/pretrained_models/t5x.'
@@ -123,7 +124,7 @@ def _optimizer(file: epath.Path) -> dict[str, Any]:
   try:
     contents = serialization.msgpack_restore(data)
   except Exception as error:  # Whatever damage makes msgpack raise.
-    raise ValueError(
+    raise UserError(
       f'{file} ({len(data)} bytes) is not the msgpack file of a T5X '
       f'checkpoint, or is cut short; copy it again. {error}'
     ) from error
@@ -132,11 +133,11 @@ def _optimizer(file: epath.Path) -> dict[str, Any]:
   if not isinstance(optimizer, dict) or not isinstance(
     optimizer.get('target'), dict
   ):
-    raise ValueError(
+    raise UserError(
       f"{file} holds {keys}; expected T5X's version and optimizer/target."
     )
   if contents.get('version') not in VERSIONS:
-    raise ValueError(
+    raise UserError(
       f'{file} has version {contents.get("version")}; this reader knows '
       f'{VERSIONS}. Load and save it with T5X once.'
     )
@@ -162,12 +163,12 @@ def _relative_path(node: Any, where: str) -> Any:
   """
   kvstore = node.get('kvstore') if _is_spec(node) else None
   if not isinstance(kvstore, dict) or node['driver'] != 'zarr':
-    raise ValueError(
+    raise UserError(
       f'{where} is {str(node)[:200]}; expected an array or the TensorStore '
       'spec of a zarr array.'
     )
   if kvstore.get('driver') not in ('file', 'gfile', 'gcs'):
-    raise ValueError(
+    raise UserError(
       f'{where} lies in a {kvstore.get("driver")!r} store; expected file, '
       'gfile or gcs.'
     )
@@ -181,11 +182,11 @@ def _shape_and_dtype(node: Any, where: str) -> tuple[Shape, str]:
     shape = tuple(int(n) for n in metadata['shape'])
     dtype = str(node.get('dtype') or jnp.dtype(metadata['dtype']).name)
   except (TypeError, KeyError, ValueError, AttributeError) as error:
-    raise ValueError(
+    raise UserError(
       f'{where} has no proper shape and dtype: {str(node)[:200]}'
     ) from error
   if dtype == 'uint16':
-    raise ValueError(
+    raise UserError(
       f'{where} is bfloat16 written as uint16, as T5X did before June 2021; '
       'load and save the checkpoint with T5X once.'
     )
@@ -217,7 +218,7 @@ def _compare(
     if (array.shape, array.dtype.name) != (shape, dtype)
   ]
   if wrong:
-    raise ValueError(
+    raise UserError(
       f'{path}: arrays differ from what the file `checkpoint` says of them; '
       'they do not belong together, copy it again.\n' + '\n'.join(wrong)
     )
@@ -230,5 +231,5 @@ def _step(optimizer: dict[str, Any], file: epath.Path) -> int | None:
     return None
   step = np.asarray(step)
   if step.size != 1 or not np.issubdtype(step.dtype, np.integer):
-    raise ValueError(f'The step in {file} is {step}; expected one integer.')
+    raise UserError(f'The step in {file} is {step}; expected one integer.')
   return int(step.item())

@@ -7,6 +7,7 @@ from etils import epath
 from ptune import pretrained
 from ptune.convert.hub import locate
 from ptune.convert.huggingface import BYT5, CONFIG, read_json
+from ptune.errors import UserError
 
 if TYPE_CHECKING:
   import sentencepiece
@@ -75,7 +76,7 @@ def find(path: epath.PathLike) -> tuple[epath.Path | None, int | None]:
   message = f'{path} holds no vocabulary. Found: {", ".join(names)}. '
   if 'tokenizer.json' in names:
     message += 'tokenizer.json is not read. '
-  raise ValueError(
+  raise UserError(
     message + f'Copy the SentencePiece file of the model ({SENTENCEPIECE[0]}) '
     'there, or give the path of that file'
   )
@@ -98,7 +99,7 @@ def load_sentencepiece(
   try:
     processor.LoadFromSerializedProto(file.read_bytes())
   except (RuntimeError, OSError) as error:
-    raise ValueError(
+    raise UserError(
       f'{file} is no SentencePiece model, or is damaged: {error}'
     ) from error
   return processor

@@ -15,6 +15,7 @@ import tensorstore as ts
 from etils import epath
 
 from ptune.convert.source import Index, Leaf, Shape
+from ptune.errors import UserError
 
 # What TensorStore raises for files that are missing, damaged or out of reach.
 ERRORS = (ValueError, OSError, RuntimeError, NotImplementedError)
@@ -31,7 +32,7 @@ def subdirectory(directory: epath.Path, name: object) -> epath.Path:
   """
   child = name.rstrip('/') if isinstance(name, str) else ''
   if child in ('', '.', '..') or '/' in child or '\\' in child:
-    raise ValueError(
+    raise UserError(
       f'{directory} names an array {name!r}; it must be a directory directly '
       'below. The checkpoint is damaged or not to be trusted.'
     )
@@ -93,7 +94,7 @@ def open_arrays(
       broken[name] = _short(error)
   if broken:
     # The cause is the same for all where the whole store is damaged.
-    raise ValueError(
+    raise UserError(
       f'{where}: {len(broken)} of {len(stores)} arrays are missing or damaged; '
       'copy it again.\n'
       + '\n'.join(f'  {name}' for name in broken)
@@ -148,7 +149,7 @@ def _leaf(where: str, array: ts.TensorStore) -> Leaf:
     try:
       return array[index].read().result()
     except ERRORS as error:
-      raise ValueError(
+      raise UserError(
         f'{where} cannot be read: its data is missing or damaged; copy it '
         f'again. {_short(error)}'
       ) from error

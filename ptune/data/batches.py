@@ -30,6 +30,7 @@ from absl import logging
 
 from ptune.data.seqio_task import FEATURES, Batch, Provider
 from ptune.data.seqio_task import check as check_task
+from ptune.errors import UserError
 
 import seqio  # isort: skip  (after ptune.data.seqio_task, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip
@@ -255,7 +256,7 @@ class Batches:
       ('bucket_multiple', bucket_multiple or 0, 0),
     ):
       if value < least:
-        raise ValueError(f'{name} is {value}, expected at least {least}.')
+        raise UserError(f'{name} is {value}, expected at least {least}.')
     self._name = f'{task.name}:{split}'
     self._lengths = {name: feature_lengths[name] for name in FEATURES}
     self._batch_size, self._seed = batch_size, seed
@@ -292,7 +293,7 @@ class Batches:
         return None
       blocks.append(block)
     if not count:
-      raise ValueError(
+      raise UserError(
         f'{self._name} has no examples after its preprocessors, expected at '
         'least one. Check its source and what its preprocessors filter out.'
       )
@@ -328,7 +329,7 @@ class Batches:
     blocks = list(itertools.islice(self._blocks, self._window))
     count = sum(len(b['inputs']) for b in blocks)
     if count < self._chunk_size:
-      raise ValueError(
+      raise UserError(
         f'The stream of {self._name} ended after {skip + count} rows, expected '
         'no end. A task of the mixture may have an empty split.'
       )
@@ -406,7 +407,7 @@ def _row_limit(
   """Returns the most rows to be kept in memory, 0 for a stream."""
   if isinstance(task, seqio.Mixture):
     if in_memory:
-      raise ValueError(
+      raise UserError(
         f'in_memory is True for the mixture {task.name!r}, expected a task: a '
         'mixture has no epochs. Leave in_memory out.'
       )
@@ -427,7 +428,7 @@ def check_batch_size(
 ) -> None:
   """Raises a ValueError unless the axis `data` divides each microbatch."""
   if 'data' not in mesh.shape:
-    raise ValueError(
+    raise UserError(
       f'The mesh has the axes {mesh.axis_names}, expected one named data.'
     )
   devices = mesh.shape['data']
@@ -436,7 +437,7 @@ def check_batch_size(
     below = size - size % parts
     fitting = ' or '.join(str(s) for s in (below, below + parts) if s)
     times = f', times {microbatches} MICROBATCHES' if microbatches > 1 else ''
-    raise ValueError(
+    raise UserError(
       f'BATCH_SIZE is {size}, expected a multiple of the {devices} devices '
       f'along the mesh axis data{times}. Use {fitting}.'
     )
@@ -521,7 +522,7 @@ def padded_batches(
     Which examples the first rows hold [n <= batch_size], and the batch.
   """
   if batch_size < 1:
-    raise ValueError(f'The batch size is {batch_size}, expected at least 1.')
+    raise UserError(f'The batch size is {batch_size}, expected at least 1.')
   examples = list(examples)
   longest = {
     name: max(len(example[name]) for example in examples)

@@ -25,6 +25,7 @@ import numpy as np
 
 from ptune.data import batches as data
 from ptune.data.seqio_task import FEATURES, Batch, Provider
+from ptune.errors import UserError
 from ptune.model import parameters
 from ptune.model.adapters import VIRTUAL, Method, Packed
 from ptune.model.models import EncoderDecoderModel
@@ -214,7 +215,7 @@ def model_of(
   try:
     jax.eval_shape(made.loss, params, dict.fromkeys(names, tokens))
   except ValueError as error:
-    raise ValueError(
+    raise UserError(
       f'PACK is set, and method {plan.method.name!r} or the loss cannot read'
       f' rows of several examples: {error}'
     ) from error

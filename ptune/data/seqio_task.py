@@ -16,6 +16,8 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 import seqio
 import tensorflow as tf
 
+from ptune.errors import UserError
+
 # The accelerators are JAX's: TensorFlow would take all of a GPU's memory.
 tf.config.set_visible_devices([], 'GPU')
 tf.get_logger().setLevel('ERROR')
@@ -37,7 +39,7 @@ def load(name: str, module: str | Sequence[str] | None = None) -> Provider:
     ValueError: A module does not exist, or no task or mixture has this name.
   """
   if not isinstance(name, str):
-    raise ValueError(
+    raise UserError(
       f'MIXTURE_OR_TASK_NAME is {name!r}; it must be a name, such as'
       " 'glue_sst2_v200'"
     )
@@ -47,7 +49,7 @@ def load(name: str, module: str | Sequence[str] | None = None) -> Provider:
     except ModuleNotFoundError as error:
       if error.name is None or not f'{path}.'.startswith(f'{error.name}.'):
         raise  # the module exists, something that it imports does not
-      raise ValueError(
+      raise UserError(
         f'MIXTURE_OR_TASK_MODULE {path!r} cannot be imported, there is no '
         f'module {error.name!r}. Install it or put it on PYTHONPATH.'
       ) from error
@@ -56,7 +58,7 @@ def load(name: str, module: str | Sequence[str] | None = None) -> Provider:
   if not _is_registered(name):
     names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.3)
-    raise ValueError(
+    raise UserError(
       f'MIXTURE_OR_TASK_NAME {name!r} is not registered; nearest of the '
       f'{len(names)} registered names: {", ".join(near) or "none"}. Set '
       'MIXTURE_OR_TASK_MODULE to the module that registers it (imported: '
@@ -82,7 +84,7 @@ def check(
   Without a split, only that it can encode texts from elsewhere is checked.
   """
   if not isinstance(feature_lengths, Mapping):
-    raise ValueError(
+    raise UserError(
       f'TASK_FEATURE_LENGTHS is {feature_lengths!r}, expected the lengths by '
       "feature, such as {'inputs': 128, 'targets': 8}."
     )
@@ -121,7 +123,7 @@ def check(
         'with seqio_cache_tasks, or set USE_CACHED_TASKS = False'
       )
   if wrong:
-    raise ValueError(f'Task {task.name!r}: ' + '; '.join(wrong) + '.')
+    raise UserError(f'Task {task.name!r}: ' + '; '.join(wrong) + '.')
 
 
 def vocabulary(task: Provider) -> seqio.Vocabulary:
@@ -132,7 +134,7 @@ def vocabulary(task: Provider) -> seqio.Vocabulary:
   """
   inputs, targets = (task.output_features[f].vocabulary for f in FEATURES)
   if inputs != targets:
-    raise ValueError(
+    raise UserError(
       f'Task {task.name!r} has the vocabulary {inputs} for inputs and '
       f'{targets} for targets, expected one for both: T5 embeds them with the '
       'same parameter. Give the features the same vocabulary.'
@@ -147,7 +149,7 @@ def check_vocabulary(task: Provider, embedding_rows: int) -> None:
   """
   size = vocabulary(task).vocab_size
   if size > embedding_rows:
-    raise ValueError(
+    raise UserError(
       f'Task {task.name!r} has a vocabulary of {size} ids, expected at most '
       f"the {embedding_rows} rows of the model's embedding. Use the "
       'vocabulary that the model was trained with, or another model.'
@@ -250,7 +252,7 @@ def target_ids(
     ValueError: If there are not two labels at least, or two become the same.
   """
   if labels is None or isinstance(labels, str) or len(set(labels)) < 2:
-    raise ValueError(
+    raise UserError(
       f'CLASS_LABELS is {labels!r}; the loss needs the list of all targets,'
       " such as ['no', 'yes']"
     )
@@ -264,7 +266,7 @@ def target_ids(
     for label in labels
   }
   if len(set(found.values())) < len(found):
-    raise ValueError(
+    raise UserError(
       f'some of CLASS_LABELS are the same within the {task_feature_lengths}'
       f' tokens of TASK_FEATURE_LENGTHS: {found}; raise targets'
     )
@@ -293,7 +295,7 @@ def distinct_targets(
   for texts, _ in itertools.islice(rows, LABELLED_ROWS):
     found.add(texts['targets'])
     if len(found) > most:
-      raise ValueError(
+      raise UserError(
         f'Task {task.name!r} has more than {most} distinct targets, such as '
         f'{sorted(found)[:3]}, so its class labels cannot be told. Set '
         'CLASS_LABELS, or choose another file of prompts/.'

@@ -5,6 +5,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ptune.errors import UserError
 from ptune.model.adapters import Method, combine
 
 
@@ -35,5 +36,5 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
   known = functions()
   function = known.get(name.partition('/')[0])
   if function is None:
-    raise ValueError(f'no method {name!r}; there are {sorted(known)}')
+    raise UserError(f'no method {name!r}; there are {sorted(known)}')
   return function(**settings)

@@ -21,6 +21,7 @@ import functools
 import jax
 from flax import linen as nn
 
+from ptune.errors import UserError
 from ptune.model.adapters import Method, Placement
 from ptune.model.layers import Dense
 
@@ -64,9 +65,9 @@ def bottleneck(size: int = 64, place: str = 'sequential') -> Method:
     ValueError: If the size is below 1, or the place unknown.
   """
   if size < 1:
-    raise ValueError(f'bottleneck size is {size}; it must be at least 1')
+    raise UserError(f'bottleneck size is {size}; it must be at least 1')
   if place not in PLACES:
-    raise ValueError(f'bottleneck place {place!r} is not one of {PLACES}')
+    raise UserError(f'bottleneck place {place!r} is not one of {PLACES}')
   adapter = functools.partial(
     Bottleneck, size=size, parallel=place == 'parallel'
   )

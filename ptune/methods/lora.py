@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from ptune.errors import UserError
 from ptune.model.adapters import Method, Placement
 from ptune.model.layers import Dense
 
@@ -82,12 +83,12 @@ def lora(
     ValueError: If the rank is below 1, or a site unknown or given twice.
   """
   if not isinstance(rank, int) or rank < 1:
-    raise ValueError(
+    raise UserError(
       f'the rank of LoRA is {rank!r}; it must be at least 1, a whole number'
     )
   wrong = [s for s in sites if s not in OWNERS or list(sites).count(s) > 1]
   if wrong or not sites:
-    raise ValueError(
+    raise UserError(
       f'the sites of LoRA are {list(sites)}; choose at least one of'
       f' {list(OWNERS)}, each once'
     )

@@ -39,6 +39,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
+from ptune.errors import UserError
 from ptune.methods import prompt_init
 from ptune.methods.prompt import (
   SCOPE,
@@ -104,7 +105,7 @@ def task_prompt(
   """
   own = np.asarray(trained[TASKS], np.float32)
   if task is None or not 0 <= task < len(own):
-    raise ValueError(
+    raise UserError(
       f'it holds the prompts of {len(own)} tasks, and got task {task}; choose'
       f' one of 0 ... {len(own) - 1}'
     )
@@ -130,7 +131,7 @@ class MultitaskPrompt(nn.Module):
     elif self.combine in ('concat_features', 'project'):
       features = self.shared_features or embed // 2
     if self.combine == 'concat_features' and features >= embed:
-      raise ValueError(
+      raise UserError(
         f'shared_features is {features}, and d_model of the model {embed}: no'
         ' feature is left for the tasks; lower shared_features'
       )
@@ -211,7 +212,7 @@ def check_tokens(vocab_size: int, tasks: int, tokens: np.ndarray) -> None:
   first = tokens[:, 0]
   known = (first >= vocab_size - tasks) & (first < vocab_size)
   if not known.all():
-    raise ValueError(
+    raise UserError(
       f'inputs begin with the tokens {sorted(set(first[~known].tolist()))}, and'
       f' those of the {tasks} tasks are {vocab_size - 1} (task 0) to'
       f' {vocab_size - tasks} (task {tasks - 1}): train on tasks named'
@@ -252,20 +253,20 @@ def multitask(
   """
   check_length(length)
   if combine not in COMBINE:
-    raise ValueError(f'combine is {combine!r}; it must be one of {COMBINE}')
+    raise UserError(f'combine is {combine!r}; it must be one of {COMBINE}')
   if not 1 <= tasks < vocab_size:
-    raise ValueError(
+    raise UserError(
       f'tasks is {tasks}; it must be at least 1, and less than the vocab_size'
       f' {vocab_size}'
     )
   task_length = math.ceil(length / 2) if task_length is None else task_length
   if combine == 'concat' and not 1 <= task_length < length:
-    raise ValueError(
+    raise UserError(
       f'task_length is {task_length}; it must be at least 1, and less than the'
       f' PROMPT_LENGTH {length}, so that rows are left to be shared'
     )
   if shared_features is not None and shared_features < 1:
-    raise ValueError(
+    raise UserError(
       f'shared_features is {shared_features}; it must be at least 1'
     )
   source = functools.partial(

@@ -26,6 +26,7 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.linen import partitioning
 
+from ptune.errors import UserError
 from ptune.methods import prompt_init
 from ptune.methods.prompt import (
   PATH,
@@ -168,10 +169,10 @@ def p_tuning(
       LSTM cannot be halved.
   """
   if encoder not in ENCODERS:
-    raise ValueError(f'encoder {encoder!r} is not one of {ENCODERS}')
+    raise UserError(f'encoder {encoder!r} is not one of {ENCODERS}')
   lstm = encoder == 'lstm'
   if hidden < 1 or (lstm and hidden % 2):
-    raise ValueError(
+    raise UserError(
       f'hidden is {hidden}; it must be at least 1, and even for an LSTM'
     )
   module = functools.partial(Encoder, hidden=hidden, lstm=lstm)

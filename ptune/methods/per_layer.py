@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ptune.errors import UserError
 from ptune.methods import prompt_init
 from ptune.methods.prompt import PATH, InsertPrompt, Prompt, check_length
 from ptune.model.adapters import Method, Placement
@@ -74,7 +75,7 @@ def per_layer(
   """
   check_length(length)
   if combine not in COMBINE:
-    raise ValueError(f'combine is {combine!r}; it must be one of {COMBINE}')
+    raise UserError(f'combine is {combine!r}; it must be one of {COMBINE}')
   layer = functools.partial(LayerPrompt, length=length, add=combine == 'add')
   return Method(
     name='per_layer',

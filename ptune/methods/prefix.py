@@ -36,6 +36,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
+from ptune.errors import UserError
 from ptune.methods.prompt import check_length
 from ptune.model.adapters import Method, Placement
 from ptune.model.layers import Dense
@@ -132,10 +133,10 @@ def prefix(
   """
   check_length(length)
   if hidden is not None and hidden < 1:
-    raise ValueError(f'hidden is {hidden}; it must be None or at least 1')
+    raise UserError(f'hidden is {hidden}; it must be None or at least 1')
   unknown = sorted(set(attentions) - set(STACKS))
   if unknown or not attentions:
-    raise ValueError(
+    raise UserError(
       f'attentions are {list(attentions)}; choose at least one of'
       f' {list(STACKS)}'
     )

@@ -27,6 +27,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
+from ptune.errors import UserError
 from ptune.methods import prompt_init
 from ptune.model.adapters import VIRTUAL, Method, Packed, Placement
 
@@ -283,9 +284,9 @@ def prompt(
   """
   check_length(length)
   if position not in POSITIONS:
-    raise ValueError(f'prompt position {position!r} is not one of {POSITIONS}')
+    raise UserError(f'prompt position {position!r} is not one of {POSITIONS}')
   if causal and position != 'start':
-    raise ValueError(
+    raise UserError(
       f"a causal prompt stands at position 'start', not at {position!r}"
     )
   adapter = functools.partial(InsertPrompt, length=length, position=position)
@@ -313,6 +314,6 @@ def causal_mask(length: int | None) -> tuple[Placement, ...]:
 def check_length(length: int) -> None:
   """Raises a ValueError if a prompt cannot have this length."""
   if not isinstance(length, int) or length < 1:
-    raise ValueError(
+    raise UserError(
       f'PROMPT_LENGTH is {length!r}; it must be at least 1, a whole number'
     )

@@ -12,9 +12,13 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 from absl import logging
 from etils import epath
+
+from ptune.errors import UserError
+from ptune.model import parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,25 @@ class Initializer(Protocol):
   def __call__(
     self, rng: np.random.Generator, shape: tuple[int, int], base: Base
   ) -> np.ndarray: ...
+
+
+def initialize_adapters(
+  plan: parameters.Plan, base: Base, seed: int
+) -> dict[str, jax.Array]:
+  """The first values of what the method added.
+
+  Args:
+    plan: The plan.
+    base: What an initialiser may look at.
+    seed: Seeds both kinds of initialisers.
+  """
+  hosted = plan.method.initial
+  values = parameters.initialize(plan, plan.adapters - set(hosted), seed)
+  for i, (path, init) in enumerate(hosted.items()):
+    struct = plan.params[path]
+    value = init(np.random.default_rng([seed, i]), struct.shape, base)
+    values[path] = parameters.place(value, struct)
+  return values
 
 
 def random_uniform(low: float = -0.5, high: float = 0.5) -> Initializer:
@@ -94,19 +117,19 @@ def from_class_labels(
     fill: Initialises the other rows; the sampled vocabulary if not given.
   """
   if isinstance(labels, str):
-    raise ValueError(
+    raise UserError(
       f'CLASS_LABELS is the string {labels!r}; it must be a list, such as'
       f' [{labels!r}]'
     )
   if wrong := [x for x in labels or () if not isinstance(x, str)]:
-    raise ValueError(
+    raise UserError(
       f'CLASS_LABELS has {wrong}; it must be texts as they stand in the targets'
     )
 
   def init(rng, shape, base):
     names = list(base.labels() if labels is None else labels)
     if not names:
-      raise ValueError(
+      raise UserError(
         "CLASS_LABELS is empty; name the labels, such as ['no', 'yes'], or"
         ' choose another file of prompts/'
       )
@@ -188,19 +211,19 @@ def from_prompts(
       if not given.
   """
   if isinstance(files, str | os.PathLike) or not files:
-    raise ValueError(
+    raise UserError(
       f'SOURCE_PROMPTS is {files!r}; it must be a list of prompt files, such as'
       f' {[os.fspath(files)] if files else ["/runs/mnli/prompts/best.npy"]}'
     )
   given = [1.0] * len(files) if weights is None else list(weights)
   if len(given) != len(files):
-    raise ValueError(
+    raise UserError(
       f'SOURCE_WEIGHTS has {len(given)} numbers for {len(files)}'
       ' SOURCE_PROMPTS; give one for each'
     )
   total = sum(given)
   if not all(w >= 0 for w in given) or not 0 < total < float('inf'):
-    raise ValueError(
+    raise UserError(
       f'SOURCE_WEIGHTS is {given}; expected numbers of at least 0, and one'
       ' above it'
     )
@@ -211,7 +234,7 @@ def from_prompts(
     if wrong := {
       f: list(a.shape) for f, a in arrays.items() if a.shape != shape
     }:
-      raise ValueError(
+      raise UserError(
         f'the prompt is {list(shape)} [PROMPT_LENGTH, d_model of the model],'
         ' and of SOURCE_PROMPTS these are not:\n'
         + '\n'.join(f'  {file} {found}' for file, found in wrong.items())
@@ -249,19 +272,19 @@ def read(path: str | os.PathLike[str]) -> np.ndarray:
       # Pickled content could run code: never loaded.
       array = np.lib.format.read_array(f, allow_pickle=False)
     except (ValueError, EOFError, MemoryError) as error:
-      raise ValueError(
+      raise UserError(
         f'prompt file {file} is not a NumPy array file (or it is cut short,'
         f' or holds pickled objects, which are not loaded): {error}'
       ) from error
   if array.ndim != 2 or array.dtype.kind not in 'fiu':
-    raise ValueError(
+    raise UserError(
       f'prompt file {file} holds {array.dtype} {list(array.shape)}; a prompt'
       ' is [prompt, embed] floats'
     )
   with np.errstate(over='ignore'):  # What is too large is reported below.
     array = array.astype(np.float32)
   if not np.isfinite(array).all():
-    raise ValueError(f'prompt file {file} holds NaN or infinity')
+    raise UserError(f'prompt file {file} holds NaN or infinity')
   return array
 
 
@@ -283,7 +306,7 @@ def fit(array: np.ndarray, shape: tuple[int, int], what: str) -> np.ndarray:
   """
   array = np.array(array, np.float32)
   if array.shape != tuple(shape):
-    raise ValueError(
+    raise UserError(
       f'{what} has shape {list(array.shape)}, and the prompt'
       f' {list(shape)} [PROMPT_LENGTH, d_model of the model]; change'
       ' PROMPT_LENGTH or the model file'
@@ -298,7 +321,7 @@ def _encode(text: str, vocabulary: Any, what: str) -> list[int]:
   if not known or (
     len(known) < len(ids) and not vocabulary.decode(known).strip()
   ):
-    raise ValueError(
+    raise UserError(
       f'{what} {text!r} cannot be encoded by the vocabulary: it gives'
       f' {ids or "no tokens"}' + (' (the unknown token)' if ids else '')
     )

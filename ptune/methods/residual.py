@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
 
+from ptune.errors import UserError
 from ptune.methods import prompt_init
 from ptune.methods.p_tuning import AXES, encoded_prompt
 from ptune.model.adapters import Method
@@ -68,6 +69,6 @@ def residual(
     ValueError: If a size is below 1.
   """
   if bottleneck < 1:
-    raise ValueError(f'bottleneck is {bottleneck}; it must be at least 1')
+    raise UserError(f'bottleneck is {bottleneck}; it must be at least 1')
   module = functools.partial(Residual, bottleneck=bottleneck)
   return encoded_prompt('residual', length, module, init)

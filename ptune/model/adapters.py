@@ -24,6 +24,8 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from ptune.errors import UserError
+
 # Ids from here on are no token's: see `Packed`.
 VIRTUAL = 2**30
 
@@ -128,7 +130,7 @@ def combine(methods: Sequence[Method]) -> Method:
   places = [(p.site, p.name) for m in methods for p in m.placements]
   twice = sorted({place for place in places if places.count(place) > 1})
   if twice or not methods:
-    raise ValueError(
+    raise UserError(
       f'methods {[m.name for m in methods]} cannot be combined: there must be'
       f' one at least, and these (site, name) are taken twice: {twice}'
     )

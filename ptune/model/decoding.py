@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ptune.errors import UserError
+
 # Last path keys of the cache leaves that all rows share, named as in T5X.
 SHARED_CACHE_LEAVES = ('cache_index', 'cached_bias', 'position_embedder_index')
 # Score of a beam slot that holds no sequence: T5X's, finite for JSON's sake.
@@ -361,4 +363,4 @@ def _require(*claims):
     f'got {got}, expected {want}' for holds, got, want in claims if not holds
   ]
   if wrong:
-    raise ValueError('\n'.join(wrong))
+    raise UserError('\n'.join(wrong))

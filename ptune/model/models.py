@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ptune.errors import UserError
 from ptune.model import decoding, scan
 from ptune.model.network import Transformer
 
@@ -34,7 +35,7 @@ class Decoding:
 
   def __post_init__(self):
     if self.num_beams > 1 and self.temperature:
-      raise ValueError(
+      raise UserError(
         f'num_beams is {self.num_beams} and temperature {self.temperature}:'
         ' beam search does not sample; set one of the two'
       )
@@ -64,7 +65,7 @@ class EncoderDecoderModel:
 
   def __post_init__(self):
     if not 0 <= self.label_smoothing < 1:
-      raise ValueError(
+      raise UserError(
         f'label_smoothing is {self.label_smoothing}; it must be in [0, 1)'
       )
 
@@ -143,7 +144,7 @@ class EncoderDecoderModel:
       # A batch of padding has a loss of 0, not 0 / 0.
       return jnp.maximum(tokens, 1.0)
     if isinstance(self.loss_normalizing_factor, str):
-      raise ValueError(
+      raise UserError(
         f'loss_normalizing_factor is {self.loss_normalizing_factor!r}; it'
         " must be None, a number or 'NUM_REAL_TARGET_TOKENS'"
       )

@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import lax
 
+from ptune.errors import UserError
 from ptune.model import scan
 from ptune.model.adapters import Placement, adapt, matches
 from ptune.model.layers import (
@@ -227,9 +228,7 @@ class Prefix(nn.Module):
     """[batch, length] -> [batch, length + what adapters add, embed]."""
     del enable_dropout  # The decoder drops.
     if segment_ids is not None:
-      raise ValueError(
-        'a decoder alone reads no packed examples; turn PACK off'
-      )
+      raise UserError('a decoder alone reads no packed examples; turn PACK off')
     x = self.token_embedder(tokens)
     x = adapt(self, self.placements, 'embed', tokens, x)
     adapt(self, self.placements, 'mask', tokens, (tokens > 0)[:, None, None])
@@ -288,7 +287,7 @@ class Decoder(nn.Module):
     x = token = adapt(self, place, 'embed', tokens, x)
     if cfg.decoder_only:
       if x.shape[1] != tokens.shape[1]:
-        raise ValueError(
+        raise UserError(
           'a decoder alone has no place for a prompt before the targets; put'
           ' it before the inputs, by methods/prompt.gin'
         )
@@ -496,7 +495,7 @@ class Transformer(nn.Module):
 
 def _refuse_packing(tokens: jax.Array, length: int) -> None:
   if length != tokens.shape[1]:
-    raise ValueError(
+    raise UserError(
       'an adapter changes the length of what is read, so examples cannot be'
       ' packed: each would need a prompt of its own. Turn packing off (PACK),'
       ' or place the adapters of `Method.packed`'
@@ -536,7 +535,7 @@ def parameters(network: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
     if not any(matches(p.site, site) for site in known)
   ]
   if stray:
-    raise ValueError(
+    raise UserError(
       f'no site of the network matches {stray}; its sites are:\n  '
       + '\n  '.join(known)
     )
@@ -549,7 +548,7 @@ def parameters(network: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
     )
   ]
   if single and network.config.scan:
-    raise ValueError(
+    raise UserError(
       f'SCAN computes all layers by the same program, and adapters stand in'
       f' some of them only: {single}. Place them in {scan.LAYERS!r}, or set'
       ' SCAN = False'

@@ -16,7 +16,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ptune.methods import prompt_init
+from ptune.errors import UserError
 from ptune.model import network as network_lib
 from ptune.model import partitioning, scan
 from ptune.model.adapters import Method
@@ -118,7 +118,7 @@ def plan(config: T5Config, method: Method, mesh: Mesh) -> Plan:
   trainable = frozenset(filter(method.trains, params))
   idle = [p for p in method.trainable if not _any_match(p, trainable)]
   if idle:
-    raise ValueError(
+    raise UserError(
       f'method {method.name!r} trains {idle}, which no parameter matches;'
       ' the parameters are:\n  ' + '\n  '.join(params)
     )
@@ -278,25 +278,6 @@ def initialize(
     return jax.jit(init, out_shardings=out)(jax.random.key(seed))
 
 
-def initialize_adapters(
-  plan: Plan, base: prompt_init.Base, seed: int
-) -> dict[str, jax.Array]:
-  """The first values of what the method added.
-
-  Args:
-    plan: The plan.
-    base: What an initialiser of `prompt_init` may look at.
-    seed: Seeds both kinds of initialisers.
-  """
-  hosted = plan.method.initial
-  values = initialize(plan, plan.adapters - set(hosted), seed)
-  for i, (path, init) in enumerate(hosted.items()):
-    struct = plan.params[path]
-    value = init(np.random.default_rng([seed, i]), struct.shape, base)
-    values[path] = place(value, struct)
-  return values
-
-
 def place(value: np.ndarray, struct: jax.ShapeDtypeStruct) -> jax.Array:
   """Puts a host array, which every process has, into its sharding."""
   value = np.asarray(value, struct.dtype)
@@ -324,7 +305,7 @@ def embedding_rows(
   table = params['token_embedder/embedding']
   # On a device, an index beyond the last row would silently give the last.
   if len(ids) and not 0 <= np.min(ids) <= np.max(ids) < table.shape[0]:
-    raise ValueError(
+    raise UserError(
       f'got token ids from {np.min(ids)} to {np.max(ids)}, but the embedding'
       f' has {table.shape[0]} rows; use the vocabulary of the model'
     )

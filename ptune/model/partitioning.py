@@ -13,6 +13,7 @@ from absl import logging
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ptune.errors import UserError
 from ptune.model.sizes import T5Config
 
 # Logical axis -> mesh axis. The axes of adapters are replicated, so that every
@@ -59,7 +60,7 @@ def make_mesh(
   n = len(devices)
   if model_parallel < 1 or n % model_parallel:
     fitting = [m for m in range(1, n + 1) if n % m == 0]
-    raise ValueError(
+    raise UserError(
       f'MODEL_PARALLEL is {model_parallel}, which does not divide the'
       f' {n} devices; choose one of {fitting}'
     )
@@ -120,7 +121,7 @@ def shardings(
   table = dict(logical_rules)
   unknown = sorted({a for names in axes.values() for a in names} - set(table))
   if unknown:
-    raise ValueError(
+    raise UserError(
       f'no logical axis rule for {unknown}; the rules know {sorted(table)}'
     )
   return {

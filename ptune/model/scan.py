@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
+from ptune.errors import UserError
+
 # The name of all layers together, which the patterns of sites match too.
 LAYERS = 'layers_*'
 _LAYER = re.compile(r'(?<=/)layers_(\d+)(?=/)')
@@ -59,7 +61,7 @@ def check_trainable(
   for layers in groups(paths).values():
     trained = trainable.intersection(layers)
     if trained and len(trained) < len(layers):
-      raise ValueError(
+      raise UserError(
         f'SCAN computes all layers by the same program, and method {method!r}'
         f' trains some of them only: {sorted(trained)}. Set SCAN = False'
       )

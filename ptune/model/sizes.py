@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from ptune.errors import UserError
 from ptune.model.layers import ACTIVATIONS
 
 
@@ -69,22 +70,22 @@ class T5Config:
     # Gin gives a list, and what describes a network must be hashable.
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
     if self.dtype not in ('float32', 'bfloat16'):
-      raise ValueError(
+      raise UserError(
         f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'"
       )
     if self.frozen_dtype not in (None, 'float32', 'bfloat16', 'int8'):
-      raise ValueError(
+      raise UserError(
         f'FROZEN_DTYPE is {self.frozen_dtype!r}; it must be None (as DTYPE),'
         " 'float32', 'bfloat16' or 'int8'"
       )
     unknown = sorted(set(self.mlp_activations) - set(ACTIVATIONS))
     if unknown or not self.mlp_activations:
-      raise ValueError(
+      raise UserError(
         f'mlp_activations are {self.mlp_activations}; they must be of'
         f' {tuple(ACTIVATIONS)}'
       )
     if not 0 <= self.dropout_rate < 1:
-      raise ValueError(
+      raise UserError(
         f'DROPOUT_RATE is {self.dropout_rate}; it must be in [0, 1)'
       )
 
@@ -161,11 +162,11 @@ def t5(size: str | None = None, **changes) -> T5Config:
   fields = {f.name: f for f in dataclasses.fields(T5Config)}
   unknown = sorted(set(changes) - set(fields))
   if unknown:
-    raise ValueError(f'T5Config has no {unknown}; it has {sorted(fields)}')
+    raise UserError(f'T5Config has no {unknown}; it has {sorted(fields)}')
   if size is not None:
     if size not in SIZES:
       near = difflib.get_close_matches(size, SIZES, n=3) or sorted(SIZES)
-      raise ValueError(f'no model size {size!r}; did you mean {near}?')
+      raise UserError(f'no model size {size!r}; did you mean {near}?')
     return dataclasses.replace(SIZES[size], **changes)
   missing = [
     name
@@ -173,7 +174,7 @@ def t5(size: str | None = None, **changes) -> T5Config:
     if field.default is dataclasses.MISSING and name not in changes
   ]
   if missing:
-    raise ValueError(
+    raise UserError(
       f'a model without a size name needs {missing}; or name a size, such'
       " as size='t5_1_1_small'"
     )

@@ -10,6 +10,8 @@ model.safetensors. All share one SentencePiece vocabulary.
 
 import pathlib
 
+from ptune.errors import UserError
+
 SCHEME = 'ptune://'
 DIRECTORY = pathlib.Path(__file__).parent
 VOCABULARY = DIRECTORY / 'vocab.model'
@@ -31,7 +33,7 @@ def directory(name: str) -> pathlib.Path:
   """
   name = name.removeprefix(SCHEME).strip('/')
   if name not in names():
-    raise ValueError(
+    raise UserError(
       f'{SCHEME}{name} does not come with ptune; there is'
       f' {", ".join(SCHEME + known for known in names())}. Others are made by'
       ' python -m ptune.pretrained.make'

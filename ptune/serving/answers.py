@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptune.errors import UserError
 from ptune.model import decoding, parameters, partitioning
 from ptune.model.models import Decoding, EncoderDecoderModel
 
@@ -54,7 +55,7 @@ class Predictor:
     """
     # What is out of range is said now, and not when a run has long trained.
     if how.num_beams < 1:
-      raise ValueError(f'num_beams is {how.num_beams}; it must be at least 1')
+      raise UserError(f'num_beams is {how.num_beams}; it must be at least 1')
     jax.eval_shape(
       lambda: decoding.sampling_probabilities(
         jnp.zeros((1, 2)), how.temperature, how.top_k, how.top_p

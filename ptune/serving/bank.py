@@ -26,6 +26,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ptune.convert.prompts import is_of_a_run, name_of, read_prompt
+from ptune.errors import UserError
 from ptune.methods.prompt import ROWS, per_row, row_parameters
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
@@ -40,7 +41,7 @@ OTHER_METHODS = ('prompt/', 'decoder_prompt')
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]{0,63}')
 
 
-class UnknownPrompt(ValueError):
+class UnknownPrompt(UserError):
   """There is no prompt of a name."""
 
 
@@ -83,7 +84,7 @@ class PromptBank:
     mesh = partitioning.make_mesh() if mesh is None else mesh
     self.plan = plan = parameters.plan(config, METHOD, mesh)
     if different := sorted(plan.base ^ set(base)):
-      raise ValueError(
+      raise UserError(
         f'the base is not that of the config: {different[:20]} are in one of'
         ' the two only'
       )
@@ -148,21 +149,21 @@ class PromptBank:
         refused if it is given by its run, and told by a warning otherwise.
     """
     if not name:
-      raise ValueError('a prompt needs a name')
+      raise UserError('a prompt needs a name')
     if isinstance(prompt, str | os.PathLike):
       prompt = self._read(name, prompt)
     array = np.asarray(prompt)
     if array.ndim != 2 or not len(array) or array.shape[1] != self.embed:
-      raise ValueError(
+      raise UserError(
         f'prompt {name!r} has shape {list(array.shape)}; for this model it must'
         f' be [prompt, {self.embed}]'
       )
     if array.dtype.kind not in 'fiu' and array.dtype != jnp.bfloat16:
-      raise ValueError(f'prompt {name!r} holds {array.dtype}, not numbers')
+      raise UserError(f'prompt {name!r} holds {array.dtype}, not numbers')
     with np.errstate(over='ignore'):  # What is too large is reported below.
       array = array.astype(np.float32)
     if not np.isfinite(array).all():
-      raise ValueError(f'prompt {name!r} holds NaN or infinity')
+      raise UserError(f'prompt {name!r} holds NaN or infinity')
     with self._lock:
       slots = set(range(len(self._prompts) + 1)) - set(self._slots.values())
       slot = self._slots.get(name, min(slots))
@@ -194,7 +195,7 @@ class PromptBank:
     read = read_prompt(path)
     method = read.facts.get('method', '')
     if method.startswith(OTHER_METHODS):
-      raise ValueError(
+      raise UserError(
         f'prompt {name!r} ({read.path}) was trained with method {method!r};'
         ' those that share a batch stand at the start, and all of a prompt is'
         ' seen. Give METHOD and PROMPT_FILE, to use it alone'
@@ -206,7 +207,7 @@ class PromptBank:
         f' (fingerprint {base}) than this one ({self._fingerprint})'
       )
       if epath.Path(path).is_dir():
-        raise ValueError(f'{message}; give the base of that run')
+        raise UserError(f'{message}; give the base of that run')
       logging.warning('%s', message)
     return read.array
 
@@ -238,7 +239,7 @@ class PromptBank:
     """
     devices = self.plan.mesh.shape['data']
     if not names or len(names) % devices:
-      raise ValueError(
+      raise UserError(
         f'the batch has {len(names)} rows, which the {devices} devices along'
         ' the mesh axis data must divide'
       )
@@ -312,14 +313,14 @@ def parse(prompts: str) -> dict[str, str]:
   names = [name for name, _ in found]
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice or not all(map(all, found)) or not found:
-    raise ValueError(
+    raise UserError(
       f'PROMPTS is {prompts!r}: '
       + (f'{twice} name several prompts' if twice else 'it names no prompts')
       + '; expected e.g. sst2=/runs/sst2,rte=rte.npy, or a directory of .npy'
       ' files'
     )
   if wrong := [name for name in names if not NAME.fullmatch(name)]:
-    raise ValueError(
+    raise UserError(
       f'PROMPTS is {prompts!r}: {wrong} are no names, which have up to 64 of'
       ' A-Z a-z 0-9 _ . - and begin with a letter or digit; put one before'
       ' the path, as in sst2=/runs/sst2'

@@ -12,6 +12,7 @@ from etils import epath
 from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.convert.prompts import find
 from ptune.convert.trained import open_trained
+from ptune.errors import UserError
 from ptune.methods import prompt_init
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
@@ -39,7 +40,7 @@ def output_directory(
     ValueError: If neither is given, or it cannot be written.
   """
   if output_dir is None and model_dir is None:
-    raise ValueError(
+    raise UserError(
       f'{name} is needed where there is no MODEL_DIR; for example'
       f' --gin.{name}="\'/runs/out\'"'
     )
@@ -65,28 +66,28 @@ def check(
   given = f'MODEL_DIR={model_dir!r}, PROMPT_FILE={prompt_file!r}'
   if model_dir is not None:
     if prompt_file is not None:
-      raise ValueError(f'set MODEL_DIR or PROMPT_FILE, not both; got {given}')
+      raise UserError(f'set MODEL_DIR or PROMPT_FILE, not both; got {given}')
     run = _check_run(model_dir)
     checkpoints.compare(model_dir, run, parameters.identity(plan))
     return
   if prompt_file is not None and not plan.frozen:
-    raise ValueError(
+    raise UserError(
       f'method {plan.method.name!r} trains all of the model: it'
       ' has no prompt to be read from PROMPT_FILE; give MODEL_DIR'
     )
   if prompt_file is not None and plan.method.fold:
-    raise ValueError(
+    raise UserError(
       f'method {plan.method.name!r} folds what it trained into a simpler'
       ' method: set METHOD to that one, such as methods/prompt.gin for a .npy,'
       f' to read PROMPT_FILE={prompt_file!r}; or give MODEL_DIR'
     )
   if prompt_file is None and plan.adapters:
-    raise ValueError(
+    raise UserError(
       'set MODEL_DIR (a run of ptune train) or PROMPT_FILE (a prompt for the'
       f' base model in CHECKPOINT_PATH); got {given}'
     )
   if checkpoint_path is None:
-    raise ValueError(
+    raise UserError(
       'CHECKPOINT_PATH, the base model, is needed without a MODEL_DIR; for'
       ' example --gin.CHECKPOINT_PATH="\'/models/t5_1_1_small\'"'
     )
@@ -96,7 +97,7 @@ def _check_run(model_dir: PathLike | None) -> dict[str, Any]:
   directory = checkpoints.run_directory(model_dir)
   run = checkpoints.read_run(directory)
   if not run:
-    raise ValueError(
+    raise UserError(
       f'MODEL_DIR {directory} holds no run of ptune train'
       f' ({checkpoints.RUN_FILE} is not there)'
     )
@@ -189,7 +190,7 @@ def read_prompt_file(
     ours = dict(plan.method.settings)
     theirs = facts.get('settings', ours)
     if theirs != ours:
-      raise ValueError(
+      raise UserError(
         f'prompt file {os.fspath(prompt_file)} was trained with the settings'
         f' {theirs}, and METHOD {plan.method.name!r} has {ours}; give those of'
         ' the file'
@@ -204,7 +205,7 @@ def read_prompt_file(
   facts = json.loads(beside.read_text()) if beside.is_file() else {}
   theirs = facts.get('method', '')
   if theirs.startswith(OTHER_METHODS) and theirs != plan.method.name:
-    raise ValueError(
+    raise UserError(
       f'prompt file {os.fspath(prompt_file)} was trained with method'
       f' {theirs!r}, and METHOD is {plan.method.name!r}: it would stand'
       ' elsewhere; give the method of the file'
@@ -224,13 +225,13 @@ def named_prompts(
     ValueError: If it names none, or other settings contradict it.
   """
   if model_dir is not None or prompt_file is not None:
-    raise ValueError(
+    raise UserError(
       'set PROMPTS, or MODEL_DIR, or PROMPT_FILE; got'
       f' PROMPTS={prompts!r}, MODEL_DIR={model_dir!r},'
       f' PROMPT_FILE={prompt_file!r}'
     )
   if method.name != 'prompt':
-    raise ValueError(
+    raise UserError(
       f'METHOD is {method.name!r}; PROMPTS are those of methods/prompt.gin'
     )
   named = parse(prompts) if isinstance(prompts, str) else dict(prompts)
@@ -238,7 +239,7 @@ def named_prompts(
     try:
       find(path)
     except FileNotFoundError as error:
-      raise ValueError(
+      raise UserError(
         f'PROMPTS names {path}, which does not exist. {error}'
       ) from error
   return named

@@ -14,6 +14,8 @@ from typing import Any
 
 from absl import logging as absl_logging
 
+from ptune.errors import UserError
+
 TOKEN = 'PTUNE_SERVE_TOKEN'
 
 
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ptune.serving import web
   except ModuleNotFoundError as error:
-    raise ValueError(
+    raise UserError(
       f'{error}; it comes with pip install "ptune[serve]"'
     ) from error
   # Told before a model is loaded, for minutes perhaps; until that is done,
@@ -112,7 +114,7 @@ def listen(host: str, port: int) -> Any:
   import socket
 
   if not 0 <= port <= 65535:
-    raise ValueError(f'--port is {port}; expected 0 to 65535')
+    raise UserError(f'--port is {port}; expected 0 to 65535')
   family = socket.AF_INET6 if ':' in host else socket.AF_INET
   try:
     return socket.create_server((host, port), family=family, backlog=2048)
@@ -127,7 +129,7 @@ def make(args: argparse.Namespace, web: Any) -> Any:
   """The application: the model on its devices, its programs compiled."""
   from ptune.convert import identity, open_checkpoint
   from ptune.convert.vocabulary import vocabulary_of
-  from ptune.evaluate import check_counts
+  from ptune.errors import UserError, check_counts
   from ptune.model import partitioning
   from ptune.serving import bank as bank_lib
   from ptune.serving import predictor
@@ -137,7 +139,7 @@ def make(args: argparse.Namespace, web: Any) -> Any:
   counts += ('max_queue', 'max_body', 'model_parallel')
   check_counts(**{f'--{name}': getattr(args, name) for name in counts})
   if args.max_wait < 0 or args.timeout <= 0:
-    raise ValueError(
+    raise UserError(
       f'--max_wait is {args.max_wait} and --timeout {args.timeout}; expected'
       ' seconds, the timeout more than 0'
     )
@@ -145,11 +147,11 @@ def make(args: argparse.Namespace, web: Any) -> Any:
   if args.token_file is not None:
     token = pathlib.Path(args.token_file).read_text().strip()
     if not token:
-      raise ValueError(f'--token_file {args.token_file} is empty')
+      raise UserError(f'--token_file {args.token_file} is empty')
   config = identity.config(open_checkpoint(args.base), dtype=args.dtype)
   vocabulary = vocabulary_of(args.vocabulary or args.base)
   if vocabulary.vocab_size > config.vocab_size:
-    raise ValueError(
+    raise UserError(
       f'the vocabulary has {vocabulary.vocab_size} ids, and the base'
       f' {config.vocab_size}; give that of the base as --vocabulary'
     )

@@ -21,6 +21,7 @@ from fastapi import exceptions, responses
 from starlette.concurrency import run_in_threadpool
 
 from ptune.convert.prompts import read_prompt
+from ptune.errors import UserError
 from ptune.serving.bank import NAME, PromptBank, UnknownPrompt
 from ptune.serving.batching import Batcher, Full
 
@@ -218,9 +219,9 @@ def make(
       try:
         array = read_prompt(file).array
       except ValueError as error:
-        raise ValueError(str(error).replace(f'{folder}/', '')) from error
+        raise UserError(str(error).replace(f'{folder}/', '')) from error
     if len(array) > limits.prompt_length:
-      raise ValueError(
+      raise UserError(
         f'the prompt has {len(array)} tokens; at most {limits.prompt_length}'
       )
     bank.add(name, array)

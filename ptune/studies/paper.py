@@ -20,6 +20,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ptune.errors import UserError
 from ptune.methods import full, prompt
 from ptune.methods import prompt_init as inits
 from ptune.model import sizes
@@ -247,7 +248,7 @@ def setting(
     ValueError: If a name is unknown.
   """
   if name not in SETTINGS:
-    raise ValueError(f'SETTING is {name!r}; it must be one of {list(SETTINGS)}')
+    raise UserError(f'SETTING is {name!r}; it must be one of {list(SETTINGS)}')
   made = SETTINGS[name]()
   changed = {k: v for k, v in others.items() if v is not None}
   bases = dict(made.bases)
@@ -255,12 +256,12 @@ def setting(
     usual = usual or 'yours'
     bases[usual] = base
   if unknown := {*(models or ()), usual or made.usual} - set(bases):
-    raise ValueError(
+    raise UserError(
       f'setting {name!r} has no models {sorted(unknown)}; it has {list(bases)}'
     )
   if models is not None:
     if not models:
-      raise ValueError(f'MODELS is empty; name some of {list(bases)}')
+      raise UserError(f'MODELS is empty; name some of {list(bases)}')
     changed['models'] = tuple(models)
   return dataclasses.replace(
     made, bases=bases, usual=usual or made.usual, **changed

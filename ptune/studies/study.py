@@ -40,6 +40,7 @@ from etils import epath
 from ptune import evaluate
 from ptune.analysis import figures
 from ptune.convert import identity, open_checkpoint
+from ptune.errors import UserError, check_counts
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.adapters import Method
 from ptune.serving import ensemble
@@ -170,7 +171,7 @@ def study(
     model_parallel: Devices that one copy of the weights is split over.
     **how: Of `sizes.T5Config`: how models are computed, such as `dtype`.
   """
-  evaluate.check_counts(SEEDS=seeds, TOGETHER=together)
+  check_counts(SEEDS=seeds, TOGETHER=together)
   directory = checkpoints.run_directory(model_dir)
   checkpoints.check_writable('MODEL_DIR', directory)
   with lock.held(directory):
@@ -409,7 +410,7 @@ class Runner:
         command = [sys.executable, '-m', 'ptune.pretrained.make']
         made = subprocess.run([*command, f'--output={checkpoint}', *given])
         if made.returncode:
-          raise ValueError(
+          raise UserError(
             f'{checkpoint} was not made: its pre-training, which says why,'
             f' ended with status {made.returncode}; the same command goes on'
           )

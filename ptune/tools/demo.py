@@ -27,6 +27,7 @@ from etils import epath
 
 from ptune import pretrained
 from ptune.analysis import neighbours
+from ptune.errors import UserError
 from ptune.methods import full, prompt
 from ptune.model import parameters
 from ptune.tasks import generated_text
@@ -62,12 +63,12 @@ def demo(
   """
   start = time.monotonic()
   if steps < 1:
-    raise ValueError(f'--steps is {steps}; it must be at least 1')
+    raise UserError(f'--steps is {steps}; it must be at least 1')
   directory = pathlib.Path(output_dir)
   try:
     directory.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise ValueError(
+    raise UserError(
       f'--output_dir {directory} cannot be written: {error}. Choose another'
     ) from error
   out = console or rich.console.Console(highlight=False)

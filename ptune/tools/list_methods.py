@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable
 
 from ptune import methods
+from ptune.errors import UserError
 from ptune.model import network
 from ptune.model.adapters import Method, Placement
 from ptune.model.sizes import SIZES, T5Config, t5
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
   known = methods.functions()
   unknown = sorted(set(args.name) - set(known))
   if unknown:
-    raise ValueError(f'no method {unknown}; there are {sorted(known)}')
+    raise UserError(f'no method {unknown}; there are {sorted(known)}')
   print(table(args.name or known, sizes))
 
 

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from ptune import gin_files
+from ptune.errors import UserError
 
 
 def main(
@@ -112,7 +113,7 @@ def _list(patterns: Sequence[str]) -> Iterator[str]:
     if not patterns or any(_matches(name, pattern) for pattern in patterns)
   ]
   if not found:
-    raise ValueError(f'none of {len(names)} names matches {" ".join(patterns)}')
+    raise UserError(f'none of {len(names)} names matches {" ".join(patterns)}')
   rows = [(name, *_about(seqio.get_mixture_or_task(name))) for name in found]
   widths = [max(len(row[i]) for row in rows) for i in range(3)]
   for row in rows:
@@ -229,7 +230,7 @@ def examples(
   yield f'  {of}  {metrics}'
   parts = [t for t in seqio.get_subtasks(task) if split in t.splits]
   if not parts:
-    raise ValueError(f'{task.name} has no split {split!r}; it has {splits}')
+    raise UserError(f'{task.name} has no split {split!r}; it has {splits}')
   rows = seqio_task.examples(parts[0], lengths, split)
   for i, (texts, batch) in enumerate(itertools.islice(rows, count)):
     yield f'\n{parts[0].name}, {split} {i}'

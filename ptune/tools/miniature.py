@@ -278,7 +278,7 @@ def initial(
   seed: int,
 ) -> tuple[Any, Any]:
   """The trainable and the frozen tree before the first step."""
-  added = parameters.initialize_adapters(
+  added = prompt_init.initialize_adapters(
     plan,
     prompt_init.Base(
       embedding=functools.partial(parameters.embedding_rows, base),

@@ -41,6 +41,7 @@ import optax
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
@@ -135,12 +136,12 @@ def plan(
     ValueError: If an argument is unknown, or no mesh is possible.
   """
   if accelerator is not None and accelerator not in ACCELERATORS:
-    raise ValueError(
+    raise UserError(
       f'--accelerator is {accelerator!r}; it must be one of'
       f' {list(ACCELERATORS)}'
     )
   if devices < 1:
-    raise ValueError(f'--devices is {devices}; it must be at least 1')
+    raise UserError(f'--devices is {devices}; it must be at least 1')
   if compiler == 'tpu':
     chips = _tpu_devices(devices, accelerator)
   else:
@@ -208,7 +209,7 @@ def _run_of_gin() -> Run:
 
 
 def _not_set(name: str) -> ValueError:
-  return ValueError(
+  return UserError(
     f'{name} of the run is not set; a plan needs what `ptune train` does, but'
     ' no MODEL_DIR, task or checkpoint: a file of models/, one of methods/ or'
     ' prompts/, --gin_file=runs/train.gin, and'
@@ -225,7 +226,7 @@ def _fake_devices(count: int) -> Sequence[jax.Device]:
     pass  # JAX has started: it has the devices that it has.
   found = jax.devices('cpu')
   if len(found) < count:
-    raise ValueError(
+    raise UserError(
       f'JAX was started with {len(found)} CPU devices, and {count} are needed;'
       f' set XLA_FLAGS=--xla_force_host_platform_device_count={count}'
     )
@@ -238,7 +239,7 @@ def _tpu_devices(count: int, accelerator: str | None) -> Sequence[Any]:
 
   known = TOPOLOGIES.get(accelerator or '', {})
   if count not in known:
-    raise ValueError(
+    raise UserError(
       f'--compiler=tpu cannot compile for {count} devices of {accelerator!r};'
       f' it knows {list(TOPOLOGIES)} with {list(TOPOLOGIES["v5e"])} devices'
     )
@@ -248,7 +249,7 @@ def _tpu_devices(count: int, accelerator: str | None) -> Sequence[Any]:
       platform='tpu', topology_name=f'{accelerator}:{known[count]}'
     )
   except Exception as error:  # JAX has no class for a missing compiler.
-    raise ValueError(
+    raise UserError(
       f"--compiler=tpu needs libtpu: pip install 'jax[tpu]' ({error})"
     ) from error
   return topology.devices
@@ -456,7 +457,7 @@ def describe(
   """
   possible = {m: x for m, x in table.items() if isinstance(x, Memory)}
   if not possible:
-    raise ValueError('\n'.join(str(why) for why in table.values()))
+    raise UserError('\n'.join(str(why) for why in table.values()))
   devices = max(table)
   names = [accelerator] if accelerator else list(ACCELERATORS)
   head = [

@@ -25,6 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ptune.convert.identity import spread
+from ptune.errors import UserError
 from ptune.model import partitioning
 from ptune.training.report import write_atomically
 from ptune.training.state import TrainState
@@ -51,7 +52,7 @@ def run_directory(model_dir: os.PathLike[str] | str | None) -> epath.Path:
     ValueError: If it is empty.
   """
   if not model_dir or not isinstance(model_dir, str | os.PathLike):
-    raise ValueError(
+    raise UserError(
       f'MODEL_DIR is {model_dir!r}; it must be a directory, for example'
       ' --gin.MODEL_DIR="\'/runs/sst2\'"'
     )
@@ -78,7 +79,7 @@ def check_writable(name: str, directory: epath.Path) -> None:
     probe.write_bytes(bytes(65536))
     probe.unlink()
   except OSError as error:
-    raise ValueError(
+    raise UserError(
       f'{name} {directory} cannot be written: {error.strerror or error}. Choose'
       ' another, or free space'
     ) from error
@@ -106,7 +107,7 @@ def restore(
   directory = epath.Path(directory)
   steps = finished_steps(directory)[::-1]
   if len(set(_gathered(steps[0] if steps else -1))) > 1:
-    raise ValueError(
+    raise UserError(
       f'the processes see different checkpoints in {directory}: MODEL_DIR must'
       ' be in a bucket, or on a file system that all hosts share'
     )
@@ -125,7 +126,7 @@ def restore(
         )
       except Exception as error:  # Whatever a damaged file may raise.
         if 'tree structures do not match' in str(error):
-          raise ValueError(
+          raise UserError(
             f'checkpoint {directory / str(step)} holds the state of another'
             ' optimizer: set OPTIMIZER and its settings as they were, or choose'
             ' another MODEL_DIR. Nothing was changed'
@@ -140,7 +141,7 @@ def restore(
         directory / str(step),
         problem,
       )
-  raise ValueError(
+  raise UserError(
     f'none of the checkpoints {steps} in {directory} can be read (see above).'
     ' Nothing was changed. Restore their files, or, to train from the'
     ' beginning, choose another MODEL_DIR'
@@ -391,7 +392,7 @@ def read_run(model_dir: os.PathLike[str]) -> dict[str, Any]:
   try:
     return dict(json.loads(path.read_text()))
   except (ValueError, TypeError) as error:
-    raise ValueError(
+    raise UserError(
       f'{path} is damaged ({error}), so it cannot be told what run'
       f' {path.parent} holds. Restore the file, or choose another MODEL_DIR'
     ) from error
@@ -435,7 +436,7 @@ def compare(
     if key in present and present[key] != value
   ]
   if differing:
-    raise ValueError(
+    raise UserError(
       f'MODEL_DIR {os.fspath(model_dir)} holds a run that is not this one:\n'
       + '\n'.join(differing)
       + '\nNothing was changed. Give the settings of that run, or choose'

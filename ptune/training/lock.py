@@ -24,6 +24,8 @@ import jax
 from absl import logging
 from etils import epath
 
+from ptune.errors import UserError
+
 FILE = 'run.lock'
 # Seconds: between two signs of life, and without one until a run counts as
 # dead. What is written last wins; SETTLE is for two starts at the same time.
@@ -71,7 +73,7 @@ def _refusal(path: epath.Path, text: str, otherwise: str) -> ValueError:
     who = 'process {pid} on host {host}, since {since}'.format(**owner)
   except (ValueError, KeyError, TypeError):  # It was written just now.
     who = f'another process, which {path} names'
-  return ValueError(
+  return UserError(
     f'MODEL_DIR {path.parent} is in use by {who}. Nothing was changed. Wait'
     f' for it, or stop it with SIGTERM; {otherwise}. For a run of its own,'
     ' choose another MODEL_DIR'

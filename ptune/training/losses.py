@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptune.errors import UserError
 from ptune.model.models import Batch, EncoderDecoderModel, Params, token_loss
 
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -55,12 +56,12 @@ def wayward(
     for name in path.split('/'):
       prompt = prompt.get(name) if hasattr(prompt, 'get') else None
     if prompt is None:
-      raise ValueError(
+      raise UserError(
         f'losses/wayward.gin draws the parameter {path} to a text, and the'
         ' method has none; choose methods/prompt.gin or a file of prompts/'
       )
     if len(ids) != prompt.shape[0]:
-      raise ValueError(
+      raise UserError(
         f'TARGET_TEXT has {len(ids)} pieces and the prompt {prompt.shape[0]}'
         f' rows; set PROMPT_LENGTH to {len(ids)}, or change the text'
       )
@@ -109,7 +110,7 @@ def perceptron(
     dropout_rng: jax.Array | None = None,
   ):
     if 'encoder_segment_ids' in batch:
-      raise ValueError(
+      raise UserError(
         'losses/perceptron.gin scores every target with every row, which must'
         ' hold one example; turn packing off (PACK)'
       )

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
@@ -81,7 +82,7 @@ def group(
   for name, run in runs.items():
     plan = parameters.plan(config, run.method, mesh)
     if plan.frozen != plan.base:
-      raise ValueError(
+      raise UserError(
         f'run {name!r} has method {run.method.name!r}, which trains parameters'
         ' of the base model, so it cannot share one; train it by ptune train'
       )

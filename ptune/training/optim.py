@@ -9,6 +9,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import optax
 
+from ptune.errors import UserError
+
 Schedule = Callable[[int], float]
 
 
@@ -34,12 +36,12 @@ def schedule(
       length.
   """
   if not isinstance(learning_rate, int | float):
-    raise ValueError(f'LEARNING_RATE is {learning_rate!r}; it must be a number')
+    raise UserError(f'LEARNING_RATE is {learning_rate!r}; it must be a number')
   if warmup_steps < 0:
-    raise ValueError(f'warmup_steps is {warmup_steps}; it cannot be negative')
+    raise UserError(f'warmup_steps is {warmup_steps}; it cannot be negative')
   if decay in ('linear', 'cosine'):
     if decay_steps is None or decay_steps <= warmup_steps:
-      raise ValueError(
+      raise UserError(
         f'{decay} decay after {warmup_steps} warm-up steps needs a later'
         f' decay_steps, not {decay_steps}; set it to TRAIN_STEPS'
       )
@@ -56,7 +58,7 @@ def schedule(
   elif decay == 'constant':
     main = optax.constant_schedule(learning_rate)
   else:
-    raise ValueError(
+    raise UserError(
       f"decay {decay!r} is not one of 'constant', 'linear', 'cosine', 'rsqrt'"
     )
   if not warmup_steps:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ptune.errors import UserError
 from ptune.training import report
 
 
@@ -18,7 +19,7 @@ def score(
     found = [s[name] for s in scores.values() if name in s]
     if not found:
       known = sorted({k for s in scores.values() for k in s})
-      raise ValueError(
+      raise UserError(
         f'BEST_METRIC {best_metric!r} is not among the metrics {known}'
       )
     return sign * float(np.mean(found))

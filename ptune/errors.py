@@ -1,0 +1,58 @@
+"""What users can mend: said in one line, without a traceback."""
+
+import difflib
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+
+class UserError(ValueError):
+  """A setting, a file or an argument cannot be used as it is.
+
+  The message says what was got, what is expected, and the fix. The command
+  line prints it and ends with status 2; any other ValueError is a bug, and
+  shown with its traceback.
+  """
+
+
+def nearest(
+  name: str, known: Iterable[str], *, most: int = 80, cutoff: float = 0.6
+) -> str:
+  """'; did you mean ...?', or what there is if no known name is like it.
+
+  Args:
+    name: What was given.
+    known: The names that there are.
+    most: If there are more names than this, they are not listed.
+    cutoff: How like the name a suggestion must be, from 0 to 1.
+  """
+  by_lower = {k.lower(): k for k in sorted(set(known))}
+  near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=cutoff)
+  if near:
+    return f'; did you mean {" or ".join(by_lower[k] for k in near)}?'
+  listed = list(by_lower.values())
+  return f'; there are {", ".join(listed)}' if 0 < len(listed) <= most else ''
+
+
+def check_counts(optional: bool = False, **counts: Any) -> None:
+  """Raises UserError unless each is a whole number of at least 1.
+
+  Args:
+    optional: Whether None will do too.
+    **counts: By the name that users know.
+  """
+  wrong = [
+    f'{name} is {value!r}'
+    for name, value in counts.items()
+    if not (optional and value is None)
+    and (
+      not isinstance(value, numbers.Integral)
+      or isinstance(value, bool)
+      or value < 1
+    )
+  ]
+  if wrong:
+    raise UserError(
+      f'{", ".join(wrong)}; expected a whole number of at least 1'
+      + (', or None' if optional else '')
+    )
