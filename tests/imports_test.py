@@ -83,7 +83,7 @@ def room_of(name):
   """ptune.convert.zarr -> convert; ptune.train -> programs."""
   if name == 'ptune.pretrained.make':  # A program: it trains what is there.
     return 'tools'
-  first = name.split('.')[1]
+  first = f'{name}.'.split('.')[1]
   return 'programs' if first in PROGRAMS else first
 
 
