@@ -16,13 +16,13 @@ from etils import epath
 from ptune.data import batches as data
 from ptune.data import seqio_task
 from ptune.errors import UserError, check_counts
-from ptune.evaluate import to_json
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.model.sizes import T5Config
 from ptune.serving import answers, predictor
 from ptune.serving.bank import unknown
+from ptune.serving.evaluation import to_json
 
 MODES = ('predict', 'score')
 # Batches that are read, sorted by length and written together.

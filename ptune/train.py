@@ -25,7 +25,6 @@ from absl import logging
 from etils import epath
 
 import gin
-from ptune import evaluate
 from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.convert.trained import dump as dump_trained
 from ptune.data import batches as data
@@ -36,6 +35,7 @@ from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.model.sizes import T5Config
+from ptune.serving.evaluation import Evaluation, Stopped
 from ptune.training import (
   checkpoints,
   lock,
@@ -233,7 +233,7 @@ def train(
     )
     evaluation = None
     if evaluates:
-      evaluation = evaluate.Evaluation(
+      evaluation = Evaluation(
         task,
         plan,
         model(plan.network),
@@ -333,7 +333,7 @@ def train(
             with report.paused('evaluating'):
               scores = evaluation((state.trainable, frozen), step, asked)
             better = selection.is_best(report.records, best_metric, scores)
-          except evaluate.Stopped:
+          except Stopped:
             stop = True
             continue  # To the top, which saves.
           except Exception:  # A metric's, or BEST_METRIC; nothing is lost.

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from ptune import evaluate, train
+from ptune import train
 from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.data import batches as data
 from ptune.data import seqio_task
@@ -33,6 +33,7 @@ from ptune.errors import UserError, check_counts
 from ptune.model import parameters, partitioning
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.model.sizes import T5Config
+from ptune.serving.evaluation import Evaluation, Stopped
 from ptune.training import checkpoints, lock, many, optim, selection, stopping
 from ptune.training import report as report_lib
 from ptune.training.checkpoints import Checkpoints
@@ -180,7 +181,7 @@ def train_many(
 
     @functools.cache  # Runs of one task and group share a compiled program.
     def evaluation_of(task, key):
-      return evaluate.Evaluation(
+      return Evaluation(
         tasks[task],
         groups[key].plan,
         model(groups[key].plan.network),
@@ -286,7 +287,7 @@ def train_many(
           evaluation = evaluation_of(run.task, key)
           try:
             scores = evaluation((one.trainable, frozen), step, asked)
-          except evaluate.Stopped:
+          except Stopped:
             stop = True
             train.save(saved, state, sums, wait=True)
             break

@@ -14,6 +14,7 @@ from ptune.data import seqio_task
 from ptune.methods import full, prompt
 from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
+from ptune.serving import evaluation as evaluation_lib
 from ptune.serving import predictor
 from tests import tiny
 
@@ -210,7 +211,7 @@ def test_anything_becomes_a_line_of_json():
     'c': {(0, 1): np.float32(0.5), np.int64(3): [None, True, b'x']},
     'd': object,
   }
-  assert json.loads(evaluate.to_json(record)) == {
+  assert json.loads(evaluation_lib.to_json(record)) == {
     'a': 'ä',
     'b': [1, 2],
     'c': {'[0, 1]': 0.5, '3': [None, True, 'x']},
@@ -282,7 +283,7 @@ def test_batches_are_split_over_all_devices(trained, reference, tmp_path):
 
 def test_an_evaluation_can_be_given_up(trained):
   plan, params, _ = load(trained)
-  evaluation = evaluate.Evaluation(
+  evaluation = evaluation_lib.Evaluation(
     seqio_task.load('tiny'),
     plan,
     EncoderDecoderModel(plan.network),
@@ -291,7 +292,7 @@ def test_an_evaluation_can_be_given_up(trained):
     batch_size=8,
   )
   asked = iter([False, False, True])
-  with pytest.raises(evaluate.Stopped):
+  with pytest.raises(evaluation_lib.Stopped):
     evaluation((params,), 1, lambda: next(asked))
   assert evaluation((params,), 1)['tiny']['loss'] > 0
 
@@ -299,7 +300,7 @@ def test_an_evaluation_can_be_given_up(trained):
 def test_json_takes_what_tasks_hold():
   record = {'a': b'\xc3\xbc', 'b': np.float32(1.5), 'c': np.arange(2)}
   record['d'] = {'e': jax.numpy.ones(1)[0].item(), 'f': {1}}
-  assert json.loads(evaluate.to_json(record)) == {
+  assert json.loads(evaluation_lib.to_json(record)) == {
     **{'a': 'ü', 'b': 1.5, 'c': [0, 1]},
     'd': {'e': 1.0, 'f': '{1}'},
   }

@@ -143,7 +143,7 @@ def test_what_must_not_know_of_each_other(below, above):
   ('package', 'modules'),
   {
     'tensorflow': 'data.seqio_task data.batches',
-    'tensorflow_datasets': 'evaluate',
+    'tensorflow_datasets': 'serving.evaluation',
     'orbax': 'training.checkpoints',
     'clu': 'training.report',
     'safetensors': 'convert.safetensors_files',

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune import evaluate
 from ptune.data import batches as data
 from ptune.data import seqio_task
 from ptune.methods import prompt
 from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import T5Config
+from ptune.serving.evaluation import Evaluation
 from ptune.training import optim, state
 
 import seqio  # isort: skip  (after seqio_task, which quiets TensorFlow)
@@ -340,7 +340,7 @@ def test_tasks_are_evaluated_and_their_predictions_written(names, tmp_path):
   assert len(names) >= len(KINDS)
   # A mixture, so that one program predicts for all.
   seqio.MixtureRegistry.add('all_of_them', names, default_rate=1.0)
-  evaluation = evaluate.Evaluation(
+  evaluation = Evaluation(
     seqio_task.load('all_of_them'),
     plan,
     model,

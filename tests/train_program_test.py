@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from ptune import convert, evaluate, train
+from ptune import convert, train
 from ptune.methods import full, prompt, prompt_init
-from ptune.serving import answers
+from ptune.serving import answers, evaluation
 from ptune.training import checkpoints, report, selection, stopping
 from tests import tiny
 
@@ -207,7 +207,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
   ('owner', 'name', 'call', 'after'),
   [
-    (evaluate.Evaluation, '__call__', 2, True),
+    (evaluation.Evaluation, '__call__', 2, True),
     (checkpoints, 'save_best', 1, True),
     (report.Report, 'evaluate', 1, True),
     (checkpoints.Checkpoints, 'save', 3, False),
@@ -271,7 +271,7 @@ def test_a_stop_during_an_evaluation_loses_nothing(
 def test_a_stop_during_the_last_evaluation_leaves_it_to_be_done(
   undisturbed, tmp_path, monkeypatch, caplog
 ):
-  original, calls = evaluate.Evaluation.__call__, 0
+  original, calls = evaluation.Evaluation.__call__, 0
 
   def interrupted(self, *args):
     nonlocal calls
@@ -282,7 +282,7 @@ def test_a_stop_during_the_last_evaluation_leaves_it_to_be_done(
 
   caplog.set_level(logging.INFO)
   with monkeypatch.context() as patch:
-    patch.setattr(evaluate.Evaluation, '__call__', interrupted)
+    patch.setattr(evaluation.Evaluation, '__call__', interrupted)
     tiny.run(tmp_path)
   assert 'stopped at step 12, which is saved' in caplog.text
   tiny.run(tmp_path)

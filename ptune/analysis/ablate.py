@@ -36,7 +36,6 @@ import rich.console
 import rich.table
 from etils import epath
 
-from ptune import evaluate
 from ptune.analysis import figures
 from ptune.convert.prompts import read_prompt
 from ptune.data import batches as data
@@ -48,6 +47,7 @@ from ptune.model.adapters import Method
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.model.sizes import T5Config
 from ptune.serving import predictor
+from ptune.serving.evaluation import Evaluation, Scores
 from ptune.training import report, selection
 
 LOSSES = ('-loss', 'loss', 'token_accuracy')  # Need no decoding.
@@ -157,7 +157,7 @@ def ablate(
   )
 
   def measure(plan: parameters.Plan) -> Measure:
-    evaluation = evaluate.Evaluation(
+    evaluation = Evaluation(
       task,
       plan,
       model(plan.network),
@@ -285,7 +285,7 @@ class Measure:
     self,
     plan: parameters.Plan,
     model: EncoderDecoderModel,
-    evaluation: evaluate.Evaluation,
+    evaluation: Evaluation,
     best_metric: str | None,
   ):
     self._plan, self._evaluation = plan, evaluation
@@ -319,9 +319,9 @@ class Measure:
       ]
     return np.array([selection.score(self._best_metric, s) for s in scores])
 
-  def _losses(self, frozen: Flat, prompts: np.ndarray) -> list[evaluate.Scores]:
+  def _losses(self, frozen: Flat, prompts: np.ndarray) -> list[Scores]:
     """`loss` and `token_accuracy` of each prompt, by task."""
-    scores: list[evaluate.Scores] = [{} for _ in prompts]
+    scores: list[Scores] = [{} for _ in prompts]
     for task, batch_sums in self._batches(self._sums, frozen, prompts):
       total = {k: sum(s[k] for s in batch_sums) for k in batch_sums[0]}
       tokens = np.maximum(total['tokens'], 1.0)

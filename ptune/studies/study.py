@@ -44,6 +44,7 @@ from ptune.errors import UserError, check_counts
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.adapters import Method
 from ptune.serving import ensemble
+from ptune.serving.evaluation import Stopped
 from ptune.studies import tables
 from ptune.studies.tables import Result
 from ptune.train import train
@@ -188,7 +189,7 @@ def study(
       )
       try:
         runner()
-      except evaluate.Stopped:
+      except Stopped:
         logging.info('study %s: stopped; the same command goes on', one.name)
         return
 
@@ -307,7 +308,7 @@ class Runner:
     """Trains runs of one base and tuning, and records their scores.
 
     Raises:
-      evaluate.Stopped: The training was asked to end, and is saved so far.
+      Stopped: The training was asked to end, and is saved so far.
     """
     study = self._study
     cell, seed = next(iter(trainings.values()))[0]
@@ -359,7 +360,7 @@ class Runner:
       )
     records_of = {n: report.read_records(folder / n) for n in trainings}
     if not all(report.scores_at(r, tuning.steps) for r in records_of.values()):
-      raise evaluate.Stopped
+      raise Stopped
     found = []
     for name, cells in trainings.items():
       records = records_of[name]
