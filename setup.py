@@ -19,6 +19,7 @@ setuptools.setup(
     'ptune.gin': 'gin',
   },
   package_data={
+    'ptune': ['py.typed'],
     'ptune.gin': ['*/*.gin'],
     'ptune.pretrained': [
       'README.md',

@@ -8,6 +8,8 @@ import zipfile
 
 import pytest
 
+import ptune
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Finds a module of tasks (SeqIO takes long to import) and a gin file.
@@ -34,9 +36,9 @@ def found(cwd, *path):
     text=True,
   )
   assert done.returncode == 0, done.stderr
-  ptune, tasks, gin_file, gin = done.stdout.split('\n')[:4]
+  package, tasks, gin_file, gin = done.stdout.split('\n')[:4]
   assert 'site-packages' in gin, 'the configuration library is hidden'
-  return ptune, tasks, gin_file
+  return package, tasks, gin_file
 
 
 HIDE = """
@@ -84,16 +86,16 @@ def test_an_editable_install_finds_all_from_anywhere(tmp_path):
 
 def test_a_wheel_is_whole_elsewhere(wheel, tmp_path):
   site, _ = wheel
-  ptune, tasks, gin_file = found(tmp_path, site)
-  assert ptune == str(site / 'ptune' / '__init__.py')
+  package, tasks, gin_file = found(tmp_path, site)
+  assert package == str(site / 'ptune' / '__init__.py')
   assert tasks == str(site / 'ptune' / 'tasks' / 'pretraining.py')
   assert gin_file == str(site / 'ptune' / 'gin' / 'runs' / 'train.gin')
 
 
 def test_a_wheel_does_not_disturb_a_checkout_that_python_starts_in(wheel):
   site, _ = wheel
-  ptune, tasks, gin_file = found(ROOT, site)
-  assert ptune == str(ROOT / 'ptune' / '__init__.py')
+  package, tasks, gin_file = found(ROOT, site)
+  assert package == str(ROOT / 'ptune' / '__init__.py')
   assert tasks == str(ROOT / 'tasks' / 'pretraining.py')
   assert gin_file == str(ROOT / 'gin' / 'runs' / 'train.gin')
 
@@ -107,6 +109,7 @@ def test_every_source_file_is_in_the_wheel_and_nothing_else(wheel):
       for folder, kind in (('tasks', '*.py'), ('gin', '*.gin'))
       for p in (ROOT / folder).rglob(kind)
     ),
+    pathlib.Path('ptune/py.typed'),
     pathlib.Path('ptune/pretrained/vocab.model'),
     pathlib.Path('ptune/pretrained/README.md'),
     *(
@@ -117,3 +120,24 @@ def test_every_source_file_is_in_the_wheel_and_nothing_else(wheel):
   }
   inside = {pathlib.Path(n) for n in names if '.dist-info/' not in n}
   assert inside == expected
+
+
+def test_the_metadata_says_who_may_use_it_and_is_accepted_by_an_index(wheel):
+  site, _ = wheel
+  (info,) = site.glob('ptune-*.dist-info')
+  metadata = (info / 'METADATA').read_text()
+  assert '\nLicense-Expression: Apache-2.0\n' in metadata
+  assert '\nProject-URL: Repository, ' in metadata
+  text = (ROOT / 'LICENSE').read_text()
+  assert (info / 'licenses' / 'LICENSE').read_text() == text
+  (file,) = site.parent.glob('*.whl')
+  subprocess.run(
+    [sys.executable, '-m', 'twine', 'check', '--strict', file], check=True
+  )
+
+
+def test_the_version_is_said_once_and_cited_alike():
+  version = f'version: {ptune.__version__}\n'
+  assert version in (ROOT / 'CITATION.cff').read_text()
+  lines = (ROOT / 'pyproject.toml').read_text().splitlines()
+  assert f'version = "{ptune.__version__}"' in lines

@@ -48,7 +48,7 @@ def download(name: str) -> epath.Path:
     import huggingface_hub
   except ImportError as error:
     raise UserError(
-      f'{name} needs huggingface_hub: pip install huggingface_hub. Or download '
+      f'{name} needs huggingface_hub: pip install "ptune[hub]". Or download '
       'the directory, and give its path'
     ) from error
   try:
