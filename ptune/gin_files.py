@@ -97,6 +97,8 @@ CHOICES = {
   'MODEL': (('models',), ()),
   'METHOD': (('methods', 'prompts'), ('OPTIMIZER', 'LEARNING_RATE')),
 }
+# Read if no file and no binding sets MODEL.
+DEFAULT_MODEL = 'models/from_checkpoint.gin'
 KINDS = ('losses', 'methods', 'models', 'prompts', 'runs', 'studies', 'tasks')
 
 _SETS_MACRO = re.compile(r'^([A-Za-z_]\w*)\s*=', re.MULTILINE)
@@ -177,11 +179,15 @@ def parse(
   paths = sorted({find(file, search_paths) for file in files})
   folders = [*(str(pathlib.Path(p).resolve()) for p in search_paths), str(own)]
   sources = {path: _with_includes(path, folders) for path in paths}
+  texts = [text for found in sources.values() for text in found.values()]
+  if _lacks('MODEL', texts, bindings):
+    path = own / DEFAULT_MODEL
+    sources[path] = _with_includes(path, folders)
+    texts += sources[path].values()
   ours = {p: s for p, s in sources.items() if p.is_relative_to(own)}
   yours = {p: s for p, s in sources.items() if p not in ours}
   for group in (ours, yours):
     _check_one_sets_each(group, own)
-  texts = [text for found in sources.values() for text in found.values()]
   _check_known(yours, bindings, '\n'.join([*texts, *bindings]))
   for folder in folders:
     gin.add_config_file_search_path(folder)
@@ -225,6 +231,13 @@ def _with_includes(path: pathlib.Path, folders: Iterable[str]) -> Sources:
       if included[0] not in found:
         todo.append(included[0])
   return found
+
+
+def _lacks(macro: str, texts: Iterable[str], bindings: Iterable[str]) -> bool:
+  """Whether a macro is read, and nothing sets it."""
+  texts = [*texts, *bindings]
+  read = any(macro in _READS_MACRO.findall(text) for text in texts)
+  return read and not any(macro in _SETS_MACRO.findall(text) for text in texts)
 
 
 def _check_one_sets_each(

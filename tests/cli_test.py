@@ -19,7 +19,7 @@ from absl import logging
 import gin
 from ptune import cli, gin_files
 from ptune.errors import UserError
-from ptune.model import parameters, partitioning
+from ptune.model import parameters, partitioning, sizes
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -172,10 +172,12 @@ def test_all_that_is_missing_is_named_with_an_example(says):
   assert status == 2
   assert '--gin.MODEL_DIR="\'/runs/sst2\'"' in said
   assert '--gin.TRAIN_STEPS=30000' in said
-  _, said = says(*train_with(without=['tiny.gin']))
-  assert (
-    'to be set: MODEL, by a --gin_file: one of models/byt5_base.gin' in said
+  _, said = says(*train_with(without=['tiny.gin', 'INITIAL_CHECK', 'prompts/']))
+  assert '--gin.INITIAL_CHECKPOINT_PATH="\'/models/t5_1_1_small\'"' in said
+  _, said = says(
+    *train_with(without=['tiny.gin'], INITIAL_CHECKPOINT_PATH=None)
   )
+  assert 'MODEL, the sizes of the network, is not set, and there is no' in said
   _, said = says(*train_with(without=['prompts/', 'PROMPT_LENGTH']))
   assert 'METHOD, by a --gin_file: one of methods/bottleneck.gin' in said
   assert 'OPTIMIZER' not in said
@@ -431,6 +433,24 @@ def chosen():
   ]
 
 
+@pytest.mark.parametrize(
+  ('run', 'macro'),
+  [('train', 'INITIAL_CHECKPOINT_PATH'), ('eval', 'CHECKPOINT_PATH')],
+)
+def test_sizes_are_read_from_the_base_if_no_model_is_named(run, macro):
+  files = ['methods/prompt.gin', f'runs/{run}.gin']
+  for base, expected in (
+    (tiny.base(), tiny.CONFIG),
+    ('ptune://tiny', sizes.T5Config(3000, 96, 4, 24, 192, 3, 2)),
+  ):
+    gin.clear_config()
+    gin_files.parse(files, [f'{macro}={base!r}', "DTYPE='bfloat16'"])
+    dropout = 0.1 if run == 'train' else 0.0
+    assert chosen()[0] == dataclasses.replace(
+      expected, dtype='bfloat16', dropout_rate=dropout
+    )
+
+
 # Every method goes with these, whose kind and proportions are all there are;
 # the others are the same in other sizes.
 WITH_ALL = ('nano', 't5_small', 't5_1_1_small', 't5_11b', 'byt5_small')
@@ -454,7 +474,7 @@ def test_every_model_method_and_run_fit_together():
   planned = {}
   # The families differ in what adapters stand at; the sizes do not.
   some = ('models/t5_1_1_small.gin', 'models/t5_small.gin')
-  for model in FILES['models']:
+  for model in sorted({*FILES['models']} - {gin_files.DEFAULT_MODEL}):
     for method, run in ways if model in few else two:
       if model not in some and method and method not in EVERYWHERE:
         continue

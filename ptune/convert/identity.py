@@ -86,6 +86,28 @@ def config(source: Source, **changes: Any) -> T5Config:
   return T5Config(**{**found, **changes})
 
 
+def from_checkpoint(path: str | None = None) -> T5Config:
+  """The configuration of the model in a checkpoint, which is not read further.
+
+  Args:
+    path: INITIAL_CHECKPOINT_PATH or CHECKPOINT_PATH.
+
+  Raises:
+    FileNotFoundError: nothing is at `path`.
+    ValueError: `path` is not given, or holds no whole model.
+  """
+  if path is None:
+    raise UserError(
+      'MODEL, the sizes of the network, is not set, and there is no checkpoint'
+      ' to read them from; add a --gin_file of models/, such as'
+      ' --gin_file=models/t5_1_1_small.gin, or give the base model:'
+      ' INITIAL_CHECKPOINT_PATH to train, CHECKPOINT_PATH otherwise'
+    )
+  from ptune.convert import open_checkpoint
+
+  return config(open_checkpoint(path))
+
+
 def check_whole(source: Source, config: T5Config) -> None:
   """Raises ValueError where parameters of a model are missing or misshapen."""
   expected = shapes(config)

@@ -147,13 +147,14 @@ def _sizes() -> dict[str, T5Config]:
 SIZES: Mapping[str, T5Config] = _sizes()
 
 
-def t5(size: str | None = None, **changes) -> T5Config:
-  """A published size by name, or one given in numbers.
+def t5(size: str | T5Config | None = None, **changes) -> T5Config:
+  """A published size by name, that of a checkpoint, or one given in numbers.
 
   Args:
-    size: A name in `SIZES`, such as 't5_1_1_base'.
-    **changes: Fields of `T5Config` that differ from the table's; all the
-      sizes if no name is given.
+    size: A name in `SIZES`, such as 't5_1_1_base', or the configuration that
+      `identity.from_checkpoint` read.
+    **changes: Fields of `T5Config` that differ from those of `size`; all the
+      sizes if it is not given.
 
   Raises:
     ValueError: If the name is unknown (the nearest ones are listed), or
@@ -163,6 +164,8 @@ def t5(size: str | None = None, **changes) -> T5Config:
   unknown = sorted(set(changes) - set(fields))
   if unknown:
     raise UserError(f'T5Config has no {unknown}; it has {sorted(fields)}')
+  if isinstance(size, T5Config):
+    return dataclasses.replace(size, **changes)
   if size is not None:
     if size not in SIZES:
       near = difflib.get_close_matches(size, SIZES, n=3) or sorted(SIZES)
