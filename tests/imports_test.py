@@ -142,7 +142,7 @@ def test_what_must_not_know_of_each_other(below, above):
 @pytest.mark.parametrize(
   ('package', 'modules'),
   {
-    'tensorflow': 'data.seqio_task data.batches',
+    'tensorflow': 'convert.storage data.seqio_task data.batches',
     'tensorflow_datasets': 'serving.evaluation',
     'orbax': 'training.checkpoints',
     'clu': 'training.report',

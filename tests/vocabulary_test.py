@@ -5,10 +5,13 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import sentencepiece
+import seqio
 
-from ptune.convert.vocabulary import vocabulary_of
+from ptune.convert.pieces import Pieces
+from ptune.convert.vocabulary import open_vocabulary, vocabulary_of
 
 TEXT = ['soft prompts steer a frozen model', 'a prompt is a few vectors']
 
@@ -114,6 +117,35 @@ def test_byt5_of_the_golden_data(numerics):
 def test_no_vocabulary_is_an_error(tmp_path, files, message):
   with pytest.raises(ValueError, match=message):
     vocabulary_of(_write(tmp_path / 'm', **files))
+
+
+@pytest.mark.parametrize('rows', [None, 50])
+def test_without_tensorflow_a_vocabulary_has_the_same_ids(
+  tmp_path, spiece, rows
+):
+  path = _write(
+    tmp_path / 'm', spiece__model=spiece(), config__json={'vocab_size': rows}
+  )
+  byt5 = _write(tmp_path / 'b', config__json={'vocab_size': 384})
+  texts = ['', *TEXT, 'zz é €', 'a <extra_id_0> prompt <extra_id_1>', ' a  b ']
+  for place in (path, path / 'spiece.model', byt5, 'ptune://tiny'):
+    theirs, ours = vocabulary_of(place), open_vocabulary(place)
+    assert not isinstance(ours, seqio.Vocabulary)
+    for name in ('vocab_size', 'pad_id', 'eos_id', 'unk_id'):
+      assert getattr(ours, name) == getattr(theirs, name)
+    for text in texts:
+      ids = theirs.encode(text)
+      assert ours.encode(text) == ids
+      ids = np.array([*ids, 0, 1, *ids, 5])
+      assert ours.decode(ids) == theirs.decode(ids.tolist())
+      ids[1:2] = ours.vocab_size + 3  # Rows of the embedding without a piece.
+      assert ours.decode(ids) == theirs.decode(ids.tolist())
+
+
+def test_a_vocabulary_that_cannot_be_read_is_named(tmp_path):
+  pieces = Pieces(tmp_path / 'gone.model')  # Read at the first use.
+  with pytest.raises(ValueError, match=r'VOCABULARY has .*gone.model.*No such'):
+    pieces.encode('a')
 
 
 def test_nothing_there_is_an_error(tmp_path):

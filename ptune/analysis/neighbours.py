@@ -27,6 +27,7 @@ from etils import epath
 
 from ptune.convert import open_checkpoint, vocabulary
 from ptune.convert.export import check_width, recorded_base
+from ptune.convert.pieces import load_sentencepiece
 from ptune.convert.prompts import Prompt, read_prompt
 from ptune.convert.source import EMBEDDING, Leaf
 from ptune.errors import UserError
@@ -117,7 +118,7 @@ def read_vocabulary(
   """
   file, _ = vocabulary.find(path)
   if file is not None:
-    processor = vocabulary.load_sentencepiece(file)
+    processor = load_sentencepiece(file)
     return piece_texts(processor), processor.encode
   # ByT5's: bytes stand behind padding, EOS and the unknown.
   shown = [chr(i) if 32 < i < 127 else f'0x{i:02x}' for i in range(256)]

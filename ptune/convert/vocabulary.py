@@ -1,5 +1,6 @@
 """The vocabulary that lies in a model's directory."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -7,17 +8,14 @@ from etils import epath
 from ptune import pretrained
 from ptune.convert.hub import locate
 from ptune.convert.huggingface import BYT5, CONFIG, read_json
+from ptune.convert.pieces import Bytes, Pieces, load_sentencepiece, sentinels
 from ptune.errors import UserError
 
 if TYPE_CHECKING:
-  import sentencepiece
   import seqio
 
 SENTENCEPIECE = ('spiece.model', 'sentencepiece.model', 'tokenizer.model')
 TOKENIZER = 'tokenizer_config.json'
-
-# Sentinels of T5 and mT5, which Hugging Face's files leave to its tokenizers.
-EXTRA_IDS = 100
 
 
 def vocabulary_of(path: epath.PathLike) -> 'seqio.Vocabulary':
@@ -35,13 +33,39 @@ def vocabulary_of(path: epath.PathLike) -> 'seqio.Vocabulary':
     FileNotFoundError: nothing is at `path`.
     ValueError: there is no vocabulary, or it is damaged.
   """
-  file, rows = find(path)
-  if file is not None:
-    return _sentencepiece(file, rows)
   import seqio
 
-  # Three special tokens, the bytes, and sentinels in the rows that are left.
-  return seqio.ByteVocabulary(extra_ids=max(0, int(rows or BYT5) - 256 - 3))
+  file, rows = find(path)
+  if file is None:
+    return seqio.ByteVocabulary(_byte_sentinels(rows))
+  extra = sentinels(load_sentencepiece(file), rows)
+  return seqio.SentencePieceVocabulary(str(file), extra)
+
+
+def open_vocabulary(
+  path: epath.PathLike, extra_ids: int | None = None
+) -> Pieces | Bytes:
+  """The same vocabulary without TensorFlow.
+
+  Args:
+    path: As of `vocabulary_of`.
+    extra_ids: Sentinels to add; as many as are missing if not given.
+
+  Raises:
+    FileNotFoundError, UserError: As `vocabulary_of`. What is wrong with a
+      SentencePiece file is raised at the first use.
+  """
+  if os.fspath(path).endswith('.model'):
+    return Pieces(path, extra_ids)
+  file, rows = find(path)
+  if file is not None:
+    return Pieces(file, extra_ids, rows)
+  return Bytes(_byte_sentinels(rows) if extra_ids is None else extra_ids)
+
+
+def _byte_sentinels(rows: int | None) -> int:
+  # Behind three special tokens and the bytes, in the rows that are left.
+  return max(0, int(rows or BYT5) - 256 - 3)
 
 
 def find(path: epath.PathLike) -> tuple[epath.Path | None, int | None]:
@@ -87,42 +111,3 @@ def _of_bytes(config: dict[str, Any], tokenizer: dict[str, Any]) -> bool:
   if classes & {'ByT5Tokenizer', 'ByT5TokenizerFast'}:
     return True
   return classes == {None} and config.get('vocab_size') == BYT5
-
-
-def load_sentencepiece(
-  file: epath.Path,
-) -> 'sentencepiece.SentencePieceProcessor':
-  """Reads a SentencePiece model; raises ValueError if it is none."""
-  import sentencepiece
-
-  processor = sentencepiece.SentencePieceProcessor()
-  try:
-    processor.LoadFromSerializedProto(file.read_bytes())
-  except (RuntimeError, OSError) as error:
-    raise UserError(
-      f'{file} is no SentencePiece model, or is damaged: {error}'
-    ) from error
-  return processor
-
-
-def _sentencepiece(
-  file: epath.Path, rows: int | None = None
-) -> 'seqio.Vocabulary':
-  """A SentencePiece model with its sentinels.
-
-  Args:
-    file: The model.
-    rows: Of the embedding, where they are known: sentinels go no further.
-  """
-  processor = load_sentencepiece(file)
-  unknown = processor.unk_id()
-  extra = EXTRA_IDS
-  if isinstance(rows, int):
-    extra = max(0, min(extra, rows - processor.vocab_size()))
-  # T5X's vocabularies have them as pieces of their own.
-  for piece in ('<extra_id_0>', '▁<extra_id_0>'):
-    if processor.PieceToId(piece) not in (unknown, -1):
-      extra = 0
-  import seqio
-
-  return seqio.SentencePieceVocabulary(str(file), extra_ids=extra)

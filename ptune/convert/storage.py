@@ -1,0 +1,63 @@
+"""Files that users name: local, file://, or on gs://, read by TensorFlow."""
+
+import glob as glob_lib
+import os
+import stat
+
+from ptune.errors import UserError
+
+PathLike = str | os.PathLike[str]
+
+
+def local(path: PathLike) -> str | None:
+  """The path of a local file, or None if it is elsewhere."""
+  path = os.fspath(path).removeprefix('file://')
+  return None if '://' in path else path
+
+
+def read_bytes(path: PathLike, name: str) -> bytes:
+  """Reads a whole file.
+
+  Args:
+    path: The file.
+    name: The setting that named it, for messages.
+
+  Raises:
+    UserError: It does not exist, cannot be read, or is no file: a directory, a
+      pipe or a device, which may never end.
+  """
+  try:
+    place = local(path)
+    if place is None:
+      return _read_remote(os.fspath(path))
+    kind = os.stat(place).st_mode
+    if not stat.S_ISREG(kind):
+      what = 'a directory' if stat.S_ISDIR(kind) else 'a pipe or a device'
+      raise OSError(f'it is {what}, expected a file')
+    with open(place, 'rb') as f:
+      return f.read()
+  except (OSError, ValueError) as error:  # ValueError: a NUL in the path.
+    raise UserError(
+      f'{name} has {os.fspath(path)!r}, which cannot be read: {error}. A '
+      f'relative path starts at {os.getcwd()}'
+    ) from error
+
+
+def _read_remote(path: str) -> bytes:
+  import tensorflow as tf
+
+  try:
+    with tf.io.gfile.GFile(path, 'rb') as f:
+      return f.read()
+  except tf.errors.OpError as error:
+    raise OSError(error.message) from error
+
+
+def glob(pattern: str) -> list[str]:
+  """The files that match a pattern with stars, sorted."""
+  place = local(pattern)
+  if place is not None:
+    return sorted(glob_lib.glob(place))
+  import tensorflow as tf
+
+  return sorted(tf.io.gfile.glob(pattern))
