@@ -9,22 +9,29 @@ them, in one batch whose rows have prompts of their own (`together`), and in one
 pass after the other (`separate`).
 """
 
-import functools
+import dataclasses
 
 import jax
 import numpy as np
 
 from benchmarks import peers
 from ptune.model import parameters
+from ptune.model.network import Transformer
+from ptune.model.sizes import TokenIds
 from ptune.serving.bank import PromptBank
+
+
+def _endless(network: Transformer) -> Transformer:
+  """A network whose answers nothing ends, as PEFT's are told to have no end."""
+  config = dataclasses.replace(network.config, ids=TokenIds(eos=-1))
+  return network.clone(config=config)
 
 
 def of_batch(args):
   """`ours`, and `peft` if asked for."""
   ours = peers.ours(args)
   batch = peers.batch_of(ours.plan, args.batch, args.inputs, args.targets)
-  # Nothing ends an answer, as in what PEFT is told.
-  model = ours.model.__class__(ours.plan.network, eos_id=-1)
+  model = peers.EncoderDecoderModel(_endless(ours.plan.network))
   predict = jax.jit(
     lambda trainable, frozen, tokens: model.predict(
       parameters.merge(trainable, frozen), tokens, args.targets
@@ -56,11 +63,10 @@ def of_ensemble(args):
   ours = peers.ours(args)
   base = parameters.initialize(ours.plan, ours.plan.base, seed=0)
   bank = PromptBank(
-    ours.plan.network.config,
+    _endless(ours.plan.network).config,
     base,
     args.targets,
     mesh=ours.plan.mesh,
-    model=functools.partial(ours.model.__class__, eos_id=-1),
   )
   rng = np.random.default_rng(0)
   names = [f'prompt{i}' for i in range(args.prompts)]

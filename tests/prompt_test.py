@@ -11,6 +11,7 @@ import pytest
 
 from ptune.methods import full, prompt, prompt_init
 from ptune.model import network, parameters
+from ptune.model.adapters import PADDING
 from tests.network_test import (
   SHALLOW,
   TINY,
@@ -59,7 +60,9 @@ def insert(position, dtype=np.float32):
   embedded = np.array([[table[t] for t in row] for row in tokens], dtype)
   value = np.array([table[t] for t in (P, Q, R)], np.float32)
   out = prompt.InsertPrompt(length=3, position=position).apply(
-    {'params': {'prompt': {'prompt': value}}}, tokens, embedded
+    {'params': {'prompt': {'prompt': value}}},
+    np.where(tokens == 0, PADDING, tokens),
+    embedded,
   )
   want = [[table[t] for t in row] for row in INSERTED[position]]
   return out, np.array(want, np.float32).astype(dtype)

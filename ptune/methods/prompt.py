@@ -29,7 +29,7 @@ from flax.linen import partitioning
 
 from ptune.errors import UserError
 from ptune.methods import prompt_init
-from ptune.model.adapters import VIRTUAL, Method, Packed, Placement
+from ptune.model.adapters import PADDING, VIRTUAL, Method, Packed, Placement
 
 SCOPE = 'encoder/prompt/prompt'
 PATH = f'{SCOPE}/prompt'
@@ -75,7 +75,7 @@ class InsertPrompt(nn.Module):
     """Inserts the prompt.
 
     Args:
-      x: [batch, length] the tokens, padded with 0 at the end.
+      x: [batch, length] the tokens, with PADDING at the end.
       y: [batch, length, embed] their embeddings.
 
     Returns:
@@ -88,7 +88,7 @@ class InsertPrompt(nn.Module):
     both = jnp.concatenate([prompt, y], axis=1)
     if self.position == 'start':
       return both
-    tokens = jnp.sum(x > 0, axis=1)
+    tokens = jnp.sum(x != PADDING, axis=1)
     before = 1 if self.position == 'after_first' else tokens - 1
     before = jnp.clip(before, 0, tokens)[:, None]
     # Where each position of the result lies in [prompt; tokens]:

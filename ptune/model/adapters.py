@@ -28,6 +28,9 @@ from ptune.errors import UserError
 
 # Ids from here on are no token's: see `Packed`.
 VIRTUAL = 2**30
+# Stands for padding in the tokens that the encoder's sites read, whatever the
+# model's own id for it is.
+PADDING = -1
 
 
 @dataclasses.dataclass(frozen=True)

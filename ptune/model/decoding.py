@@ -5,8 +5,7 @@ Nothing here knows the network. The caller gives one function,
   tokens_to_logits(tokens [rows, 1] int32, cache)
     -> (logits [rows, 1, vocab], cache)
 
-and its cache before the first step. Decoding starts from token 0, which in T5
-is padding and the decoder's start in one. Every leaf of a cache has a leading
+and its cache before the first step. Every leaf of a cache has a leading
 axis of rows, but for those in `SHARED_CACHE_LEAVES`, which nothing here
 changes. Loops stop once no row can change any more. Settings such as
 `temperature` are Python numbers: to jit, close over them.
@@ -33,7 +32,7 @@ TokensToLogits = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
 class _SampleState(NamedTuple):
   step: jax.Array  # [], tokens generated so far
-  tokens: jax.Array  # [batch, 1 + max_decode_length], starting with a 0
+  tokens: jax.Array  # [batch, 1 + max_decode_length], from start_id on
   log_probs: jax.Array  # [batch]
   finished: jax.Array  # [batch], has the row generated EOS?
   cache: Any
@@ -50,6 +49,8 @@ def sample(
   top_k: int = 0,
   top_p: float = 0.0,
   eos_id: int = 1,
+  start_id: int = 0,
+  pad_id: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
   """Generates one sequence a row, greedily or by sampling.
 
@@ -67,9 +68,11 @@ def sample(
     top_k: See `sampling_probabilities`.
     top_p: See `sampling_probabilities`.
     eos_id: Token that ends a sequence.
+    start_id: Token that decoding starts from, which is not returned.
+    pad_id: Token that fills rows up behind the EOS.
 
   Returns:
-    Tokens [batch, max_decode_length] int32, 0 after the EOS, and log_probs
+    Tokens [batch, max_decode_length] int32, pad_id after the EOS, and log_probs
     [batch] float32: log p summed over the generated tokens and the EOS, under
     the model's own softmax (without temperature, top_k and top_p).
 
@@ -98,7 +101,7 @@ def sample(
     token = choose(logits, state.step).astype(jnp.int32)
     log_probs = jax.nn.log_softmax(logits)
     log_prob = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
-    token = jnp.where(state.finished, 0, token)
+    token = jnp.where(state.finished, pad_id, token)
     log_prob = jnp.where(state.finished, 0.0, log_prob)
     return _SampleState(
       step=state.step + 1,
@@ -110,7 +113,7 @@ def sample(
 
   start = _SampleState(
     step=jnp.int32(0),
-    tokens=jnp.zeros((batch_size, 1 + max_decode_length), jnp.int32),
+    tokens=_started((batch_size, 1 + max_decode_length), start_id, pad_id),
     log_probs=jnp.zeros((batch_size,), jnp.float32),
     finished=jnp.zeros((batch_size,), bool),
     cache=cache,
@@ -190,9 +193,9 @@ class _BeamState(NamedTuple):
   """Live and finished beams of each row: best first, -inf for empty slots."""
 
   step: jax.Array  # [], tokens generated so far
-  live_tokens: jax.Array  # [batch, beams, 1 + length], starting with a 0
+  live_tokens: jax.Array  # [batch, beams, 1 + length], from start_id on
   live_log_probs: jax.Array  # [batch, beams]
-  finished_tokens: jax.Array  # [batch, beams, 1 + length], starting with a 0
+  finished_tokens: jax.Array  # [batch, beams, 1 + length], from start_id on
   finished_scores: jax.Array  # [batch, beams]
   cache: Any  # of batch * beams rows
 
@@ -206,6 +209,8 @@ def beam_search(
   num_beams: int = 4,
   alpha: float = 0.6,
   eos_id: int = 1,
+  start_id: int = 0,
+  pad_id: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
   """Searches for the sequences with the highest length-normalised log p.
 
@@ -223,11 +228,13 @@ def beam_search(
     num_beams: Sequences a row keeps alive, and returns.
     alpha: Length normalisation; 0 is off, more favours longer sequences.
     eos_id: Token that ends a sequence.
+    start_id: Token that decoding starts from, which is not returned.
+    pad_id: Token that fills rows up behind the EOS.
 
   Returns:
-    Tokens [batch, num_beams, max_decode_length] int32, 0 after the EOS, the
-    best sequence LAST as in T5X, and their scores [batch, num_beams] float32.
-    Slots left empty have zeros and `EMPTY_SCORE`.
+    Tokens [batch, num_beams, max_decode_length] int32, pad_id after the EOS,
+    the best sequence LAST as in T5X, and their scores [batch, num_beams]
+    float32. Slots left empty have pad_id and `EMPTY_SCORE`.
 
   Raises:
     ValueError: A setting is out of range, or a leaf of the cache does not have
@@ -289,7 +296,8 @@ def beam_search(
     )
 
   # One live beam a row, the empty sequence.
-  tokens = jnp.zeros((batch_size, num_beams, 1 + max_decode_length), jnp.int32)
+  shape = (batch_size, num_beams, 1 + max_decode_length)
+  tokens = _started(shape, start_id, pad_id)
   empty = jnp.full((batch_size, num_beams), -jnp.inf, jnp.float32)
   start = _BeamState(
     step=jnp.int32(0),
@@ -304,9 +312,14 @@ def beam_search(
   finished = end.finished_scores[:, :1] > -jnp.inf  # [batch, 1], any at all?
   scores = jnp.where(finished, end.finished_scores, end.live_log_probs)
   tokens = jnp.where(finished[..., None], end.finished_tokens, end.live_tokens)
-  tokens = jnp.where(scores[..., None] > -jnp.inf, tokens, 0)
+  tokens = jnp.where(scores[..., None] > -jnp.inf, tokens, pad_id)
   scores = jnp.maximum(scores, EMPTY_SCORE)
   return tokens[:, ::-1, 1:], scores[:, ::-1]
+
+
+def _started(shape: tuple[int, ...], start_id: int, pad_id: int) -> jax.Array:
+  """Sequences that hold nothing but the start."""
+  return jnp.full(shape, pad_id, jnp.int32).at[..., 0].set(start_id)
 
 
 def _gather_beams(x, beams):

@@ -51,7 +51,6 @@ class EncoderDecoderModel:
     label_smoothing: Probability spread over the wrong tokens.
     loss_normalizing_factor: What the summed loss is divided by: nothing
       (None), a number, or 'NUM_REAL_TARGET_TOKENS'.
-    eos_id: The token that ends a target.
     objective: What is minimised in place of the cross entropy, one of
       `losses`: called as `loss`, with the model before.
   """
@@ -60,7 +59,6 @@ class EncoderDecoderModel:
   z_loss: float = 1e-4
   label_smoothing: float = 0.0
   loss_normalizing_factor: float | str | None = None
-  eos_id: int = 1
   objective: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
 
   def __post_init__(self):
@@ -175,7 +173,7 @@ class EncoderDecoderModel:
       rng: A key, or one for each row, to sample with.
 
     Returns:
-      Tokens [batch, max_decode_length] int32, 0 after EOS, and the score
+      Tokens [batch, max_decode_length] int32, padded after EOS, and the score
       [batch]: summed log probability, penalised by length in a beam search.
     """
     variables = self.variables(params)
@@ -186,6 +184,12 @@ class EncoderDecoderModel:
       method='encode',
     )
     rows = encoder_input_tokens.shape[0]
+    special = self.network.config.ids
+    ids = {
+      'eos_id': special.eos,
+      'start_id': special.start,
+      'pad_id': special.pad,
+    }
 
     def decode(tokens, cache):
       beams = tokens.shape[0] // rows
@@ -212,7 +216,7 @@ class EncoderDecoderModel:
         max_decode_length,
         num_beams=how.num_beams,
         alpha=how.alpha,
-        eos_id=self.eos_id,
+        **ids,
       )
       return tokens[:, -1], scores[:, -1]
     return decoding.sample(
@@ -224,7 +228,7 @@ class EncoderDecoderModel:
       temperature=how.temperature,
       top_k=how.top_k,
       top_p=how.top_p,
-      eos_id=self.eos_id,
+      **ids,
     )
 
 

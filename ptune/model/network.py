@@ -19,7 +19,7 @@ from jax import lax
 
 from ptune.errors import UserError
 from ptune.model import scan
-from ptune.model.adapters import Placement, adapt, matches
+from ptune.model.adapters import PADDING, Placement, adapt, matches
 from ptune.model.layers import (
   Attention,
   Dense,
@@ -160,6 +160,7 @@ class Encoder(nn.Module):
 
   Sites: `embed` (tokens [batch, length] in, embeddings out), `mask` (which
   positions each one sees: bool, broadcasts to [batch, heads, q, k]), `output`.
+  The tokens that they read have PADDING at padding.
   """
 
   config: T5Config
@@ -171,12 +172,14 @@ class Encoder(nn.Module):
     """[batch, length] -> [batch, length + what adapters add, embed]."""
     cfg = self.config
     x = self.token_embedder(tokens)
+    real = tokens != cfg.ids.pad
+    tokens = jnp.where(real, tokens, PADDING)
     # [batch, length, embed] -> [batch, prompt + length, embed]
     x = adapt(self, self.placements, 'embed', tokens, x)
     x = constrain(x, 'batch', 'length', 'embed')
 
     length = x.shape[1]
-    mask = grow(tokens > 0, length)[:, None, None, :]
+    mask = grow(real, length)[:, None, None, :]
     if segment_ids is not None:
       _refuse_packing(tokens, length)
       mask &= segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
@@ -230,19 +233,21 @@ class Prefix(nn.Module):
     if segment_ids is not None:
       raise UserError('a decoder alone reads no packed examples; turn PACK off')
     x = self.token_embedder(tokens)
+    real = tokens != self.config.ids.pad
+    tokens = jnp.where(real, tokens, PADDING)
     x = adapt(self, self.placements, 'embed', tokens, x)
-    adapt(self, self.placements, 'mask', tokens, (tokens > 0)[:, None, None])
-    return constrain(_padded_in_front(x, tokens), 'batch', 'length', 'embed')
+    adapt(self, self.placements, 'mask', tokens, real[:, None, None])
+    return constrain(_padded_in_front(x, real), 'batch', 'length', 'embed')
 
 
-def _padded_in_front(x: jax.Array, tokens: jax.Array) -> jax.Array:
+def _padded_in_front(x: jax.Array, real: jax.Array) -> jax.Array:
   """Moves the padding from the end of rows to their front.
 
   Args:
-    x: [batch, ...]; its second axis ends as tokens does.
-    tokens: [batch, length], padded with 0 at the end.
+    x: [batch, ...]; its second axis ends as `real` does.
+    real: [batch, length], False at the padding, which is at the end.
   """
-  padding = jnp.sum(tokens == 0, axis=1)
+  padding = jnp.sum(~real, axis=1)
   return jax.vmap(lambda row, by: jnp.roll(row, by, axis=0))(x, padding)
 
 
@@ -295,7 +300,8 @@ class Decoder(nn.Module):
     x = constrain(x, 'batch', 'length', 'embed')
     added = x.shape[1] - tokens.shape[1]
 
-    encoder_mask = grow(encoder_tokens > 0, encoded.shape[1])[:, None, None, :]
+    real = encoder_tokens != cfg.ids.pad
+    encoder_mask = grow(real, encoded.shape[1])[:, None, None, :]
     cache_index = None
     if decode and self.has_variable('cache', 'cache_index'):
       x = x[:, added:]  # What was added lies in the cache.
@@ -327,7 +333,8 @@ class Decoder(nn.Module):
         self.put_variable('cache', 'cached_bias', bias)
         self.put_variable('cache', 'cache_index', cache_index + added)
       else:
-        mask = mask & grow(target_tokens > 0, length)[:, None, None, :]
+        wanted = target_tokens != cfg.ids.pad
+        mask = mask & grow(wanted, length)[:, None, None, :]
     if segment_ids is not None:
       _refuse_packing(encoder_tokens, encoded.shape[1])
       _refuse_packing(tokens, length)
@@ -335,11 +342,12 @@ class Decoder(nn.Module):
       mask = mask & (queries == segment_ids[:, None, None, :])
       encoder_mask &= queries == encoder_segment_ids[:, None, None, :]
     mask = adapt(self, place, 'mask', tokens, mask)
+    encoder_tokens = jnp.where(real, encoder_tokens, PADDING)
     encoder_mask = adapt(
       self, place, 'encoder_mask', encoder_tokens, encoder_mask
     )
     if cfg.decoder_only:
-      seen = _padded_in_front(encoder_mask[:, 0, 0], encoder_tokens)
+      seen = _padded_in_front(encoder_mask[:, 0, 0], real)
       # The positions of targets, which come behind, are in the mask already.
       after = ((0, 0), (0, mask.shape[-1] - seen.shape[1]))
       mask &= jnp.pad(seen, after, constant_values=True)[:, None, None, :]
@@ -404,7 +412,7 @@ class Transformer(nn.Module):
     """Runs the encoder.
 
     Args:
-      encoder_input_tokens: [batch, length] int32, padded with 0.
+      encoder_input_tokens: [batch, length] int32, padded with config.ids.pad.
       encoder_segment_ids: [batch, length] which packed example a token is of.
       enable_dropout: Whether to drop; needs a `dropout` rng.
 
@@ -439,7 +447,8 @@ class Transformer(nn.Module):
         which encoded positions are padding.
       decoder_input_tokens: [batch, target length], or [batch, 1] in a step of
         cached decoding.
-      decoder_target_tokens: Like decoder_input_tokens; 0 marks padding.
+      decoder_target_tokens: Like decoder_input_tokens, padded with
+        config.ids.pad.
       encoder_segment_ids: [batch, length], with packed examples.
       decoder_segment_ids: [batch, target length], with packed examples.
       decoder_positions: Unused; distances follow from the order.

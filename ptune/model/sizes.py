@@ -10,6 +10,26 @@ from ptune.model.layers import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenIds:
+  """The ids of the tokens that a model treats specially; T5's by default.
+
+  Attributes:
+    pad: Fills rows up. It is masked, and has no part in the loss.
+    eos: Ends inputs and targets; -1 if nothing ends an answer.
+    unk: What the vocabulary cannot write.
+    start: The first token that the decoder reads.
+  """
+
+  pad: int = 0
+  eos: int = 1
+  unk: int = 2
+  start: int = 0
+
+  def __str__(self) -> str:
+    return ', '.join(f'{k} {v}' for k, v in dataclasses.asdict(self).items())
+
+
+@dataclasses.dataclass(frozen=True)
 class T5Config:
   """The sizes of a T5.
 
@@ -24,6 +44,8 @@ class T5Config:
     mlp_activations: ('gelu', 'linear') in T5 1.1, ('relu',) in T5 1.0.
     logits_via_embedding: T5 1.0's output layer: the embedding, scaled by
       emb_dim**-0.5. Otherwise it has its own kernel.
+    ids: The model's special tokens. Gin files may give them as a dict:
+      {'pad': 1, 'eos': 2, 'unk': 0, 'start': 0}.
     dropout_rate: In training, on inputs, sublayers and attention weights.
     dtype: 'float32' or 'bfloat16': what activations are computed in.
     frozen_dtype: What frozen matrices are kept in: 'float32', 'bfloat16', or
@@ -51,6 +73,7 @@ class T5Config:
   num_decoder_layers: int
   mlp_activations: tuple[str, ...] = ('gelu', 'linear')
   logits_via_embedding: bool = False
+  ids: TokenIds = TokenIds()
   dropout_rate: float = 0.0
   dtype: str = 'float32'
   frozen_dtype: str | None = None
@@ -69,6 +92,18 @@ class T5Config:
   def __post_init__(self):
     # Gin gives a list, and what describes a network must be hashable.
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+    if isinstance(self.ids, Mapping):
+      object.__setattr__(self, 'ids', _ids(self.ids))
+    outside = {
+      name: value
+      for name, value in dataclasses.asdict(self.ids).items()
+      if not (-1 if name == 'eos' else 0) <= value < self.vocab_size
+    }
+    if outside:
+      raise UserError(
+        f'ids has {outside}; they must be rows of the embedding, from 0 to'
+        f' {self.vocab_size - 1}'
+      )
     if self.dtype not in ('float32', 'bfloat16'):
       raise UserError(
         f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'"
@@ -88,6 +123,21 @@ class T5Config:
       raise UserError(
         f'DROPOUT_RATE is {self.dropout_rate}; it must be in [0, 1)'
       )
+
+
+def _ids(given: Mapping[str, Any]) -> TokenIds:
+  """TokenIds from what a gin file gives."""
+  known = [field.name for field in dataclasses.fields(TokenIds)]
+  wrong = {
+    name: value
+    for name, value in given.items()
+    if name not in known
+    or not isinstance(value, int)
+    or isinstance(value, bool)
+  }
+  if wrong:
+    raise UserError(f'ids has {wrong}; it must give whole numbers for {known}')
+  return TokenIds(**given)
 
 
 def _sizes() -> dict[str, T5Config]:

@@ -99,9 +99,6 @@ def perceptron(
     An objective, summed over rows; `correct` counts tokens, as always.
   """
   length = max(map(len, targets))
-  candidates = np.array(
-    [[*ids, *[0] * (length - len(ids))] for ids in targets], np.int32
-  )
 
   def objective(
     model: EncoderDecoderModel,
@@ -119,17 +116,22 @@ def perceptron(
       'enable_dropout': dropout_rng is not None,
       'rngs': None if dropout_rng is None else {'dropout': dropout_rng},
     }
+    ids = network.config.ids
+    candidates = np.array(
+      [[*own, *[ids.pad] * (length - len(own))] for own in targets], np.int32
+    )
     inputs = batch['encoder_input_tokens']
     encoded = network.apply(variables, inputs, method='encode', **how)
 
     def scores(targets, encoded, inputs):
       """Of targets [n, length]: logits, and log probabilities [n]."""
-      shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+      before = ((0, 0), (1, 0))
+      shifted = jnp.pad(targets, before, constant_values=ids.start)[:, :-1]
       logits = network.apply(
         variables, encoded, inputs, shifted, targets, method='decode', **how
       )
       losses, _ = token_loss(logits, targets, 0.0, 0.0)
-      return logits, -jnp.sum(losses * (targets > 0), axis=1)
+      return logits, -jnp.sum(losses * (targets != ids.pad), axis=1)
 
     rows, classes = inputs.shape[0], len(candidates)
     right = batch['decoder_target_tokens']
@@ -142,7 +144,8 @@ def perceptron(
     )
     longest = max(right.shape[1], length)
     same = jnp.all(
-      _padded(right, longest)[:, None] == _padded(candidates, longest)[None],
+      _padded(right, longest, ids.pad)[:, None]
+      == _padded(candidates, longest, ids.pad)[None],
       axis=-1,
     )
     wrong = jnp.where(same, -jnp.inf, all_scores.reshape(rows, classes))
@@ -160,5 +163,6 @@ def perceptron(
   return objective
 
 
-def _padded(tokens, length: int) -> jax.Array:
-  return jnp.pad(tokens, ((0, 0), (0, length - tokens.shape[1])))
+def _padded(tokens, length: int, pad: int) -> jax.Array:
+  after = ((0, 0), (0, length - tokens.shape[1]))
+  return jnp.pad(tokens, after, constant_values=pad)
