@@ -477,10 +477,12 @@ def save_adapter(
       f'at step {step} these are not finite: {wrong}; lower LEARNING_RATE.'
       f' Checkpoint {step} is not saved'
     )
+  table = parameters.whole(flat[parameters.EMBEDDING]) if method.fold else None
   if len(trained) == len(flat) or jax.process_index() != 0:
     return state_dict, parameter_infos
   if method.fold:
-    trained = method.fold(trained)
+    rows = np.asarray(table, np.float32)
+    trained = method.fold(trained, lambda ids: rows[[*ids]])
   directory = epath.Path(model_dir, 'numpy_checkpoints', f'checkpoint_{step}')
   directory.mkdir(parents=True, exist_ok=True)
   if method.prompt is not None:

@@ -25,7 +25,13 @@ from absl import logging
 from etils import epath
 
 import gin
-from ptune.convert import account, check_config, open_checkpoint, restore
+from ptune.convert import (
+  account,
+  check_config,
+  open_checkpoint,
+  restore,
+  with_rows,
+)
 from ptune.convert.trained import dump as dump_trained
 from ptune.data import batches as data
 from ptune.data import packing, seqio_task
@@ -190,6 +196,7 @@ def train(
     if initial_checkpoint_path is not None:
       source = open_checkpoint(initial_checkpoint_path)
       check_config(source, config)
+      plan = with_rows(plan, source)
     run['initial_step'] = (source and source.step) or 0
     tx = optimizer(initial_step=run['initial_step'])
     like = state_lib.abstract_state(tx, plan)
@@ -510,7 +517,8 @@ def write_prompt(
   if jax.process_index() != 0:
     return
   if method.fold:
-    trained = method.fold(trained)
+    assert plan.rows is not None
+    trained = method.fold(trained, plan.rows)
   known = ('task', 'base', 'method', 'settings', 'seed', 'batch_size')
   facts = {
     'step': int(state.step),

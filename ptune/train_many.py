@@ -26,7 +26,13 @@ import numpy as np
 from absl import logging
 
 from ptune import train
-from ptune.convert import account, check_config, open_checkpoint, restore
+from ptune.convert import (
+  account,
+  check_config,
+  open_checkpoint,
+  restore,
+  with_rows,
+)
 from ptune.data import batches as data
 from ptune.data import seqio_task
 from ptune.errors import UserError, check_counts
@@ -117,12 +123,16 @@ def train_many(
   data.check_batch_size(eval_batch_size, mesh)
   groups = many.group(runs, config, mesh)
   order = [name for members in groups.values() for name in members.runs]
-  places = {name: (k, g.plan) for k, g in groups.items() for name in g.runs}
   checkpoints.check_writable('MODEL_DIR', directory)
   with lock.held(directory), contextlib.ExitStack() as stack:
     # --------------------------------------------------- what is there already
     source = open_checkpoint(initial_checkpoint_path)
     check_config(source, config)
+    places = {
+      name: (key, with_rows(members.plan, source))
+      for key, members in groups.items()
+      for name in members.runs
+    }
     present = checkpoints.read_run(directory)
     checkpoints.compare(directory, present, whole := {'runs': order})
     facts = {

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from ptune import train_many
+from ptune.convert import open_checkpoint
 from ptune.data import batches as data
 from ptune.data import seqio_task
-from ptune.methods import full, lora, prompt, prompt_init
+from ptune.methods import full, lora, prompt, prompt_init, superpos
 from ptune.model import network, parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.serving import predictor
@@ -234,12 +235,22 @@ def test_runs_together_cost_what_they_cost_alone():
 
 def test_methods_of_other_kinds_share_the_model(tmp_path):
   runs = {'prompt': Run('tiny', prompt.prompt(3)), 'lora': Run(
-    'tiny', lora.lora(2), 0.01)}  # fmt: skip
+    'tiny', lora.lora(2), 0.01), 'superpos': Run(
+    'tiny', superpos.superpos(3, 4, 100), 0.01)}  # fmt: skip
   trained = run(tmp_path, runs, train_steps=1, eval_split=None)
   assert trained['prompt'].keys() == {prompt.PATH}
   assert all('lora' in path for path in trained['lora'])
   assert (tmp_path / 'lora' / 'prompts' / 'step_1.safetensors').exists()
-  # Neither was evaluated, so that none is the best: the newest is taken.
+  # What is folded reads the base that they share.
+  ids = np.random.default_rng(0).choice(100, 4, replace=False)
+  base = open_checkpoint(tiny.base()).leaves[parameters.EMBEDDING].read()
+  [weights] = trained['superpos'].values()
+  np.testing.assert_allclose(
+    np.load(tmp_path / 'superpos' / 'prompts' / 'step_1.npy'),
+    weights @ base[ids],
+    atol=1e-6,
+  )
+  # None was evaluated, so that none is the best: the newest is taken.
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   for name, one in runs.items():
     plan = parameters.plan(tiny.CONFIG, one.method, mesh)

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from ptune import cli, methods
-from ptune.convert import open_checkpoint, restore
+from ptune.convert import open_checkpoint, restore, with_rows
 from ptune.convert.safetensors_files import open_file
 from ptune.methods import (
   bottleneck,
@@ -49,6 +49,7 @@ GOLDEN = 'The reference gives other values; ours may not change.'
 # Sizes for a tiny model, where a method has such an argument.
 SMALL = {'length': 3, 'hidden': 8, 'size': 4, 'rank': 2, 'bottleneck': 4}
 SMALL |= {'vocab_size': 128, 'tasks': 126}  # Any first token is a task.
+SMALL |= {'tokens': 4, 'population': 100}
 
 
 def small(function, **changes):
@@ -86,6 +87,12 @@ METHODS |= {
 IDENTITY = ['full', 'ia3', 'norms', 'lora', 'bottleneck']
 IDENTITY += ['bottleneck, parallel', 'lora, everywhere', 'norms, bias']
 each = pytest.mark.parametrize('name', METHODS)
+
+
+def no_rows(ids):
+  raise AssertionError(f'nothing is to be read of the base, not {ids}')
+
+
 # For what has to be compiled.
 several = pytest.mark.parametrize(
   'name', [*methods.functions(), 'prefix, mlp', 'lora+norms']
@@ -338,7 +345,7 @@ def test_a_folded_prefix_answers_as_the_mlp_that_made_it():
   made, plain = METHODS['prefix, mlp'], METHODS['prefix']
   values = parameters.flatten(random_params(network_of('prefix, mlp')))
   trained = {path: x for path, x in values.items() if made.trains(path)}
-  folded = made.fold(trained)
+  folded = made.fold(trained, no_rows)
   base = {path: x for path, x in values.items() if path not in trained}
   names = set(filter(plain.trains, network.parameters(network_of('prefix'))))
   assert set(folded) == names
@@ -361,7 +368,7 @@ def test_a_folded_prefix_answers_as_the_mlp_that_made_it():
     'prefix, mlp',
     *(
       pytest.param(name, marks=pytest.mark.slow)
-      for name in ('full', 'p_tuning', 'lora+norms')
+      for name in ('full', 'p_tuning', 'superpos', 'lora+norms')
     ),
   ],
 )
@@ -398,7 +405,8 @@ def test_a_run_resumes_and_leaves_only_what_it_trained(name, tmp_path):
     return
   # What is left for other programs: the same, folded.
   trained = parameters.flatten(jax.device_get(whole.trainable))
-  folded = method.fold(trained) if method.fold else trained
+  rows = with_rows(plan, open_checkpoint(tiny.base())).rows
+  folded = method.fold(trained, rows) if method.fold else trained
   kind = 'npy' if method.prompt else 'safetensors'
   file = tmp_path / 'whole' / 'prompts' / f'step_4.{kind}'
   facts = json.loads(file.with_suffix('.json').read_text())

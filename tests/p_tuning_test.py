@@ -1,4 +1,4 @@
-"""Prompts that a network makes: P-tuning and residual prompt tuning."""
+"""Prompts that are made of what is trained, and saved alone."""
 
 import functools
 import json
@@ -10,7 +10,14 @@ import pytest
 from ptune.convert import open_checkpoint
 from ptune.convert.export import export
 from ptune.convert.prompts import read_prompt
-from ptune.methods import p_tuning, prompt, prompt_init, residual
+from ptune.methods import (
+  p_tuning,
+  prompt,
+  prompt_init,
+  residual,
+  superpos,
+  ulpt,
+)
 from ptune.model import network, parameters
 from ptune.serving import predictor
 from tests import tiny
@@ -22,6 +29,10 @@ METHODS = {
   'mlp': functools.partial(p_tuning.p_tuning, encoder='mlp', hidden=6),
   'lstm': functools.partial(p_tuning.p_tuning, encoder='lstm', hidden=6),
   'residual': functools.partial(residual.residual, bottleneck=6),
+  'superpos': functools.partial(
+    superpos.superpos, tokens=4, population=100, seed=3
+  ),
+  'ulpt': functools.partial(ulpt.ulpt, rank=4, seed=3),
 }
 methods = pytest.mark.parametrize('name', METHODS)
 
@@ -48,6 +59,14 @@ def by_hand(name, flat):
     for k, v in flat.items()
     if k.startswith(SCOPE)
   }
+  draw = np.random.default_rng(3)
+  if name == 'superpos':
+    ids = draw.choice(100, 4, replace=False)
+    return own['weights'] @ flat[parameters.EMBEDDING][ids]
+  if name == 'ulpt':
+    width = own['scale'].size
+    projection = draw.normal(size=(4, width)) / 2
+    return (own['rows'] @ projection) * own['scale'] + own['shift']
   rows = own['embedding']
   if name == 'lstm':
     cells = {
@@ -75,7 +94,8 @@ def test_the_folded_prompt_is_the_formulas_and_answers_the_same(name):
   assert trained.keys() == flat.keys() - network.parameters(
     network.Transformer(SHALLOW)
   )
-  folded = method.fold(trained)
+  table = np.asarray(flat[parameters.EMBEDDING])
+  folded = method.fold(trained, lambda ids: table[list(ids)])
   assert folded.keys() == {method.prompt} == {prompt.PATH}
   np.testing.assert_allclose(
     folded[prompt.PATH], by_hand(name, flat), atol=1e-5
@@ -118,8 +138,10 @@ def test_a_run_writes_a_plain_prompt(tmp_path):
 
 def test_an_initialiser_gives_the_rows_that_the_network_reads():
   given = prompt_init.from_array(np.zeros((5, 32)))
-  for make in METHODS.values():
-    assert make(5, init=given).initial == {f'{SCOPE}/embedding': given}
+  for name in ('mlp', 'lstm', 'residual'):
+    made = METHODS[name](5, init=given)
+    assert made.initial == {f'{SCOPE}/embedding': given}
+  assert METHODS['ulpt'](5, init=given).initial == {f'{SCOPE}/rows': given}
 
 
 @pytest.mark.parametrize(
@@ -131,6 +153,9 @@ def test_an_initialiser_gives_the_rows_that_the_network_reads():
     (lambda: p_tuning.p_tuning(encoder='lstm', hidden=5), '5; .* even'),
     (lambda: residual.residual(0), 'PROMPT_LENGTH is 0'),
     (lambda: residual.residual(bottleneck=0), 'bottleneck is 0'),
+    (lambda: superpos.superpos(0), 'PROMPT_LENGTH is 0'),
+    (lambda: superpos.superpos(tokens=3000), '3000 tokens of the first 2000'),
+    (lambda: ulpt.ulpt(rank=0), 'rank of ULPT is 0'),
   ],
 )
 def test_sizes_that_cannot_be_are_refused(make, message):

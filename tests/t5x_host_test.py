@@ -484,7 +484,10 @@ def test_ten_steps_end_as_under_ptune(ten_steps, file):
     assert written == ['encoder.prompt.prompt.prompt']
     method = methods.functions()[name](length=5)
     if method.fold:  # Networks that make a prompt magnify what is apart.
-      values = method.fold({path: last[path].read() for path in wanted})
+      table = last[parameters.EMBEDDING].read()
+      values = method.fold(
+        {path: last[path].read() for path in wanted}, lambda ids: table[[*ids]]
+      )
     else:
       values = {prompt.PATH: np.load(prompts / 'step_10.npy')}
     assert_same({prompt.PATH: prompt_init.read(saved(hosted, step))}, values)

@@ -19,7 +19,7 @@ from etils import epath
 from ptune.convert.account import account
 from ptune.convert.hub import locate
 from ptune.convert.identity import check_config
-from ptune.convert.source import Leaf, Source, restore, sizes
+from ptune.convert.source import Leaf, Source, restore, sizes, with_rows
 from ptune.errors import UserError
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
   'open_checkpoint',
   'restore',
   'sizes',
+  'with_rows',
 ]
 
 EXPECTED = """\

@@ -8,6 +8,7 @@ asked. `restore` is the one place where they become arrays.
 import ctypes
 import dataclasses
 import fnmatch
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptune.errors import UserError
+from ptune.model import parameters
 
 Index = tuple[slice, ...]
 Shape = tuple[int, ...]
 
-EMBEDDING = 'token_embedder/embedding'
+EMBEDDING = parameters.EMBEDDING
 LOGITS = 'decoder/logits_dense/kernel'
 
 # Values looked at in one go; bounds the memory of what is made of them.
@@ -152,6 +154,24 @@ def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
   if EMBEDDING in shapes:
     result['logits_via_embedding'] = LOGITS not in shapes
   return result
+
+
+def with_rows(plan: parameters.Plan, source: Source) -> parameters.Plan:
+  """The plan, with `rows` that read the base's embedding from a checkpoint.
+
+  They are read on the host, by the process that asks, each once.
+  """
+
+  @functools.lru_cache(maxsize=1)
+  def read(ids):
+    table = source.leaves[EMBEDDING]
+    blocks = [table.read((slice(i, i + 1), slice(None))) for i in ids]
+    return parameters.rows_as_held(plan, np.concatenate(blocks))
+
+  def rows(ids):
+    return read(tuple(map(int, ids)))
+
+  return dataclasses.replace(plan, rows=rows)
 
 
 def restore(

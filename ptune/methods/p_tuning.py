@@ -21,21 +21,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.linen import partitioning
 
 from ptune.errors import UserError
 from ptune.methods import prompt_init
-from ptune.methods.prompt import (
-  PATH,
-  SCOPE,
-  InsertPrompt,
-  check_length,
-  packed,
-)
-from ptune.model.adapters import Method, Placement
+from ptune.methods.prompt import made_prompt
+from ptune.model.adapters import Method
 from ptune.model.layers import Dense, kernel_init
 
 AXES = ('prompt_embed', 'adapter_hidden')  # Of a map to hidden units.
@@ -123,31 +116,16 @@ def encoded_prompt(
     encoder: Makes the module [prompt, embed] -> [prompt, embed].
     init: Of the rows that it reads.
   """
-  check_length(length)
   source = functools.partial(EncodedPrompt, encoder=encoder)
 
-  def fold(trained):
-    # On the host: one process alone may ask for it.
-    own = {k.removeprefix(f'{SCOPE}/'): np.array(x) for k, x in trained.items()}
-    params = traverse_util.unflatten_dict(own, sep='/')
-    embed = own['embedding'].shape[-1]
-    return {PATH: source(length=length).apply({'params': params}, embed)}
+  def fold(trained, rows):
+    del rows
+    params = traverse_util.unflatten_dict(dict(trained), sep='/')
+    embed = trained['embedding'].shape[-1]
+    return source(length=length).apply({'params': params}, embed)
 
-  return Method(
-    name=name,
-    placements=(
-      Placement(
-        'encoder/embed',
-        'prompt',
-        functools.partial(InsertPrompt, length=length, source=source),
-      ),
-    ),
-    trainable=(f'{SCOPE}/*',),
-    prompt=PATH,
-    fold=fold,
-    initial={f'{SCOPE}/embedding': init or prompt_init.random_uniform()},
-    packed=packed('encoder', functools.partial(source, length=length), length),
-  )
+  initial = {'embedding': init or prompt_init.random_uniform()}
+  return made_prompt(name, length, source, fold, initial)
 
 
 def p_tuning(

@@ -38,7 +38,7 @@ from flax.linen import partitioning
 
 from ptune.errors import UserError
 from ptune.methods.prompt import check_length
-from ptune.model.adapters import Method, Placement
+from ptune.model.adapters import Method, Placement, Rows
 from ptune.model.layers import Dense
 
 STACKS = {
@@ -102,8 +102,9 @@ class Made(nn.Module):
     )
 
 
-def _fold(trained: Mapping[str, Any]) -> dict[str, Any]:
+def _fold(trained: Mapping[str, Any], rows: Rows) -> dict[str, Any]:
   """{'.../made/embedding': E, ...} -> {'.../prefix': tanh(E A) B}."""
+  del rows
   places = {path.partition('/made/')[0] for path in trained}
   return {
     f'{place}/prefix': np.tanh(

@@ -31,6 +31,8 @@ VIRTUAL = 2**30
 # Stands for padding in the tokens that the encoder's sites read, whatever the
 # model's own id for it is.
 PADDING = -1
+# Reads rows of a base's token embedding: ids [n] -> [n, embed] float32.
+Rows = Callable[[Sequence[int]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Method:
       that is written as `prompts/step_N.npy`, for methods that have one.
     fold: Turns the trained parameters, by path, into those of a simpler method
       that answers the same, such as a network that makes a prompt into the
-      prompt. None where there is nothing to fold.
+      prompt. Called with these and `Rows` of the base. None where there is
+      nothing to fold.
     merge: Called with the path and the value (float32, NumPy) of a base
       parameter, and the folded parameters; returns what the parameter is in a
       model of the base's own shape that answers the same. None where there is
@@ -102,7 +105,7 @@ class Method:
   placements: tuple[Placement, ...]
   trainable: tuple[str, ...]
   prompt: str | None = None
-  fold: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+  fold: Callable[[Mapping[str, Any], Rows], Mapping[str, Any]] | None = None
   merge: Callable[[str, Any, Mapping[str, Any]], Any] | None = None
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   check: Callable[[np.ndarray], None] | None = None
@@ -141,11 +144,11 @@ def combine(methods: Sequence[Method]) -> Method:
   def own(method, trained):
     return {path: x for path, x in trained.items() if method.trains(path)}
 
-  def fold(trained):
+  def fold(trained, rows):
     folded = {}
     for method in methods:
       mine = own(method, trained)
-      folded |= method.fold(mine) if method.fold else mine
+      folded |= method.fold(mine, rows) if method.fold else mine
     return folded
 
   def merge(path, value, trained):

@@ -19,10 +19,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ptune.errors import UserError
 from ptune.model import network as network_lib
 from ptune.model import partitioning, scan
-from ptune.model.adapters import Method
+from ptune.model.adapters import Method, Rows
 from ptune.model.sizes import T5Config
 
 Flat = dict[str, Any]
+
+EMBEDDING = 'token_embedder/embedding'
 
 
 def flatten(tree: Mapping[str, Any]) -> Flat:
@@ -56,6 +58,7 @@ class Plan:
     params: Shape, type and sharding, by path.
     base: The paths that a checkpoint of the base model must hold.
     trainable: The paths that are trained; the others are frozen.
+    rows: Reads the base's embedding, once a base is known; for `Method.fold`.
   """
 
   network: network_lib.Transformer
@@ -66,6 +69,7 @@ class Plan:
   params: Mapping[str, jax.ShapeDtypeStruct]
   base: frozenset[str]
   trainable: frozenset[str]
+  rows: Rows | None = None
 
   def select(self, paths: Iterable[str]) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters at the given paths, in the order of `params`."""
@@ -254,6 +258,23 @@ def _to_int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
   return values.astype(jnp.int8), jnp.squeeze(scale, axis)
 
 
+def rows_as_held(plan: Plan, rows: np.ndarray) -> np.ndarray:
+  """Rows of the token embedding as the network looks them up.
+
+  Args:
+    plan: The plan.
+    rows: [n, embed] as in the checkpoint.
+
+  Returns:
+    [n, embed] float32, rounded as `hold` and `layers.Embed` round them.
+  """
+  x = jnp.asarray(rows).astype(plan.params[EMBEDDING].dtype)
+  if EMBEDDING in _quantized(plan):
+    values, scale = _to_int8(x, _SHARED_AXIS['embedding'])
+    x = values * scale[:, None]
+  return np.asarray(x.astype(plan.network.config.dtype), np.float32)
+
+
 def initialize(
   plan: Plan, paths: Iterable[str], seed: int
 ) -> dict[str, jax.Array]:
@@ -302,7 +323,7 @@ def embedding_rows(
   Raises:
     ValueError: If the embedding does not have all of these rows.
   """
-  table = params['token_embedder/embedding']
+  table = params[EMBEDDING]
   # On a device, an index beyond the last row would silently give the last.
   if len(ids) and not 0 <= np.min(ids) <= np.max(ids) < table.shape[0]:
     raise UserError(
