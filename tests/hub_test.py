@@ -54,7 +54,7 @@ def test_without_network_the_error_says_what_to_do(hub):
 
 def test_without_huggingface_hub_the_error_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-  with pytest.raises(ValueError, match='pip install huggingface_hub'):
+  with pytest.raises(ValueError, match=r'pip install "ptune\[hub\]"'):
     open_checkpoint('hf://google/flan-t5-base')
 
 

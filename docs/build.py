@@ -1,0 +1,138 @@
+"""Builds the documentation's site into site/: python docs/build.py
+
+Needs pip install -e '.[docs]'. The pages are those of docs/, and those of other
+folders that FROM_ELSEWHERE names; the page of macros is made of
+`gin_files.MACROS`. Any warning, such as a dead link, is an error.
+"""
+
+import pathlib
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SOURCE = ROOT / 'build' / 'site_source'
+REPOSITORY = 'https://github.com/ptune-jax/ptune/blob/main'
+MACROS = 'macros.md'  # The page that is made; it is in no folder.
+# Page of the site -> file of the repository.
+FROM_ELSEWHERE = {
+  'benchmarks.md': 'benchmarks/README.md',
+  'changelog.md': 'CHANGELOG.md',
+  'contributing.md': 'CONTRIBUTING.md',
+  'launch.md': 'launch/README.md',
+  'pretrained.md': 'ptune/pretrained/README.md',
+}
+_LINK = re.compile(r'(\]\()([^)\s#]+)(#[^)\s]*)?\)')
+
+
+def pages() -> dict[str, pathlib.Path]:
+  """The site's pages and pictures, and the files that they are made of."""
+  docs = ROOT / 'docs'
+  found = {
+    str(file.relative_to(docs)): file
+    for kind in ('*.md', '*.png')
+    for file in sorted(docs.rglob(kind))
+  }
+  return found | {page: ROOT / file for page, file in FROM_ELSEWHERE.items()}
+
+
+def linked(text: str, page: str, file: pathlib.Path) -> str:
+  """Lets a page's links point to where the site has what they link to.
+
+  Before: `[promises](../docs/promises.md)` in launch/README.md
+  After: `[promises](promises.md)` in launch.md; a link to what the site does
+  not have, such as a Python file, leads to the repository.
+
+  Raises:
+    ValueError: A link leads nowhere.
+  """
+  by_file = {file.resolve(): page for page, file in pages().items()}
+
+  def link(match):
+    head, target, anchor = match[1], match[2], match[3] or ''
+    if re.match(r'[a-z]+:', target):
+      return match[0]
+    linked_file = (file.parent / target).resolve()
+    if linked_file in by_file:
+      here = posixpath.dirname(page) or '.'
+      target = posixpath.relpath(by_file[linked_file], here)
+    elif linked_file.exists():
+      target = f'{REPOSITORY}/{linked_file.relative_to(ROOT)}'
+    elif not target.endswith(MACROS):
+      raise ValueError(f'{file.relative_to(ROOT)} links to {target}: not there')
+    return f'{head}{target}{anchor})'
+
+  return _LINK.sub(link, text)
+
+
+def macros() -> str:
+  """The page of commands, macros and gin files, in Markdown."""
+  from ptune import cli, gin_files
+
+  lines = ['# Commands and macros', '', '## Commands', '']
+  lines += ['| command | what it does |', '|---|---|']
+  for name, (*_, what) in {**cli.PROGRAMS, **cli.TOOLS}.items():
+    lines.append(f'| `ptune {name}` | {what} |')
+  lines += [
+    '',
+    '`ptune COMMAND --help` lists the flags of a command. The programs that',
+    'gin configures (train, eval, infer, ablate, study, plan, doctor) take',
+    '`--gin_file=FILE` and `--gin.NAME=VALUE`.',
+    '',
+    '## Macros',
+    '',
+    'Set a macro by `--gin.NAME=VALUE`, or by `NAME = VALUE` in a gin file.',
+    '',
+    '| macro | what it sets | example |',
+    '|---|---|---|',
+  ]
+  for name in gin_files.MACROS:
+    what, example = gin_files.MACROS[name][:2]
+    lines.append(f'| `{name}` | {what} | `{example}` |')
+  lines += ['', '## Gin files', '']
+  lines += ['| file | what it says |', '|---|---|']
+  for file in gin_files.own_files():
+    path = gin_files.own_directory() / file
+    lines.append(
+      f'| [`{file}`]({REPOSITORY}/gin/{file}) | {first_line(path)} |'
+    )
+  return '\n'.join([*lines, ''])
+
+
+def first_line(path: pathlib.Path) -> str:
+  """The first sentence of a gin file's head."""
+  head = []
+  for line in path.read_text().splitlines():
+    if not line.startswith('#'):
+      break
+    head.append(line.removeprefix('#').strip())
+  return re.split(r'(?<=[.:]) ', ' '.join(head))[0].replace('|', '\\|')
+
+
+def stage() -> None:
+  """Writes what the site is built from into SOURCE."""
+  shutil.rmtree(SOURCE, ignore_errors=True)
+  for page, file in pages().items():
+    copy = SOURCE / page
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == '.md':
+      copy.write_text(linked(file.read_text(), page, file))
+    else:
+      shutil.copyfile(file, copy)
+  shutil.copyfile(ROOT / 'benchmarks' / 'cost.png', SOURCE / 'cost.png')
+  (SOURCE / 'reference' / MACROS).write_text(macros())
+
+
+def main() -> int:
+  stage()
+  # Not beside the interpreter where the environment is a layered one.
+  command = [sys.executable, '-m', 'zensical', 'build', '--strict', '--clean']
+  return subprocess.run(
+    [*command, '--config-file', str(ROOT / 'mkdocs.yml')], cwd=ROOT, check=False
+  ).returncode
+
+
+if __name__ == '__main__':
+  sys.exit(main())
