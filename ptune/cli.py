@@ -20,7 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from ptune import gin_files
+from ptune import gin_files, macros
 from ptune.errors import UserError
 from ptune.training import processes
 
@@ -119,8 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _leave_on_signals(args.program)
   _set_up_logging()
   try:
+    # Before the imports, which take seconds.
+    settings = None if args.program in TOOLS else _read(args)
     _initialize_processes(args)
-    status = _use(args) if args.program in TOOLS else _run(args)
+    status = _use(args) if settings is None else _run(args, settings)
   except Exception as error:
     if _is_for_users(error):
       print(f'ptune {args.program}: {_message(error)}', file=sys.stderr)
@@ -197,14 +199,14 @@ def _add_command(commands, name: str, what: str) -> argparse.ArgumentParser:
 
 
 def _macros_and_files() -> str:
-  width = max(map(len, gin_files.MACROS)) + 2
-  macros = [
-    f'  {name.ljust(width)}{what}, e.g. {example}'
-    for name, (what, example) in gin_files.MACROS.items()
+  width = max(map(len, macros.MACROS)) + 2
+  lines = [
+    f'  {name.ljust(width)}{macro.what}, e.g. {macro.example}'
+    for name, macro in sorted(macros.MACROS.items())
   ]
   files = [f'  {file}' for file in gin_files.own_files()]
   return '\n'.join(
-    ['macros, set with --gin.NAME=VALUE:', *macros, '', 'gin files:', *files]
+    ['macros, set with --gin.NAME=VALUE:', *lines, '', 'gin files:', *files]
   )
 
 
@@ -268,18 +270,21 @@ def _use(args: argparse.Namespace) -> int:
   return tool.run(args) or 0
 
 
-def _run(args: argparse.Namespace) -> int:
-  """Runs one of PROGRAMS."""
-  module, function, _ = PROGRAMS[args.program]
+def _read(args: argparse.Namespace) -> gin_files.Settings:
+  """Reads the gin files and flags of one of PROGRAMS."""
   if not args.gin_file and args.program != 'doctor':
-    raise gin_files.UsageError(
+    raise UserError(
       'no --gin_file; for example --gin_file=models/t5_1_1_small.gin'
       ' --gin_file=prompts/from_class_labels.gin'
       f' --gin_file=runs/{args.program}.gin'
     )
   search_paths = [p for p in args.gin_search_paths.split(',') if p]
-  for file in args.gin_file:  # Before the imports, which take seconds.
-    gin_files.find(file, search_paths)
+  return gin_files.read(args.gin_file, args.gin_bindings, search_paths)
+
+
+def _run(args: argparse.Namespace, settings: gin_files.Settings) -> int:
+  """Runs one of PROGRAMS."""
+  module, function, _ = PROGRAMS[args.program]
   import gin
 
   with _quiet_stderr():
@@ -292,9 +297,7 @@ def _run(args: argparse.Namespace) -> int:
     sys.path.append(os.getcwd())
   # A plan or a preflight reads few macros; others need not be set.
   whole = args.program not in ('plan', 'doctor')
-  gin_files.parse(
-    args.gin_file, args.gin_bindings, search_paths, program if whole else None
-  )
+  gin_files.bind(settings, program if whole else None)
   if args.tfds_data_dir:
     import seqio
 

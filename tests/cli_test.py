@@ -111,7 +111,7 @@ def test_a_wrong_command_is_answered_in_a_line(says, arguments, message):
       'has no value; expected --gin.NAME=VALUE, such as --gin.TRA',
     ),
     ('TRAIN_STEPS 5', 'has no value'),
-    ('TRAIN_STEPS=', 'cannot be read. Values are written as in Python'),
+    ('TRAIN_STEPS=', 'cannot be read .*Values are written as in Python'),
     (
       'MODEL_DIR=/tmp/x',
       'strings have quotes, .* --gin.MODEL_DIR="\'/runs/sst2',
@@ -123,14 +123,14 @@ def test_a_wrong_command_is_answered_in_a_line(says, arguments, message):
     # Types.
     (
       "TRAIN_STEPS='a'",
-      r"TRAIN_STEPS \(steps of this run\) is 'a'; expected e",
+      r"TRAIN_STEPS \(steps of this run\) is 'a'; expected a whole",
     ),
-    ('TRAIN_STEPS=1e3', 'is 1000.0; expected e.g. 30000'),
-    ('TRAIN_STEPS=True', 'is True; expected e.g. 30000'),
-    ('BATCH_SIZE=None', 'BATCH_SIZE is None; expected a whole number'),
-    ("PROMPT_LENGTH='a'", "PROMPT_LENGTH .* is 'a'; expected e.g. 100"),
-    ("LEARNING_RATE='a'", "LEARNING_RATE .* is 'a'; expected e.g. 0.3"),
-    ("TASK_FEATURE_LENGTHS='a'", "is 'a'; expected e.g. {'inputs'"),
+    ('TRAIN_STEPS=1e3', 'is 1000.0; expected a whole number .*, e.g. 30000'),
+    ('TRAIN_STEPS=True', 'is True; expected a whole number'),
+    ('BATCH_SIZE=None', 'BATCH_SIZE .* is None; expected a whole number'),
+    ("PROMPT_LENGTH='a'", "PROMPT_LENGTH .* is 'a'; expected a whole number"),
+    ("LEARNING_RATE='a'", "LEARNING_RATE .* is 'a'; expected a number"),
+    ("TASK_FEATURE_LENGTHS='a'", "is 'a'; expected a dict, .* {'inputs'"),
     ('MODEL_DIR=None', 'MODEL_DIR is None; it must be a directory'),
     # Names.
     ('trian.seed=5', "matching 'trian'; there are .*train.train"),
@@ -139,13 +139,16 @@ def test_a_wrong_command_is_answered_in_a_line(says, arguments, message):
     ('OPTIMIZER=@optim.adam', 'did you mean optim.adamw or optim.adafactor'),
     ('METHOD=@prompt.promt()', 'did you mean prompt.prompt'),
     # Settings.
-    ('PROMPT_LENGTH=0', 'PROMPT_LENGTH is 0; it must be at least 1'),
+    (
+      'PROMPT_LENGTH=0',
+      'PROMPT_LENGTH .* is 0; expected a whole number from 1',
+    ),
     (
       'TRAIN_STEPS=0',
-      'TRAIN_STEPS is 0; expected a whole number of at least 1',
+      'TRAIN_STEPS .* is 0; expected a whole number from 1',
     ),
     ('MODEL_PARALLEL=2', 'does not divide the 1 devices'),
-    ("DTYPE='float16'", "it must be 'float32' or 'bfloat16'"),
+    ("DTYPE='float16'", "expected 'float32' or 'bfloat16'"),
     ("optim.schedule.decay='x'", "decay 'x' is not one of"),
     ('Decoding.top_p=2', 'top_p'),
     ('Decoding.num_beams=0', 'num_beams is 0; it must be at least 1'),
@@ -221,7 +224,7 @@ def test_a_failure_is_told_from_a_wrong_command(says, monkeypatch):
     def fail(*args, error=error):
       raise error
 
-    monkeypatch.setattr(cli, '_run', fail)
+    monkeypatch.setattr(cli, '_read', fail)
     assert says('train') == (status, f'ptune train: {error}\n')
 
 
@@ -313,7 +316,7 @@ def test_files_that_set_the_same_are_refused(tmp_path):
     ([*runs, 'methods/full.gin'], 'both set METHOD'),
     ([*runs, str(one), str(two)], '0.gin and .*1.gin both set EVAL_PERIOD'),
   ):
-    with pytest.raises(gin_files.UsageError, match=message):
+    with pytest.raises(UserError, match=message):
       operative(files)
   # A file may set anew what it includes.
   assert 'EVAL_PERIOD = 7' in operative([*runs, str(three)])
@@ -333,7 +336,7 @@ def test_what_is_wrong_in_a_file_is_named_by_file_and_line(tmp_path):
     ('trian.train.seed = 4', "No configurable matching 'trian.train'; did you"),
   ):
     mine.write_text(f'{text}\n')
-    with pytest.raises(gin_files.UsageError, match=message):
+    with pytest.raises(UserError, match=message):
       operative(['runs/train.gin', str(mine)])
   # Macros of one's own are fine.
   mine.write_text('WIDTH = 3\nBATCH_SIZE = %WIDTH\n')
@@ -347,7 +350,7 @@ def test_gin_files_are_found_where_they_may_lie(tmp_path, monkeypatch):
   (tmp_path / 'here.gin').write_text('EVAL_PERIOD = 7\n')
   monkeypatch.chdir(tmp_path)
   files = ['runs/train.gin', 'deep/my.gin', 'here.gin']
-  with pytest.raises(gin_files.UsageError, match=r"no gin file 'deep/my.gin'"):
+  with pytest.raises(UserError, match=r"no gin file 'deep/my.gin'"):
     operative(files)
   gin.clear_config()
   gin_files.parse(files, search_paths=[str(tmp_path / 'a')])

@@ -15,6 +15,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # `python -m ptune.NAME` runs.
 ROOMS = (
   'errors',
+  'paths',
+  'macros',
+  'gin_source',
   'gin_files',
   'model',
   'methods',

@@ -1,0 +1,359 @@
+"""The macros that gin files read: what each is, and which values it may have.
+
+`check` refuses wrong values before anything is imported, allocated or written.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ptune import paths
+from ptune.errors import UserError
+
+# Steps and seeds are int32 on the devices.
+INT32 = 2**31 - 1
+LONGEST = 2**20  # Tokens; T5's attention fits no longer input.
+LONGEST_PROMPT = 2**16
+
+# Says what is expected in place of a value: '' if the value is right.
+Kind = Callable[[Any], str]
+
+
+class Macro(NamedTuple):
+  """A macro.
+
+  Attributes:
+    what: What it is, in a few words.
+    example: How a value is written.
+    kind: The values that it may have.
+  """
+
+  what: str
+  example: str
+  kind: Kind
+
+
+# ----------------------------------------------------------------------- kinds
+
+
+def whole(least: int = 1, most: int = INT32) -> Kind:
+  """Whole numbers within bounds. True is none, although Python counts it."""
+  expected = f'a whole number from {least} to {most}'
+  return lambda x: '' if type(x) is int and least <= x <= most else expected
+
+
+def number(least: float, most: float) -> Kind:
+  """Numbers within bounds, so neither NaN nor infinite."""
+  expected = f'a number from {least:g} to {most:g}'
+  return lambda x: (
+    '' if type(x) in (int, float) and least <= x <= most else expected
+  )
+
+
+def one_of(*values: str) -> Kind:
+  """A few texts."""
+  expected = ' or '.join(map(repr, values))
+  return lambda x: '' if isinstance(x, str) and x in values else expected
+
+
+def or_none(kind: Kind) -> Kind:
+  """The values of a kind, and None."""
+
+  def fault(value):
+    expected = '' if value is None else kind(value)
+    return expected and f'{expected}, or None'
+
+  return fault
+
+
+def either(one: Kind, other: Kind) -> Kind:
+  """The values of two kinds."""
+
+  def fault(value):
+    expected = one(value) and other(value)
+    return expected and f'{one(value)}, or {expected}'
+
+  return fault
+
+
+def list_of(kind: Kind, least: int = 1) -> Kind:
+  """Lists or tuples of values of a kind."""
+
+  def fault(values):
+    if not isinstance(values, list | tuple):
+      return 'a list'
+    if len(values) < least:
+      return f'a list with at least {least} items'
+    expected = next(filter(None, map(kind, values)), '')
+    return expected and f'a list whose items are {expected}'
+
+  return fault
+
+
+def by_name(kind: Kind) -> Kind:
+  """Dicts from texts to values of a kind."""
+
+  def fault(values):
+    if not isinstance(values, Mapping) or not values:
+      return 'a dict, not empty'
+    if any(map(_text, values)):
+      return 'a dict whose keys are texts'
+    expected = next(filter(None, map(kind, values.values())), '')
+    return expected and f'a dict whose values are {expected}'
+
+  return fault
+
+
+def _boolean(value: Any) -> str:
+  return '' if isinstance(value, bool) else 'True or False'
+
+
+def _text(value: Any) -> str:
+  good = isinstance(value, str) and value.strip()
+  return '' if good else 'a text in quotes, not empty'
+
+
+def _path(value: Any) -> str:
+  return paths.fault(value) if isinstance(value, str) else 'a path in quotes'
+
+
+def _task(value: Any) -> str:
+  """A name that SeqIO takes, and that names a directory on any system."""
+  name = r'[A-Za-z0-9_:#][\w.:#]{0,199}'
+  if isinstance(value, str) and re.fullmatch(name, value, re.ASCII):
+    return ''
+  return 'up to 200 letters, digits, _ : # and dots, and no dot first'
+
+
+def _chosen(value: Any) -> str:
+  """What a file chooses, by a reference."""
+  return 'a reference, which the named file sets'
+
+
+def _each(kind: Kind, **macros: tuple[str, str]) -> dict[str, Macro]:
+  return {name: Macro(*about, kind) for name, about in macros.items()}
+
+
+MACROS = {
+  **_each(
+    whole(1, 2**24),
+    BATCH_SIZE=('examples a step', '32'),
+  ),
+  **_each(
+    or_none(_text),
+    BEST_METRIC=('what chooses the best prompt', "'accuracy'"),
+    DATASET_CONFIG=('the configuration of DATASET', "'sst2'"),
+    DEFAULT_PROMPT=('of rows that name none', "'sst2'"),
+    EVAL_SPLIT=('the split that is evaluated', "'validation'"),
+    INFER_SPLIT=('the split that is predicted', "'test'"),
+    PROMPTS=('several prompts', "'sst2=a.npy,rte=b.npy'"),
+    USUAL=('the model of studies of one size', "'xl'"),
+  ),
+  **_each(
+    or_none(whole(1, LONGEST)),
+    BUCKET_MULTIPLE=('lengths are padded to a multiple of it', '32'),
+  ),
+  **_each(
+    or_none(_path),
+    CHECKPOINT_PATH=('the base model', "'/models/t5_1_1_small'"),
+    EVAL_OUTPUT_DIR=('where an evaluation writes', "'/runs/eval'"),
+    INFER_FILE=('one input a line, or JSON lines', "'inputs.txt'"),
+    INFER_OUTPUT_DIR=('where predictions are written', "'/runs/out'"),
+    INITIAL_CHECKPOINT_PATH=('the base model', "'/models/t5_1_1_small'"),
+    MODEL_DIR=('where a run writes', "'/runs/sst2'"),
+    PROMPT_FILE=('a saved prompt', "'/runs/sst2/prompts/best.npy'"),
+    VOCABULARY=('of the tasks that come with ptune', "'ptune://tiny'"),
+  ),
+  **_each(
+    whole(),
+    CHECKPOINT_PERIOD=('steps between checkpoints', '1000'),
+    EVAL_PERIOD=('steps between evaluations', '1000'),
+    MEMBERS=('prompts of an ensemble', '5'),
+    MICROBATCHES=('parts that a batch is computed in', '4'),
+    MODEL_PARALLEL=('devices that hold one copy of the weights', '4'),
+    PIECES=('that a row is cut in to be pruned', '16'),
+    SEEDS=('how often a study repeats all', '3'),
+    TOGETHER=('most trainings in one program', '8'),
+    TRAIN_STEPS=('steps of this run', '30000'),
+  ),
+  **_each(
+    or_none(list_of(_text)),
+    CLASS_LABELS=('labels that initialise the prompt', "['no', 'yes']"),
+    MODELS=('of a study', "['tiny', 'mini']"),
+  ),
+  **_each(
+    _path,
+    DATASET=('of Hugging Face datasets', "'imdb'"),
+  ),
+  **_each(
+    number(0, 0.999),
+    DROPOUT_RATE=('dropout in training', '0.1'),
+  ),
+  **_each(
+    one_of('float32', 'bfloat16'),
+    DTYPE=('what activations are computed in', "'bfloat16'"),
+  ),
+  **_each(
+    or_none(whole()),
+    EARLY_STOPPING=('evaluations without a better score', '5'),
+    EVAL_STEPS=('batches of an evaluation, None for all', '20'),
+    KEEP_CHECKPOINTS=('how many are kept, None for all', '3'),
+    KEEP_PIECES=('pieces of a pruned prompt that are not 0', '80'),
+    KEEP_ROWS=('rows of a pruned prompt', '10'),
+  ),
+  **_each(
+    or_none(one_of('float32', 'bfloat16', 'int8')),
+    FROZEN_DTYPE=('what frozen matrices are kept in', "'int8'"),
+  ),
+  **_each(
+    _boolean,
+    FSDP=('frozen matrices split over all devices', 'True'),
+    FUSED_ATTENTION=("an accelerator's attention, where it has one", 'True'),
+    RANK=('score every label instead of writing one', 'True'),
+    REMAT=('compute layers again in the backward pass', 'True'),
+    SCAN=('compile one layer of each stack, and loop over them', 'True'),
+    SKIP_BAD_ROWS=('count and list them, do not stop', 'True'),
+    USE_CACHED_TASKS=('read tasks cached by SeqIO', 'True'),
+  ),
+  **_each(
+    one_of('leave_one_out', 'gradient'),
+    IMPORTANCE=('leave_one_out or gradient', "'leave_one_out'"),
+  ),
+  **_each(
+    one_of('predict', 'score'),
+    INFER_MODE=('predict or score', "'predict'"),
+  ),
+  **_each(
+    _text,
+    INITIAL_TEXT=('text that initialises the prompt', "'Classify this:'"),
+    INPUTS=('template of the inputs', "'review: {text}'"),
+    MIXTURE_OR_TASK_NAME=('the SeqIO task', "'my_sst2'"),
+    TARGETS=('template of the targets', "'{label}'"),
+    TARGET_TEXT=('text that a loss draws the prompt to', "'Say yes or no:'"),
+  ),
+  **_each(
+    or_none(list_of(_text, 2)),
+    LABEL_NAMES=('words for integer labels', "['no', 'yes']"),
+  ),
+  **_each(
+    number(0, 1e4),
+    LEARNING_RATE=('peak learning rate', '0.3'),
+  ),
+  **_each(
+    list_of(number(0, 1e4)),
+    LEARNING_RATES=('of a sweep', '[0.1, 0.3]'),
+  ),
+  **_each(
+    list_of(whole(1, LONGEST_PROMPT)),
+    LENGTHS=('prompt lengths of a study', '[1, 5, 20, 100]'),
+  ),
+  **_each(
+    _chosen,
+    METHOD=('set by a file of methods/ or prompts/', '@prompt.prompt()'),
+    MODEL=('set by a file of models/', '@sizes.t5()'),
+    OPTIMIZER=('set by a file of methods/', '@optim.adafactor'),
+    STUDIES=('set by a file of studies/', '[@studies.sweep()]'),
+  ),
+  **_each(
+    or_none(list_of(_text, 0)),
+    METRICS=('by name, see tasks/from_files.gin', "['accuracy']"),
+  ),
+  **_each(
+    or_none(either(_text, list_of(_text))),
+    MIXTURE_OR_TASK_MODULE=('registers the task', "'my_tasks'"),
+  ),
+  **_each(
+    whole(0, 2**16),
+    PACK=('rows with room for so many of the longest examples', '4'),
+  ),
+  **_each(
+    or_none(whole(0)),
+    PROFILE_STEPS=('steps traced into MODEL_DIR/profile', '5'),
+  ),
+  **_each(
+    whole(1, LONGEST_PROMPT),
+    PROMPT_LENGTH=('rows of the prompt', '100'),
+  ),
+  **_each(
+    whole(0),
+    RANDOM_SEED=('of data order, initialisation, dropout', '0'),
+  ),
+  **_each(
+    one_of('miniature', 'paper'),
+    SETTING=('miniature or paper', "'paper'"),
+  ),
+  **_each(
+    list_of(_path),
+    SOURCE_PROMPTS=('saved prompts of other tasks', "['mnli.npy']"),
+  ),
+  **_each(
+    or_none(list_of(number(0, 1e30))),
+    SOURCE_WEIGHTS=('of their mean', '[0.7, 0.3]'),
+  ),
+  **_each(
+    or_none(by_name(_text)),
+    SPLITS=('of DATASET, by those of the task', "{'train': 'train'}"),
+  ),
+  **_each(
+    by_name(whole(1, LONGEST)),
+    TASK_FEATURE_LENGTHS=('in tokens', "{'inputs': 128, 'targets': 8}"),
+  ),
+  **_each(
+    by_name(either(_path, list_of(_path))),
+    TASK_FILES=('a file or files for each split', "{'train': 'train.tsv'}"),
+  ),
+  **_each(
+    _task,
+    TASK_NAME=('of the task made of files', "'mine'"),
+  ),
+}
+
+
+# ----------------------------------------------------------------------- check
+
+
+def flag(name: str) -> str:
+  """A macro's flag as an example: --gin.MODEL_DIR="'/runs/sst2'"."""
+  example = MACROS[name].example if name in MACROS else '...'
+  plain = re.fullmatch(r'[\w.]+', example)
+  return f'--gin.{name}=' + (example if plain else f'"{example}"')
+
+
+def check(values: Mapping[str, Any]) -> None:
+  """Checks settings by the names of their macros; other names are passed over.
+
+  Raises:
+    UserError: It lists each value that is not of its kind; or a batch is larger
+      than the memory of this machine.
+  """
+  wrong = [
+    f'{name} ({macro.what}) is {_shown(values[name])}; expected {expected},'
+    f' e.g. {macro.example}'
+    for name, macro in MACROS.items()
+    if name in values and (expected := macro.kind(values[name]))
+  ]
+  if wrong:
+    raise UserError('\n'.join(sorted(wrong)))
+  _check_memory(values)
+
+
+def _shown(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 200 else f'{text[:200]}...'
+
+
+def _check_memory(values: Mapping[str, Any]) -> None:
+  """Refuses batches of which the token ids alone exceed the memory."""
+  used = ('BATCH_SIZE', 'TASK_FEATURE_LENGTHS', 'PACK')
+  rows, lengths, pack = map(values.get, used)
+  if rows is None or lengths is None:
+    return
+  needed = 4 * rows * sum(lengths.values()) * (pack or 1)
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if needed > memory:
+    given = ', '.join(f'{k}={values[k]!r}' for k in used if k in values)
+    raise UserError(
+      f'{given}: the token ids of one batch take {needed / 2**30:,.0f} GiB, and'
+      f' this machine has {memory / 2**30:,.0f} GiB; lower one of them'
+    )
