@@ -5,7 +5,7 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,9 +13,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ptune.data import batches as data
-from ptune.data import seqio_task
-from ptune.errors import UserError, check_counts
+from ptune.data import batches, seqio_task
+from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Decoding, EncoderDecoderModel
@@ -23,6 +22,7 @@ from ptune.model.sizes import T5Config
 from ptune.serving import answers, predictor
 from ptune.serving.bank import unknown
 from ptune.serving.evaluation import to_json
+from ptune.training import settings
 
 MODES = ('predict', 'score')
 # Batches that are read, sorted by length and written together.
@@ -36,58 +36,39 @@ _LINE = {
 
 def infer(
   *,
-  mixture_or_task_name: str,
-  task_feature_lengths: Mapping[str, int],
+  data: settings.Data,
   config: T5Config,
   method: Method,
+  trained: settings.Trained,
   model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,
-  mixture_or_task_module: str | Sequence[str] | None = None,
-  model_dir: str | None = None,
-  checkpoint_path: str | None = None,
-  prompt_file: str | None = None,
-  prompts: str | None = None,
-  default_prompt: str | None = None,
   output_dir: str | None = None,
   input_file: str | None = None,
   split: str = 'test',
   mode: str = 'predict',
-  batch_size: int = 32,
   decoding: Decoding = Decoding(),
-  use_cached: bool = False,
   seed: int = 0,
   model_parallel: int = 1,
-  bucket_multiple: int | None = data.BUCKET_MULTIPLE,
 ) -> epath.Path:
   """Writes what a trained model makes of each input, in their order.
 
   Args:
-    mixture_or_task_name: The task; with an input_file, only its vocabulary
-      and the ends of its features are used.
-    task_feature_lengths: Longest inputs and answers, in tokens.
+    data: The task, and the batches that are computed at once; no answer depends
+      on them. With an input_file, only the task's vocabulary and the ends of
+      its features are used.
     config: The network's sizes.
     method: What was trained.
-    model: The loss.
-    mixture_or_task_module: Imported first; registers the task.
-    model_dir: A run of `ptune train`.
-    checkpoint_path: The base model.
-    prompt_file: A prompt, where there is no model_dir.
-    prompts: Several in place of one, see `bank.parse`: each line of a .jsonl
+    trained: What answers. If there are several prompts, each line of a .jsonl
       file names its own as `prompt`.
-    default_prompt: The prompt of rows that name none; not needed where there
-      is but one.
+    model: The loss.
     output_dir: Where the file goes; MODEL_DIR/infer if not given.
     input_file: One input a line, or JSON lines with `inputs` (and `targets`,
       to be scored) if its name ends in .jsonl. Inputs stand as in the task's
       preprocessed examples.
     split: The split of the task, where there is no input_file.
     mode: 'predict', or 'score' for the log probability of the targets.
-    batch_size: Rows that are computed at once; no answer depends on it.
     decoding: How predictions are made.
-    use_cached: USE_CACHED_TASKS.
     seed: For sampling.
     model_parallel: Devices that one copy of the weights is split over.
-    bucket_multiple: Inputs are padded to a multiple of it; None pads to
-      task_feature_lengths.
 
   Returns:
     The file: a line for each input, with `inputs`, `prediction` and `score`
@@ -96,46 +77,46 @@ def infer(
   """
   if mode not in MODES:
     raise UserError(f'INFER_MODE is {mode!r}; it must be one of {MODES}')
-  check_counts(BATCH_SIZE=batch_size)
-  task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
+  settings.check(data)
+  task = seqio_task.load(data.task, data.module)
   seqio_task.check_vocabulary(task, config.vocab_size)
   vocabulary = seqio_task.vocabulary(task)
-  named = None
-  if prompts is not None:
-    named = predictor.named_prompts(prompts, method, model_dir, prompt_file)
+  named, default_prompt = None, trained.default_prompt
+  if trained.prompts is not None:
+    named = predictor.named_prompts(trained, method)
     if default_prompt is None and len(named) == 1:
       default_prompt = next(iter(named))
   elif default_prompt is not None:
     raise UserError(f'DEFAULT_PROMPT is {default_prompt!r}, without PROMPTS')
   own = functools.partial(_own_prompt, named, default_prompt)
   if input_file is None:
-    name = f'{mixture_or_task_name}-{split}'
-    seqio_task.check(task, task_feature_lengths, split, use_cached)
+    name = f'{data.task}-{split}'
+    seqio_task.check(task, data.feature_lengths, split, data.use_cached)
     same = own(name, {})
     examples = (
       (texts | same, features)
       for texts, features in seqio_task.examples(
-        task, task_feature_lengths, split, use_cached
+        task, data.feature_lengths, split, data.use_cached
       )
     )
   else:
     name = epath.Path(input_file).stem
-    seqio_task.check(task, task_feature_lengths, None)
+    seqio_task.check(task, data.feature_lengths, None)
     texts = list(_read_texts(epath.Path(input_file), mode, own))
     examples = (
-      seqio_task.encode(task, task_feature_lengths, text) for text in texts
+      seqio_task.encode(task, data.feature_lengths, text) for text in texts
     )
   mesh = partitioning.make_mesh(model_parallel)
-  data.check_batch_size(batch_size, mesh)
+  batches.check_batch_size(data.batch_size, mesh)
   plan = parameters.plan(config, method, mesh)
   if named is None:
-    predictor.check(plan, model_dir, checkpoint_path, prompt_file)
+    predictor.check(plan, trained)
   directory = predictor.output_directory(
-    'INFER_OUTPUT_DIR', output_dir, model_dir, 'infer'
+    'INFER_OUTPUT_DIR', output_dir, trained.model_dir, 'infer'
   )
-  longest = task_feature_lengths['targets']
+  longest = data.feature_lengths['targets']
   if named is None:
-    params, _ = predictor.load(plan, model_dir, checkpoint_path, prompt_file)
+    params, _ = predictor.load(plan, trained)
     asked = answers.Predictor(
       plan, model(plan.network), longest, decoding, seed
     )
@@ -143,7 +124,7 @@ def infer(
   else:
     bank = predictor.load_bank(
       config,
-      checkpoint_path,
+      trained.checkpoint_path,
       longest,
       named,
       mesh=mesh,
@@ -159,11 +140,13 @@ def infer(
     records: list[dict[str, Any]] = [dict(texts) for texts, _ in chunk]
 
     def ask():
-      for rows, batch in data.padded_batches(
-        [features for _, features in chunk], batch_size, bucket_multiple
+      for rows, batch in batches.padded_batches(
+        [features for _, features in chunk],
+        data.batch_size,
+        data.bucket_multiple,
       ):
-        placed = data.device_put(batch, mesh, method.check)
-        filled = np.pad(rows, (0, batch_size - len(rows)), 'edge')
+        placed = batches.device_put(batch, mesh, method.check)
+        filled = np.pad(rows, (0, data.batch_size - len(rows)), 'edge')
         params = trees([records[row] for row in filled])
         if mode == 'score':
           yield rows, ((), asked.score(params, placed))
@@ -182,7 +165,7 @@ def infer(
   writes = jax.process_index() == 0
   count = 0
   with partial.open('w') if writes else contextlib.nullcontext() as f:
-    for chunk in _chunks(examples, batch_size * CHUNK):
+    for chunk in _chunks(examples, data.batch_size * CHUNK):
       records = answer(chunk, count)
       count += len(records)
       if f is not None:

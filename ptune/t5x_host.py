@@ -58,7 +58,7 @@ from ptune.model import network as network_lib
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.adapters import Method
 from ptune.serving import predictor
-from ptune.training import optim, report
+from ptune.training import optim, report, settings
 
 Rules = list[tuple[str, str | None]]
 
@@ -552,7 +552,10 @@ class Reader:
     )
     given = {}
     if self._prompt_file is not None:
-      predictor.check(plan, checkpoint_path=path, prompt_file=self._prompt_file)
+      predictor.check(
+        plan,
+        settings.Trained(checkpoint_path=path, prompt_file=self._prompt_file),
+      )
       given, _ = predictor.read_prompt_file(plan, self._prompt_file)
     source = open_checkpoint(path)
     rest = restore(

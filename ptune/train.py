@@ -14,7 +14,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,21 +33,22 @@ from ptune.convert import (
   with_rows,
 )
 from ptune.convert.trained import dump as dump_trained
-from ptune.data import batches as data
+from ptune.data import batches as batches_lib
 from ptune.data import packing, seqio_task
-from ptune.errors import UserError, check_counts
+from ptune.errors import UserError
 from ptune.methods import prompt_init
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
-from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import T5Config
-from ptune.serving.evaluation import Evaluation, Stopped
+from ptune.serving.evaluation import Stopped, evaluation_of
 from ptune.training import (
   checkpoints,
   lock,
   optim,
   profiling,
   selection,
+  settings,
   stopping,
 )
 from ptune.training import report as report_lib
@@ -60,32 +61,15 @@ Optimizer = Callable[..., optax.GradientTransformation]
 def train(
   *,
   model_dir: str,
-  mixture_or_task_name: str,
-  task_feature_lengths: Mapping[str, int],
   train_steps: int,
+  data: settings.Data,
   config: T5Config,
   method: Method,
   initial_checkpoint_path: str | None,
-  mixture_or_task_module: str | Sequence[str] | None = None,
   model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,
   optimizer: Optimizer = optim.adafactor,
-  batch_size: int = 32,
-  microbatches: int = 1,
-  bucket_multiple: int | None = data.BUCKET_MULTIPLE,
-  pack: int = 0,
-  in_memory: bool | None = None,
-  use_cached: bool = False,
-  eval_period: int = 1000,
-  eval_steps: int | None = None,
-  eval_split: str | None = 'validation',
-  eval_batch_size: int | None = None,
-  decoding: Decoding = Decoding(),
-  best_metric: str | None = None,
-  early_stopping: int | None = None,
-  checkpoint_period: int = 1000,
-  keep_checkpoints: int | None = None,
-  log_period: int = 50,
-  profile_steps: int | None = None,
+  evaluation: settings.Evaluation = settings.Evaluation(),
+  saving: settings.Saving = settings.Saving(),
   seed: int = 0,
   model_parallel: int = 1,
 ) -> state_lib.TrainState:
@@ -93,42 +77,16 @@ def train(
 
   Args:
     model_dir: Where everything is written.
-    mixture_or_task_name: The SeqIO task or mixture.
-    task_feature_lengths: Longest inputs and targets, in tokens.
     train_steps: Steps of this run.
+    data: The task, and its batches.
     config: The network's sizes.
     method: What is added to the network, and trained.
     initial_checkpoint_path: The base model; None, where all is trained, to
       start from random weights.
-    mixture_or_task_module: Imported first; registers the task.
     model: The loss.
     optimizer: Called with `initial_step=`, the step of the base model.
-    batch_size: Examples a step.
-    microbatches: Parts that a batch is computed in, one after the other.
-    bucket_multiple: Lengths are rounded up to a multiple of it, short targets
-      to half of it or less, in batches of like lengths; None pads all to
-      task_feature_lengths.
-    pack: If not 0, rows hold several examples, and have room for so many of
-      the longest, see `packing`; batch_size then counts rows, which all have
-      one length.
-    in_memory: See `data.Batches`.
-    use_cached: USE_CACHED_TASKS.
-    eval_period: Steps between evaluations.
-    eval_steps: Batches of an evaluation; the whole split if not given.
-    eval_split: What is evaluated, None for nothing. A task without the
-      default one is trained without evaluations.
-    eval_batch_size: Rows that an evaluation computes at once; batch_size if
-      not given.
-    decoding: How predictions are made.
-    best_metric: Chooses the best prompt: the name of a metric, with a minus
-      in front if less is better. If not given, the mean of the task's own
-      metrics, or the loss where it has none.
-    early_stopping: Evaluations without a better score after which training
-      ends; never if not given.
-    checkpoint_period: Steps between checkpoints.
-    keep_checkpoints: How many are kept; all if not given.
-    log_period: Steps between records in the log.
-    profile_steps: Steps to trace into MODEL_DIR/profile, see `profiling`.
+    evaluation: What is evaluated on the way, and what the best prompt is.
+    saving: What is written on the way.
     seed: Of the initialisation, the data order and dropout.
     model_parallel: Devices that one copy of the weights is split over.
 
@@ -140,32 +98,15 @@ def train(
     FloatingPointError: If the loss is not finite.
   """
   # ------------------------------------------------------------------ checks
-  check_counts(
-    TRAIN_STEPS=train_steps,
-    BATCH_SIZE=batch_size,
-    MICROBATCHES=microbatches,
-    EVAL_PERIOD=eval_period,
-    CHECKPOINT_PERIOD=checkpoint_period,
-    log_period=log_period,
-  )
-  check_counts(
-    optional=True,
-    EVAL_STEPS=eval_steps,
-    eval_batch_size=eval_batch_size,
-    EARLY_STOPPING=early_stopping,
-    KEEP_CHECKPOINTS=keep_checkpoints,
-    PACK=pack or None,
-    PROFILE_STEPS=profile_steps or None,
-  )
+  settings.check(data, evaluation, saving, TRAIN_STEPS=train_steps)
   directory = checkpoints.run_directory(model_dir)
-  task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
-  seqio_task.check(task, task_feature_lengths, 'train', use_cached)
+  task = seqio_task.load(data.task, data.module)
+  seqio_task.check(task, data.feature_lengths, 'train', data.use_cached)
   seqio_task.check_vocabulary(task, config.vocab_size)
-  evaluates = check_evaluation(task, eval_split, early_stopping, best_metric)
+  evaluates = check_evaluation(task, evaluation)
   mesh = partitioning.make_mesh(model_parallel)
-  data.check_batch_size(batch_size, mesh, microbatches)
-  eval_batch_size = eval_batch_size or batch_size
-  data.check_batch_size(eval_batch_size, mesh)
+  batches_lib.check_batch_size(data.batch_size, mesh, data.microbatches)
+  batches_lib.check_batch_size(evaluation.batch_size or data.batch_size, mesh)
 
   plan = parameters.plan(config, method, mesh)
   logging.info('%s', parameters.summary(plan))
@@ -175,14 +116,15 @@ def train(
       ' INITIAL_CHECKPOINT_PATH is needed; for example'
       ' --gin.INITIAL_CHECKPOINT_PATH="\'/models/t5_1_1_small\'"'
     )
+  pack = data.pack
   trained = packing.model_of(model, plan) if pack else model(plan.network)
   run: dict[str, Any] = {
     **parameters.identity(plan),
-    'task': mixture_or_task_name,
-    'task_feature_lengths': dict(task_feature_lengths),
-    'batch_size': batch_size,
+    'task': data.task,
+    'task_feature_lengths': dict(data.feature_lengths),
+    'batch_size': data.batch_size,
     'pack': int(pack),
-    'bucket_multiple': None if pack else bucket_multiple,
+    'bucket_multiple': None if pack else data.bucket_multiple,
     'seed': seed,
     'optimizer': getattr(optimizer, '__name__', type(optimizer).__name__),
   }
@@ -210,7 +152,9 @@ def train(
     ]
     if state is not None:
       scored = not evaluates or bool(report_lib.scores_at(records, start))
-      early = selection.patience_is_over(records, best_metric, early_stopping)
+      early = selection.patience_is_over(
+        records, evaluation.best_metric, evaluation.early_stopping
+      )
       if start > train_steps or (scored and (early or start == train_steps)):
         scores = report_lib.scores_at(records, start)
         write_prompt(directory, f'step_{start}', plan, state, scores, present)
@@ -225,34 +169,29 @@ def train(
 
     # ------------------------------------------------------------------ data
     read = functools.partial(
-      packing.PackedBatches if pack else data.Batches,
+      packing.PackedBatches if pack else batches_lib.Batches,
       task,
-      task_feature_lengths,
-      batch_size,
+      data.feature_lengths,
+      data.batch_size,
       seed=seed,
-      use_cached=use_cached,
-      in_memory=in_memory,
+      use_cached=data.use_cached,
+      in_memory=data.in_memory,
     )
     batches = (
       read(method=method, pack=pack)
       if pack
-      else read(bucket_multiple=bucket_multiple)
+      else read(bucket_multiple=data.bucket_multiple)
     )
-    evaluation = None
+    evaluate_all = None
     if evaluates:
-      evaluation = Evaluation(
+      evaluate_all = evaluation_of(
         task,
         plan,
         model(plan.network),
-        split=eval_split or '',
-        feature_lengths=task_feature_lengths,
-        batch_size=eval_batch_size,
-        how=decoding,
-        num_examples=eval_steps and eval_steps * eval_batch_size,
-        bucket_multiple=bucket_multiple,
-        use_cached=use_cached,
-        seed=seed,
-        directory=directory / 'eval',
+        data,
+        evaluation,
+        seed,
+        directory / 'eval',
       )
 
     # ------------------------------------------------------------ parameters
@@ -272,20 +211,20 @@ def train(
     checkpoints.compare(directory, present, run)
     if state is None:
       trainable = {path: base[path] for path in plan.trainable & plan.base}
-      trainable |= first_adapters(
-        plan, base, task, task_feature_lengths, use_cached, seed
-      )
+      trainable |= first_adapters(plan, base, task, data, seed)
       state = state_lib.first_state(tx, parameters.unflatten(trainable), like)
     del base
     frozen = parameters.unflatten(parameters.hold(plan, frozen))
 
     # ------------------------------------------------------------------ loop
     # From here on MODEL_DIR is written to: all that can be wrong was looked at.
-    update = state_lib.compile_step(trained, tx, plan, like, microbatches, seed)
+    update = state_lib.compile_step(
+      trained, tx, plan, like, data.microbatches, seed
+    )
     check = None if pack else method.check  # Packing looks at each example.
     # Of packed rows, known once the first are there: before others are read.
     examples_per_step = batches.examples_per_step
-    ahead = data.prefetch(batches, start, train_steps, mesh, check=check)
+    ahead = batches_lib.prefetch(batches, start, train_steps, mesh, check=check)
     # A stream is first read up to here, which can take long.
     following = next(ahead, None)
     pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
@@ -294,7 +233,9 @@ def train(
       stopping.explained(directory),
       stopping.signals() as asked,
       contextlib.closing(ahead),
-      Checkpoints(directory / 'checkpoints', start, keep_checkpoints) as saved,
+      Checkpoints(
+        directory / 'checkpoints', start, saving.keep_checkpoints
+      ) as saved,
       report_lib.Report(
         directory,
         start,
@@ -302,7 +243,7 @@ def train(
         examples_per_step,
         jax.process_index() == 0,
       ) as report,
-      profiling.Profile(directory / 'profile', profile_steps) as profile,
+      profiling.Profile(directory / 'profile', saving.profile_steps) as profile,
     ):
       checkpoints.claim(directory, run, from_where(initial_checkpoint_path))
       if jax.process_index() == 0:
@@ -316,9 +257,13 @@ def train(
         stop, last = stop or asked(step), step >= train_steps
         log, keep, look = (
           step > 0 and (last or step % period == 0)
-          for period in (log_period, checkpoint_period, eval_period)
+          for period in (
+            saving.log_period,
+            saving.checkpoint_period,
+            evaluation.period,
+          )
         )
-        look = look and evaluation is not None
+        look = look and evaluate_all is not None
         # The restored step's prompt may not have been written.
         keep = keep or (step > 0 and (stop or step == start or saved.failed))
         # Metrics are read when the device is two steps further, so that it
@@ -335,11 +280,13 @@ def train(
         elif look:  # What is spoiled shall not become the best.
           check_finite(saved, state)
         scores = report_lib.scores_at(report.records, step)
-        if evaluation and look and not stop and not scores:
+        if evaluate_all and look and not stop and not scores:
           try:
             with report.paused('evaluating'):
-              scores = evaluation((state.trainable, frozen), step, asked)
-            better = selection.is_best(report.records, best_metric, scores)
+              scores = evaluate_all((state.trainable, frozen), step, asked)
+            better = selection.is_best(
+              report.records, evaluation.best_metric, scores
+            )
           except Stopped:
             stop = True
             continue  # To the top, which saves.
@@ -352,9 +299,9 @@ def train(
             )
             write_prompt(directory, 'best', plan, state, scores, run)
           # Recorded last: what is recorded is not done again after a hard stop.
-          report.evaluate(step, evaluation.split, scores)
+          report.evaluate(step, evaluate_all.split, scores)
           if selection.patience_is_over(
-            report.records, best_metric, early_stopping
+            report.records, evaluation.best_metric, evaluation.early_stopping
           ):
             last = keep = True
             save(saved, state, sums, wait=True)
@@ -397,8 +344,7 @@ def first_adapters(
   plan: parameters.Plan,
   base: Mapping[str, jax.Array],
   task: seqio_task.Provider,
-  feature_lengths: Mapping[str, int],
-  use_cached: bool,
+  data: settings.Data,
   seed: int,
 ) -> parameters.Flat:
   """First values of what the method added; they may look at base and task."""
@@ -408,7 +354,7 @@ def first_adapters(
       embedding=functools.partial(parameters.embedding_rows, base),
       vocabulary=lambda: seqio_task.vocabulary(task),
       labels=lambda: seqio_task.distinct_targets(
-        task, feature_lengths, use_cached=use_cached
+        task, data.feature_lengths, use_cached=data.use_cached
       ),
     ),
     seed,
@@ -416,12 +362,10 @@ def first_adapters(
 
 
 def check_evaluation(
-  task: seqio_task.Provider,
-  split: str | None,
-  early_stopping: int | None,
-  best_metric: str | None,
+  task: seqio_task.Provider, evaluation: settings.Evaluation
 ) -> bool:
   """Whether there is a split to evaluate; the default need not exist."""
+  split = evaluation.split
   if split is not None and split in task.splits:
     return True
   splits = ', '.join(sorted(task.splits))
@@ -431,8 +375,8 @@ def check_evaluation(
       f' {splits}; choose one of them, or None to evaluate nothing'
     )
   for name, value in (
-    ('EARLY_STOPPING', early_stopping),
-    ('BEST_METRIC', best_metric),
+    ('EARLY_STOPPING', evaluation.early_stopping),
+    ('BEST_METRIC', evaluation.best_metric),
   ):
     if value is not None:
       raise UserError(

@@ -1,10 +1,13 @@
 """Trains many prompts at once, on one frozen model and in one program.
 
     runs = {
-      f'seed{seed}': many.Run('my_sst2', prompt.prompt(100), seed=seed)
+      f'seed{seed}': many.Run(None, prompt.prompt(100), seed=seed)
       for seed in range(8)
     }
-    train_many(runs, model_dir='/runs/seeds', train_steps=1000, ...)
+    data = settings.Data('my_sst2', {'inputs': 128, 'targets': 4})
+    train_many(
+      runs, model_dir='/runs/seeds', train_steps=1000, data=data, ...
+    )
 
 For sweeps (seeds, learning rates, lengths, initialisations) and for several
 tasks. Each run ends with the prompt that `ptune train` would give it, and has
@@ -33,14 +36,22 @@ from ptune.convert import (
   restore,
   with_rows,
 )
-from ptune.data import batches as data
+from ptune.data import batches as batches_lib
 from ptune.data import seqio_task
-from ptune.errors import UserError, check_counts
+from ptune.errors import UserError
 from ptune.model import parameters, partitioning
-from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import T5Config
-from ptune.serving.evaluation import Evaluation, Stopped
-from ptune.training import checkpoints, lock, many, optim, selection, stopping
+from ptune.serving.evaluation import Stopped, evaluation_of
+from ptune.training import (
+  checkpoints,
+  lock,
+  many,
+  optim,
+  selection,
+  settings,
+  stopping,
+)
 from ptune.training import report as report_lib
 from ptune.training.checkpoints import Checkpoints
 from ptune.training.many import Run
@@ -53,34 +64,21 @@ def train_many(
   runs: Mapping[str, Run],
   *,
   model_dir: str,
-  task_feature_lengths: Mapping[str, int],
   train_steps: int,
+  data: settings.Data,
   config: T5Config,
   initial_checkpoint_path: str,
-  mixture_or_task_module: str | Sequence[str] | None = None,
   model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,
   optimizer: many.Optimizer = optim.adafactor,
-  batch_size: int = 32,
-  microbatches: int = 1,
-  bucket_multiple: int | None = data.BUCKET_MULTIPLE,
-  in_memory: bool | None = None,
-  use_cached: bool = False,
-  eval_period: int = 1000,
-  eval_steps: int | None = None,
-  eval_split: str | None = 'validation',
-  eval_batch_size: int | None = None,
-  decoding: Decoding = Decoding(),
-  best_metric: str | None = None,
-  checkpoint_period: int = 1000,
-  keep_checkpoints: int | None = None,
-  log_period: int = 50,
+  evaluation: settings.Evaluation = settings.Evaluation(),
+  saving: settings.Saving = settings.Saving(),
   model_parallel: int = 1,
 ) -> dict[str, dict[str, np.ndarray]]:
   """Trains, evaluates and saves all runs, and goes on where it was stopped.
 
   Args:
     runs: By name: the directory of each below `model_dir`.
-    batch_size: Examples a step of each run.
+    data: The batches of each run; `data.task` is that of runs without one.
     optimizer: Called with `initial_step=` and with `learning_rate=`, a number.
     The others: as of `train.train`, for every run.
 
@@ -92,35 +90,23 @@ def train_many(
     FloatingPointError: If the loss of a run is not finite.
   """
   # ------------------------------------------------------------------ checks
-  check_counts(
-    TRAIN_STEPS=train_steps,
-    BATCH_SIZE=batch_size,
-    MICROBATCHES=microbatches,
-    EVAL_PERIOD=eval_period,
-    CHECKPOINT_PERIOD=checkpoint_period,
-    log_period=log_period,
-  )
-  check_counts(
-    optional=True,
-    EVAL_STEPS=eval_steps,
-    eval_batch_size=eval_batch_size,
-    KEEP_CHECKPOINTS=keep_checkpoints,
-  )
+  settings.check(data, evaluation, saving, TRAIN_STEPS=train_steps)
+  runs = {
+    name: dataclasses.replace(run, task=run.task or data.task)
+    for name, run in runs.items()
+  }
   _check_names(runs)
   directory = checkpoints.run_directory(model_dir)
   tasks, evaluated = {}, {}
   for run in runs.values():
-    task = seqio_task.load(run.task, mixture_or_task_module)
-    seqio_task.check(task, task_feature_lengths, 'train', use_cached)
+    task = seqio_task.load(run.task, data.module)
+    seqio_task.check(task, data.feature_lengths, 'train', data.use_cached)
     seqio_task.check_vocabulary(task, config.vocab_size)
     tasks[run.task] = task
-    evaluated[run.task] = train.check_evaluation(
-      task, eval_split, None, best_metric
-    )
+    evaluated[run.task] = train.check_evaluation(task, evaluation)
   mesh = partitioning.make_mesh(model_parallel)
-  data.check_batch_size(batch_size, mesh, microbatches)
-  eval_batch_size = eval_batch_size or batch_size
-  data.check_batch_size(eval_batch_size, mesh)
+  batches_lib.check_batch_size(data.batch_size, mesh, data.microbatches)
+  batches_lib.check_batch_size(evaluation.batch_size or data.batch_size, mesh)
   groups = many.group(runs, config, mesh)
   order = [name for members in groups.values() for name in members.runs]
   checkpoints.check_writable('MODEL_DIR', directory)
@@ -139,9 +125,9 @@ def train_many(
       name: {
         **parameters.identity(places[name][1]),
         'task': run.task,
-        'task_feature_lengths': dict(task_feature_lengths),
-        'batch_size': batch_size,
-        'bucket_multiple': bucket_multiple,
+        'task_feature_lengths': dict(data.feature_lengths),
+        'batch_size': data.batch_size,
+        'bucket_multiple': data.bucket_multiple,
         'seed': run.seed,
         'learning_rate': (
           'schedule' if callable(run.learning_rate) else run.learning_rate
@@ -170,14 +156,14 @@ def train_many(
     # ------------------------------------------------------------------- data
     @functools.cache  # Runs of one task and seed share its rows.
     def batches_of(task, seed):
-      return data.Batches(
+      return batches_lib.Batches(
         tasks[task],
-        task_feature_lengths,
-        batch_size,
+        data.feature_lengths,
+        data.batch_size,
         seed=seed,
-        bucket_multiple=bucket_multiple,
-        use_cached=use_cached,
-        in_memory=in_memory,
+        bucket_multiple=data.bucket_multiple,
+        use_cached=data.use_cached,
+        in_memory=data.in_memory,
       )
 
     streams = [batches_of(runs[name].task, runs[name].seed) for name in order]
@@ -185,23 +171,15 @@ def train_many(
     def check(tokens):
       first = 0
       for group in groups.values():
-        rows = slice(first, first := first + len(group.runs) * batch_size)
+        rows = slice(first, first := first + len(group.runs) * data.batch_size)
         if group.plan.method.check:
           group.plan.method.check(tokens[rows])
 
     @functools.cache  # Runs of one task and group share a compiled program.
-    def evaluation_of(task, key):
-      return Evaluation(
-        tasks[task],
-        groups[key].plan,
-        model(groups[key].plan.network),
-        split=eval_split or '',
-        feature_lengths=task_feature_lengths,
-        batch_size=eval_batch_size,
-        how=decoding,
-        num_examples=eval_steps and eval_steps * eval_batch_size,
-        bucket_multiple=bucket_multiple,
-        use_cached=use_cached,
+    def evaluation_for(task, key):
+      plan = groups[key].plan
+      return evaluation_of(
+        tasks[task], plan, model(plan.network), data, evaluation
       )
 
     # ------------------------------------------------------------- parameters
@@ -223,8 +201,7 @@ def train_many(
               dataclasses.replace(places[name][1], method=run.method),
               base,
               tasks[run.task],
-              task_feature_lengths,
-              use_cached,
+              data,
               run.seed,
             )
           )
@@ -234,11 +211,11 @@ def train_many(
       )
     frozen = parameters.unflatten(parameters.hold(plan, base))
     update = many.compile_step(
-      model, optimizer, source.step or 0, runs, groups, microbatches
+      model, optimizer, source.step or 0, runs, groups, data.microbatches
     )
 
     # ------------------------------------------------------------------- loop
-    ahead = data.prefetch(
+    ahead = batches_lib.prefetch(
       lambda step: many.joined([batches(step) for batches in streams]),
       start,
       train_steps,
@@ -249,7 +226,7 @@ def train_many(
     asked = stack.enter_context(stopping.signals())
     stack.enter_context(contextlib.closing(ahead))
     saved = stack.enter_context(
-      Checkpoints(directory / 'checkpoints', start, keep_checkpoints)
+      Checkpoints(directory / 'checkpoints', start, saving.keep_checkpoints)
     )
     checkpoints.claim(directory, whole, {})
     reports: dict[str, report_lib.Report] = {}
@@ -265,7 +242,7 @@ def train_many(
           directory / name,
           start,
           train_steps,
-          batch_size,
+          data.batch_size,
           jax.process_index() == 0,
           name,
         )
@@ -275,7 +252,11 @@ def train_many(
       stop, last = asked(step), step >= train_steps
       log, keep, look = (
         step > 0 and (last or step % period == 0)
-        for period in (log_period, checkpoint_period, eval_period)
+        for period in (
+          saving.log_period,
+          saving.checkpoint_period,
+          evaluation.period,
+        )
       )
       keep = keep or (step > 0 and (stop or step == start or saved.failed))
       if pending is not None and (log or keep or look):
@@ -294,20 +275,20 @@ def train_many(
         one = TrainState(state.step, many.of_run(state, groups, name), {})
         scores = report_lib.scores_at(report.records, step)
         if look and not stop and not scores and evaluated[run.task]:
-          evaluation = evaluation_of(run.task, key)
+          evaluate_one = evaluation_for(run.task, key)
           try:
-            scores = evaluation((one.trainable, frozen), step, asked)
+            scores = evaluate_one((one.trainable, frozen), step, asked)
           except Stopped:
             stop = True
             train.save(saved, state, sums, wait=True)
             break
-          if selection.is_best(report.records, best_metric, scores):
+          if selection.is_best(report.records, evaluation.best_metric, scores):
             saved.wait()
             checkpoints.save_best(directory / name / 'best', one)
             train.write_prompt(
               directory / name, 'best', own, one, scores, facts[name]
             )
-          report.evaluate(step, evaluation.split, scores)
+          report.evaluate(step, evaluate_one.split, scores)
         if keep:
           train.write_prompt(
             directory / name,

@@ -52,12 +52,15 @@ def settings(folder, array, **changes):
 
 def ablated(folder, array=ARRAY, **changes):
   with tiny.one_device():
-    return ablate.ablate(**settings(folder, array, **changes))
+    return ablate.ablate(
+      **tiny.grouped(ablate.ablate, **settings(folder, array, **changes))
+    )
 
 
 def loss(folder, array, **changes):
   with tiny.one_device():
-    found = evaluate.evaluate(**settings(folder, array, **changes))
+    how = settings(folder, array, **changes)
+    found = evaluate.evaluate(**tiny.grouped(evaluate.evaluate, **how))
   return found['tiny_no_metrics']['loss']
 
 

@@ -69,7 +69,8 @@ def evaluated(tmp_path_factory):
 
 def run(output_dir, **changes):
   with tiny.one_device():
-    return evaluate.evaluate(
+    how = tiny.grouped(
+      evaluate.evaluate,
       mixture_or_task_name='tiny',
       task_feature_lengths=tiny.LENGTHS,
       config=tiny.CONFIG,
@@ -78,6 +79,7 @@ def run(output_dir, **changes):
       batch_size=8,
       **{'method': prompt.prompt(3), **changes},
     )
+    return evaluate.evaluate(**how)
 
 
 def lines(file):

@@ -1,6 +1,7 @@
 """`ptune eval`: every example once, the same scores however it is done."""
 
 import collections
+import functools
 import json
 import shutil
 
@@ -16,6 +17,7 @@ from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.serving import evaluation as evaluation_lib
 from ptune.serving import predictor
+from ptune.training.settings import Trained
 from tests import tiny
 
 
@@ -37,7 +39,7 @@ def run(output_dir, **changes):
     **changes,
   }
   with tiny.one_device():
-    scores = evaluate.evaluate(**settings)
+    scores = evaluate.evaluate(**tiny.grouped(evaluate.evaluate, **settings))
   return scores.get(settings['mixture_or_task_name'], scores)
 
 
@@ -89,7 +91,7 @@ def test_every_example_is_there_once_in_order(reference):
 def load(trained):
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   plan = parameters.plan(tiny.CONFIG, prompt.prompt(3), mesh)
-  params, step = predictor.load(plan, trained)
+  params, step = predictor.load(plan, Trained(trained))
   return plan, params, step
 
 
@@ -269,14 +271,16 @@ def test_what_is_wrong_is_said(trained, tmp_path):
 
 
 def test_batches_are_split_over_all_devices(trained, reference, tmp_path):
-  settings = {
+  how = functools.partial(
+    tiny.grouped,
+    evaluate.evaluate,
     **{'mixture_or_task_name': 'tiny_no_metrics', 'config': tiny.CONFIG},
     **{'task_feature_lengths': tiny.LENGTHS, 'method': prompt.prompt(3)},
     **{'model_dir': trained, 'output_dir': str(tmp_path), 'model_parallel': 2},
-  }
+  )
   with pytest.raises(ValueError, match=r'6, .* the 4 devices .* Use 4 or 8'):
-    evaluate.evaluate(batch_size=6, **settings)
-  scores = evaluate.evaluate(batch_size=8, bucket_multiple=None, **settings)
+    evaluate.evaluate(**how(batch_size=6))
+  scores = evaluate.evaluate(**how(batch_size=8, bucket_multiple=None))
   expected = reference[0]['loss']
   assert scores['tiny_no_metrics']['loss'] == pytest.approx(expected, rel=1e-5)
 

@@ -29,7 +29,7 @@ RUN = fit.Run(
   method=prompt.prompt(8),
   optimizer=optim.adafactor,
   model=EncoderDecoderModel,
-  task_feature_lengths={'inputs': 32, 'targets': 8},
+  feature_lengths={'inputs': 32, 'targets': 8},
   batch_size=16,
 )
 

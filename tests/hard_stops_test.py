@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 def arguments(model_dir, *more, **macros):
   return tiny.arguments(
     'train',
-    '--gin.train.log_period=7',
+    '--gin.settings.Saving.log_period=7',
     *more,
     **{
       'MODEL_DIR': os.fspath(model_dir),

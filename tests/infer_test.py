@@ -13,6 +13,7 @@ from ptune.methods import prompt
 from ptune.model import parameters, partitioning
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.serving import predictor
+from ptune.training.settings import Trained
 from tests import tiny
 
 WORDS = [word for word, _ in tiny.rows('test')]
@@ -36,7 +37,7 @@ def run(output_dir, **changes):
     **changes,
   }
   with tiny.one_device():
-    path = infer.infer(**settings)
+    path = infer.infer(**tiny.grouped(infer.infer, **settings))
   assert not list(path.parent.glob('.*'))  # Nothing half written is left.
   return [json.loads(line) for line in path.read_text().split('\n')[:-1]]
 
@@ -112,7 +113,7 @@ def test_scores_are_those_of_the_model(trained, tmp_path):
 
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   plan = parameters.plan(tiny.CONFIG, prompt.prompt(3), mesh)
-  params, _ = predictor.load(plan, trained)
+  params, _ = predictor.load(plan, Trained(trained))
   score = jax.jit(EncoderDecoderModel(plan.network).score)
   task = seqio_task.load('tiny')
   for record, (inputs, targets) in zip(got, rows, strict=True):

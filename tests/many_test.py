@@ -20,6 +20,7 @@ from ptune.model.models import EncoderDecoderModel
 from ptune.serving import predictor
 from ptune.training import many, optim
 from ptune.training.many import Run
+from ptune.training.settings import Trained
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -48,7 +49,10 @@ def settings(model_dir, **changes):
 
 def run(model_dir, runs=RUNS, **changes):
   with tiny.one_device():
-    return train_many.train_many(runs, **settings(model_dir, **changes))
+    how = settings(model_dir, **changes)
+    return train_many.train_many(
+      runs, **tiny.grouped(train_many.train_many, **how)
+    )
 
 
 @functools.cache
@@ -254,7 +258,7 @@ def test_methods_of_other_kinds_share_the_model(tmp_path):
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   for name, one in runs.items():
     plan = parameters.plan(tiny.CONFIG, one.method, mesh)
-    params, step = predictor.load(plan, model_dir=tmp_path / name)
+    params, step = predictor.load(plan, Trained(model_dir=tmp_path / name))
     flat = parameters.flatten(params)
     assert step == 1
     for path, value in trained[name].items():

@@ -34,6 +34,7 @@ from ptune.serving import predictor
 from ptune.tools import list_methods
 from ptune.training import checkpoints, optim
 from ptune.training import state as state_lib
+from ptune.training.settings import Trained
 from tests import tiny
 from tests.network_test import (
   SHALLOW,
@@ -423,10 +424,9 @@ def test_a_run_resumes_and_leaves_only_what_it_trained(name, tmp_path):
   # And read again, as PROMPT_FILE, by the method that it is folded to.
   simple = METHODS['prefix'] if name == 'prefix, mlp' else method
   plan = parameters.plan(tiny.CONFIG, simple, mesh)
-  predictor.check(plan, checkpoint_path=tiny.base(), prompt_file=file)
-  values, step = predictor.load(
-    plan, checkpoint_path=tiny.base(), prompt_file=file
-  )
+  trained = Trained(checkpoint_path=tiny.base(), prompt_file=file)
+  predictor.check(plan, trained)
+  values, step = predictor.load(plan, trained)
   assert step == 4
   flat = parameters.flatten(values)
   for path, x in folded.items():
@@ -512,10 +512,14 @@ def test_other_settings_than_those_of_the_file_are_refused(lora_run):
   ):
     plan = parameters.plan(tiny.CONFIG, method, mesh)
     if says is None:
-      predictor.load(plan, checkpoint_path=tiny.base(), prompt_file=file)
+      predictor.load(
+        plan, Trained(checkpoint_path=tiny.base(), prompt_file=file)
+      )
       continue
     with pytest.raises(ValueError, match=says):
-      predictor.load(plan, checkpoint_path=tiny.base(), prompt_file=file)
+      predictor.load(
+        plan, Trained(checkpoint_path=tiny.base(), prompt_file=file)
+      )
   with pytest.raises(ValueError, match='holds a run that is not this one'):
     tiny.run(path, method=other, optimizer=optim.adamw, eval_split=None)
 

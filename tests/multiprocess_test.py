@@ -127,7 +127,8 @@ def alone(tmp_path_factory):
 
 def settings(model_dir, **changes):
   """Of that run on all devices."""
-  return tiny.settings(model_dir, **{**SETTINGS, **changes})
+  how = tiny.settings(model_dir, **{**SETTINGS, **changes})
+  return tiny.grouped(train.train, **how)
 
 
 def join():

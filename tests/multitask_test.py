@@ -14,6 +14,7 @@ from ptune.methods import multitask, prompt, prompt_init
 from ptune.model import network, parameters
 from ptune.serving import predictor
 from ptune.tasks import glue, registry
+from ptune.training.settings import Trained
 from tests import methods_test, tiny
 from tests.network_test import SHALLOW, forward, make_batch, random_params
 from tests.state_test import ONE
@@ -258,7 +259,7 @@ def _export(arguments):
 
 def _run_values(path, method):
   plan = parameters.plan(tiny.CONFIG, method, ONE)
-  params, _ = predictor.load(plan, path)
+  params, _ = predictor.load(plan, Trained(path))
   return trained(method, jax.device_get(params))
 
 
@@ -279,7 +280,9 @@ def test_rows_without_a_task_end_every_program(run, tmp_path):
       (infer.infer, 'infer'),
     ):
       with pytest.raises(ValueError, match='task_index_'):
-        program(**how, output_dir=str(tmp_path / output))
+        program(
+          **tiny.grouped(program, **how, output_dir=str(tmp_path / output))
+        )
   with pytest.raises(ValueError, match='task_index_'):
     tiny.run(tmp_path / 'run', method=method)
   assert not (tmp_path / 'run' / 'checkpoints').exists()

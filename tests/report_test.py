@@ -139,7 +139,7 @@ def on_a_terminal(*arguments, **macros):
 
 def test_on_a_terminal_a_bar_tells_loss_rate_and_time_left(tmp_path):
   status, shown = on_a_terminal(
-    '--gin.train.log_period=2',
+    '--gin.settings.Saving.log_period=2',
     MODEL_DIR=str(tmp_path / 'run'),
     TRAIN_STEPS=6,
     EVAL_PERIOD=3,
@@ -161,7 +161,7 @@ def test_elsewhere_plain_lines_are_written(tmp_path):
   status, shown = tiny.command(
     *tiny.arguments(
       'train',
-      '--gin.train.log_period=2',
+      '--gin.settings.Saving.log_period=2',
       MODEL_DIR=str(tmp_path / 'run'),
       TRAIN_STEPS=4,
       EVAL_SPLIT=None,

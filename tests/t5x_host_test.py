@@ -444,7 +444,7 @@ def ten_steps(work, base):
       TRAIN_STEPS=10,
       EVAL_SPLIT=None,
       **macros,
-      **{'train.train.log_period': 1},
+      **{'settings.Saving.log_period': 1},
     )
     return *directories, source
 

@@ -8,6 +8,7 @@ import atexit
 import dataclasses
 import functools
 import importlib
+import inspect
 import json
 import os
 import pathlib
@@ -26,9 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptune import train
+from ptune.analysis import ablate
 from ptune.methods import prompt
 from ptune.model import network, parameters, partitioning, sizes
 from ptune.training import checkpoints
+from ptune.training import settings as settings_lib
 from ptune.training.state import TrainState
 
 import seqio  # isort: skip  (after seqio_task, which quiets TensorFlow)
@@ -184,7 +187,7 @@ def make_base(path: os.PathLike[str], seed: int) -> str:
 
 
 def settings(model_dir, **changes):
-  """Of `train`, for a short run: 12 steps, evaluated thrice."""
+  """Of `train`, for a short run: 12 steps, evaluated thrice; see `grouped`."""
   if 'initial_checkpoint_path' not in changes:
     changes['initial_checkpoint_path'] = base()
   return {
@@ -204,6 +207,56 @@ def settings(model_dir, **changes):
   }
 
 
+# The groups of settings, and the names of some fields in tests.
+GROUPS = {
+  'data': settings_lib.Data,
+  'evaluation': settings_lib.Evaluation,
+  'saving': settings_lib.Saving,
+  'trained': settings_lib.Trained,
+  'pruning': ablate.Pruning,
+}
+FIELDS = {
+  'mixture_or_task_name': ('data', 'task'),
+  'mixture_or_task_module': ('data', 'module'),
+  'task_feature_lengths': ('data', 'feature_lengths'),
+  'eval_split': ('evaluation', 'split'),
+  'eval_steps': ('evaluation', 'steps'),
+  'eval_batch_size': ('evaluation', 'batch_size'),
+  'eval_period': ('evaluation', 'period'),
+  'keep_rows': ('pruning', 'rows'),
+  'keep_pieces': ('pruning', 'pieces'),
+  'pieces': ('pruning', 'pieces_a_row'),
+}
+
+
+def grouped(program, **flat):
+  """A program's arguments, made of settings without groups.
+
+  batch_size=8, eval_steps=2
+  -> data=Data(batch_size=8), evaluation=Evaluation(steps=2)
+  """
+  taken = inspect.signature(program).parameters
+  found = {group: {} for group in GROUPS if group in taken}
+  others = {}
+  for name, value in flat.items():
+    group, field = FIELDS.get(name, (None, name))
+    if name not in taken and group is None:
+      group = next(
+        group for group in found if field in GROUPS[group].__dataclass_fields__
+      )
+    if group is None:
+      others[name] = value
+    else:
+      found[group][field] = value
+  if 'data' in found:  # Each of many runs names its own task.
+    found['data'].setdefault('task', '')
+  return others | {
+    group: GROUPS[group](**values)
+    for group, values in found.items()
+    if values or group == 'trained'
+  }
+
+
 def run(model_dir, **changes):
   """Trains in this process, for a task without metrics unless told otherwise.
 
@@ -211,7 +264,7 @@ def run(model_dir, **changes):
   """
   settled = settings(model_dir, **changes)
   with one_device():
-    return train.train(**settled)
+    return train.train(**grouped(train.train, **settled))
 
 
 @functools.cache

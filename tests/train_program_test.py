@@ -13,9 +13,11 @@ import optax
 import pytest
 
 from ptune import convert, train
+from ptune.data import batches
 from ptune.methods import full, prompt, prompt_init
 from ptune.serving import answers, evaluation
 from ptune.training import checkpoints, report, selection, stopping
+from ptune.training.settings import Data
 from tests import tiny
 
 
@@ -296,7 +298,7 @@ def test_a_finished_run_says_so_and_reads_no_model(
     raise AssertionError
 
   monkeypatch.setattr(train, 'restore', fail)
-  monkeypatch.setattr(train.data, 'Batches', fail)
+  monkeypatch.setattr(batches, 'Batches', fail)
   caplog.set_level(logging.INFO)
   before = tiny.files(started)
   state = tiny.run(started)
@@ -408,13 +410,11 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_fits(tmp_path):
   with pytest.raises(ValueError, match=r'12, .* the 8 devices .* Use 8 or 16'):
     train.train(
       model_dir=str(tmp_path),
-      mixture_or_task_name='tiny',
-      task_feature_lengths=tiny.LENGTHS,
+      data=Data('tiny', tiny.LENGTHS, batch_size=12),
       train_steps=1,
       config=tiny.CONFIG,
       method=prompt.prompt(3),
       initial_checkpoint_path=tiny.base(),
-      batch_size=12,
     )
 
 

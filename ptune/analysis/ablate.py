@@ -22,6 +22,7 @@ first started; prompts/from_file.gin trains it on from where it is.
 """
 
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -38,17 +39,16 @@ from etils import epath
 
 from ptune.analysis import figures
 from ptune.convert.prompts import read_prompt
-from ptune.data import batches as data
-from ptune.data import seqio_task
-from ptune.errors import UserError, check_counts
+from ptune.data import batches, seqio_task
+from ptune.errors import UserError
 from ptune.methods import prompt as prompt_lib
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
-from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import T5Config
 from ptune.serving import predictor
-from ptune.serving.evaluation import Evaluation, Scores
-from ptune.training import report, selection
+from ptune.serving.evaluation import Evaluation, Scores, evaluation_of
+from ptune.training import report, selection, settings
 
 LOSSES = ('-loss', 'loss', 'token_accuracy')  # Need no decoding.
 # Of so many rows of data, each with a prompt of its own, the loss is computed
@@ -58,64 +58,55 @@ AT_ONCE = 256
 Flat = dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+  """What of a prompt is kept.
+
+  Attributes:
+    rows: KEEP_ROWS, rows of the pruned prompt; all if None.
+    pieces: KEEP_PIECES, pieces of it, in all its rows together, that are not
+      0; all if None.
+    pieces_a_row: PIECES, that a row is cut in; 16 in the paper.
+  """
+
+  rows: int | None = None
+  pieces: int | None = None
+  pieces_a_row: int = 16
+
+
 def ablate(
   *,
-  mixture_or_task_name: str,
-  task_feature_lengths: Mapping[str, int],
+  data: settings.Data,
   config: T5Config,
   method: Method,
-  model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,
-  mixture_or_task_module: str | Sequence[str] | None = None,
-  model_dir: str | None = None,
-  checkpoint_path: str | None = None,
-  prompt_file: str | None = None,
-  output_dir: str | None = None,
+  trained: settings.Trained,
+  evaluation: settings.Evaluation = settings.Evaluation(best_metric='-loss'),
   importance: str = 'leave_one_out',
-  best_metric: str | None = '-loss',
-  keep_rows: int | None = None,
-  keep_pieces: int | None = None,
-  pieces: int = 16,
-  split: str = 'validation',
-  batch_size: int = 32,
-  eval_steps: int | None = None,
-  decoding: Decoding = Decoding(),
-  use_cached: bool = False,
+  pruning: Pruning = Pruning(),
+  model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,
+  output_dir: str | None = None,
   seed: int = 0,
   model_parallel: int = 1,
-  bucket_multiple: int | None = data.BUCKET_MULTIPLE,
 ) -> np.ndarray:
   """Measures every row of a prompt, and prunes it.
 
-  Written to the output directory: ablation.csv, .png and .svg; with
-  keep_pieces the same of pieces, named ablation_of_pieces; and with either
+  Written to the output directory: ablation.csv, .png and .svg; if pieces are
+  kept the same of pieces, named ablation_of_pieces; and if anything is,
   pruned.npy and .json.
 
   Args:
-    mixture_or_task_name: The task.
-    task_feature_lengths: Longest inputs and targets, in tokens.
+    data: The task, and the batches that are computed at once.
     config: The network's sizes.
     method: A prompt, of the length of what is read.
-    model: The loss.
-    mixture_or_task_module: Imported first; registers the task.
-    model_dir: A run of `ptune train`.
-    checkpoint_path: The base model.
-    prompt_file: A prompt, where there is no model_dir.
-    output_dir: Where files go; MODEL_DIR/ablate_<split> if not given.
+    trained: The prompt.
+    evaluation: The split, and the metric that is the score; the loss, negated,
+      is by far the quickest.
     importance: One of IMPORTANCES.
-    best_metric: The score, as in training; the loss, negated, is by far the
-      quickest.
-    keep_rows: Rows of the pruned prompt; all if not given.
-    keep_pieces: Pieces of it, in all its rows together, that are not 0; all if
-      not given.
-    pieces: Of a row; 16 in the paper.
-    split: The split that is scored.
-    batch_size: Rows that are computed at once.
-    eval_steps: Only so many batches; the whole split if not given.
-    decoding: How predictions are made, where the metric is of predictions.
-    use_cached: USE_CACHED_TASKS.
+    pruning: What is kept.
+    model: The loss.
+    output_dir: Where files go; MODEL_DIR/ablate_<split> if not given.
     seed: For sampling.
     model_parallel: Devices that one copy of the weights is split over.
-    bucket_multiple: Inputs are padded to a multiple of it.
 
   Returns:
     The importance of each row, [prompt].
@@ -123,17 +114,18 @@ def ablate(
   Raises:
     ValueError: What is given does not fit together.
   """
-  check_counts(BATCH_SIZE=batch_size)
-  check_counts(optional=True, EVAL_STEPS=eval_steps)
+  settings.check(data, evaluation)
+  keep_rows, keep_pieces = pruning.rows, pruning.pieces
+  pieces, best_metric = pruning.pieces_a_row, evaluation.best_metric
   if importance not in IMPORTANCES:
     raise UserError(
       f'IMPORTANCE is {importance!r}; expected one of {list(IMPORTANCES)}'
     )
-  task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
+  task = seqio_task.load(data.task, data.module)
   seqio_task.check_vocabulary(task, config.vocab_size)
   mesh = partitioning.make_mesh(model_parallel)
   plan = parameters.plan(config, method, mesh)
-  data.check_batch_size(batch_size, mesh)
+  batches.check_batch_size(evaluation.batch_size or data.batch_size, mesh)
   length = _length(plan)
   if keep_rows is not None and not 1 <= keep_rows < length:
     raise UserError(
@@ -151,29 +143,23 @@ def ablate(
       f'PIECES is {pieces}; expected a divisor of {config.emb_dim}, the width'
       ' of a row'
     )
-  predictor.check(plan, model_dir, checkpoint_path, prompt_file)
+  predictor.check(plan, trained)
   directory = predictor.output_directory(
-    'EVAL_OUTPUT_DIR', output_dir, model_dir, f'ablate_{split}'
+    'EVAL_OUTPUT_DIR',
+    output_dir,
+    trained.model_dir,
+    f'ablate_{evaluation.split}',
   )
 
   def measure(plan: parameters.Plan) -> Measure:
-    evaluation = Evaluation(
-      task,
-      plan,
-      model(plan.network),
-      split=split,
-      feature_lengths=task_feature_lengths,
-      batch_size=batch_size,
-      how=decoding,
-      num_examples=eval_steps and eval_steps * batch_size,
-      bucket_multiple=bucket_multiple,
-      use_cached=use_cached,
-      seed=seed,
+    model_of_plan = model(plan.network)
+    evaluate_all = evaluation_of(
+      task, plan, model_of_plan, data, evaluation, seed
     )
-    return Measure(plan, model(plan.network), evaluation, best_metric)
+    return Measure(plan, model_of_plan, evaluate_all, best_metric)
 
   whole = measure(plan)
-  params, _ = predictor.load(plan, model_dir, checkpoint_path, prompt_file)
+  params, _ = predictor.load(plan, trained)
   frozen = parameters.flatten(params)
   prompt = parameters.whole(frozen.pop(prompt_lib.PATH))
   score = float(whole(frozen, prompt[None])[0])
@@ -207,7 +193,7 @@ def ablate(
     if kept_pieces is not None:
       _write_pieces(directory, of_pieces, kept_pieces, kept, importance)
     if kept is not None or kept_pieces is not None:
-      known = read_prompt(prompt_file or model_dir or '').facts
+      known = read_prompt(trained.prompt_file or trained.model_dir or '').facts
       facts = {
         **{
           k: known[k] for k in ('step', 'task', 'base', 'method') if k in known

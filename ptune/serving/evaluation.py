@@ -20,6 +20,7 @@ from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.serving import answers
 from ptune.tasks import metrics as task_metrics
 from ptune.training import report as report_lib
+from ptune.training import settings
 
 Scores = dict[str, dict[str, float]]
 
@@ -234,6 +235,33 @@ class Evaluation:
     ):
       scores.extend(zip(rows.tolist(), values.tolist(), strict=False))
     return scores
+
+
+def evaluation_of(
+  task: seqio_task.Provider,
+  plan: parameters.Plan,
+  model: EncoderDecoderModel,
+  data: settings.Data,
+  evaluation: settings.Evaluation,
+  seed: int = 0,
+  directory: os.PathLike[str] | None = None,
+) -> Evaluation:
+  """The `Evaluation` of a task as the settings say; see there."""
+  batch_size = evaluation.batch_size or data.batch_size
+  return Evaluation(
+    task,
+    plan,
+    model,
+    split=evaluation.split or '',
+    feature_lengths=data.feature_lengths,
+    batch_size=batch_size,
+    how=evaluation.decoding,
+    num_examples=evaluation.steps and evaluation.steps * batch_size,
+    bucket_multiple=data.bucket_multiple,
+    use_cached=data.use_cached,
+    seed=seed,
+    directory=directory,
+  )
 
 
 class PredictionLogger(seqio.loggers.Logger):

@@ -19,8 +19,8 @@ from ptune.model.adapters import Method
 from ptune.model.sizes import T5Config
 from ptune.serving.bank import OTHER_METHODS, PromptBank, parse
 from ptune.training import checkpoints
+from ptune.training.settings import PathLike, Trained
 
-PathLike = str | os.PathLike[str]
 # The base alone.
 NOTHING = Method('base', (), ())
 
@@ -52,17 +52,13 @@ def output_directory(
   return directory
 
 
-def check(
-  plan: parameters.Plan,
-  model_dir: PathLike | None = None,
-  checkpoint_path: PathLike | None = None,
-  prompt_file: PathLike | None = None,
-) -> None:
+def check(plan: parameters.Plan, trained: Trained) -> None:
   """Checks that the given paths name one model; `load` says what they are.
 
   Raises:
     ValueError: If they do not, or it was not trained as `plan` says.
   """
+  model_dir, prompt_file = trained.model_dir, trained.prompt_file
   given = f'MODEL_DIR={model_dir!r}, PROMPT_FILE={prompt_file!r}'
   if model_dir is not None:
     if prompt_file is not None:
@@ -86,7 +82,7 @@ def check(
       'set MODEL_DIR (a run of ptune train) or PROMPT_FILE (a prompt for the'
       f' base model in CHECKPOINT_PATH); got {given}'
     )
-  if checkpoint_path is None:
+  if trained.checkpoint_path is None:
     raise UserError(
       'CHECKPOINT_PATH, the base model, is needed without a MODEL_DIR; for'
       ' example --gin.CHECKPOINT_PATH="\'/models/t5_1_1_small\'"'
@@ -104,21 +100,14 @@ def _check_run(model_dir: PathLike | None) -> dict[str, Any]:
   return run
 
 
-def load(
-  plan: parameters.Plan,
-  model_dir: PathLike | None = None,
-  checkpoint_path: PathLike | None = None,
-  prompt_file: PathLike | None = None,
-) -> tuple[dict[str, Any], int]:
+def load(plan: parameters.Plan, trained: Trained) -> tuple[dict[str, Any], int]:
   """Restores a trained model: the base and what was trained on it.
 
   Args:
     plan: The parameters.
-    model_dir: A run of `ptune train`: its best step is taken, or its newest
-      where none was evaluated.
-    checkpoint_path: The base model; the one that the run was started from if
-      not given. A method without adapters needs nothing else.
-    prompt_file: A file of a run's prompts/, where there is no model_dir.
+    trained: A run, of which the best step is taken, or the newest if none was
+      evaluated; or the base model and a file of a run's prompts/. A method
+      without adapters needs the base model alone.
 
   Returns:
     The parameters, and the step they were trained for.
@@ -126,12 +115,13 @@ def load(
   Raises:
     ValueError: If these do not fit together.
   """
+  model_dir, prompt_file = trained.model_dir, trained.prompt_file
+  checkpoint_path = trained.checkpoint_path
   run: dict[str, Any] = {}
   values: dict[str, jax.Array] = {}
   step = None
   if prompt_file is not None:
-    trained, facts = read_prompt_file(plan, prompt_file)
-    values |= trained
+    values, facts = read_prompt_file(plan, prompt_file)
     step = facts.get('step')
   elif model_dir is not None:
     directory = checkpoints.run_directory(model_dir)
@@ -142,9 +132,8 @@ def load(
       step = source.step
       values |= restore(source, plan.select(plan.trainable))
     else:  # One of several runs, whose checkpoints are of all together.
-      trained, facts = read_prompt_file(plan, find(directory))
+      values, facts = read_prompt_file(plan, find(directory))
       step = facts.get('step')
-      values |= trained
   rest = plan.select(frozenset(plan.params) - frozenset(values))
   if rest:
     restored, base_step = _restore_base(plan, checkpoint_path, rest)
@@ -213,22 +202,19 @@ def read_prompt_file(
   return {path: parameters.place(prompt, struct)}, facts
 
 
-def named_prompts(
-  prompts: str | Mapping[str, str],
-  method: Method,
-  model_dir: PathLike | None,
-  prompt_file: PathLike | None,
-) -> dict[str, str]:
+def named_prompts(trained: Trained, method: Method) -> dict[str, str]:
   """PROMPTS: files or runs, by name; `load_bank` reads them.
 
   Raises:
     ValueError: If it names none, or other settings contradict it.
   """
-  if model_dir is not None or prompt_file is not None:
+  prompts = trained.prompts
+  assert prompts is not None
+  if trained.model_dir is not None or trained.prompt_file is not None:
     raise UserError(
       'set PROMPTS, or MODEL_DIR, or PROMPT_FILE; got'
-      f' PROMPTS={prompts!r}, MODEL_DIR={model_dir!r},'
-      f' PROMPT_FILE={prompt_file!r}'
+      f' PROMPTS={prompts!r}, MODEL_DIR={trained.model_dir!r},'
+      f' PROMPT_FILE={trained.prompt_file!r}'
     )
   if method.name != 'prompt':
     raise UserError(
@@ -266,7 +252,7 @@ def load_bank(
   """
   mesh = settings.pop('mesh', None) or partitioning.make_mesh()
   plan = parameters.plan(config, NOTHING, mesh)
-  check(plan, checkpoint_path=checkpoint_path)
+  check(plan, Trained(checkpoint_path=checkpoint_path))
   base = _restore_base(plan, checkpoint_path, plan.select(plan.base))[0]
   bank = PromptBank(
     config,

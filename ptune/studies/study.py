@@ -49,7 +49,14 @@ from ptune.studies import tables
 from ptune.studies.tables import Result
 from ptune.train import train
 from ptune.train_many import train_many
-from ptune.training import checkpoints, lock, optim, report, selection
+from ptune.training import (
+  checkpoints,
+  lock,
+  optim,
+  report,
+  selection,
+  settings,
+)
 from ptune.training.many import Run
 
 
@@ -310,7 +317,6 @@ class Runner:
     Raises:
       Stopped: The training was asked to end, and is saved so far.
     """
-    study = self._study
     cell, seed = next(iter(trainings.values()))[0]
     tuning = cell.tuning
     checkpoint, config = self._base(cell.base)
@@ -322,18 +328,20 @@ class Runner:
     )
     folder = self._directory / 'runs' / f'{_slug(cell.base)}_{digest}'
     common: dict[str, Any] = {
-      'task_feature_lengths': study.task_feature_lengths,
       'train_steps': tuning.steps,
+      'data': self._data(cell.task),
       'config': config,
       'initial_checkpoint_path': checkpoint,
-      'mixture_or_task_module': study.module,
-      'batch_size': study.batch_size,
-      'eval_period': max(tuning.steps // 4, 1),
-      'eval_steps': self._eval_steps,
-      'checkpoint_period': max(tuning.steps // 2, 1),
-      'keep_checkpoints': 1,
-      'log_period': max(tuning.steps // 4, 1),
-      'best_metric': self._best_metric,
+      'evaluation': settings.Evaluation(
+        period=max(tuning.steps // 4, 1),
+        steps=self._eval_steps,
+        best_metric=self._best_metric,
+      ),
+      'saving': settings.Saving(
+        checkpoint_period=max(tuning.steps // 2, 1),
+        keep_checkpoints=1,
+        log_period=max(tuning.steps // 4, 1),
+      ),
       'model_parallel': self._model_parallel,
     }
     if cell.method.placements:
@@ -350,7 +358,6 @@ class Runner:
       [name] = trainings
       train(
         model_dir=os.fspath(folder / name),
-        mixture_or_task_name=cell.task,
         method=cell.method,
         optimizer=functools.partial(
           tuning.optimizer, learning_rate=tuning.schedule()
@@ -418,6 +425,15 @@ class Runner:
     config = base.config or identity.config(open_checkpoint(checkpoint))
     return checkpoint, dataclasses.replace(config, **self._how)
 
+  def _data(self, task: str) -> settings.Data:
+    study = self._study
+    return settings.Data(
+      task,
+      study.task_feature_lengths,
+      study.module,
+      batch_size=study.batch_size,
+    )
+
   # --------------------------------------------------------------- evaluation
 
   def _score(
@@ -426,17 +442,13 @@ class Runner:
     """What a run or several prompts score on the validation split of a task."""
     checkpoint, config = self._base(cell.base)
     scores = evaluate.evaluate(
-      mixture_or_task_name=task,
-      task_feature_lengths=self._study.task_feature_lengths,
+      data=self._data(task),
       config=config,
       method=cell.method,
-      mixture_or_task_module=self._study.module,
-      checkpoint_path=checkpoint,
+      trained=settings.Trained(checkpoint_path=checkpoint, **which),
+      evaluation=settings.Evaluation(steps=self._eval_steps),
       output_dir=os.fspath(output),
-      batch_size=self._study.batch_size,
-      eval_steps=self._eval_steps,
       model_parallel=self._model_parallel,
-      **which,
     )
     return selection.score(self._best_metric, scores)
 

@@ -88,13 +88,13 @@ TOPOLOGIES: Mapping[str, Mapping[int, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What decides the memory of a training run; see `train.train`."""
+  """What decides the memory of a training run; see `train`."""
 
   config: T5Config
   method: Method
   optimizer: Callable[..., optax.GradientTransformation]
   model: Callable[..., EncoderDecoderModel]
-  task_feature_lengths: Mapping[str, int]
+  feature_lengths: Mapping[str, int]
   batch_size: int
   microbatches: int = 1
   pack: int = 0
@@ -184,16 +184,21 @@ def _run_of_gin() -> Run:
   """The settings of `train.train`: what gin binds, and its own defaults."""
   import gin
   from ptune import train  # Imports SeqIO, which a plan does not use.
+  from ptune.training import settings
 
+  programs = (train.train, settings.Data)
   defaults = {
     name: p.default
-    for name, p in inspect.signature(train.train).parameters.items()
+    for program in programs
+    for name, p in inspect.signature(program).parameters.items()
   }
   # The schedule of the learning rate reads it; no memory depends on it.
   if 'TRAIN_STEPS =' not in gin.config_str():
     with gin.unlock_config():
       gin.parse_config('TRAIN_STEPS = 1')
-  bound = gin.get_bindings(train.train, resolve_references=False)
+  bound: dict[str, Any] = {}
+  for program in programs:
+    bound |= gin.get_bindings(program, resolve_references=False)
   values = {}
   for field in dataclasses.fields(Run):
     value = bound.get(field.name, defaults[field.name])
@@ -389,7 +394,7 @@ def _temporary(run: Run, plan: parameters.Plan) -> int:
   """Bytes that XLA reserves on one device for a step, beside the state."""
   tx = run.optimizer(initial_step=0)
   like = state_lib.abstract_state(tx, plan)
-  lengths, model = run.task_feature_lengths, run.model(plan.network)
+  lengths, model = run.feature_lengths, run.model(plan.network)
   if run.pack:
     from ptune.data import packing  # With it comes SeqIO.
 
@@ -502,7 +507,7 @@ def describe(
       f' Take more devices,{bfloat16 * (run.config.dtype == "float32")} or'
       ' MICROBATCHES (halves temporaries).'
     )
-  lengths = ', '.join(f'{v} {k}' for k, v in run.task_feature_lengths.items())
+  lengths = ', '.join(f'{v} {k}' for k, v in run.feature_lengths.items())
   encoder, decoder = _depth(run)
   parts = f', in {run.microbatches} parts' if run.microbatches > 1 else ''
   parts += f', {run.pack} of the longest a row' if run.pack else ''

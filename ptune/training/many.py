@@ -39,13 +39,13 @@ class Run:
   """What one of many runs does not share with the others.
 
   Attributes:
-    task: The SeqIO task or mixture.
+    task: The SeqIO task or mixture; that of all runs, `Data.task`, if None.
     method: What is added to the network, and trained.
     learning_rate: A number, or a schedule of the step.
     seed: Of the initialisation, the data order and dropout.
   """
 
-  task: str
+  task: str | None
   method: Method
   learning_rate: float | optim.Schedule = 0.3
   seed: int = 0
