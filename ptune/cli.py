@@ -20,7 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from ptune import gin_files, macros
+from ptune import flags, gin_files
 from ptune.errors import UserError
 from ptune.training import processes
 
@@ -147,37 +147,21 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   )
   for name, (_, _, what) in PROGRAMS.items():
     command = _add_command(commands, name, what)
-    command.epilog = _macros_and_files()
-    _add_gin_flags(command)
-    if name in ('eval', 'infer'):
-      command.add_argument(
-        '--prompts',
-        metavar='NAME=PATH,...',
-        help='several prompts that share the model: files, runs, or a directory'
-        ' of .npy files; short for --gin.PROMPTS',
-      )
-    if name == 'study':
-      command.add_argument(
-        'study',
-        metavar='NAME',
-        help='a gin file of studies/ without its ending, or one of your own',
-      )
-    if name == 'plan':
-      _add_plan_flags(command)
+    if argv[:1] == [name]:
+      flags.add_arguments(name, command)
   for name, (module, what) in TOOLS.items():
     command = _add_command(commands, name, what)
     if argv[:1] == [name]:  # Its flags stand in a module that imports more.
       importlib.import_module(module).add_arguments(name, command)
   bindings = [a.removeprefix('--gin.') for a in argv if a.startswith('--gin.')]
-  args = parser.parse_args([a for a in argv if not a.startswith('--gin.')])
-  args.gin_bindings = getattr(args, 'gin_bindings', []) + bindings
-  if getattr(args, 'prompts', None) is not None and args.program in PROGRAMS:
-    args.gin_bindings.append(f'PROMPTS={args.prompts!r}')
+  args, unknown = parser.parse_known_args(
+    [a for a in argv if not a.startswith('--gin.')]
+  )
+  if unknown:
+    parser.error(f'unrecognized arguments: {flags.like(args.program, unknown)}')
   if args.program in TOOLS:
     return args
-  if args.program == 'study':
-    own = args.study.endswith('.gin')
-    args.gin_file.append(args.study if own else f'studies/{args.study}.gin')
+  args.gin_bindings += bindings
   several = args.process_count is not None and args.process_index is not None
   if bool(args.coordinator_address) != several or (
     (args.process_count is None) != (args.process_index is None)
@@ -198,71 +182,6 @@ def _add_command(commands, name: str, what: str) -> argparse.ArgumentParser:
   )
 
 
-def _macros_and_files() -> str:
-  width = max(map(len, macros.MACROS)) + 2
-  lines = [
-    f'  {name.ljust(width)}{macro.what}, e.g. {macro.example}'
-    for name, macro in sorted(macros.MACROS.items())
-  ]
-  files = [f'  {file}' for file in gin_files.own_files()]
-  return '\n'.join(
-    ['macros, set with --gin.NAME=VALUE:', *lines, '', 'gin files:', *files]
-  )
-
-
-def _add_gin_flags(command: argparse.ArgumentParser) -> None:
-  command.add_argument(
-    '--gin_file',
-    action='append',
-    default=[],
-    help='a gin file; repeat it for several, in any order: what yours say'
-    " goes before ptune's, and --gin.NAME before both",
-  )
-  command.add_argument(
-    '--gin_search_paths',
-    default='',
-    help='directories to look for gin files in, separated by commas',
-  )
-  command.add_argument(
-    '--gin_bindings',
-    action='append',
-    default=[],
-    help='one binding, like --gin.NAME=VALUE; may be repeated',
-  )
-  command.add_argument('--tfds_data_dir', help='where TFDS keeps data sets')
-  command.add_argument(
-    '--seqio_additional_cache_dirs',
-    default='',
-    help='where seqio_cache_tasks wrote tasks, separated by commas; read with'
-    ' --gin.USE_CACHED_TASKS=True',
-  )
-  command.add_argument(
-    '--coordinator_address', help='host:port of process 0, for several'
-  )
-  command.add_argument('--process_count', type=int)
-  command.add_argument('--process_index', type=int)
-  command.add_argument(
-    '--multiprocess',
-    action='store_true',
-    help='join the processes that TPU, SLURM or Kubernetes started',
-  )
-
-
-def _add_plan_flags(command: argparse.ArgumentParser) -> None:
-  command.add_argument(
-    '--devices', type=int, required=True, help='devices of the run'
-  )
-  command.add_argument(
-    '--accelerator', help='v4, v5e, v5p, v6e, a100-40, a100-80, h100 or h200'
-  )
-  command.add_argument(
-    '--compiler',
-    choices=('cpu', 'tpu'),
-    default='cpu',
-    help="tpu asks the TPU's own compiler, if libtpu is installed",
-  )
-
-
 def _use(args: argparse.Namespace) -> int:
   """Runs one of TOOLS."""
   with _quiet_stderr():
@@ -272,11 +191,10 @@ def _use(args: argparse.Namespace) -> int:
 
 def _read(args: argparse.Namespace) -> gin_files.Settings:
   """Reads the gin files and flags of one of PROGRAMS."""
+  flags.resolve(args)
   if not args.gin_file and args.program != 'doctor':
     raise UserError(
-      'no --gin_file; for example --gin_file=models/t5_1_1_small.gin'
-      ' --gin_file=prompts/from_class_labels.gin'
-      f' --gin_file=runs/{args.program}.gin'
+      'there is nothing to do; give\n       ' + flags.usage(args.program)
     )
   search_paths = [p for p in args.gin_search_paths.split(',') if p]
   return gin_files.read(args.gin_file, args.gin_bindings, search_paths)

@@ -78,9 +78,9 @@ def train_with(*more, without=(), **macros):
     ([], 'the following arguments are required: COMMAND'),
     (
       ['train'],
-      'no --gin_file; for example --gin_file=models/t5_1_1_small.gin',
+      'nothing to do; give\n       ptune train --base=BASE --train=FILE',
     ),
-    (['train', '--model_dir=/x'], 'unrecognized arguments: --model_dir=/x'),
+    (['train', '--modl_dir=/x'], '--modl_dir=/x; did you mean --model_dir'),
     (['train', '--process_count=2'], 'are given together or not at all'),
     (
       ['train', '--gin_file=models/t5_1_1_smal.gin'],

@@ -19,6 +19,7 @@ ROOMS = (
   'macros',
   'gin_source',
   'gin_files',
+  'flags',
   'model',
   'methods',
   'pretrained',

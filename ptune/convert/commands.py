@@ -5,6 +5,9 @@ They copy files: no accelerator is used, and no gin file.
 
 import argparse
 import json
+import os
+
+from ptune.errors import UserError
 
 COMMANDS = ('export', 'import', 'convert', 'inspect')
 
@@ -22,16 +25,17 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     return
   if command == 'export':
     parser.add_argument(
-      '--prompt',
-      required=True,
-      help='a MODEL_DIR (its best is taken), a file of its prompts/, or an'
-      ' adapter',
+      'run', nargs='?', metavar='RUN', help='a MODEL_DIR: its best prompt'
+    )
+    parser.add_argument(
+      '--prompt', help='in place of RUN, a file of its prompts/, or an adapter'
     )
     parser.add_argument(
       '--format',
-      required=True,
+      default='peft',
       choices=['npy', 'peft', 't5x', 'safetensors', 'huggingface'],
-      help='what is no prompt is merged into the base: t5x or huggingface',
+      help='what is no prompt is merged into the base: t5x or huggingface'
+      ' (%(default)s)',
     )
     parser.add_argument(
       '--base',
@@ -65,7 +69,12 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
       '--step', type=int, help='the training step of a T5X checkpoint'
     )
-  parser.add_argument('--output', required=True, help='what is written')
+  parser.add_argument(
+    '--output',
+    required=command != 'export',
+    help='what is written'
+    + (', RUN/export/FORMAT if not given' if command == 'export' else ''),
+  )
   parser.add_argument(
     '--overwrite', action='store_true', help='replace what is there'
   )
@@ -104,11 +113,14 @@ def run(args: argparse.Namespace) -> None:
   if args.program == 'import':
     prompt = read_prompt(args.path, args.task)
     lines = export(prompt, 'npy', args.output, overwrite=args.overwrite)
-  elif merged.is_trained(place := find(args.prompt)):
+    print('\n'.join([*prompt.notes, *lines]))
+    return
+  path, output = _ends(args)
+  if merged.is_trained(place := find(path)):
     lines = merged.export_merged(
       place,
       args.format,
-      args.output,
+      output,
       base=args.base,
       step=args.step,
       overwrite=args.overwrite,
@@ -116,14 +128,28 @@ def run(args: argparse.Namespace) -> None:
     print('\n'.join(lines))
     return
   else:
-    prompt = read_prompt(args.prompt, args.task)
+    prompt = read_prompt(path, args.task)
     lines = export(
       prompt,
       args.format,
-      args.output,
+      output,
       base=args.base,
       base_name=args.base_name,
       step=args.step,
       overwrite=args.overwrite,
     )
   print('\n'.join([*prompt.notes, *lines]))
+
+
+def _ends(args: argparse.Namespace) -> tuple[str, str]:
+  """What `ptune export` reads, and what it writes."""
+  path = args.run or args.prompt
+  if path is None or (args.run and args.prompt):
+    raise UserError(
+      f'RUN is {args.run!r} and --prompt {args.prompt!r}; give one of the two'
+    )
+  if args.output is not None:
+    return path, args.output
+  if args.run is None:
+    raise UserError('--output is needed with --prompt: what is written')
+  return path, os.path.join(args.run, 'export', args.format)

@@ -1,5 +1,6 @@
 """`ptune serve`: one frozen model and many prompts, over HTTP.
 
+    ptune serve runs/sst2 runs/rte
     ptune serve --base=ptune://tiny --prompts=sst2=/runs/sst2,rte=rte.npy
 
 docs/serving.md has the interface and the limits.
@@ -24,10 +25,15 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
   del command
   add = parser.add_argument
   add(
+    'runs',
+    nargs='*',
+    metavar='RUN',
+    help='runs of ptune train, by the names of their directories',
+  )
+  add(
     '--base',
-    required=True,
     help='the frozen model: ptune://tiny, or a checkpoint of T5X, Hugging Face'
-    ' or ptune',
+    ' or ptune; that of the runs if not given',
   )
   add(
     '--prompts',
@@ -52,14 +58,15 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     help='devices that hold one copy of the weights (%(default)s)',
   )
   for name, default, what in (
-    ('input_length', 128, 'most tokens of an input'),
-    ('output_length', 32, 'most tokens of an answer'),
+    ('input_length', None, "most tokens of an input (the runs', else 128)"),
+    ('output_length', None, "most tokens of an answer (the runs', else 32)"),
     ('prompt_length', 128, 'most tokens of a prompt that is uploaded'),
     ('batch_size', 32, 'most rows that are computed at once'),
     ('max_queue', 512, 'most inputs that wait'),
     ('max_body', 8_000_000, 'most bytes of a request'),
   ):
-    add(f'--{name}', type=int, default=default, help=f'{what} (%(default)s)')
+    what += '' if default is None else ' (%(default)s)'
+    add(f'--{name}', type=int, default=default, help=what)
   for name, default, what in (
     ('max_wait', 0.005, 'seconds that an input waits for others'),
     ('timeout', 30.0, 'seconds until a request is given up'),
@@ -82,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     raise UserError(
       f'{error}; it comes with pip install "ptune[serve]"'
     ) from error
+  take_from_runs(args)
   # Told before a model is loaded, for minutes perhaps; until that is done,
   # nobody shall be kept waiting for an answer.
   listen(args.host, args.port).close()
@@ -103,6 +111,38 @@ def run(args: argparse.Namespace) -> int:
   server.run(sockets)
   print('stopped; all that was asked has been answered', flush=True)
   return 0
+
+
+def take_from_runs(args: argparse.Namespace) -> None:
+  """Sets what is not given to what the runs recorded.
+
+  Raises:
+    ValueError: If there is no such run, or they have different bases.
+  """
+  from ptune.training import checkpoints
+
+  records = {run: checkpoints.read_run(run) for run in args.runs}
+  if missing := [run for run, record in records.items() if not record]:
+    raise UserError(
+      f'{", ".join(missing)}: no run of ptune train, {checkpoints.RUN_FILE} is'
+      ' not there. Prompts that are files are given by --prompts'
+    )
+  bases = {run: r['initial_checkpoint_path'] for run, r in records.items()}
+  if args.base is None and len({*bases.values()}) != 1:
+    raise UserError(
+      f'--base is needed: the runs have the bases {bases}'
+      if bases
+      else '--base is needed, the frozen model, or a run of ptune train'
+    )
+  args.base = args.base or bases[args.runs[0]]
+  args.prompts = ','.join([*args.runs, *filter(None, [args.prompts])]) or None
+  for name, feature, default in (
+    ('input_length', 'inputs', 128),
+    ('output_length', 'targets', 32),
+  ):
+    if getattr(args, name) is None:
+      lengths = [r['task_feature_lengths'][feature] for r in records.values()]
+      setattr(args, name, max(lengths, default=default))
 
 
 def listen(host: str, port: int) -> Any:

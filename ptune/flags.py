@@ -1,0 +1,419 @@
+"""Short settings, of the command line and of Python: macros by their names.
+
+    ptune train --base=ptune://tiny --train=train.csv --validation=dev.csv \\
+      --inputs='{text}' --targets='{label}' --steps=300 --model_dir=runs/mine
+
+means what a long command line says with gin files and `--gin.NAME=VALUE`:
+`--model_dir` is the macro MODEL_DIR, and so on. The few in `NAMED` are no
+macros. `ptune eval RUN` takes all settings from what the run recorded.
+"""
+
+import argparse
+import ast
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ptune.errors import UserError, nearest
+from ptune.gin_files import own_directory, own_files
+from ptune.macros import MACROS
+
+# Shorter names of macros.
+SHORT = {
+  'labels': 'LABEL_NAMES',
+  'seed': 'RANDOM_SEED',
+  'steps': 'TRAIN_STEPS',
+}
+SPLITS = ('train', 'validation', 'test')
+# Settings that are no macros: what each is, and an example.
+NAMED = {
+  'base': ('the base model', 'hf://google/flan-t5-base'),
+  'train': ('rows to train on, a file or the name of a task', 'train.csv'),
+  'validation': ('rows that choose the best prompt, a file', 'dev.csv'),
+  'test': ('rows of the split test, a file', 'test.csv'),
+  'method': ('what is trained, by a file of methods/ or prompts/', 'lora'),
+  'model': ('sizes of the network, by a file of models/', 't5_1_1_base'),
+  'split': ('the split that is asked', 'test'),
+}
+# Macros that a file sets to a reference.
+CHOSEN = ('METHOD', 'MODEL', 'OPTIMIZER', 'STUDIES')
+SUFFIXES = ('.tsv', '.csv', '.jsonl')
+CONFIG, RUN_FILE = 'config.gin', 'run.json'
+# Programs that train, and those that ask a trained model by a split's macro.
+TRAINING = ('train', 'plan', 'doctor')
+ASKING = {'ablate': 'EVAL_SPLIT', 'eval': 'EVAL_SPLIT', 'infer': 'INFER_SPLIT'}
+# How programs are called; others have gin files alone.
+USAGES = {
+  'train': 'ptune train --base=BASE --train=FILE --inputs=TEMPLATE'
+  ' --targets=TEMPLATE --model_dir=DIR [FLAGS]\n'
+  '       ptune train --gin_file=FILE --gin_file=FILE ... [FLAGS]',
+  'eval': 'ptune eval RUN [--split=SPLIT] [FLAGS]\n'
+  '       ptune eval --gin_file=FILE --gin_file=FILE ... [FLAGS]',
+  'study': 'ptune study NAME [FLAGS]',
+  'plan': 'ptune plan --devices=N --gin_file=FILE ... [FLAGS]',
+  'infer': 'ptune infer RUN FILE [FLAGS]\n'
+  '       ptune infer --gin_file=FILE --gin_file=FILE ... [FLAGS]',
+}
+# Attributes that argparse keeps the flags of macros in begin with it.
+_DEST = 'macro_'
+# The flags that `ptune PROGRAM --help` explains; others are few programs'.
+GROUPS = {
+  'most used': (
+    *('base', 'train', 'validation', 'test', 'inputs', 'targets', 'labels'),
+    *('method', 'prompt_length', 'steps', 'batch_size', 'learning_rate'),
+    *('split', 'prompts', 'model_dir'),
+  ),
+  'data': (
+    *('task_files', 'mixture_or_task_name', 'mixture_or_task_module'),
+    *('task_feature_lengths', 'vocabulary', 'metrics', 'rank'),
+    *('skip_bad_rows', 'bucket_multiple', 'pack', 'use_cached_tasks'),
+  ),
+  'model': (
+    *('model', 'initial_checkpoint_path', 'checkpoint_path', 'prompt_file'),
+    *('default_prompt', 'dropout_rate', 'seed'),
+  ),
+  'evaluation': (
+    *('eval_period', 'eval_split', 'eval_steps', 'best_metric'),
+    *('early_stopping', 'eval_output_dir'),
+  ),
+  'predictions': (
+    *('infer_file', 'infer_split', 'infer_mode', 'infer_output_dir'),
+  ),
+  'pruning': ('importance', 'keep_rows', 'keep_pieces', 'pieces'),
+  'saving': ('checkpoint_period', 'keep_checkpoints', 'profile_steps'),
+  'speed and memory': (
+    *('dtype', 'frozen_dtype', 'microbatches', 'model_parallel', 'fsdp'),
+    *('remat', 'scan', 'fused_attention'),
+  ),
+}
+
+
+def names() -> dict[str, str]:
+  """The macro of each flag that is one, by the flag."""
+  plain = {name.lower(): name for name in MACROS if name not in CHOSEN}
+  return SHORT | plain
+
+
+def explained(program: str) -> dict[str, dict[str, str]]:
+  """What `ptune PROGRAM --help` says: {group: {flag: help}}."""
+  trains, macros = program in TRAINING, names()
+  files = ['methods/prompt.gin', 'tasks/from_files.gin']
+  files += ['runs/train.gin' if trains else f'runs/{program}.gin']
+  read = {
+    name
+    for file in files
+    for name in re.findall(r'%([A-Z_]+)', (own_directory() / file).read_text())
+  }
+  named = {*NAMED} - ({'split'} if trains else {'train', 'method'})
+  found: dict[str, dict[str, str]] = {}
+  for title, flags in GROUPS.items():
+    for flag in flags:
+      if flag in named:
+        what, example = NAMED[flag]
+      elif macros.get(flag) in read:
+        what, example, _ = MACROS[macros[flag]]
+      else:
+        continue
+      example = example.strip("'")
+      found.setdefault(title, {})[flag] = f'{what}, such as {example}'
+  return found
+
+
+def add_arguments(program: str, command: argparse.ArgumentParser) -> None:
+  """Adds the flags of a program that gin configures."""
+  command.usage = usage(program)
+  command.epilog = '\n'.join(
+    [
+      'Each flag is the macro of its name: --batch_size=8 is'
+      ' --gin.BATCH_SIZE=8.',
+      'A value is written as in Python, a text without quotes.',
+      '',
+      'gin files:',
+      *(f'  {file}' for file in own_files()),
+    ]
+  )
+  if program in ASKING:
+    command.add_argument(
+      'run',
+      nargs='?',
+      metavar='RUN',
+      help='the MODEL_DIR of a run, whose settings are taken',
+    )
+  if program == 'infer':
+    command.add_argument(
+      'file', nargs='?', metavar='FILE', help='the inputs: INFER_FILE'
+    )
+  if program == 'study':
+    command.add_argument(
+      'study',
+      metavar='NAME',
+      help='a gin file of studies/ without its ending, or one of your own',
+    )
+  if program == 'plan':
+    _add_plan_flags(command)
+  if program != 'study':
+    told: set[str] = set()
+    for title, flags in explained(program).items():
+      group = command.add_argument_group(title)
+      for flag, text in flags.items():
+        told.add(flag)
+        group.add_argument(
+          f'--{flag}',
+          dest=_DEST + flag,
+          metavar='VALUE',
+          default=argparse.SUPPRESS,
+          help=text,
+        )
+    for flag in sorted({*names(), *NAMED} - told):
+      command.add_argument(
+        f'--{flag}',
+        dest=_DEST + flag,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+      )
+  _add_gin_flags(command.add_argument_group('gin files and data'))
+  _add_process_flags(command.add_argument_group('several processes'))
+
+
+def _add_gin_flags(group) -> None:
+  add = group.add_argument
+  add(
+    '--gin_file',
+    action='append',
+    default=[],
+    help='a gin file; repeat it for several, in any order. Your files go before'
+    " ptune's, and flags before both",
+  )
+  add(
+    '--gin_search_paths',
+    default='',
+    help='directories to look for gin files in, separated by commas',
+  )
+  add(
+    '--gin_bindings',
+    action='append',
+    default=[],
+    help='one binding, like --gin.NAME=VALUE; may be repeated',
+  )
+  add('--tfds_data_dir', help='where TFDS keeps data sets')
+  add(
+    '--seqio_additional_cache_dirs',
+    default='',
+    help='where seqio_cache_tasks wrote tasks, separated by commas; read with'
+    ' --use_cached_tasks=True',
+  )
+
+
+def _add_process_flags(group) -> None:
+  add = group.add_argument
+  add('--coordinator_address', help='host:port of process 0')
+  add('--process_count', type=int)
+  add('--process_index', type=int)
+  add(
+    '--multiprocess',
+    action='store_true',
+    help='join the processes that TPU, SLURM or Kubernetes started',
+  )
+
+
+def _add_plan_flags(command: argparse.ArgumentParser) -> None:
+  add = command.add_argument
+  add('--devices', type=int, required=True, help='devices of the run')
+  add('--accelerator', help='v4, v5e, v5p, v6e, a100-40, a100-80, h100 or h200')
+  add(
+    '--compiler',
+    choices=('cpu', 'tpu'),
+    default='cpu',
+    help="tpu asks the TPU's own compiler, if libtpu is installed",
+  )
+
+
+def usage(program: str) -> str:
+  """How a program is called."""
+  return USAGES.get(program, f'ptune {program} --gin_file=FILE ... [FLAGS]')
+
+
+def like(program: str, unknown: Sequence[str]) -> str:
+  """Flags that there are not, and those that they are like."""
+  known = [f'--{flag}' for flag in (*names(), *NAMED)]
+  if program not in (*TRAINING, *ASKING):
+    return ' '.join(unknown)
+  near = (nearest(flag.partition('=')[0], known, most=0) for flag in unknown)
+  return ' '.join(map(str.__add__, unknown, near))
+
+
+def resolve(args: argparse.Namespace) -> None:
+  """Makes gin files and bindings of what a command line says in short.
+
+  Raises:
+    UserError: As `expand`, or if a value is none of its macro's type.
+  """
+  if args.program == 'study':
+    own = args.study.endswith('.gin')
+    args.gin_file.append(args.study if own else f'studies/{args.study}.gin')
+    return
+  given = {
+    name.removeprefix(_DEST): text
+    for name, text in vars(args).items()
+    if name.startswith(_DEST)
+  }
+  given = {
+    flag: text if flag in NAMED else value_of(flag, text)
+    for flag, text in given.items()
+  }
+  if getattr(args, 'file', None) is not None:
+    given['infer_file'] = args.file
+  args.gin_file, bindings = expand(
+    args.program, given, args.gin_file, getattr(args, 'run', None)
+  )
+  args.gin_bindings = bindings + args.gin_bindings
+
+
+def value_of(flag: str, text: str) -> Any:
+  """What the text of a macro's flag means: '5' -> 5, 'a,b' -> ['a', 'b'].
+
+  Raises:
+    UserError: If it is no value of the macro's type.
+  """
+  example = MACROS[names()[flag]].example
+  expected = ast.literal_eval(example)
+  if text == 'None':
+    return None
+  if isinstance(expected, str):
+    return text
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    if isinstance(expected, list):
+      return [part.strip() for part in text.split(',')]
+    raise UserError(
+      f'--{flag} is {text!r}; expected a value such as {example}'
+    ) from None
+
+
+def is_file(rows: str) -> bool:
+  """Whether rows are named by a file, and not by a SeqIO task."""
+  return rows.lower().removesuffix('.gz').endswith(SUFFIXES)
+
+
+def expand(
+  program: str,
+  given: Mapping[str, Any],
+  files: Sequence[str] = (),
+  run: str | None = None,
+) -> tuple[list[str], list[str]]:
+  """The gin files and bindings that short settings mean.
+
+  Args:
+    program: One of TRAINING or ASKING.
+    given: Settings, by their names in `NAMED` and `names()`.
+    files: Gin files that are given besides.
+    run: The MODEL_DIR of a trained run, whose settings hold for the rest.
+
+  Raises:
+    UserError: If the settings contradict each other, or there is no such run.
+  """
+  if not given and run is None:
+    return list(files), []
+  given, files, trains = dict(given), list(files), program in TRAINING
+  bound: dict[str, Any] = {}
+  if run is not None:
+    files.append(os.fspath(_config(run)))
+    bound['MODEL_DIR'] = run
+  bound |= _base(given.pop('base', None), run, trains)
+  rows = {split: given.pop(split) for split in SPLITS if split in given}
+  if not _has(files, 'runs'):
+    run_file = 'tune' if rows and trains else 'train' if trains else program
+    files.append(f'runs/{run_file}.gin')
+  if rows:
+    bound |= _rows(rows)
+    if 'TASK_FILES' in bound and run is None:
+      files.append('tasks/from_files.gin')
+    if not trains:
+      given.setdefault('split', list(rows)[-1])
+  files += _choices(given, files, default=trains and bool(rows))
+  if 'split' in given:
+    if trains:
+      raise UserError(f'--split is a flag of {", ".join(ASKING)}')
+    bound[ASKING[program]] = given.pop('split')
+  macros = names()
+  bound |= {macros[name]: value for name, value in given.items()}
+  return files, [f'{name} = {value!r}' for name, value in bound.items()]
+
+
+def _has(files: Sequence[str], *kinds: str) -> bool:
+  """Whether one of ptune's own files of some kinds is given."""
+  return any(file.startswith(f'{kind}/') for kind in kinds for file in files)
+
+
+def _config(run: str) -> pathlib.Path:
+  """The gin file with the settings of a run."""
+  config = pathlib.Path(run, CONFIG)
+  if not config.is_file():
+    raise UserError(
+      f'{run} holds no run of ptune train: {CONFIG} is not there. Give a'
+      ' MODEL_DIR, or the settings by --gin_file and --gin.NAME'
+    )
+  return config
+
+
+def _base(base: str | None, run: str | None, trains: bool) -> dict[str, str]:
+  """The macros of the base model."""
+  bound = {}
+  if run is not None:
+    # Recorded so that it is found from any working directory.
+    record = json.loads(pathlib.Path(run, RUN_FILE).read_text())
+    bound['INITIAL_CHECKPOINT_PATH'] = record['initial_checkpoint_path']
+  if base is not None and (trains or run is not None):
+    bound['INITIAL_CHECKPOINT_PATH'] = base
+  if base is not None and not trains:
+    bound['CHECKPOINT_PATH'] = base
+  return bound
+
+
+def _rows(rows: Mapping[str, str]) -> dict[str, Any]:
+  """The macros of the rows of some splits."""
+  if list(rows) == ['train'] and not is_file(rows['train']):
+    return {'MIXTURE_OR_TASK_NAME': rows['train']}
+  if wrong := [split for split in rows if not is_file(rows[split])]:
+    raise UserError(
+      ', '.join(f'--{split} is {rows[split]!r}' for split in wrong)
+      + f'; expected a file that ends in {", ".join(SUFFIXES)}. A SeqIO task,'
+      ' which has its own splits, is named by --train alone'
+    )
+  # config.gin is to find them from any working directory.
+  return {
+    'TASK_FILES': {split: _absolute(file) for split, file in rows.items()}
+  }
+
+
+def _absolute(file: str) -> str:
+  return file if '://' in file else os.path.abspath(os.path.expanduser(file))
+
+
+def _choices(
+  given: dict[str, Any], files: Sequence[str], default: bool
+) -> list[str]:
+  """The files that `model` and `method` name, which it takes from `given`."""
+  chosen = []
+  if (model := given.pop('model', None)) is not None:
+    chosen.append(_choice('model', model, ['models']))
+  method = given.pop('method', None)
+  if method not in (None, 'prompt'):
+    chosen.append(_choice('method', method, ['methods', 'prompts']))
+  elif method or (default and not _has(files, 'methods', 'prompts')):
+    labels = 'labels' in given or 'label_names' in given
+    start = 'from_class_labels' if labels else 'sampled_vocab'
+    chosen.append(f'prompts/{start}.gin')
+  return chosen
+
+
+def _choice(flag: str, name: str, kinds: Sequence[str]) -> str:
+  """The gin file of a name: 'lora' -> 'methods/lora.gin'."""
+  by_name = {pathlib.Path(file).stem: file for file in own_files(kinds)}
+  if name not in by_name:
+    raise UserError(f'there is no {flag} {name!r}{nearest(name, by_name)}')
+  return by_name[name]

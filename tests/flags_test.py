@@ -1,0 +1,191 @@
+"""Short settings: what they mean, and a run's directory in place of them."""
+
+import argparse
+import json
+import os
+import re
+
+import pytest
+
+import gin
+from ptune import cli, flags, gin_files
+from ptune.errors import UserError
+from ptune.serving import serve
+from tests import tiny
+
+ROWS = {
+  'train': [('so good', 'yes'), ('so bad', 'no')] * 4,
+  'validation': [('good', 'yes'), ('bad', 'no')],
+}
+
+
+@pytest.fixture(autouse=True)
+def no_gin_from_elsewhere():
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+  """The rows as CSV files, by split."""
+  directory = tmp_path_factory.mktemp('rows')
+  paths = {}
+  for split, rows in ROWS.items():
+    paths[split] = str(directory / f'{split}.csv')
+    with open(paths[split], 'w') as f:
+      f.writelines(f'{text},{label}\n' for text, label in [('t', 'l'), *rows])
+  return paths
+
+
+def short(files, **more):
+  """The settings of a training on the rows, as flags have them."""
+  rows = {**files, 'inputs': '{t}', 'targets': '{l}', 'labels': ['no', 'yes']}
+  small = {'steps': 2, 'prompt_length': 3, 'batch_size': 8}
+  return {'base': 'ptune://tiny', **rows, **small, **more}
+
+
+def config(names, bindings):
+  """Everything that gin files and bindings set."""
+  gin.clear_config()
+  gin_files.parse(names, bindings)
+  return gin.config_str()
+
+
+def test_short_settings_are_the_long_command_line(files):
+  expected = config(
+    [
+      *('models/from_checkpoint.gin', 'prompts/from_class_labels.gin'),
+      *('tasks/from_files.gin', 'runs/train.gin'),
+    ],
+    [
+      *("INITIAL_CHECKPOINT_PATH='ptune://tiny'", 'TRAIN_STEPS=2'),
+      *('PROMPT_LENGTH=3', 'BATCH_SIZE=8', "MODEL_DIR='r'"),
+      *("INPUTS='{t}'", "TARGETS='{l}'", "LABEL_NAMES=['no', 'yes']"),
+      *('EVAL_PERIOD=100', 'VOCABULARY=%INITIAL_CHECKPOINT_PATH'),
+      "TASK_FEATURE_LENGTHS={'inputs': 256, 'targets': 32}",
+      f'TASK_FILES={files!r}',
+    ],
+  )
+  assert config(*flags.expand('train', short(files, model_dir='r'))) == expected
+
+
+def test_flags_mix_with_gin_files(files, tmp_path):
+  mine = tmp_path / 'mine.gin'
+  mine.write_text("MODEL_DIR = 'mine'\nBATCH_SIZE = 4\n")
+  given = [str(mine), 'methods/lora.gin']
+  found = config(*flags.expand('train', short(files), given))
+  assert "MODEL_DIR = 'mine'" in found and 'METHOD = @lora.lora()' in found
+  assert 'BATCH_SIZE = 8' in found  # A flag goes before a file.
+  assert flags.expand('train', {}, given) == (given, [])
+
+
+def test_rows_may_be_those_of_a_seqio_task():
+  names, bindings = flags.expand('train', {'base': 'b', 'train': 'my_task'})
+  assert "MIXTURE_OR_TASK_NAME = 'my_task'" in bindings
+  assert names == ['runs/tune.gin', 'prompts/sampled_vocab.gin']
+
+
+@pytest.mark.parametrize(
+  ('given', 'message'),
+  [
+    ({'train': 'a.csv', 'test': 'b.txt'}, "--test is 'b.txt'; expected a file"),
+    ({'method': 'lor'}, "there is no method 'lor'; did you mean lora"),
+    ({'model': 't5_1_1_bas'}, 'did you mean t5_1_1_base'),
+    ({'split': 'test'}, '--split is a flag of ablate, eval, infer'),
+  ],
+)
+def test_a_wrong_setting_is_named(given, message):
+  with pytest.raises(UserError, match=message):
+    flags.expand('train', given)
+
+
+@pytest.mark.parametrize(
+  ('flag', 'text', 'value'),
+  [
+    ('steps', '5', 5),
+    ('model_dir', 'runs/5', 'runs/5'),
+    ('eval_split', 'None', None),
+    ('labels', 'no,yes', ['no', 'yes']),
+    ('labels', "['no', 'yes']", ['no', 'yes']),
+    ('task_feature_lengths', "{'inputs': 8}", {'inputs': 8}),
+  ],
+)
+def test_a_value_is_written_as_in_python_a_text_without_quotes(
+  flag, text, value
+):
+  assert flags.value_of(flag, text) == value
+
+
+def test_a_value_of_another_type_is_refused():
+  with pytest.raises(UserError, match='expected a value such as 30000'):
+    flags.value_of('steps', 'many')
+
+
+@pytest.mark.parametrize('program', [*flags.TRAINING, *flags.ASKING])
+def test_help_explains_what_the_program_reads(program, capsys):
+  explained = flags.explained(program)
+  assert next(iter(explained)) == 'most used'
+  with pytest.raises(SystemExit):
+    cli.main([program, '--help'])
+  told = capsys.readouterr().out
+  for group in explained.values():
+    assert all(f'\n  --{flag} ' in told for flag in group)
+  own = gin_files.own_directory() / f'runs/{program}.gin'
+  if own.exists():  # Every macro that its file sets has a group.
+    flags_told = {flag for group in explained.values() for flag in group}
+    macros = {flags.names().get(flag) for flag in flags_told}
+    assert {*re.findall(r'^([A-Z_]+) =', own.read_text(), re.M)} <= macros
+
+
+def test_the_directory_of_a_run_is_enough(files, tmp_path, monkeypatch, capsys):
+  def ptune(*arguments):
+    gin.clear_config()
+    with tiny.one_device():
+      assert cli.main(list(arguments)) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+  monkeypatch.chdir(tmp_path)
+  given = short(files, model_dir='run') | {'labels': 'no,yes'}
+  ptune('train', *(f'--{name}={value}' for name, value in given.items()))
+  trained = [r for r in tiny.records('run') if 'task' in r]
+  (tmp_path / 'elsewhere').mkdir()
+  monkeypatch.chdir('elsewhere')
+  ptune('eval', '../run')
+  assert tiny.records('../run/eval_validation') == trained
+  (tmp_path / 'texts.txt').write_text('good\nbad\n')
+  ptune('infer', '../run', '../texts.txt')
+  lines = (tmp_path / 'run/infer/texts-predict.jsonl').read_text().splitlines()
+  assert [json.loads(line)['inputs'] for line in lines] == ['good', 'bad']
+  assert 'initial_checkpoint_path  ptune://tiny' in ptune('inspect', '../run')
+  ptune('export', '../run')
+  assert os.path.isfile('../run/export/peft/adapter_config.json')
+  served = argparse.ArgumentParser()
+  serve.add_arguments('serve', served)
+  args = served.parse_args(['../run', '--output_length=5'])
+  serve.take_from_runs(args)
+  assert (args.base, args.prompts) == ('ptune://tiny', '../run')
+  assert (args.input_length, args.output_length) == (256, 5)
+
+
+def test_rows_of_another_file_are_asked_of_a_run(files, tmp_path):
+  (tmp_path / 'config.gin').touch()
+  record = {'initial_checkpoint_path': 'b'}
+  (tmp_path / 'run.json').write_text(json.dumps(record))
+  run = str(tmp_path)
+  given = {'test': files['train'], 'base': 'c'}
+  names, bindings = flags.expand('eval', given, run=run)
+  assert names == [f'{run}/config.gin', 'runs/eval.gin']
+  assert f'TASK_FILES = {{{"test"!r}: {files["train"]!r}}}' in bindings
+  assert "EVAL_SPLIT = 'test'" in bindings
+  assert "CHECKPOINT_PATH = 'c'" in bindings
+
+
+def test_what_is_no_run_is_said(tmp_path, capsys):
+  assert cli.main(['eval', str(tmp_path)]) == 2
+  assert 'holds no run of ptune train: config.gin is not' in (
+    capsys.readouterr().err
+  )
+  args = argparse.Namespace(runs=[str(tmp_path)], base=None, prompts=None)
+  with pytest.raises(UserError, match='no run of ptune train'):
+    serve.take_from_runs(args)
