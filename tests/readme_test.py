@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import gin
-from ptune import cli, gin_files, pretrained
+from ptune import cli, flags, gin_files, pretrained
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -146,6 +146,7 @@ def test_all_commands_are_understood(page, place):
     args = cli._parse(arguments)
     if args.program not in cli.PROGRAMS:
       continue
+    flags.resolve(args)
     module, function, _ = cli.PROGRAMS[args.program]
     program = getattr(importlib.import_module(module), function)
     if args.program in ('plan', 'doctor'):  # Which read few macros.
