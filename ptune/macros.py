@@ -239,6 +239,7 @@ MACROS = {
   **_each(
     number(0, 1e4),
     LEARNING_RATE=('peak learning rate', '0.3'),
+    OFFSET_LEARNING_RATE=('of what is added to the inputs', '0.001'),
   ),
   **_each(
     list_of(number(0, 1e4)),

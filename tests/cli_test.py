@@ -182,7 +182,7 @@ def test_all_that_is_missing_is_named_with_an_example(says):
   )
   assert 'MODEL, the sizes of the network, is not set, and there is no' in said
   _, said = says(*train_with(without=['prompts/', 'PROMPT_LENGTH']))
-  assert 'METHOD, by a --gin_file: one of methods/bottleneck.gin' in said
+  assert 'METHOD, by a --gin_file: one of methods/adept.gin' in said
   assert 'OPTIMIZER' not in said
   _, said = says(*train_with(without=['runs/']))
   assert 'do not say what to run; add --gin_file=runs/' in said

@@ -50,7 +50,7 @@ GOLDEN = 'The reference gives other values; ours may not change.'
 # Sizes for a tiny model, where a method has such an argument.
 SMALL = {'length': 3, 'hidden': 8, 'size': 4, 'rank': 2, 'bottleneck': 4}
 SMALL |= {'vocab_size': 128, 'tasks': 126}  # Any first token is a task.
-SMALL |= {'tokens': 4, 'population': 100}
+SMALL |= {'tokens': 4, 'population': 100, 'positions': 32, 'prompts': 3}
 
 
 def small(function, **changes):
@@ -369,18 +369,21 @@ def test_a_folded_prefix_answers_as_the_mlp_that_made_it():
     'prefix, mlp',
     *(
       pytest.param(name, marks=pytest.mark.slow)
-      for name in ('full', 'p_tuning', 'superpos', 'lora+norms')
+      for name in ('full', 'p_tuning', 'superpos', 'dept', 'lora+norms')
     ),
   ],
 )
 def test_a_run_resumes_and_leaves_only_what_it_trained(name, tmp_path):
-  method = METHODS[name]
+  method, optimizer = METHODS[name], optim.adamw
+  if name == 'dept':
+    rates = {'encoder/offset/*': 0.001}
+    optimizer = functools.partial(optim.grouped, learning_rates=rates)
 
   def run(where):
     return tiny.run(
       tmp_path / where,
       method=method,
-      optimizer=optim.adamw,
+      optimizer=optimizer,
       train_steps=4,
       checkpoint_period=2,
       eval_split=None,

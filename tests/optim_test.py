@@ -91,3 +91,28 @@ def test_schedule_errors_say_what_to_set():
     optim.schedule(decay='linear')
   with pytest.raises(ValueError, match="'rsqrt'"):
     optim.schedule(decay='exponential')
+
+
+def test_a_group_is_updated_as_if_it_were_alone():
+  draw = np.random.default_rng(0)
+  params = {
+    group: {'x': draw.normal(size=(4, 8)).astype(np.float32)} for group in 'abc'
+  }
+  falling = optim.schedule(0.1, 'linear', decay_steps=3)
+  rates = {'a': 0.3, 'b': falling, 'c': 0.01}
+  tx = optim.grouped(5, 0.01, optim.adafactor, {'a/*': 0.3, '[ab]/x': falling})
+  state = tx.init(params)
+  alone = {k: optim.adafactor(5, rate) for k, rate in rates.items()}
+  states = {k: alone[k].init(params[k]) for k in params}
+  for _ in range(2):
+    grads = jax.tree.map(lambda x: draw.normal(size=x.shape), params)
+    updates, state = tx.update(grads, state, params)
+    for k, one in alone.items():
+      want, states[k] = one.update(grads[k], states[k], params[k])
+      jax.tree.map(np.testing.assert_array_equal, updates[k], want)
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+  tx = optim.grouped(learning_rates={'encoder/offset/*': 0.1, '*': 0.2})
+  with pytest.raises(ValueError, match=r'offset.*(?s:.*)encoder/prompt/x'):
+    tx.init({'encoder': {'prompt': {'x': np.ones(3, np.float32)}}})

@@ -23,7 +23,7 @@ from ptune.convert.hub import locate
 from ptune.convert.huggingface import read_json
 from ptune.convert.trained import SUFFIX, open_trained
 from ptune.errors import UserError
-from ptune.methods import multitask
+from ptune.methods import multitask, smop
 from ptune.methods.prompt import PATH
 
 # What the paper's implementation calls the prompt's file.
@@ -212,6 +212,12 @@ def _of_task(
 
 def _of_safetensors(file: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
   tensors, metadata = safetensors_files.open_file(file)
+  if smop.PATH in tensors:
+    raise UserError(
+      f'{file} holds several prompts and a router, which picks one by the'
+      ' input; a prompt in a bank, or for another program, is the same for all'
+      ' inputs. Use the file as PROMPT_FILE with methods/smop.gin'
+    )
   if set(tensors) != ONE:
     raise UserError(
       f'{file} holds {sorted(tensors)[:20]}; the file of a prompt holds '

@@ -4,10 +4,12 @@ An optimizer is a function of the step that the initial checkpoint was at, so
 that a run can go on where the base model's training ended.
 """
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from ptune.errors import UserError
 
@@ -166,3 +168,55 @@ def relative_adam(
   if max_norm is None:
     return adam
   return optax.chain(optax.clip_by_global_norm(max_norm), adam)
+
+
+def grouped(
+  initial_step: int = 0,
+  learning_rate: float | Schedule = 0.3,
+  optimizer: Callable[..., optax.GradientTransformation] = adamw,
+  learning_rates: Mapping[str, float | Schedule] | None = None,
+) -> optax.GradientTransformation:
+  """One optimizer, with learning rates of their own for some parameters.
+
+      grouped(learning_rate=0.3, learning_rates={'*/offset/*': 0.001})
+
+  Each group is updated by itself: an optimizer that clips by the norm of all
+  gradients clips by that of the group's.
+
+  Args:
+    initial_step: Step of the initial checkpoint.
+    learning_rate: Of the parameters that no pattern matches.
+    optimizer: Called with `initial_step=` and `learning_rate=` for each group.
+    learning_rates: By path pattern, a number or a schedule of this run's steps;
+      `*` stands for any text, `/` included. A parameter takes the first pattern
+      that matches it.
+
+  Raises:
+    ValueError: When the state is made, if a pattern matches no parameter that
+      is left to it.
+  """
+  rates = {'': learning_rate, **(learning_rates or {})}
+
+  def labels(params):
+    # optax looks for the parameters in a state by a stand-in without leaves.
+    if not isinstance(params, Mapping):
+      return {}
+    flat = traverse_util.flatten_dict(params, sep='/')
+    found = {
+      path: next((p for p in rates if fnmatch.fnmatchcase(path, p)), '')
+      for path in flat
+    }
+    if idle := sorted(set(rates) - {''} - set(found.values())):
+      raise UserError(
+        f'learning_rates has {idle}, and no parameter takes its rate from'
+        ' there; the trained parameters are:\n  ' + '\n  '.join(flat)
+      )
+    return traverse_util.unflatten_dict(found, sep='/')
+
+  return optax.partition(
+    {
+      pattern: optimizer(initial_step=initial_step, learning_rate=rate)
+      for pattern, rate in rates.items()
+    },
+    labels,
+  )

@@ -42,15 +42,22 @@ def abstract_state(
   def struct(leaf, sharding=replicated):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+  def masked(leaf):  # Stands for parameters of another `optim.grouped`.
+    return isinstance(leaf, optax.MaskedNode)
+
+  def moment(leaf, p):
+    if masked(leaf):
+      return leaf
+    # A factored moment has fewer axes than its parameter: held whole.
+    return struct(leaf, p.sharding if leaf.shape == p.shape else replicated)
+
   opt_state = optax.tree_utils.tree_map_params(
     tx,
-    # A factored moment has fewer axes than its parameter: held whole.
-    lambda leaf, p: struct(
-      leaf, p.sharding if leaf.shape == p.shape else replicated
-    ),
+    moment,
     jax.eval_shape(tx.init, trainable),
     trainable,
     transform_non_params=struct,
+    is_leaf=masked,
   )
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
   return TrainState(step, trainable, opt_state)

@@ -1,0 +1,115 @@
+"""SMoP: several short prompts, of which a router picks one for each input.
+
+Choi, Kim, Park, Mok and Lee 2023, "SMoP: Towards Efficient and Effective Prompt
+Tuning with Sparse Mixture-of-Prompts" (EMNLP 2023). With the prompts
+P_1 ... P_n [prompt, embed] and the mean x of a row's embedded tokens
+X [length, embed], padding left out, the encoder reads
+
+    [p_c P_c; X]     p = softmax(x R), c the largest of p, R [embed, n]
+
+The probability p_c stands before the prompt so that the router learns. In
+training, where there is dropout, every logit of the router is multiplied by
+1 + noise * N(0, 1), so that all prompts are tried.
+
+Trained: the prompts and R; 18,432 numbers for 4 prompts of 5 tokens and T5
+base.
+
+A bank of prompts refuses SMoP, because the router needs the input's embeddings
+to pick a row's prompt, and a bank has picked it before.
+
+    --gin_file=methods/smop.gin
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning
+
+from ptune.errors import UserError
+from ptune.methods import prompt_init
+from ptune.methods.p_tuning import AXES
+from ptune.methods.prompt import check_length
+from ptune.model.adapters import PADDING, Method, Placement
+from ptune.model.layers import Dense
+
+PATH = 'encoder/routed_prompts/prompts'
+
+
+class RoutedPrompts(nn.Module):
+  """Puts before each row the prompt that the router picks for it."""
+
+  prompts: int
+  length: int
+  noise: float = 1.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Inserts prompts.
+
+    Args:
+      x: [batch, length] the tokens, with PADDING where there is none.
+      y: [batch, length, embed] their embeddings.
+
+    Returns:
+      [batch, prompt + length, embed]
+    """
+    embed = y.shape[-1]
+    # All prompts as the rows of one, which initialisers know how to fill.
+    prompts = partitioning.param_with_axes(
+      'prompts',
+      nn.initializers.uniform(1.0),
+      (self.prompts * self.length, embed),
+      jnp.float32,
+      axes=('prompt', 'prompt_embed'),
+    ).reshape(self.prompts, self.length, embed)
+    real = (x != PADDING)[..., None]
+    mean = jnp.sum(y * real, axis=1, dtype=jnp.float32) / jnp.maximum(
+      jnp.sum(real, axis=1), 1
+    )
+    logits = Dense(self.prompts, AXES, name='router')(mean)
+    if self.has_rng('dropout'):
+      noise = jax.random.normal(self.make_rng('dropout'), logits.shape)
+      logits *= 1 + self.noise * noise
+    weights = nn.softmax(logits)
+    picked = jax.nn.one_hot(jnp.argmax(logits, axis=-1), self.prompts)
+    # A product, not a gather, whose gradient would be summed in any order.
+    prompt = jnp.einsum(
+      'bn,npe->bpe', picked * weights, prompts, precision='highest'
+    )
+    return jnp.concatenate([prompt.astype(y.dtype), y], axis=1)
+
+
+def smop(
+  length: int = 5,
+  prompts: int = 4,
+  noise: float = 1.0,
+  init: prompt_init.Initializer | None = None,
+) -> Method:
+  """Prompts of `length` tokens, and their router.
+
+  Args:
+    length: Rows of each prompt (PROMPT_LENGTH).
+    prompts: How many.
+    noise: Of the router in training.
+    init: One of `prompt_init`, of all prompts below each other.
+
+  Raises:
+    ValueError: If a size is below 1, or the noise below 0.
+  """
+  check_length(length)
+  if prompts < 1 or noise < 0:
+    raise UserError(
+      f'SMoP has {prompts} prompts and noise {noise}; it needs at least 1'
+      ' prompt, and noise of at least 0'
+    )
+  adapter = functools.partial(
+    RoutedPrompts, prompts=prompts, length=length, noise=noise
+  )
+  return Method(
+    name='smop',
+    placements=(Placement('encoder/embed', 'routed_prompts', adapter),),
+    trainable=('encoder/routed_prompts/*',),
+    initial={PATH: init or prompt_init.random_uniform()},
+  )
