@@ -21,7 +21,7 @@ from ptune.data import batches as data
 from ptune.methods import prompt
 from ptune.model import parameters
 from ptune.model.models import EncoderDecoderModel
-from ptune.serving import batching, serve, web
+from ptune.serving import batching, hosts, serve, web
 from ptune.serving.answers import Predictor
 from ptune.tools import miniature
 from tests import tiny
@@ -263,13 +263,69 @@ def test_a_client_that_sends_half_a_request_holds_up_no_other(service):
   port = int(service.rpartition(':')[2])
   with socket.create_connection(('127.0.0.1', port)) as slow:
     slow.sendall(
-      b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n'
+      b'POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n'
     )
     assert httpx.get(f'{service}/health').status_code == 200
   with socket.create_connection(('127.0.0.1', port)) as wild:
     wild.sendall(b'\x00\xff nothing\r\n\r\n')
     assert b'400' in wild.recv(100)
   assert httpx.get(f'{service}/health').status_code == 200
+
+
+def test_pages_of_other_hosts_reach_nothing(service):
+  host = service.removeprefix('http://')
+  port = host.rpartition(':')[2]
+  ask = {'prompt': 'short', 'inputs': 'a'}
+  for headers, status in (
+    ({}, 200),
+    ({'Host': f'localhost:{port}'}, 200),
+    ({'Host': 'evil.example'}, 403),  # Its name points to 127.0.0.1.
+    ({'Host': f'evil.example:{port}'}, 403),
+    ({'Host': f'{host}.evil.example'}, 403),
+    ({'Host': '10.0.0.1'}, 403),
+    ({'Origin': service}, 200),  # Its own page.
+    ({'Origin': 'http://evil.example'}, 403),
+    ({'Origin': f'http://evil.example:{port}'}, 403),
+    ({'Origin': 'null'}, 403),  # A file, or a frame without rights.
+    ({'Origin': f'http://localhost:{int(port) + 1}'}, 403),
+  ):
+    for method, path, body in (
+      ('GET', 'prompts', None),
+      ('GET', 'metrics', None),
+      ('POST', 'predict', ask),
+    ):
+      response = httpx.request(
+        method, f'{service}/{path}', headers=headers, json=body, timeout=60
+      )
+      assert response.status_code == status, (headers, response.text)
+      if status != 200:
+        assert 'allowed_hosts' in response.json()['detail']
+  # No page may read an answer across origins.
+  response = httpx.get(f'{service}/health')
+  assert not any('access-control' in name for name in response.headers)
+
+
+def test_a_service_answers_to_the_names_it_listens_on():
+  for host, allowed, yes, no in (
+    ('127.0.0.1', (), ['localhost:1', '127.0.0.1', '[::1]:8'], ['a', '', '::']),
+    ('::1', (), ['localhost', '[::1]'], ['[::2]', '0.0.0.0']),
+    ('localhost', ['A.org'], ['a.org', 'A.ORG.:9'], ['b.a.org', 'a.org.b']),
+    ('10.0.0.7', (), ['10.0.0.7:80'], ['localhost', '10.0.0.8']),
+    ('gpu.lan', (), ['GPU.lan:80'], ['localhost', 'lan']),
+    ('0.0.0.0', (), ['1.2.3.4', '[fe80::1]:2', 'localhost'], ['x.y', '1.2.3']),
+    ('0.0.0.0', ['*'], ['whatever', ''], []),
+  ):
+    answered = hosts.of(host, allowed)
+    for name in yes:
+      assert answered.refusal(name, None) == '', (host, name)
+    for name in no:
+      assert 'Host header' in answered.refusal(name, None), (host, name)
+  # A page of another address may be anybody's; behind a proxy, the page of an
+  # allowed name is the service's own.
+  everywhere = hosts.of('0.0.0.0', ['a.org'])
+  assert everywhere.refusal('1.2.3.4', 'http://6.6.6.6')
+  assert not everywhere.refusal('1.2.3.4:8000', 'https://a.org')
+  assert not everywhere.refusal('a.org', 'https://a.org:443')
 
 
 # ------------------------------------------------------------------ the queue
@@ -419,7 +475,10 @@ def test_sigterm_answers_what_was_asked_and_leaves(prompts):
     ('--timeout=0', '--timeout 0.0'),
     ('--prompts=none.npy', 'none.npy'),
     ('--base=ptune://huge', 'ptune://huge does not come'),
-    ('--token_file=/dev/null', 'is empty'),
+    ('--timeout=nan', '--timeout nan; expected seconds'),
+    ('--timeout=inf', '--timeout inf; expected seconds'),
+    ('--token_file=/dev/null', 'which is a device; expected a file'),
+    ('--allowed_hosts=http://a', 'without scheme and port'),
   ],
 )
 def test_a_wrong_flag_is_said_before_anything_is_served(flag, message):

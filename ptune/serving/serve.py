@@ -7,6 +7,7 @@ docs/serving.md has the interface and the limits.
 """
 
 import argparse
+import datetime
 import logging
 import os
 import pathlib
@@ -15,6 +16,7 @@ from typing import Any
 
 from absl import logging as absl_logging
 
+from ptune import paths
 from ptune.errors import UserError
 
 TOKEN = 'PTUNE_SERVE_TOKEN'
@@ -45,6 +47,12 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     help='a SentencePiece file, where none lies in the directory of the base',
   )
   add('--host', default='127.0.0.1', help='to listen on (%(default)s)')
+  add(
+    '--allowed_hosts',
+    metavar='NAME,...',
+    default='',
+    help='names that requests may be for, beside that of --host; * for all',
+  )
   add('--port', type=int, default=8000, help='0 for a free one (%(default)s)')
   add(
     '--token_file',
@@ -165,29 +173,42 @@ def listen(host: str, port: int) -> Any:
     ) from error
 
 
+def _read_token(file: str) -> str:
+  """The token in --token_file."""
+  try:
+    path = pathlib.Path(paths.check_file(file, '--token_file'))
+    token = path.read_text('utf-8').strip()
+  except UnicodeDecodeError as error:
+    raise UserError(f'--token_file {file} is not UTF-8: {error}') from error
+  if not token:
+    raise UserError(f'--token_file {file} is empty')
+  return token
+
+
 def make(args: argparse.Namespace, web: Any) -> Any:
   """The application: the model on its devices, its programs compiled."""
   from ptune.convert import identity, open_checkpoint
   from ptune.convert.vocabulary import vocabulary_of
-  from ptune.errors import UserError, check_counts
+  from ptune.errors import check_counts
   from ptune.model import partitioning
   from ptune.serving import bank as bank_lib
-  from ptune.serving import predictor
+  from ptune.serving import hosts, predictor
   from ptune.serving.batching import Batcher
 
   counts = ('input_length', 'output_length', 'prompt_length', 'batch_size')
   counts += ('max_queue', 'max_body', 'model_parallel')
   check_counts(**{f'--{name}': getattr(args, name) for name in counts})
-  if args.max_wait < 0 or args.timeout <= 0:
+  longest = datetime.timedelta(days=1).total_seconds()
+  if not (0 <= args.max_wait <= longest and 0 < args.timeout <= longest):
     raise UserError(
       f'--max_wait is {args.max_wait} and --timeout {args.timeout}; expected'
-      ' seconds, the timeout more than 0'
+      f' seconds up to {longest:.0f}, the timeout more than 0'
     )
+  allowed = [name.strip() for name in args.allowed_hosts.split(',')]
+  answered = hosts.of(args.host, filter(None, allowed))
   token = os.environ.get(TOKEN) or None
   if args.token_file is not None:
-    token = pathlib.Path(args.token_file).read_text().strip()
-    if not token:
-      raise UserError(f'--token_file {args.token_file} is empty')
+    token = _read_token(args.token_file)
   config = identity.config(open_checkpoint(args.base), dtype=args.dtype)
   vocabulary = vocabulary_of(args.vocabulary or args.base)
   if vocabulary.vocab_size > config.vocab_size:
@@ -221,4 +242,5 @@ def make(args: argparse.Namespace, web: Any) -> Any:
     decode=vocabulary.decode,
     limits=web.Limits(args.prompt_length, args.max_body, args.timeout),
     token=token,
+    hosts=answered,
   )

@@ -18,12 +18,14 @@ import numpy as np
 import prometheus_client
 import pydantic
 from fastapi import exceptions, responses
+from starlette import datastructures
 from starlette.concurrency import run_in_threadpool
 
 from ptune.convert.prompts import read_prompt
 from ptune.errors import UserError
 from ptune.serving.bank import NAME, PromptBank, UnknownPrompt
 from ptune.serving.batching import Batcher, Full
+from ptune.serving.hosts import LOCAL, Hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,7 @@ def make(
   decode: Callable[[list[int]], str],
   limits: Limits = Limits(),
   token: str | None = None,
+  hosts: Hosts = LOCAL,
 ) -> fastapi.FastAPI:
   """Makes the application.
 
@@ -106,6 +109,7 @@ def make(
     decode: Tokens to text.
     limits: See there.
     token: Needed to change prompts; nobody may if not given.
+    hosts: The names that it answers to.
   """
 
   @contextlib.asynccontextmanager
@@ -119,7 +123,7 @@ def make(
   app = fastapi.FastAPI(
     title='ptune', lifespan=lifespan, docs_url=None, redoc_url=None
   )
-  app.add_middleware(Guard, limits=limits, metrics=metrics)
+  app.add_middleware(Guard, limits=limits, metrics=metrics, hosts=hosts)
 
   @app.exception_handler(exceptions.RequestValidationError)
   async def invalid(request, error):
@@ -260,13 +264,14 @@ def _problem(status: int, what: str, headers=None) -> responses.JSONResponse:
 
 
 class Guard:
-  """Reads a request's body before anyone else, within limits; counts requests.
+  """Looks at a request before anyone else, and counts it. An ASGI middleware.
 
-  An ASGI middleware.
+  It refuses other hosts, and reads the body within limits.
   """
 
-  def __init__(self, app, limits: Limits, metrics: Metrics):
+  def __init__(self, app, limits: Limits, metrics: Metrics, hosts: Hosts):
     self._app, self._limits, self._metrics = app, limits, metrics
+    self._hosts = hosts
 
   async def __call__(self, scope, receive, send):
     """See the ASGI specification."""
@@ -291,6 +296,12 @@ class Guard:
       self._metrics.seconds.labels(path).observe(time.monotonic() - start)
 
   async def _guarded(self, scope, receive, send):
+    headers = datastructures.Headers(scope=scope)
+    refusal = self._hosts.refusal(
+      headers.get('host', ''), headers.get('origin')
+    )
+    if refusal:
+      return await _problem(403, refusal)(scope, receive, send)
     body, more = bytearray(), True
     try:
       async with asyncio.timeout(self._limits.timeout):

@@ -1,0 +1,117 @@
+"""The names that a service answers to.
+
+A page that a user visits can let its own name point to 127.0.0.1 (DNS
+rebinding). The browser then takes the service for a part of that page, and lets
+it read the answers. The Host header still has the page's name, so a service
+that answers to its own names only is out of reach.
+"""
+
+import dataclasses
+import ipaddress
+import re
+import socket
+from collections.abc import Iterable
+
+from ptune.errors import UserError
+
+LOOPBACK = frozenset({'localhost', '127.0.0.1', '::1'})
+ANY = '*'
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+  """What a Host header may say; ports do not matter.
+
+  Attributes:
+    names: Names and addresses that the service listens on.
+    addresses: Whether any IP address will do: nobody can rebind those.
+    allowed: Names that the user added; with '*' every name will do.
+  """
+
+  names: frozenset[str] = LOOPBACK
+  addresses: bool = False
+  allowed: frozenset[str] = frozenset()
+
+  def refusal(self, host: str, origin: str | None) -> str:
+    """Why a request is not answered: '' if it is.
+
+    Args:
+      host: Its Host header.
+      origin: Its Origin header. Browsers send it if a page may not be of this
+        service.
+    """
+    if ANY in self.allowed:
+      return ''
+    name, _ = place = _place(host)
+    if name not in self.names | self.allowed and not (
+      self.addresses and _is_address(name)
+    ):
+      return (
+        f'the Host header is {host!r}, and this service answers to'
+        f' {", ".join(sorted(self.names | self.allowed))}; start it with'
+        f' --allowed_hosts={name or "NAME"} to add it'
+      )
+    page = (origin or '').partition('://')[2]
+    if origin is not None and (
+      _place(page) != place and _place(page)[0] not in self.allowed
+    ):
+      return (
+        f'a page of {origin} asks; only pages of this service may, or of hosts'
+        ' in --allowed_hosts'
+      )
+    return ''
+
+
+LOCAL = Hosts()
+
+
+def of(host: str, allowed: Iterable[str] = ()) -> Hosts:
+  """The hosts of a service.
+
+  Args:
+    host: What it listens on, such as 127.0.0.1, or 0.0.0.0 for all addresses.
+    allowed: Further names, without scheme and port; '*' for all.
+
+  Raises:
+    UserError: If one of these is no name.
+  """
+  allowed = frozenset(name.lower() for name in allowed)
+  wrong = sorted(
+    name
+    for name in allowed - {ANY}
+    if _place(name)[0] != name and not _is_address(name)
+  )
+  if wrong:
+    raise UserError(
+      f'--allowed_hosts has {wrong}; expected names without scheme and port,'
+      ' such as prompts.example.org'
+    )
+  name, _ = _place(f'[{host}]' if ':' in host else host)
+  if name in LOOPBACK:
+    return Hosts(LOOPBACK, allowed=allowed)
+  if name in ('', '0.0.0.0', '::'):
+    own = frozenset({socket.gethostname().lower(), socket.getfqdn().lower()})
+    return Hosts(LOOPBACK | own, addresses=True, allowed=allowed)
+  return Hosts(frozenset({name}), allowed=allowed)
+
+
+def _place(host: str) -> tuple[str, int | None]:
+  """The name of a Host header in lower case, and its port.
+
+  The name is '' if the header cannot be read; the port is None if it is not
+  given, or the usual one.
+  """
+  match = re.fullmatch(r'(?:\[([^\[\]]+)\]|([^\[\]:/@]+))(?::(\d+))?', host)
+  if not match:
+    return '', None
+  name = (match[1] or match[2]).lower().rstrip('.')
+  port = int(match[3]) if match[3] else None
+  return name, None if port in (80, 443) else port
+
+
+def _is_address(name: str) -> bool:
+  try:
+    ipaddress.ip_address(name)
+  except ValueError:
+    return False
+  return True
