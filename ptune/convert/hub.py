@@ -4,7 +4,7 @@ import re
 
 from etils import epath
 
-from ptune import pretrained
+from ptune import paths, pretrained
 from ptune.errors import UserError
 
 # No weights but safetensors: the others are pickles, or of other frameworks.
@@ -22,7 +22,7 @@ def locate(path: epath.PathLike) -> epath.Path:
     return download(str(path))
   if str(path).startswith(pretrained.SCHEME):
     return epath.Path(pretrained.directory(str(path)))
-  return epath.Path(path).expanduser()
+  return epath.Path(paths.local(path))
 
 
 def download(name: str) -> epath.Path:

@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from ptune import paths
 from ptune.convert import safetensors_files
 from ptune.convert.layout import EMBEDDINGS, HEAD, STRAY, layout
 from ptune.convert.source import (
@@ -183,6 +184,7 @@ def read_json(file: epath.Path) -> dict[str, Any]:
   if not file.exists():
     found = sorted(child.name for child in file.parent.iterdir())
     raise UserError(f'{file} is missing. Found: {", ".join(found)}')
+  paths.check_file(file)
   try:
     value = json.loads(file.read_text())
   except (ValueError, RecursionError, OSError) as error:

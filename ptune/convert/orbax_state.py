@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from ptune import paths
 from ptune.convert.source import Source, refuse_scanned
 from ptune.convert.zarr import file_store, open_arrays, subdirectory
 from ptune.errors import UserError
@@ -84,9 +85,10 @@ def _metadata(item: epath.Path) -> dict[str, Any]:
       f'{file} is missing, without which this is no Orbax PyTree; if it was '
       f'one, copy it again. Found: {", ".join(found) or "nothing"}.'
     )
+  paths.check_file(file)
   try:
     return dict(json.loads(file.read_text()))
-  except (ValueError, TypeError) as error:
+  except (ValueError, TypeError, RecursionError) as error:
     raise UserError(
       f'{file} is damaged or cut short; copy it again. {error}'
     ) from error

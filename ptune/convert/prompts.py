@@ -9,22 +9,20 @@ a checkpoint of T5X or ptune                 encoder/prompt/prompt/prompt
 
 import dataclasses
 import json
-import math
 import re
-import tokenize
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from ptune import paths
 from ptune.convert import open_checkpoint, peft, safetensors_files
 from ptune.convert.hub import locate
-from ptune.convert.huggingface import read_json
-from ptune.convert.trained import SUFFIX, open_trained
+from ptune.convert.trained import SUFFIX, facts_beside, open_trained
 from ptune.errors import UserError
 from ptune.methods import multitask, smop
 from ptune.methods.prompt import PATH
+from ptune.methods.prompt_init import read_array
 
 # What the paper's implementation calls the prompt's file.
 REFERENCE_FILE = 'encoder.prompt.prompt.prompt'
@@ -118,6 +116,7 @@ def find(path: epath.PathLike) -> epath.Path:
       f'{", ".join(found[:20]) or "nothing"}'
     )
   if not path.is_dir():
+    paths.check_file(path, 'the prompt')
     return path
   names = {child.name for child in path.iterdir()}
   if peft.CONFIG in names:
@@ -163,9 +162,8 @@ def _written(folder: epath.Path) -> epath.Path | None:
 
 def _beside(file: epath.Path) -> dict[str, Any]:
   """What is known of the prompt in a file of NumPy's."""
-  facts = epath.Path(str(file).removesuffix('.npy') + '.json')
-  if facts.exists():
-    return read_json(facts)
+  if facts := facts_beside(file):
+    return facts
   match = re.fullmatch(r'checkpoint_(\d{1,15})', file.parent.name)
   return {'t5x_step': int(match[1])} if match else {}
 
@@ -233,46 +231,12 @@ def _of_safetensors(file: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
   return tensors[peft.ROWS].read(), facts
 
 
-# What NumPy raises at a damaged header.
-_DAMAGED = (
-  ValueError,
-  EOFError,
-  KeyError,
-  TypeError,
-  SyntaxError,
-  tokenize.TokenError,
-)
-
-
 def _of_npy(file: epath.Path) -> np.ndarray:
   """Reads NumPy's format, whatever the file's suffix; never a pickle."""
-  size = file.stat().length
   try:
-    with file.open('rb') as f:
-      version = np.lib.format.read_magic(f)
-      read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-      }[version]
-      shape, transposed, dtype = read_header(f)
-      if dtype.hasobject:
-        raise UserError('it holds pickled objects, which are not loaded')
-      # Before room is made for as much as the header says.
-      left = size - f.tell()
-      if left != math.prod(shape) * dtype.itemsize:
-        raise UserError(
-          f'{left} bytes follow a header that says {list(shape)} {dtype}'
-        )
-      data = f.read()
-    order = 'F' if transposed else 'C'
-    if dtype == np.dtype('V2'):  # What NumPy's format makes of bfloat16.
-      dtype = np.dtype(jnp.bfloat16)
-    return np.frombuffer(data, dtype).reshape(shape, order=order)
-  except _DAMAGED as error:
-    raise UserError(
-      f'{file} ({size} bytes) is no NumPy array file, or is damaged: {error}.\n'
-      f'{EXPECTED}'
-    ) from error
+    return read_array(file)
+  except UserError as error:
+    raise UserError(f'{error}.\n{EXPECTED}') from error
 
 
 def _checked(array: np.ndarray, place: epath.Path) -> np.ndarray:

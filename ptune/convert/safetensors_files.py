@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
+from ptune import paths
 from ptune.convert.source import Index, Leaf, nbytes
 from ptune.errors import UserError
 
@@ -31,6 +32,7 @@ DTYPES = {
 @contextlib.contextmanager
 def _opened(file: epath.Path) -> Iterator[Any]:
   """Maps a safetensors file, and says which file it was if that fails."""
+  paths.check_file(file)
   try:
     with safetensors.safe_open(str(file), framework='numpy') as tensors:
       yield tensors

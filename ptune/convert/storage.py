@@ -2,8 +2,8 @@
 
 import glob as glob_lib
 import os
-import stat
 
+from ptune import paths
 from ptune.errors import UserError
 
 PathLike = str | os.PathLike[str]
@@ -30,13 +30,10 @@ def read_bytes(path: PathLike, name: str) -> bytes:
     place = local(path)
     if place is None:
       return _read_remote(os.fspath(path))
-    kind = os.stat(place).st_mode
-    if not stat.S_ISREG(kind):
-      what = 'a directory' if stat.S_ISDIR(kind) else 'a pipe or a device'
-      raise OSError(f'it is {what}, expected a file')
+    paths.check_file(place, name)
     with open(place, 'rb') as f:
       return f.read()
-  except (OSError, ValueError) as error:  # ValueError: a NUL in the path.
+  except OSError as error:
     raise UserError(
       f'{name} has {os.fspath(path)!r}, which cannot be read: {error}. A '
       f'relative path starts at {os.getcwd()}'

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 from flax import serialization, traverse_util
 
+from ptune import paths
 from ptune.convert.source import Leaf, Shape, Source, refuse_scanned
 from ptune.convert.zarr import (
   file_store,
@@ -114,6 +115,7 @@ def _adafactor(shape: Shape) -> dict[str, np.ndarray]:
 
 def _optimizer(file: epath.Path) -> dict[str, Any]:
   """The msgpack file's {'target': ..., 'state': ...}."""
+  paths.check_file(file)
   data = file.read_bytes()
   if data.startswith(b'model_checkpoint_path'):
     raise UserError(

@@ -15,8 +15,18 @@ from etils import epath
 from ptune.convert import safetensors_files
 from ptune.convert.huggingface import read_json
 from ptune.convert.source import Leaf, Source
+from ptune.errors import UserError
 
 SUFFIX = '.safetensors'
+# The facts that others rely on, in the .json beside it; all may be absent.
+_FACTS = {
+  'method': str,
+  'settings': dict,
+  'step': int,
+  't5x_step': int,
+  'task': str,
+  'scores': dict,
+}
 
 
 def dump(trained: Mapping[str, np.ndarray]) -> bytes:
@@ -52,6 +62,26 @@ def open_trained(path: epath.PathLike) -> tuple[Source, dict[str, Any]]:
   if not file.is_file():
     raise FileNotFoundError(f'there is no file {file}')
   leaves, _ = safetensors_files.open_file(file)
-  beside = file.with_suffix('.json')
-  facts = read_json(beside) if beside.is_file() else {}
+  facts = facts_beside(file)
   return Source(str(file), 'safetensors', facts.get('step'), leaves), facts
+
+
+def facts_beside(file: epath.Path) -> dict[str, Any]:
+  """What the .json says that a run wrote beside what it trained; {} without.
+
+  Raises:
+    UserError: If it is no JSON object, or a fact has another type.
+  """
+  stem = file.name.removesuffix('.npy').removesuffix(SUFFIX)
+  beside = file.with_name(f'{stem}.json')
+  if not beside.exists():
+    return {}
+  facts = read_json(beside)
+  wrong = [
+    f'{name} is {facts[name]!r}, expected {kind.__name__}'
+    for name, kind in _FACTS.items()
+    if facts.get(name) is not None and type(facts[name]) is not kind
+  ]
+  if wrong:
+    raise UserError(f'{beside} is damaged: {"; ".join(wrong)}')
+  return facts

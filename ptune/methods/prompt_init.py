@@ -8,15 +8,19 @@ of Lester et al. 2021, section 3.2, whose default is class labels.
 
 import dataclasses
 import difflib
+import math
 import os
+import tokenize
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 
+from ptune import paths
 from ptune.errors import UserError
 from ptune.model import parameters
 
@@ -261,21 +265,13 @@ def read(path: str | os.PathLike[str]) -> np.ndarray:
     ValueError: If the file is none of NumPy's, holds pickled objects, or is
       not a finite two-dimensional array of numbers.
   """
-  file = epath.Path(path)
-  if not file.is_file():
-    suffixed = epath.Path(os.fspath(path) + '.npy')
+  file = epath.Path(paths.check_file(path, 'prompt file'))
+  if not file.exists():
+    suffixed = epath.Path(f'{file}.npy')
     if not suffixed.is_file():
       raise FileNotFoundError(_missing(file))
     file = suffixed
-  with file.open('rb') as f:
-    try:
-      # Pickled content could run code: never loaded.
-      array = np.lib.format.read_array(f, allow_pickle=False)
-    except (ValueError, EOFError, MemoryError) as error:
-      raise UserError(
-        f'prompt file {file} is not a NumPy array file (or it is cut short,'
-        f' or holds pickled objects, which are not loaded): {error}'
-      ) from error
+  array = read_array(file)
   if array.ndim != 2 or array.dtype.kind not in 'fiu':
     raise UserError(
       f'prompt file {file} holds {array.dtype} {list(array.shape)}; a prompt'
@@ -286,6 +282,57 @@ def read(path: str | os.PathLike[str]) -> np.ndarray:
   if not np.isfinite(array).all():
     raise UserError(f'prompt file {file} holds NaN or infinity')
   return array
+
+
+# What NumPy raises at a damaged header.
+_DAMAGED = (
+  ValueError,
+  EOFError,
+  KeyError,
+  TypeError,
+  SyntaxError,
+  RecursionError,
+  MemoryError,
+  OverflowError,
+  tokenize.TokenError,
+)
+
+
+def read_array(file: epath.Path) -> np.ndarray:
+  """Reads NumPy's format, whatever the file's suffix; never a pickle.
+
+  Raises:
+    UserError: If it is no such file, or damaged.
+  """
+  size = file.stat().length
+  try:
+    with file.open('rb') as f:
+      version = np.lib.format.read_magic(f)
+      read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+      }[version]
+      shape, transposed, dtype = read_header(f)
+      if dtype.hasobject:
+        raise UserError('it holds pickled objects, which are not loaded')
+      # Before room is made for as much as the header says.
+      left = size - f.tell()
+      if left != math.prod(shape) * dtype.itemsize:
+        raise UserError(
+          f'{left} bytes follow a header that says {list(shape)} {dtype}'
+        )
+      data = f.read()
+    order = 'F' if transposed else 'C'
+    if dtype == np.dtype('V2'):  # What NumPy's format makes of bfloat16.
+      dtype = np.dtype(jnp.bfloat16)
+    return np.frombuffer(data, dtype).reshape(shape, order=order)
+  except _DAMAGED as error:
+    said = str(error)
+    said = said if len(said) < 200 else f'{said[:200]}...'
+    raise UserError(
+      f'prompt file {file} ({size} bytes) is no NumPy array file, or is damaged'
+      f' or cut short: {said}'
+    ) from error
 
 
 def _missing(file: epath.Path) -> str:

@@ -1,6 +1,5 @@
 """A trained model, restored: what a program that asks it needs."""
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +8,10 @@ import jax
 from absl import logging
 from etils import epath
 
+from ptune import paths
 from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.convert.prompts import find
-from ptune.convert.trained import open_trained
+from ptune.convert.trained import facts_beside, open_trained
 from ptune.errors import UserError
 from ptune.methods import prompt_init
 from ptune.model import parameters, partitioning
@@ -189,10 +189,8 @@ def read_prompt_file(
   prompt = prompt_init.fit(
     prompt_init.read(prompt_file), struct.shape, f'prompt file {prompt_file}'
   )
-  beside = epath.Path(os.fspath(prompt_file).removesuffix('.npy') + '.json')
-  # Another's has no such file.
-  facts = json.loads(beside.read_text()) if beside.is_file() else {}
-  theirs = facts.get('method', '')
+  facts = facts_beside(epath.Path(paths.local(prompt_file)))
+  theirs = facts.get('method') or ''
   if theirs.startswith(OTHER_METHODS) and theirs != plan.method.name:
     raise UserError(
       f'prompt file {os.fspath(prompt_file)} was trained with method'

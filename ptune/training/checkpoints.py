@@ -24,6 +24,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from ptune import paths
 from ptune.convert.identity import spread
 from ptune.errors import UserError
 from ptune.model import partitioning
@@ -60,10 +61,13 @@ def run_directory(model_dir: os.PathLike[str] | str | None) -> epath.Path:
 
 
 def absolute(path: os.PathLike[str] | str) -> epath.Path:
-  """A path that means the same in any working directory."""
-  if '://' in os.fspath(path):
-    return epath.Path(path)
-  return epath.Path(os.path.abspath(os.path.expanduser(path)))
+  """A path that means the same in any working directory.
+
+  Raises:
+    UserError: If it is no path.
+  """
+  text = paths.local(path)
+  return epath.Path(text if '://' in text else os.path.abspath(text))
 
 
 def check_writable(name: str, directory: epath.Path) -> None:
@@ -389,9 +393,10 @@ def read_run(model_dir: os.PathLike[str]) -> dict[str, Any]:
   path = epath.Path(model_dir) / RUN_FILE
   if not path.exists():
     return {}
+  paths.check_file(path)
   try:
     return dict(json.loads(path.read_text()))
-  except (ValueError, TypeError) as error:
+  except (ValueError, TypeError, RecursionError) as error:
     raise UserError(
       f'{path} is damaged ({error}), so it cannot be told what run'
       f' {path.parent} holds. Restore the file, or choose another MODEL_DIR'

@@ -1,0 +1,98 @@
+"""Paths of users: what is no path is named, and no pipe or device is read."""
+
+import argparse
+import os
+
+import numpy as np
+import pytest
+
+from ptune import paths
+from ptune.convert import open_checkpoint, storage
+from ptune.convert.hub import locate
+from ptune.convert.huggingface import read_json
+from ptune.convert.prompts import read_prompt
+from ptune.convert.trained import facts_beside
+from ptune.errors import UserError
+from ptune.methods import prompt_init
+from ptune.serving import serve
+from ptune.training import checkpoints
+
+
+@pytest.mark.parametrize(
+  ('path', 'message'),
+  [
+    ('a\0b', 'a path without NUL characters'),
+    ('', 'not an empty text'),
+    ('foo://a', 'begins with gs://'),
+    ('http://a/b', 'begins with gs://'),
+    ('file://a', 'file:///...'),
+    ('/\udcff', 'a path in UTF-8'),
+  ],
+)
+def test_what_is_no_path_is_said_by_whoever_opens_it(path, message):
+  for opens in (
+    open_checkpoint,
+    read_prompt,
+    prompt_init.read,
+    checkpoints.absolute,
+  ):
+    with pytest.raises(UserError, match=message):
+      opens(path)
+
+
+def test_file_urls_are_local_files(tmp_path):
+  np.save(tmp_path / 'p.npy', np.ones((2, 3), np.float32))
+  url = f'file://{tmp_path}'
+  assert prompt_init.read(f'{url}/p.npy').shape == (2, 3)
+  assert read_prompt(f'{url}/p.npy').array.shape == (2, 3)
+  assert os.fspath(checkpoints.absolute(f'{url}/run')) == f'{tmp_path}/run'
+  assert os.fspath(locate(url)) == str(tmp_path)
+  assert os.fspath(locate('gs://bucket/a')) == 'gs://bucket/a'
+  assert paths.local('~/a') == os.path.expanduser('~/a')
+
+
+@pytest.fixture(params=['a pipe', 'a device'])
+def endless(request, tmp_path):
+  """A place that a reader would never come back from, and what it is."""
+  file = tmp_path / 'model.safetensors'
+  if request.param == 'a pipe':
+    os.mkfifo(file)
+  else:
+    file.symlink_to('/dev/zero')
+  return file, request.param
+
+
+def test_a_pipe_or_device_is_never_read(endless, tmp_path):
+  file, what = endless
+  for name in ('x.npy', 'x.json', 'config.json', 'checkpoint', 'run.json'):
+    (tmp_path / name).symlink_to(file)
+  t5x = tmp_path / 't5x'
+  t5x.mkdir()
+  (t5x / 'checkpoint').symlink_to(file)
+  token = argparse.Namespace(token_file=str(file))
+  for read in (
+    lambda: prompt_init.read(tmp_path / 'x.npy'),
+    lambda: read_prompt(tmp_path / 'x.npy'),
+    lambda: read_prompt(file),
+    lambda: read_json(tmp_path / 'config.json'),
+    lambda: facts_beside(locate(tmp_path / 'x.npy')),
+    lambda: open_checkpoint(t5x),
+    lambda: checkpoints.read_run(tmp_path),
+    lambda: storage.read_bytes(file, 'TASK_FILES'),
+    lambda: serve._read_token(token.token_file),
+  ):
+    with pytest.raises(UserError, match=f'which is {what}; expected a file'):
+      read()
+
+
+def test_a_damaged_file_beside_a_prompt_is_named(tmp_path):
+  np.save(tmp_path / 'p.npy', np.ones((2, 3), np.float32))
+  for facts, message in (
+    (b'[1]', 'holds a list, not an object'),
+    (b'\xff\xfe{}', 'is not JSON'),
+    (b'[' * 100_000, 'is not JSON'),
+    (b'{"method": 3, "step": "x"}', 'method is 3, expected str; step is'),
+  ):
+    (tmp_path / 'p.json').write_bytes(facts)
+    with pytest.raises(UserError, match=message):
+      read_prompt(tmp_path / 'p.npy')
