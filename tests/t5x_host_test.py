@@ -35,7 +35,7 @@ from ptune.convert.trained import open_trained
 from ptune.methods import prompt, prompt_init
 from ptune.model import parameters
 from ptune.pretrained import VOCABULARY
-from tests import readme_test, tiny
+from tests import readme_test, t5x_contract_test, tiny
 from tests.methods_test import METHODS
 from tests.network_test import load
 from tests.t5x_contract_test import ROOT
@@ -787,7 +787,7 @@ def test_killed_and_resumed_a_run_ends_as_under_ptune(
 
 
 def test_the_command_in_readme_runs(place):
-  (line,) = (x for x in readme_test.commands() if x.startswith('python -m t5x'))
+  line = t5x_contract_test.command()
   smaller = '--gin.BATCH_SIZE=8 --gin.PROMPT_LENGTH=9'
   smaller += ' --gin.EVALUATOR_NUM_EXAMPLES=8 --gin.EVAL_STEPS=1'
   (place / 'models').rmdir()  # gin would take it for a package.
