@@ -20,6 +20,7 @@ setuptools.setup(
   },
   package_data={
     'ptune': ['py.typed'],
+    'ptune.serving': ['page.html'],
     'ptune.gin': ['*/*.gin'],
     'ptune.pretrained': [
       'README.md',

@@ -110,6 +110,7 @@ def test_every_source_file_is_in_the_wheel_and_nothing_else(wheel):
       for p in (ROOT / folder).rglob(kind)
     ),
     pathlib.Path('ptune/py.typed'),
+    pathlib.Path('ptune/serving/page.html'),
     pathlib.Path('ptune/pretrained/vocab.model'),
     pathlib.Path('ptune/pretrained/README.md'),
     *(

@@ -2,12 +2,17 @@
 
 import argparse
 import asyncio
+import html
 import io
+import json
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
+import urllib.parse
 
 import httpx
 import jax
@@ -18,6 +23,7 @@ import uvicorn
 from ptune import pretrained
 from ptune.convert.vocabulary import vocabulary_of
 from ptune.data import batches as data
+from ptune.data import seqio_task
 from ptune.methods import prompt
 from ptune.model import parameters
 from ptune.model.models import EncoderDecoderModel
@@ -251,10 +257,137 @@ def test_prompts_are_changed_by_those_who_have_the_token(service, prompts):
   ]
 
 
+LABELS = ['good', 'not so good']
+
+
+@pytest.fixture(scope='module')
+def scored(prompts):
+  """Log probabilities of the labels, {prompt: [text, label]}."""
+  config, base = miniature.load(pretrained.directory('tiny'))
+  vocabulary = vocabulary_of('ptune://tiny')
+
+  def ids(text):
+    return np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)
+
+  found = {}
+  for name, length in LENGTHS.items():
+    plan = parameters.plan(
+      config, prompt.prompt(length), miniature.one_device()
+    )
+    alone = Predictor(plan, EncoderDecoderModel(plan.network), OUTPUT)
+    own = {prompt.PATH: np.load(prompts / f'{name}.npy')}
+    params = parameters.unflatten({**base, **own})
+    rows = [
+      seqio_task.model_features(np.pad(ids(t), (0, 20))[:20], ids(label))
+      for t in TEXTS
+      for label in LABELS
+    ]
+    found[name] = np.reshape(
+      [
+        float(alone.score((params,), {k: v[None] for k, v in row.items()})[0])
+        for row in rows
+      ],
+      (len(TEXTS), len(LABELS)),
+    )
+  return found
+
+
+def test_labels_are_scored_as_by_the_prompt_alone(service, scored):
+  for name in LENGTHS:
+    response = httpx.post(
+      f'{service}/score',
+      json={'prompt': name, 'inputs': TEXTS, 'labels': LABELS},
+      timeout=60,
+    )
+    assert response.status_code == 200, response.text
+    said = response.json()
+    np.testing.assert_allclose(said['scores'], scored[name], rtol=1e-4)
+    likely = np.exp(scored[name])
+    likely /= likely.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(said['probabilities'], likely, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('labels', 'status', 'message'),
+  [
+    (['good'], 422, 'labels'),
+    (['good', ' good'], 422, 'the same to the vocabulary'),
+    (['good', 'word ' * 40], 413, 'label 1 has'),
+  ],
+)
+def test_labels_that_cannot_be_scored_are_refused(
+  service, labels, status, message
+):
+  response = httpx.post(
+    f'{service}/score',
+    json={'prompt': 'short', 'inputs': 'a', 'labels': labels},
+  )
+  assert response.status_code == status, response.text
+  assert message in response.json()['detail']
+
+
+def test_a_run_shows_labels_and_examples_of_its_validation(tmp_path):
+  assert serve.validation(str(tmp_path)) == ([], [])
+  folder = tmp_path / 'eval' / 'task'
+  folder.mkdir(parents=True)
+  rows = [
+    {'inputs': f'text {i}', 'targets': ('no', 'yes')[i % 2]} for i in range(60)
+  ]
+  (folder / 'predictions-9.jsonl').write_text(
+    ''.join(json.dumps(row) + '\n' for row in rows)
+  )
+  (tmp_path / 'prompts').mkdir()
+  for place in (tmp_path, tmp_path / 'prompts'):
+    labels, examples = serve.validation(str(place))
+    assert labels == ['no', 'yes']
+    assert len(examples) == 6 and set(examples) < {r['inputs'] for r in rows}
+  rows = [{**row, 'targets': f'text {i}'} for i, row in enumerate(rows)]
+  (folder / 'predictions-9.jsonl').write_text(
+    ''.join(json.dumps(row) + '\n' for row in rows)
+  )
+  assert serve.validation(str(tmp_path))[0] == []  # No labels: all differ.
+
+
+BROWSER = shutil.which('chromium')
+
+
+def browsed(address, tmp_path):
+  """The page as a browser has it when its requests are answered."""
+  done = subprocess.run(
+    [BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom']
+    + ['--disable-background-networking', '--disable-component-update']
+    + ['--disable-sync', '--no-first-run', '--virtual-time-budget=15000']
+    + [f'--user-data-dir={tmp_path}', address],
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  return done.stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason='chromium is not installed')
+def test_the_page_asks_prompts_side_by_side(service, expected, tmp_path):
+  text = TEXTS[3]
+  query = urllib.parse.urlencode(
+    {'prompt': list(LENGTHS), 'inputs': text, 'labels': ','.join(LABELS)}, True
+  )
+  page = browsed(f'{service}/?{query}', tmp_path)
+  for name in LENGTHS:
+    assert f'<h3>{name}</h3>' in page
+    assert html.escape(expected[name, text][0]) in page
+  assert page.count('class="bar"') == 2 * len(LABELS)
+  assert 'curl http://127.0.0.1' in page and 'urllib.request' in page
+  assert f'long + short: {text[:5]}' in page  # In the history.
+  page = browsed(f'{service}/?prompt=short&inputs={"word+" * 40}', tmp_path)
+  assert 'tokens; at most 32 are read' in page  # In words, not a status.
+
+
 def test_the_page_and_the_health_are_there(service):
   page = httpx.get(service)
   assert page.headers['content-type'].startswith('text/html')
   assert 'One model, many prompts' in page.text
+  assert "default-src 'none'" in page.headers['content-security-policy']
+  assert not re.findall(r'(?:src|href)="(?!data:)', page.text)  # All in one.
   health = httpx.get(f'{service}/health').json()
   assert health == {'status': 'ok', 'prompts': 2}
 
@@ -367,7 +500,7 @@ def in_loop(test, **settings):
   async def main():
     bank = Bank()
     batcher = batching.Batcher(
-      bank, 4, **{'batch_size': 4, 'max_wait': 0.01, **settings}
+      bank, 4, 4, **{'batch_size': 4, 'max_wait': 0.01, **settings}
     )
     running = asyncio.create_task(batcher.run())
     try:

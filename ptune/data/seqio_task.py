@@ -183,7 +183,7 @@ def examples(
       if text is None:
         text = vocab.decode(example[name].tolist()).encode()
       texts[name] = text.decode('utf-8', errors='replace')
-    yield texts, _features(example['inputs'], example['targets'])
+    yield texts, model_features(example['inputs'], example['targets'])
 
 
 def encode(
@@ -211,10 +211,10 @@ def encode(
       )
     tokens = tokens[:room]
     ids[name] = np.array(tokens + [vocab.eos_id] * feature.add_eos, np.int32)
-  return dict(texts), _features(ids['inputs'], ids['targets'])
+  return dict(texts), model_features(ids['inputs'], ids['targets'])
 
 
-def _features(inputs: np.ndarray, targets: np.ndarray) -> Batch:
+def model_features(inputs: np.ndarray, targets: np.ndarray) -> Batch:
   """One example's features, as EncDecFeatureConverter makes them, unpadded."""
   return {
     'encoder_input_tokens': inputs,

@@ -17,9 +17,12 @@ import numpy as np
 from absl import logging
 
 from ptune.data import batches as data
+from ptune.data import seqio_task
 from ptune.serving.bank import PromptBank, UnknownPrompt, unknown
 
-Answer = tuple[np.ndarray, float]  # Tokens [max_decode_length], their score.
+# Tokens [max_decode_length] and their log probability. If targets were given,
+# these and theirs.
+Answer = tuple[np.ndarray, float]
 
 
 class Full(Exception):
@@ -29,6 +32,7 @@ class Full(Exception):
 class _Row(NamedTuple):
   name: str
   tokens: np.ndarray  # [length]
+  targets: np.ndarray | None  # [target length]; None to be answered.
   since: float
   answer: asyncio.Future[Answer]
 
@@ -40,6 +44,7 @@ class Batcher:
     self,
     bank: PromptBank,
     input_length: int,
+    output_length: int,
     batch_size: int = 32,
     max_wait: float = 0.005,
     max_queue: int = 512,
@@ -50,13 +55,15 @@ class Batcher:
     Args:
       bank: The prompts, and the model.
       input_length: Most tokens of a row.
+      output_length: Most tokens of a target.
       batch_size: Most rows of a batch.
       max_wait: Seconds that a row waits for others.
       max_queue: Most rows that wait.
       observe: Called with the rows of each batch, and the seconds it took.
     """
     data.check_batch_size(batch_size, bank.plan.mesh)
-    self._bank, self.input_length = bank, input_length
+    self._bank = bank
+    self.input_length, self.output_length = input_length, output_length
     self.batch_size, self.max_queue = batch_size, max_queue
     self._max_wait, self._observe = max_wait, observe
     self._queue: collections.deque[_Row] = collections.deque()
@@ -72,19 +79,27 @@ class Batcher:
   def warm_up(self) -> None:
     """Compiles what batches of every shape need."""
     name = ' '  # As no user's is.
+    never: Any = (None, 0.0, None)
     self._bank.add(name, np.zeros((1, self._bank.embed), np.float32))
     step = data.BUCKET_MULTIPLE
     for length in (*range(step, self.input_length, step), self.input_length):
       for count in {1, self.batch_size}:
-        self._predict([(name, np.ones(length, np.int32))] * count)
+        self._ask_bank([_Row(name, np.ones(length, np.int32), *never)] * count)
     self._bank.remove(name)
 
-  async def ask(self, name: str, rows: Sequence[np.ndarray]) -> list[Answer]:
-    """What the model says to each row, with one prompt.
+  async def ask(
+    self,
+    name: str,
+    rows: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray] | None = None,
+  ) -> list[Answer]:
+    """What the model says to each row, or how likely it says the row's target.
 
     Args:
       name: The prompt.
       rows: Tokens [length], EOS included, of at most input_length.
+      targets: One for each row: tokens [target length], EOS included, of at
+        most output_length. If not given, the model answers.
 
     Raises:
       Full: At once, if not all of them may wait.
@@ -95,7 +110,12 @@ class Batcher:
     if len(self._queue) + len(rows) > self.max_queue:
       raise Full
     loop = asyncio.get_running_loop()
-    asked = [_Row(name, r, loop.time(), loop.create_future()) for r in rows]
+    asked = [
+      _Row(name, tokens, target, loop.time(), loop.create_future())
+      for tokens, target in zip(
+        rows, targets or [None] * len(rows), strict=True
+      )
+    ]
     self._queue.extend(asked)
     self._tell()
     try:
@@ -119,9 +139,7 @@ class Batcher:
       batch = [row for row in batch if not row.answer.done()]
       if not batch:
         continue
-      answers = await loop.run_in_executor(
-        self._thread, self._answer, [(row.name, row.tokens) for row in batch]
-      )
+      answers = await loop.run_in_executor(self._thread, self._answer, batch)
       for row, answer in zip(batch, answers, strict=True):
         if row.answer.done():
           continue
@@ -135,18 +153,18 @@ class Batcher:
     for event, least in ((self._some, 1), (self._enough, self.batch_size)):
       (event.set if len(self._queue) >= least else event.clear)()
 
-  def _answer(self, rows: list[tuple[str, np.ndarray]]) -> list[Any]:
+  def _answer(self, rows: list[_Row]) -> list[Any]:
     """An answer, or an exception, for each row: none harms the others."""
     start = time.monotonic()
     answers: list[Any] = [None] * len(rows)
     while True:
       known = self._bank.lengths
-      for i, (name, _) in enumerate(rows):
-        if name not in known:
-          answers[i] = UnknownPrompt(unknown(name, known))
+      for i, row in enumerate(rows):
+        if row.name not in known:
+          answers[i] = UnknownPrompt(unknown(row.name, known))
       left = [i for i, answer in enumerate(answers) if answer is None]
       try:
-        said = self._predict([rows[i] for i in left]) if left else []
+        said = self._ask_bank([rows[i] for i in left]) if left else []
       except UnknownPrompt:
         continue  # Removed just now.
       except Exception as error:
@@ -158,24 +176,54 @@ class Batcher:
     self._observe(len(rows), time.monotonic() - start)
     return answers
 
-  def _predict(self, rows: list[tuple[str, np.ndarray]]) -> list[Answer]:
-    """Asks for at most batch_size rows; few have a program of their own."""
-    few = self._bank.plan.mesh.shape['data']
-    size = few if len(rows) <= few else self.batch_size
-    examples = [
-      {
-        'encoder_input_tokens': np.pad(
-          tokens, (0, self.input_length - len(tokens))
-        ),
-        'decoder_loss_weights': np.zeros(1, np.int32),
-      }
-      for _, tokens in rows
-    ]
+  def _ask_bank(self, rows: list[_Row]) -> list[Answer]:
+    """Asks for at most batch_size rows, those with targets by themselves."""
     found: list[Any] = [None] * len(rows)
-    for which, batch in data.padded_batches(examples, size):
-      filled = np.pad(which, (0, size - len(which)), 'edge')
-      names = [rows[i][0] for i in filled]
+    for scored in (False, True):
+      which = [i for i, r in enumerate(rows) if (r.targets is None) != scored]
+      if which:
+        ask = self._score if scored else self._predict
+        answers = ask([rows[i] for i in which])
+        for i, answer in zip(which, answers, strict=True):
+          found[i] = answer
+    return found
+
+  def _predict(self, rows: list[_Row]) -> list[Answer]:
+    found: list[Any] = [None] * len(rows)
+    for which, names, batch in self._batches(rows, np.zeros(1, np.int32)):
       tokens, scores = self._bank.predict(names, batch['encoder_input_tokens'])
       for i, ids, score in zip(which, tokens, scores, strict=False):
         found[i] = ids, float(score)
     return found
+
+  def _score(self, rows: list[_Row]) -> list[Answer]:
+    found: list[Any] = [None] * len(rows)
+    # Few lengths of targets, so that few programs are compiled.
+    longest = max(len(row.targets) for row in rows if row.targets is not None)
+    length = min(1 << (longest - 1).bit_length(), self.output_length)
+    for which, names, batch in self._batches(rows, np.zeros(length, np.int32)):
+      scores = self._bank.score(names, batch)
+      for i, score in zip(which, scores, strict=False):
+        found[i] = rows[i].targets, float(score)
+    return found
+
+  def _batches(self, rows: list[_Row], no_target: np.ndarray):
+    """Yields which rows a batch holds, its prompts, and its features."""
+    # Few rows have a program of their own.
+    few = self._bank.plan.mesh.shape['data']
+    size = few if len(rows) <= few else self.batch_size
+    examples = []
+    for row in rows:
+      target = no_target
+      if row.targets is not None:
+        target = np.pad(row.targets, (0, len(no_target) - len(row.targets)))
+      inputs = np.pad(row.tokens, (0, self.input_length - len(row.tokens)))
+      example = seqio_task.model_features(inputs, target)
+      weights = np.arange(len(target)) < len(
+        no_target if row.targets is None else row.targets
+      )
+      example['decoder_loss_weights'] = weights.astype(np.int32)
+      examples.append(example)
+    for which, batch in data.padded_batches(examples, size):
+      filled = np.pad(which, (0, size - len(which)), 'edge')
+      yield which, [rows[i].name for i in filled], batch

@@ -8,10 +8,13 @@ docs/serving.md has the interface and the limits.
 
 import argparse
 import datetime
+import itertools
+import json
 import logging
 import os
 import pathlib
 import signal
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging as absl_logging
@@ -216,17 +219,19 @@ def make(args: argparse.Namespace, web: Any) -> Any:
       f'the vocabulary has {vocabulary.vocab_size} ids, and the base'
       f' {config.vocab_size}; give that of the base as --vocabulary'
     )
+  prompts = bank_lib.parse(args.prompts) if args.prompts else {}
   bank = predictor.load_bank(
     config,
     args.base,
     args.output_length,
-    bank_lib.parse(args.prompts) if args.prompts else {},
+    prompts,
     mesh=partitioning.make_mesh(args.model_parallel),
   )
   metrics = web.Metrics()
   batcher = Batcher(
     bank,
     args.input_length,
+    args.output_length,
     args.batch_size,
     args.max_wait,
     args.max_queue,
@@ -243,4 +248,37 @@ def make(args: argparse.Namespace, web: Any) -> Any:
     limits=web.Limits(args.prompt_length, args.max_body, args.timeout),
     token=token,
     hosts=answered,
+    base=args.base,
+    shown={
+      name: web.Shown(*found)
+      for name, path in prompts.items()
+      if any(found := validation(path))
+    },
   )
+
+
+def validation(path: str) -> tuple[list[str], list[str]]:
+  """The labels and some inputs of a run, from what it answered in validation.
+
+  Args:
+    path: A prompt's path; of a run it is MODEL_DIR or its prompts/.
+
+  Returns:
+    The distinct targets, if there are few enough to be labels, and examples;
+    nothing if the path is not of a run that was evaluated.
+  """
+  place = pathlib.Path(path)
+  files = [*place.glob('eval/*/predictions-*.jsonl')] or [
+    *place.parent.glob('eval/*/predictions-*.jsonl')
+  ]
+  if not files:
+    return [], []
+  newest = max(files, key=lambda file: file.stat().st_mtime)
+  records: list[Mapping[str, Any]] = []
+  with newest.open() as lines:
+    for line in itertools.islice(lines, 1000):
+      records.append(json.loads(line))
+  targets = sorted({str(r['targets']) for r in records if 'targets' in r})
+  labels = targets if 1 < len(targets) <= min(20, len(records) // 2) else []
+  inputs = [str(r['inputs']) for r in records if 'inputs' in r]
+  return labels, inputs[:: max(1, len(inputs) // 6)][:6]

@@ -10,7 +10,7 @@ import hmac
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
 import fastapi
@@ -24,8 +24,15 @@ from starlette.concurrency import run_in_threadpool
 from ptune.convert.prompts import read_prompt
 from ptune.errors import UserError
 from ptune.serving.bank import NAME, PromptBank, UnknownPrompt
-from ptune.serving.batching import Batcher, Full
+from ptune.serving.batching import Answer, Batcher, Full
 from ptune.serving.hosts import LOCAL, Hosts
+
+# The page has all in itself, and speaks with this server alone.
+POLICY = (
+  "default-src 'none'; connect-src 'self'; img-src data:;"
+  " script-src 'unsafe-inline'; style-src 'unsafe-inline';"
+  " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +55,27 @@ class Question(pydantic.BaseModel, extra='forbid'):
 
   prompt: Annotated[str, pydantic.Field(max_length=64)]
   inputs: str | Annotated[list[str], pydantic.Field(min_length=1)]
+
+
+class Options(pydantic.BaseModel, extra='forbid'):
+  """The body of POST /score."""
+
+  prompt: Annotated[str, pydantic.Field(max_length=64)]
+  inputs: str | Annotated[list[str], pydantic.Field(min_length=1)]
+  labels: Annotated[list[str], pydantic.Field(min_length=2, max_length=64)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+  """What the page shows of a prompt.
+
+  Attributes:
+    labels: The answers that it chooses from; none if it writes freely.
+    examples: Inputs to try it with.
+  """
+
+  labels: Sequence[str] = ()
+  examples: Sequence[str] = ()
 
 
 class Metrics:
@@ -98,6 +126,8 @@ def make(
   limits: Limits = Limits(),
   token: str | None = None,
   hosts: Hosts = LOCAL,
+  base: str = '',
+  shown: Mapping[str, Shown] | None = None,
 ) -> fastapi.FastAPI:
   """Makes the application.
 
@@ -110,7 +140,11 @@ def make(
     limits: See there.
     token: Needed to change prompts; nobody may if not given.
     hosts: The names that it answers to.
+    base: The name of the frozen model.
+    shown: What the page shows of prompts, by their names.
   """
+
+  page_html = pathlib.Path(__file__).with_name('page.html').read_text('utf-8')
 
   @contextlib.asynccontextmanager
   async def lifespan(app):
@@ -153,49 +187,86 @@ def make(
         {'WWW-Authenticate': 'Bearer'},
       )
 
-  @app.post('/predict')
-  async def predict(question: Question):
-    inputs = question.inputs
-    texts = [inputs] if isinstance(inputs, str) else inputs
-    if len(texts) > batcher.max_queue:
-      return _problem(
-        413, f'{len(texts)} inputs; at most {batcher.max_queue} at once'
-      )
+  def encoded(texts: Sequence[str], what: str, most: int) -> list[np.ndarray]:
+    """Tokens of each text, EOS included; or what is wrong with one of them."""
     rows = []
     for i, text in enumerate(texts):
       try:
         text.encode()
       except UnicodeEncodeError:
-        return _problem(422, f'input {i} is no text: it has lone surrogates')
+        raise fastapi.HTTPException(
+          422, f'{what} {i} is no text: it has lone surrogates'
+        ) from None
       rows.append(np.asarray(encode(text), np.int32))
-      if len(rows[-1]) > batcher.input_length:
-        return _problem(
-          413,
-          f'input {i} has {len(rows[-1])} tokens; at most'
-          f' {batcher.input_length} are read',
+      if len(rows[-1]) > most:
+        raise fastapi.HTTPException(
+          413, f'{what} {i} has {len(rows[-1])} tokens; at most {most} are read'
         )
+    return rows
+
+  async def asked(name: str, rows, targets=None) -> list[Answer]:
+    if len(rows) > batcher.max_queue:
+      raise fastapi.HTTPException(
+        413, f'{len(rows)} rows; at most {batcher.max_queue} at once'
+      )
     try:
       async with asyncio.timeout(limits.timeout):
-        answers = await batcher.ask(question.prompt, rows)
+        return await batcher.ask(name, rows, targets)
     except Full:
-      return _problem(
+      raise fastapi.HTTPException(
         429, 'too many inputs wait; try again', {'Retry-After': '1'}
-      )
+      ) from None
     except TimeoutError:
-      return _problem(504, f'no answer within {limits.timeout:g} seconds')
+      raise fastapi.HTTPException(
+        504, f'no answer within {limits.timeout:g} seconds'
+      ) from None
+
+  @app.post('/predict')
+  async def predict(question: Question):
+    texts = _texts(question.inputs)
+    rows = encoded(texts, 'input', batcher.input_length)
+    answers = await asked(question.prompt, rows)
     return {
       'prompt': question.prompt,
       'predictions': [decode(tokens.tolist()) for tokens, _ in answers],
       'scores': [score for _, score in answers],
     }
 
+  @app.post('/score')
+  async def score(options: Options):
+    rows = encoded(_texts(options.inputs), 'input', batcher.input_length)
+    labels = encoded(options.labels, 'label', batcher.output_length)
+    if len({tuple(label.tolist()) for label in labels}) < len(labels):
+      raise fastapi.HTTPException(
+        422, 'labels: two of them are the same to the vocabulary'
+      )
+    answers = await asked(
+      options.prompt,
+      [row for row in rows for _ in labels],
+      [label for _ in rows for label in labels],
+    )
+    scores = np.array([s for _, s in answers]).reshape(len(rows), len(labels))
+    likely = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return {
+      'prompt': options.prompt,
+      'labels': options.labels,
+      'scores': scores.tolist(),
+      'probabilities': (likely / likely.sum(axis=1, keepdims=True)).tolist(),
+    }
+
   @app.get('/prompts')
   async def prompts():
+    about = shown or {}
     return {
+      'base': base,
       'prompts': [
-        {'name': name, 'length': length}
+        {
+          'name': name,
+          'length': length,
+          **({} if name not in about else dataclasses.asdict(about[name])),
+        }
         for name, length in bank.lengths.items()
-      ]
+      ],
     }
 
   @app.post(
@@ -254,9 +325,15 @@ def make(
 
   @app.get('/')
   async def page():
-    return responses.HTMLResponse(PAGE)
+    return responses.HTMLResponse(
+      page_html, headers={'Content-Security-Policy': POLICY}
+    )
 
   return app
+
+
+def _texts(inputs: str | list[str]) -> list[str]:
+  return [inputs] if isinstance(inputs, str) else inputs
 
 
 def _problem(status: int, what: str, headers=None) -> responses.JSONResponse:
@@ -323,48 +400,3 @@ class Guard:
       return whole.pop() if whole else await receive()
 
     await self._app(scope, replay, send)
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>ptune</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 40rem;
-  margin: 2rem auto; padding: 0 1rem; color-scheme: light dark }
-select, textarea, button { font: inherit; box-sizing: border-box }
-textarea { width: 100%; height: 6rem; margin: .5rem 0 }
-output { display: block; margin-top: 1rem; white-space: pre-wrap }
-</style>
-<h1>One model, many prompts</h1>
-<form>
-<label>Prompt <select required></select></label>
-<label><textarea aria-label="Inputs" placeholder="one input a line" required>
-</textarea></label>
-<button>Predict</button>
-</form>
-<output></output>
-<script>
-const one = name => document.querySelector(name);
-fetch('prompts').then(r => r.json()).then(({prompts}) => {
-  for (const {name} of prompts) one('select').add(new Option(name));
-});
-one('form').onsubmit = async event => {
-  event.preventDefault();
-  one('output').textContent = '...';
-  const inputs = one('textarea').value.split('\\n').filter(t => t.trim());
-  const response = await fetch('predict', {
-    method: 'POST',
-    headers: {'Content-Type': 'application/json'},
-    body: JSON.stringify({prompt: one('select').value, inputs}),
-  });
-  const said = await response.json();
-  one('output').textContent = response.ok
-    ? said.predictions.map((text, i) =>
-        `${text}    (${said.scores[i].toFixed(2)})`).join('\\n')
-    : said.detail;
-};
-</script>
-</html>
-"""
