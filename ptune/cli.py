@@ -9,7 +9,6 @@ Nothing heavy is imported before the command line has been read.
 """
 
 import argparse
-import contextlib
 import importlib.util
 import logging as python_logging
 import os
@@ -21,6 +20,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from ptune import flags, gin_files
+from ptune.data.quiet import quiet_stderr
 from ptune.errors import UserError
 from ptune.training import processes
 
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ptune.tools import list_tasks
 
     _set_up_logging()
-    return list_tasks.main(given[1:], _quiet_stderr)
+    return list_tasks.main(given[1:])
   args = _parse(given)
   if argv is None:
     _leave_on_signals(args.program)
@@ -184,7 +184,7 @@ def _add_command(commands, name: str, what: str) -> argparse.ArgumentParser:
 
 def _use(args: argparse.Namespace) -> int:
   """Runs one of TOOLS."""
-  with _quiet_stderr():
+  with quiet_stderr():
     tool = importlib.import_module(TOOLS[args.program][0])
   return tool.run(args) or 0
 
@@ -205,7 +205,7 @@ def _run(args: argparse.Namespace, settings: gin_files.Settings) -> int:
   module, function, _ = PROGRAMS[args.program]
   import gin
 
-  with _quiet_stderr():
+  with quiet_stderr():
     program: Callable[..., int | None] = getattr(
       importlib.import_module(module), function
     )
@@ -296,7 +296,7 @@ def _leave_on_signals(program: str) -> None:
   else:
     message, status = 'nothing was written', 130
 
-  stderr = os.dup(2)  # Which is closed for a while: see `_quiet_stderr`.
+  stderr = os.dup(2)  # Which is closed for a while: see `quiet_stderr`.
 
   def leave(number, frame):
     del frame
@@ -309,24 +309,6 @@ def _leave_on_signals(program: str) -> None:
 
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, leave)
-
-
-@contextlib.contextmanager
-def _quiet_stderr():
-  """Drops what TensorFlow's C++ prints while it is imported.
-
-  It says that there is no CUDA, before it reads any setting of its own.
-  Exceptions are not affected.
-  """
-  sys.stderr.flush()
-  kept = os.dup(2)
-  with open(os.devnull, 'w') as nowhere:
-    os.dup2(nowhere.fileno(), 2)
-  try:
-    yield
-  finally:
-    os.dup2(kept, 2)
-    os.close(kept)
 
 
 def _set_up_logging() -> None:

@@ -1,7 +1,6 @@
 """`ptune eval`: a task's metrics over whole splits, for a trained prompt."""
 
 import functools
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -102,7 +101,7 @@ def _tell(directory: epath.Path, about: dict[str, Any], values) -> None:
   """Writes scores to metrics.jsonl, and prints them."""
   if jax.process_index() == 0:
     with (directory / 'metrics.jsonl').open('a') as f:
-      f.write(json.dumps({**about, **values}) + '\n')
+      f.write(report_lib.to_json({**about, **values}) + '\n')
     texts = [str(v) for k, v in about.items() if k != 'step']
     split, task, *which = texts
     title = ' '.join([task, split, *which])

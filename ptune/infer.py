@@ -21,8 +21,8 @@ from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.model.sizes import T5Config
 from ptune.serving import answers, predictor
 from ptune.serving.bank import unknown
-from ptune.serving.evaluation import to_json
 from ptune.training import settings
+from ptune.training.report import to_json
 
 MODES = ('predict', 'score')
 # Batches that are read, sorted by length and written together.

@@ -120,7 +120,7 @@ def train(
   trained = packing.model_of(model, plan) if pack else model(plan.network)
   run: dict[str, Any] = {
     **parameters.identity(plan),
-    'task': data.task,
+    'task': task.name,
     'task_feature_lengths': dict(data.feature_lengths),
     'batch_size': data.batch_size,
     'pack': int(pack),

@@ -124,7 +124,7 @@ def train_many(
     facts = {
       name: {
         **parameters.identity(places[name][1]),
-        'task': run.task,
+        'task': tasks[run.task].name,
         'task_feature_lengths': dict(data.feature_lengths),
         'batch_size': data.batch_size,
         'bucket_multiple': data.bucket_multiple,

@@ -14,6 +14,7 @@ from typing import Any
 
 from ptune.errors import UserError
 from ptune.tasks import files
+from ptune.tasks.texts import TextTask
 
 
 def _load(dataset: str, config: str | None, split: str) -> Any:
@@ -47,40 +48,45 @@ def from_hugging_face(
   targets: str,
   splits: Mapping[str, str] | None = None,
   config: str | None = None,
-  label_names: Sequence[str] | None = None,
+  label_names: files.LabelNames | None = None,
   metrics: Sequence[str] | None = None,
   skip_bad_rows: bool = False,
   rank: bool = False,
   name: str = 'from_hugging_face',
-) -> str:
-  """Registers a task that reads a data set of Hugging Face; returns its name.
+) -> TextTask:
+  """Makes a task that reads a data set of Hugging Face.
 
   Args:
     dataset: Its name on the hub, or a directory of `save_to_disk`.
     inputs: The template of the inputs, see `files.from_files`.
     targets: That of the targets.
-    splits: SeqIO's name of a split to that of `datasets`, which may be a
+    splits: The task's name of a split to that of `datasets`, which may be a
       slice such as 'train[:90%]'; train and validation if not given.
     config: Which of several configurations of the data set.
     label_names: See `files.from_files`.
-    metrics: See `files.register`.
+    metrics: See `texts.TextTask`.
     skip_bad_rows: See `files.from_files`.
-    rank: See `files.register`.
+    rank: See `texts.TextTask`.
     name: Of the task.
 
   Raises:
-    ValueError: The arguments do not fit together. What is wrong with the data
+    UserError: The arguments do not fit together. What is wrong with the data
       set is raised when a split is read.
   """
   splits = splits or {'train': 'train', 'validation': 'validation'}
 
-  def read(split):
-    rows = _load(dataset, config, splits[split])
-    numbered = (
-      (f'{dataset} {splits[split]}[{i}]', row) for i, row in enumerate(rows)
-    )
-    return files.to_texts(numbered, inputs, targets, label_names, skip_bad_rows)
+  def rows(split):
+    for i, row in enumerate(_load(dataset, config, splits[split])):
+      yield f'{dataset} {splits[split]}[{i}]', row
 
-  labels = label_names and files.label_texts(targets, label_names)
-  files.register(name, read, splits, labels, metrics, rank)
-  return name
+  return files.task_of(
+    name,
+    rows,
+    splits,
+    inputs,
+    targets,
+    label_names,
+    skip_bad_rows,
+    metrics=metrics,
+    rank=rank,
+  )

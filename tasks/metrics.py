@@ -23,7 +23,8 @@ from ptune.errors import UserError
 Scores = dict[str, float]
 Metric = Callable[..., Scores]
 
-_UNLABELLED = (-1, '<unk>', [])
+UNLABELLED = '<unk>'  # The target of a row without a label.
+_UNLABELLED = (-1, UNLABELLED, [])
 
 
 def _library(module: str) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
-UNLABELLED = '<unk>'
+from ptune.tasks.metrics import UNLABELLED
 
 Example = Mapping[str, tf.Tensor]
 

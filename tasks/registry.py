@@ -17,20 +17,17 @@ where the task itself generates text: see `rank_labels`. Both are trained alike.
 
 import copy
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import seqio
 import tensorflow as tf
 
-import gin
 from ptune.tasks import metrics as metrics_lib
 from ptune.tasks import postprocessors, preprocessors
 from ptune.tasks.pretraining import prepend_sentinel
+from ptune.tasks.texts import chosen_vocabulary
 
-VOCABULARY_VARIABLE = 'PTUNE_VOCABULARY'
-T5_VOCABULARY = 'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model'
 MT5_VOCABULARY = 'gs://t5-data/vocabs/mc4.250000.100extra/sentencepiece.model'
 
 PLAIN, TASKLESS, TASK_INDEX = 'plain', 'taskless', 'task_index'
@@ -39,23 +36,12 @@ PREFIXES = {PLAIN: '', TASKLESS: 'taskless_', TASK_INDEX: 'task_index_'}
 Preprocessor = Callable[..., tf.data.Dataset]
 
 
-@gin.configurable
-def t5_vocabulary(
-  path: str | None = None, extra_ids: int | None = None
-) -> seqio.Vocabulary:
+def t5_vocabulary() -> seqio.Vocabulary:
   """The vocabulary of all tasks without a prefix; a file is read when used.
 
-  Another one is chosen before a module of tasks is imported, by the macro
-  VOCABULARY, or by the environment, PTUNE_VOCABULARY=/models/mine.
-
-  Args:
-    path: A SentencePiece file, local or on gs://, a model's directory with one
-      in it, or a model by its name, such as `ptune://tiny`. If not given, what
-      PTUNE_VOCABULARY names, and T5's if it names none.
-    extra_ids: Sentinels beyond the pieces of the file; if not given, T5's 100,
-      or as many as the model has rows for.
+  It is `texts.chosen_vocabulary`, as it is when the first task is registered.
   """
-  path = path or os.environ.get(VOCABULARY_VARIABLE) or T5_VOCABULARY
+  path, extra_ids = chosen_vocabulary()
   if path.endswith('.model') or extra_ids is not None:
     return seqio.SentencePieceVocabulary(
       path, extra_ids=100 if extra_ids is None else extra_ids

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from ptune.data import batches as data
-from ptune.data import seqio_task
+from ptune.data import seqio_rows, seqio_task
 
-import seqio  # isort: skip  (after seqio_task, which quiets TensorFlow)
+import seqio  # isort: skip  (after seqio_rows, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip
 
 LENGTHS = {'inputs': 48, 'targets': 8}
@@ -349,9 +349,9 @@ def test_random_preprocessors_draw_anew_in_each_epoch_of_a_stream_only():
 def test_a_task_that_does_not_say_its_size_is_kept_if_it_is_small(monkeypatch):
   task = make_task(rows_of_text(30), counted=False)
   assert data.Batches(task, LENGTHS, 4).num_examples == 30
-  monkeypatch.setattr(data, 'MAX_UNCOUNTED_ROWS', 29)
+  monkeypatch.setattr(seqio_rows, 'MAX_UNCOUNTED_ROWS', 29)
   assert data.Batches(task, LENGTHS, 4).num_examples is None
-  monkeypatch.setattr(data, 'MAX_ROWS', 49)
+  monkeypatch.setattr(seqio_rows, 'MAX_ROWS', 49)
   assert (
     data.Batches(make_task(rows_of_text(49)), LENGTHS, 4).num_examples == 49
   )

@@ -17,6 +17,7 @@ from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.serving import evaluation as evaluation_lib
 from ptune.serving import predictor
+from ptune.training import report
 from ptune.training.settings import Trained
 from tests import tiny
 
@@ -213,7 +214,7 @@ def test_anything_becomes_a_line_of_json():
     'c': {(0, 1): np.float32(0.5), np.int64(3): [None, True, b'x']},
     'd': object,
   }
-  assert json.loads(evaluation_lib.to_json(record)) == {
+  assert json.loads(report.to_json(record)) == {
     'a': 'ä',
     'b': [1, 2],
     'c': {'[0, 1]': 0.5, '3': [None, True, 'x']},
@@ -304,7 +305,7 @@ def test_an_evaluation_can_be_given_up(trained):
 def test_json_takes_what_tasks_hold():
   record = {'a': b'\xc3\xbc', 'b': np.float32(1.5), 'c': np.arange(2)}
   record['d'] = {'e': jax.numpy.ones(1)[0].item(), 'f': {1}}
-  assert json.loads(evaluation_lib.to_json(record)) == {
+  assert json.loads(report.to_json(record)) == {
     **{'a': 'ü', 'b': 1.5, 'c': [0, 1]},
     'd': {'e': 1.0, 'f': '{1}'},
   }

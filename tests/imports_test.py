@@ -146,10 +146,10 @@ def test_what_must_not_know_of_each_other(below, above):
 @pytest.mark.parametrize(
   ('package', 'modules'),
   {
-    'tensorflow': 'convert.storage data.seqio_task data.batches',
-    'tensorflow_datasets': 'serving.evaluation',
+    'tensorflow': 'convert.storage data.seqio_rows',
+    'tensorflow_datasets': 'serving.seqio_metrics',
     'orbax': 'training.checkpoints',
-    'clu': 'training.report',
+    'clu': 'training.events',
     'safetensors': 'convert.safetensors_files',
     'tensorstore': 'convert.zarr',
     't5x': 't5x_host',
@@ -238,3 +238,23 @@ def test_help_is_quick_and_loads_nothing_heavy():
     )
     assert not loaded
     assert seconds < 4
+
+
+def test_what_needs_no_seqio_task_starts_without_tensorflow():
+  loaded, _ = loaded_by(
+    'import ptune.train, ptune.train_many, ptune.evaluate, ptune.infer\n'
+    'import ptune.serving.serve, ptune.serving.web, ptune.tools.demo\n'
+    'import ptune.training.events, ptune.tools.list_tasks\n'
+    'from ptune.data.batches import Batches\n'
+    'from ptune.serving.text_metrics import Examples, TextMetrics\n'
+    'from ptune.tasks import files\n'
+    "rows = {'train': [('a good film', 'yes'), ('a bad one', 'no')]}\n"
+    "task = files.from_rows(rows, label_names=['no', 'yes'])\n"
+    "lengths = {'inputs': 8, 'targets': 4}\n"
+    'assert len(Batches(task, lengths, 2)(5)["encoder_input_tokens"]) == 2\n'
+    "metrics = TextMetrics(task, Examples('train', lengths, None, None))\n"
+    'assert len(metrics.datasets["from_rows"]) == 2\n'
+    'from ptune.convert.vocabulary import open_vocabulary\n'
+    "assert open_vocabulary('ptune://tiny').encode('a')\n"
+  )
+  assert not {'seqio', 'tensorflow', 'tensorflow_datasets'} & set(loaded)

@@ -4,13 +4,12 @@ import json
 import pathlib
 from unittest import mock
 
+import numpy as np
 import pytest
 
-from ptune.data import batches as data, seqio_task  # isort: skip  (first: it quiets TensorFlow)
-
-import seqio  # isort: skip
-
-from ptune.tasks import files  # isort: skip
+from ptune.data import batches as data
+from ptune.data import seqio_task
+from ptune.tasks import files
 
 LENGTHS = {'inputs': 32, 'targets': 8}
 NAMES = ['negative', 'positive']
@@ -63,15 +62,77 @@ def test_labels_may_be_numbers_names_or_unknown(tmp_path):
   file = write(tmp_path / 'a.tsv', 'text\tlabel\na\t1\nb\tnegative\nc\t-1\n')
   got = [target for _, target in texts(file, names=NAMES)]
   assert got == ['positive', 'negative', '<unk>']
-  # A number is a label's, and a text its name, where names are numbers.
-  stars = ['1', '2', '3']
-  lines = [0, 2, 1.0, '2', '3', -1]
-  file = write(
-    tmp_path / 'b.jsonl',
-    '\n'.join(json.dumps({'text': 'a', 'label': label}) for label in lines),
+
+
+FORMATS = ('tsv', 'csv', 'jsonl')
+
+
+def labels(tmp_path, values, names):
+  """What labels become in each format, which is the same, or the messages."""
+  found = []
+  for suffix, mark in (('tsv', '\t'), ('csv', ','), ('jsonl', '')):
+    lines = [f'text{mark}label', *(f'a{mark}{value}' for value in values)]
+    if not mark:
+      lines = [json.dumps({'text': 'a', 'label': value}) for value in values]
+    file = write(tmp_path / f'a.{suffix}', '\n'.join(lines))
+    try:
+      found.append([target for _, target in texts(file, names=names)])
+    except ValueError as error:
+      found.append(
+        [
+          line.split(': ', 1)[1].replace("'", '')
+          for line in str(error).splitlines()[1:]
+        ]
+      )
+  assert found[0] == found[1] == found[2]
+  return found[0]
+
+
+@pytest.mark.parametrize(
+  ('values', 'names', 'want'),
+  [
+    ([1.0, 0.0, -1.0], NAMES, ['positive', 'negative', '<unk>']),
+    ([1, 0, ''], NAMES, ['positive', 'negative', '<unk>']),
+    ([True, False], NAMES, ['positive', 'negative']),
+    # A boolean is a name, if there is one.
+    ([True, False], ['True', 'False'], ['True', 'False']),
+    ([True, False], ['true', 'false'], ['true', 'false']),
+    ([0, 1, 1.0], ['0', '1'], ['0', '1', '1']),
+    # What the column has, by a dict.
+    (
+      [1, 2.0, '3'],
+      {'1': 'bad', '2': 'so', '3': 'good'},
+      ['bad', 'so', 'good'],
+    ),
+    ([-1, 0, 1], {'-1': 'bad', '0': 'so', '1': 'good'}, ['bad', 'so', 'good']),
+    (
+      ['entailment', 0, -1],
+      ['entailment', 'other'],
+      ['entailment'] * 2 + ['<unk>'],
+    ),
+  ],
+)
+def test_labels_are_read_by_one_rule_in_all_formats(
+  tmp_path, values, names, want
+):
+  assert labels(tmp_path, values, names) == want
+
+
+def test_a_number_that_is_another_labels_name_is_refused(tmp_path):
+  said = labels(tmp_path, [1, 2, 3], ['1', '2', '3'])
+  assert [m.split('.')[0] for m in said] == [
+    'label 1 in column label is the name of a label and the number of 2',
+    'label 2 in column label is the name of a label and the number of 3',
+  ]
+  said = labels(tmp_path, [1, 0, -1], ['-1', '0', '1'])
+  assert len(said) == 3
+  assert said[-1].startswith('label -1 in column label is the name of a label')
+  assert 'the number of no label' in said[-1]
+  said = labels(tmp_path, [7, 'x', 0.5], {'1': 'a', '2': 'b'})
+  assert said[0] == (
+    'unknown label 7 in column label, expected one of [1, 2], or -1 for none'
   )
-  got = [target for _, target in texts(file, names=stars)]
-  assert got == ['1', '3', '2', '2', '3', '<unk>']
+  assert len(said) == 3
 
 
 BAD = {
@@ -94,7 +155,7 @@ BAD = {
       4: 'not JSON',
       5: 'is a list',
       6: 'not UTF-8',
-      7: "no column 'text'",
+      7: "column 'text' is null",
       9: 'is no Unicode text',
     },
   ),
@@ -160,7 +221,7 @@ def test_files_that_are_no_data_are_errors(tmp_path, name, content, message):
     ({'inputs': 'a {}'}, 'expected a column in every pair of braces'),
     ({'targets': '{a} {b}', 'label_names': NAMES}, 'expected one column'),
     ({'label_names': ['one']}, 'at least two'),
-    ({'metrics': ['acuracy']}, "did you mean.*'accuracy'"),
+    ({'metrics': ['acuracy']}, 'did you mean accuracy'),
     ({'metrics': ['pearson', 'rouge']}, 'compares the same'),
     ({'metrics': ['accuracy']}, 'need each other'),
     ({'metrics': ['rouge'], 'label_names': NAMES}, 'need each other'),
@@ -171,6 +232,13 @@ def test_settings_that_do_not_fit_are_errors(settings, message):
   good = {'files': {'train': 'a.tsv'}, 'inputs': '{a}', 'targets': '{b}'}
   with pytest.raises(ValueError, match=message):
     files.from_files(**{**good, **settings})
+
+
+def as_seqio(task):
+  """The same task in SeqIO's registry."""
+  from ptune.tasks import seqio_texts
+
+  return seqio_task.load(seqio_texts.register(task))
 
 
 @pytest.fixture
@@ -194,22 +262,83 @@ def sentiment(tmp_path):
 
 
 def test_the_task_batches_and_knows_its_labels(sentiment):
-  name = files.from_files(**sentiment)
-  task = seqio_task.load(name)
+  task = files.from_files(**sentiment)
+  assert seqio_task.load(task) is task
   assert sorted(task.splits) == ['train', 'validation']
   batches = data.Batches(task, LENGTHS, 8)
   assert batches.num_examples == 40
   assert batches(3)['encoder_input_tokens'].shape == (8, 32)
   assert seqio_task.distinct_targets(task, LENGTHS) == NAMES
+  theirs = as_seqio(task)
+  assert seqio_task.distinct_targets(theirs, LENGTHS) == NAMES
   with mock.patch.object(seqio_task, 'LABELLED_ROWS', 1):
-    assert len(seqio_task.distinct_targets(task, LENGTHS)) == 1
+    assert len(seqio_task.distinct_targets(theirs, LENGTHS)) == 1
   first, _ = next(seqio_task.examples(task, LENGTHS, 'validation'))
   assert first == {'inputs': 'text: 0 good film', 'targets': 'positive'}
 
 
+@pytest.mark.parametrize('bucket_multiple', [None, 8])
+def test_batches_are_those_of_the_same_task_in_seqio(
+  sentiment, bucket_multiple
+):
+  task = files.from_files(**sentiment)
+  how = {'seed': 3, 'bucket_multiple': bucket_multiple}
+  lengths = {'inputs': 5, 'targets': 8}  # Trims some.
+  ours = data.Batches(task, lengths, 12, **how)
+  theirs = data.Batches(as_seqio(task), lengths, 12, **how)
+  assert ours.trimmed == theirs.trimmed != {'inputs': 0, 'targets': 0}
+  assert ours.shapes == theirs.shapes
+  for step in (0, 3, 7):
+    left, right = ours(step), theirs(step)
+    assert left.keys() == right.keys()
+    for name in left:
+      np.testing.assert_array_equal(left[name], right[name])
+      assert left[name].dtype == right[name].dtype
+
+
+def test_rows_of_python_make_the_batches_of_the_same_files(sentiment):
+  rows = {'train': [], 'validation': []}
+  for i in range(20):
+    rows['train'] += [
+      {'text': f'{i} good film', 'label': 1},
+      {'text': f'{i} bad film', 'label': False},
+    ]
+  rest = {k: v for k, v in sentiment.items() if k != 'files'}
+  ours = data.Batches(files.from_rows(rows, **rest), LENGTHS, 8, seed=1)
+  theirs = data.Batches(files.from_files(**sentiment), LENGTHS, 8, seed=1)
+  pairs = [
+    (f'text: {row["text"]}', NAMES[row['label']]) for row in rows['train']
+  ]
+  task = files.from_rows({'train': pairs}, label_names=NAMES)
+  again = data.Batches(task, LENGTHS, 8, seed=1)
+  for step in (0, 6):
+    for name, values in theirs(step).items():
+      np.testing.assert_array_equal(ours(step)[name], values)
+      np.testing.assert_array_equal(again(step)[name], values)
+
+
+def test_rows_without_a_label_are_not_trained_on_and_counted(tmp_path, caplog):
+  rows = [('a', 'yes'), ('b', ''), ('c', -1), ('d', None), ('e', 'no')]
+  splits = {'train': rows, 'validation': rows, 'none': rows[1:4]}
+  task = files.from_rows(splits, label_names=['no', 'yes'])
+  with caplog.at_level('WARNING', 'absl'):
+    batches = data.Batches(task, LENGTHS, 2)
+  assert '3 of 5 rows have no label, and are not trained on' in caplog.text
+  assert batches.num_examples == 2
+  assert seqio_task.distinct_targets(task, LENGTHS) == ['no', 'yes']
+  # They are predicted, and no metric counts them.
+  found = [t['targets'] for t, _ in seqio_task.examples(task, LENGTHS, 'train')]
+  assert found == ['yes', '<unk>', '<unk>', '<unk>', 'no']
+  targets = [task.postprocess_fn(t, is_target=True) for t in found]
+  accuracy = task.metric_fns[0]
+  assert accuracy(targets, [1, 1, 0, 0, 1]) == {'accuracy': 50}
+  with pytest.raises(ValueError, match='none of the 3 rows has a label'):
+    data.Batches(task, LENGTHS, 2, split='none')
+
+
 def test_scores_are_those_of_metrics(sentiment):
   names = ['accuracy', 'f1', 'macro_f1', 'matthews']
-  task = seqio.get_mixture_or_task(files.from_files(**sentiment, metrics=names))
+  task = files.from_files(**sentiment, metrics=names)
   outputs = ['positive', 'positive', 'film']
   targets = [task.postprocess_fn(t, is_target=True) for t in NAMES + NAMES[1:]]
   predictions = [task.postprocess_fn(t, is_target=False) for t in outputs]
@@ -228,18 +357,14 @@ def test_scores_are_those_of_metrics(sentiment):
 def test_numbers_and_answers_have_their_metrics(tmp_path):
   file = write(tmp_path / 'a.tsv', 'a\tb\nx\t1.5\n')
   common = {'files': {'train': file}, 'inputs': '{a}', 'targets': '{b}'}
-  task = seqio.get_mixture_or_task(
-    files.from_files(**common, metrics=['pearson', 'spearman'])
-  )
+  task = files.from_files(**common, metrics=['pearson', 'spearman'])
   assert task.postprocess_fn('2.5', is_target=False) == 2.5
-  task = seqio.get_mixture_or_task(
-    files.from_files(**common, metrics=['squad'])
-  )
+  task = files.from_files(**common, metrics=['squad'])
   assert task.postprocess_fn('x', is_target=True) == ['x']
 
 
-def test_rows_come_in_an_order_of_the_seed_when_streamed(sentiment):
-  task = seqio.get_mixture_or_task(files.from_files(**sentiment))
+def test_seqio_reads_the_same_rows_in_an_order_of_the_seed(sentiment):
+  task = as_seqio(files.from_files(**sentiment))
 
   def order(seed):
     rows = task.get_dataset(LENGTHS, 'train', shuffle=True, seed=seed)
@@ -250,7 +375,7 @@ def test_rows_come_in_an_order_of_the_seed_when_streamed(sentiment):
 
 
 def test_ranking_has_every_label_of_a_row_but_to_train_on(sentiment):
-  task = seqio.get_mixture_or_task(files.from_files(**sentiment, rank=True))
+  task = as_seqio(files.from_files(**sentiment, rank=True))
   train = list(seqio_task.examples(task, LENGTHS, 'train'))
   assert len(train) == 40
   rows = list(
@@ -293,14 +418,13 @@ def test_a_hugging_face_data_set_is_a_task(tmp_path):
   rows = {'text': ['a', 'b', 'c'], 'label': [1, 0, 1]}
   part = datasets.Dataset.from_dict(rows)
   datasets.DatasetDict(train=part, test=part).save_to_disk(str(tmp_path))
-  name = hugging_face.from_hugging_face(
+  task = hugging_face.from_hugging_face(
     str(tmp_path),
     'x: {text}',
     '{label}',
     splits={'train': 'train', 'validation': 'test', 'other': 'none'},
     label_names=NAMES,
   )
-  task = seqio_task.load(name)
   got = [t for t, _ in seqio_task.examples(task, LENGTHS, 'validation')]
   assert got[0] == {'inputs': 'x: a', 'targets': 'positive'}
   assert len(got) == 3
@@ -308,7 +432,7 @@ def test_a_hugging_face_data_set_is_a_task(tmp_path):
     list(seqio_task.examples(task, LENGTHS, 'other'))
   # One split alone, in slices.
   part.save_to_disk(str(tmp_path / 'one'))
-  name = hugging_face.from_hugging_face(
+  task = hugging_face.from_hugging_face(
     str(tmp_path / 'one'),
     '{text}',
     '{label}',
@@ -316,7 +440,7 @@ def test_a_hugging_face_data_set_is_a_task(tmp_path):
     name='a_slice',
   )
   for split, want in (('train', ['a', 'b']), ('validation', ['c'])):
-    rows = seqio_task.examples(seqio_task.load(name), LENGTHS, split)
+    rows = seqio_task.examples(task, LENGTHS, split)
     assert [text['inputs'] for text, _ in rows] == want
 
 
@@ -338,6 +462,6 @@ def test_gin_files_and_flags_alone_make_a_task(sentiment, capsys):
   finally:
     gin.clear_config()
   out = capsys.readouterr().out
-  assert out.startswith('mine: FunctionDataSource')
+  assert out.startswith('mine: rows of yours')
   assert 'accuracy, f1, invalid' in out
   assert "'text: 0 good film'" in out

@@ -507,9 +507,11 @@ def test_seqio_cache_tasks_caches_a_task(tmp_path):
   rows = tmp_path / 'train.tsv'
   rows.write_text('text\tlabel\n' + 'a good film\t1\na bad film\t0\n' * 4)
   (tmp_path / 'mine.py').write_text(
-    'from ptune.tasks import files\n'
-    f'files.from_files({{"train": {str(rows)!r}}}, "{{text}}", "{{label}}",'
-    ' ["no", "yes"], name="mine")\n'
+    'from ptune.tasks import files, seqio_texts\n'
+    f'rows = {{"train": {str(rows)!r}}}\n'
+    'labels = ["no", "yes"]\n'
+    'mine = files.from_files(rows, "{text}", "{label}", labels, name="mine")\n'
+    'seqio_texts.register(mine)\n'
   )
   done = subprocess.run(
     [

@@ -115,7 +115,13 @@ class Pieces:
   @functools.cached_property
   def processor(self) -> 'sentencepiece.SentencePieceProcessor':
     """The model with its sentinels: <extra_id_0> has the highest id."""
-    contents = read_bytes(self.file, 'VOCABULARY')
+    try:
+      contents = read_bytes(self.file, 'VOCABULARY')
+    except UserError as error:
+      raise UserError(
+        f'{error} Set VOCABULARY (or PTUNE_VOCABULARY) to the SentencePiece'
+        " file or the directory of your model, such as 'ptune://tiny'."
+      ) from error
     processor, extra = _parse(self.file, contents), self._extra_ids
     if extra is None:
       extra = sentinels(processor, self._rows)

@@ -33,10 +33,13 @@ def read_bytes(path: PathLike, name: str) -> bytes:
     paths.check_file(place, name)
     with open(place, 'rb') as f:
       return f.read()
-  except OSError as error:
+  except UserError:
+    raise
+  except (OSError, ValueError) as error:  # ValueError: a NUL in the path.
+    where = f'A relative path starts at {os.getcwd()}'
     raise UserError(
-      f'{name} has {os.fspath(path)!r}, which cannot be read: {error}. A '
-      f'relative path starts at {os.getcwd()}'
+      f'{name} has {os.fspath(path)!r}, which cannot be read: '
+      f'{" ".join(str(error).split())}. {where if local(path) else ""}'.rstrip()
     ) from error
 
 

@@ -1,26 +1,26 @@
-"""SeqIO tasks to batches: numpy arrays as a function of the step, on devices.
+"""The rows of a task to batches: a function of the step, on devices.
 
 The batch at step s depends on the task, the seed, s, the batch size and the
 fixed settings of `Batches`, and on nothing else. Every process can make the
 whole batch and keeps the rows of its own devices, so neither hosts nor devices
-nor restarts can change it. Rows come from one of two places:
+nor restarts can change it. Rows are token ids, of one of two kinds:
 
     in memory  A finite task, tokenised once. Epoch e visits every row once,
-               in an order drawn from (seed, e).
-    stream     A mixture, or a task too large for memory or without an end.
-               SeqIO shuffles, repeats and mixes; to start at step s, the rows
-               before it are read and skipped.
+               in an order drawn from (seed, e): NumPy's permutation, by the
+               generator Philox with the key [seed, e].
+    stream     A SeqIO mixture, or a SeqIO task too large for memory or without
+               an end. SeqIO shuffles, repeats and mixes; to start at step s,
+               the rows before it are read and skipped.
 
-This module and `seqio_task` are the only ones that import SeqIO, and with it
-TensorFlow, at their top.
+Rows of a user's own (`texts.TextTask`) are always in memory, and have the same
+order whether they come from Python, flags or a gin file. A classification is
+trained on the rows that have a label.
 """
 
 import collections
 import concurrent.futures
-import copy
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,20 +28,13 @@ import jax
 import numpy as np
 from absl import logging
 
+from ptune.data import seqio_task
 from ptune.data.seqio_task import FEATURES, Batch, Provider
-from ptune.data.seqio_task import check as check_task
 from ptune.errors import UserError
-
-import seqio  # isort: skip  (after ptune.data.seqio_task, which quiets TensorFlow)
-import tensorflow as tf  # isort: skip
 
 Check = Callable[[np.ndarray], None]
 
 BUCKET_MULTIPLE = 32
-# Rows kept in memory: 2M rows of 128 + 4 int32 tokens are 1 GB. A source that
-# does not say its size is read up to the second limit to find out.
-MAX_ROWS = 2_000_000
-MAX_UNCOUNTED_ROWS = 100_000
 _TRIMMED = '_trimmed'  # suffix of the marks that count trimming
 
 
@@ -64,77 +57,6 @@ class _Ragged(NamedTuple):
       tokens = self.row(index)
       padded[i, : len(tokens)] = tokens
     return padded
-
-
-def _mark_trimmed(dataset, sequence_length, output_features, before_eos):
-  """A preprocessor that marks the examples that the next step will trim."""
-
-  def mark(example):
-    marks = {}
-    for name in FEATURES:
-      eos = int(before_eos and output_features[name].add_eos)
-      too_long = tf.size(example[name]) > sequence_length[name] - eos
-      marks[name + _TRIMMED] = too_long
-    return {**example, **marks}
-
-  return dataset.map(mark, num_parallel_calls=tf.data.AUTOTUNE)
-
-
-def _marked(task: Provider) -> Provider:
-  """Returns a copy of a task whose examples say whether they were trimmed.
-
-  Two places trim: SeqIO itself after the last preprocessor, and before that
-  `append_eos_after_trim`, the last one of most tasks. What a preprocessor of
-  another kind cuts to the lengths (chunks, span corruption) is not marked.
-  """
-  marked = copy.copy(task)
-  if isinstance(task, seqio.Mixture):
-    marks = {name + _TRIMMED for name in FEATURES}
-    marked.get_task_dataset = lambda part, keys, *args: task.get_task_dataset(
-      _marked(part), keys | marks, *args
-    )
-    return marked
-  steps = list(task.preprocessors)
-  last = getattr(steps[-1], 'func', steps[-1]) if steps else None
-  eos = last is seqio.preprocessors.append_eos_after_trim
-  mark = functools.partial(_mark_trimmed, before_eos=eos)
-  steps.insert(len(steps) - eos, mark)
-  # Set over the class's cached property: Task.replace would lose subclasses.
-  marked.preprocessors = tuple(steps)
-  return marked
-
-
-def _read(
-  task: Provider,
-  feature_lengths: Mapping[str, int],
-  rows: int,
-  skip: int = 0,
-  **how: Any,
-) -> Iterator[dict[str, np.ndarray]]:
-  """Reads a task in blocks of `rows` rows, after skipping `skip` rows.
-
-  Returns:
-    For each feature f the trimmed tokens f [rows, longest], their number
-    f_length [rows], and whether they were more, f_trimmed [rows].
-  """
-
-  def trim(example):
-    row = {}
-    for name in FEATURES:
-      length, limit = tf.size(example[name]), feature_lengths[name]
-      row[name] = example[name][:limit]
-      row[name + '_length'] = tf.minimum(length, limit)
-      row[name + _TRIMMED] = example[name + _TRIMMED] | (length > limit)
-    return row
-
-  dataset = _marked(task).get_dataset(
-    feature_lengths, trim_output_features=False, **how
-  )
-  dataset = dataset.map(trim, num_parallel_calls=tf.data.AUTOTUNE)
-  options = tf.data.Options()
-  options.deterministic = True
-  dataset = dataset.skip(skip).padded_batch(rows).with_options(options)
-  return dataset.prefetch(2).as_numpy_iterator()
 
 
 def _join(blocks: Sequence[dict[str, np.ndarray]], name: str) -> _Ragged:
@@ -231,7 +153,7 @@ class Batches:
     """Checks a task and tokenises it, or opens its stream.
 
     Args:
-      task: A SeqIO task or mixture.
+      task: A user's task, or a SeqIO task or mixture.
       feature_lengths: TASK_FEATURE_LENGTHS, to which features are trimmed.
       batch_size: Rows in the global batch.
       split: The split to read.
@@ -241,14 +163,14 @@ class Batches:
         all to `feature_lengths`.
       window: Batches among which rows are sorted by length.
       use_cached: USE_CACHED_TASKS.
-      in_memory: Whether to tokenise once. None: for a task of at most
-        MAX_ROWS rows. Pass False if preprocessors are random and should draw
-        anew in each epoch, as for span corruption.
+      in_memory: Whether to tokenise a SeqIO task once. None: if it has at most
+        `seqio_rows.MAX_ROWS` rows. Pass False if preprocessors are random and
+        should draw anew in each epoch, as for span corruption.
 
     Raises:
       ValueError: The task does not suit T5 or these arguments, or is empty.
     """
-    check_task(task, feature_lengths, split, use_cached)
+    seqio_task.check(task, feature_lengths, split, use_cached)
     for name, value, least in (
       ('BATCH_SIZE', batch_size, 1),
       ('RANDOM_SEED', seed, 0),
@@ -261,17 +183,11 @@ class Batches:
     self._lengths = {name: feature_lengths[name] for name in FEATURES}
     self._batch_size, self._seed = batch_size, seed
     self._multiple, self._window = bucket_multiple, window
-    self._read = functools.partial(
-      _read,
-      task,
-      feature_lengths,
-      split=split,
-      use_cached=use_cached,
-      seed=seed,
+    self._source = seqio_task.rows_of(
+      task, feature_lengths, split, use_cached, seed
     )
     self.trimmed = dict.fromkeys(FEATURES, 0)
-    limit = _row_limit(task, split, use_cached, in_memory)
-    self._rows = self._tokenise(limit)
+    self._rows = self._tokenise(self._source.limit(in_memory))
     self.num_examples = self._rows and len(self._rows['inputs'].lengths())
     # Rows are ordered in chunks: an epoch in memory, a window of a stream.
     self._chunk_size = self.num_examples or batch_size * window
@@ -284,7 +200,7 @@ class Batches:
     At least one row is read, so that what is wrong with a task shows here.
     """
     blocks, count = [], 0
-    for block in self._read(
+    for block in self._source.read(
       rows=1024 if limit else 1, shuffle=False, num_epochs=1
     ):
       count += len(block['inputs'])
@@ -320,7 +236,7 @@ class Batches:
     """Reads a window of the stream, from the start if it is not the next."""
     skip = index * self._chunk_size
     if index != self._next_chunk:
-      self._blocks = self._read(
+      self._blocks = self._source.read(
         rows=self._batch_size, skip=skip, shuffle=True, num_epochs=None
       )
       if skip:
@@ -399,28 +315,6 @@ class Batches:
       'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
       'decoder_loss_weights': (targets != 0).astype(np.int32),
     }
-
-
-def _row_limit(
-  task: Provider, split: str, use_cached: bool, in_memory: bool | None
-) -> float:
-  """Returns the most rows to be kept in memory, 0 for a stream."""
-  if isinstance(task, seqio.Mixture):
-    if in_memory:
-      raise UserError(
-        f'in_memory is True for the mixture {task.name!r}, expected a task: a '
-        'mixture has no epochs. Leave in_memory out.'
-      )
-    return 0
-  if in_memory is not None:
-    return math.inf if in_memory else 0
-  if use_cached and task.supports_caching:
-    rows = task.get_cached_stats(split)['examples']
-  else:
-    rows = task.num_input_examples(split)
-  if rows is None:
-    return MAX_UNCOUNTED_ROWS
-  return MAX_ROWS if rows <= MAX_ROWS else 0
 
 
 def check_batch_size(
@@ -547,19 +441,26 @@ def padded_batches(
 
 
 def eval_batches(
-  dataset: tf.data.Dataset,
+  dataset: Any,
   batch_size: int,
   bucket_multiple: int | None = BUCKET_MULTIPLE,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-  """Yields a SeqIO dataset of model features as `padded_batches` does.
+  """Yields a data set of model features as `padded_batches` does.
 
-  The dataset may be enumerated, as seqio.Evaluator's are: then the indices
-  yielded are its own, else they count the examples from 0.
+  Args:
+    dataset: Pairs of an index and model features; or a data set of TensorFlow,
+      enumerated (as seqio.Evaluator's are) or not: then its indices count the
+      examples from 0.
+    batch_size: See `padded_batches`.
+    bucket_multiple: See `padded_batches`.
   """
-  if not isinstance(dataset.element_spec, tuple):
-    dataset = dataset.enumerate()
+  pairs = dataset
+  if not isinstance(dataset, Sequence):
+    if not isinstance(dataset.element_spec, tuple):
+      dataset = dataset.enumerate()
+    pairs = dataset.as_numpy_iterator()
   indices, examples = [], []
-  for index, example in dataset.as_numpy_iterator():
+  for index, example in pairs:
     indices.append(index)
     examples.append(example)
   for which, batch in padded_batches(examples, batch_size, bucket_multiple):

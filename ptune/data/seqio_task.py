@@ -1,76 +1,77 @@
-"""A SeqIO task: found by its name, checked, and its examples one by one."""
+"""A task: found, checked, and its examples one by one, whoever reads its rows.
 
-import difflib
-import importlib
+A task is a user's own `texts.TextTask`, which needs no TensorFlow, or one of
+SeqIO's, whose rows `seqio_rows` reads.
+"""
+
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import logging
 
-# TensorFlow is loud. Importing jax sets the level to 1; another is the user's.
-if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
-  os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-import seqio
-import tensorflow as tf
-
+from ptune.convert.pieces import Vocabulary
+from ptune.data.quiet import quiet_stderr
+from ptune.data.text_rows import TextRows
 from ptune.errors import UserError
+from ptune.tasks.texts import TextTask
 
-# The accelerators are JAX's: TensorFlow would take all of a GPU's memory.
-tf.config.set_visible_devices([], 'GPU')
-tf.get_logger().setLevel('ERROR')
+if TYPE_CHECKING:
+  import seqio
+
+  from ptune.data.seqio_rows import SeqioRows
+
+  Provider = TextTask | seqio.Task | seqio.Mixture
+else:
+  Provider = Any  # So that SeqIO need not be imported to name it.
 
 FEATURES = ('inputs', 'targets')
 # Rows in which all labels of a task are looked for.
 LABELLED_ROWS = 100_000
 
-Provider = seqio.Task | seqio.Mixture
 Batch = dict[str, np.ndarray]
 
 
-def load(name: str, module: str | Sequence[str] | None = None) -> Provider:
+def _seqio_rows() -> Any:
+  """The module that imports SeqIO, and with it TensorFlow."""
+  with quiet_stderr():
+    from ptune.data import seqio_rows
+  return seqio_rows
+
+
+def load(
+  name: str | Provider, module: str | Sequence[str] | None = None
+) -> Provider:
   """Imports MIXTURE_OR_TASK_MODULE and returns the task or mixture `name`.
 
-  Where it is not registered then, ptune's own tasks are.
+  Where it is not registered then, ptune's own tasks are. A task is returned as
+  it is.
 
   Raises:
-    ValueError: A module does not exist, or no task or mixture has this name.
+    UserError: A module does not exist, or no task or mixture has this name.
   """
+  if isinstance(name, TextTask) or hasattr(name, 'output_features'):
+    return name
   if not isinstance(name, str):
     raise UserError(
       f'MIXTURE_OR_TASK_NAME is {name!r}; it must be a name, such as'
       " 'glue_sst2_v200'"
     )
-  for path in [module] if isinstance(module, str) else module or ():
-    try:
-      importlib.import_module(path)
-    except ModuleNotFoundError as error:
-      if error.name is None or not f'{path}.'.startswith(f'{error.name}.'):
-        raise  # the module exists, something that it imports does not
-      raise UserError(
-        f'MIXTURE_OR_TASK_MODULE {path!r} cannot be imported, there is no '
-        f'module {error.name!r}. Install it or put it on PYTHONPATH.'
-      ) from error
-  if not _is_registered(name):  # It may be one of ptune's own.
-    importlib.import_module('ptune.tasks.library')
-  if not _is_registered(name):
-    names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-    near = difflib.get_close_matches(name, names, n=5, cutoff=0.3)
-    raise UserError(
-      f'MIXTURE_OR_TASK_NAME {name!r} is not registered; nearest of the '
-      f'{len(names)} registered names: {", ".join(near) or "none"}. Set '
-      'MIXTURE_OR_TASK_MODULE to the module that registers it (imported: '
-      f'{module}).'
-    )
-  return seqio.get_mixture_or_task(name)
+  return _seqio_rows().load(name, module)
 
 
-def _is_registered(name: str) -> bool:
-  return name in seqio.TaskRegistry.names() or (
-    name in seqio.MixtureRegistry.names()
-  )
+def rows_of(
+  task: Provider,
+  feature_lengths: Mapping[str, int],
+  split: str,
+  use_cached: bool,
+  seed: int,
+) -> 'TextRows | SeqioRows':
+  """What reads a task's training rows as token ids."""
+  if isinstance(task, TextTask):
+    return TextRows(task, feature_lengths, split)
+  return _seqio_rows().SeqioRows(task, feature_lengths, split, use_cached, seed)
 
 
 def check(
@@ -79,7 +80,7 @@ def check(
   split: str | None,
   use_cached: bool = False,
 ) -> None:
-  """Raises a ValueError that lists all that keeps T5 from reading a task.
+  """Raises a UserError that lists all that keeps T5 from reading a task.
 
   Without a split, only that it can encode texts from elsewhere is checked.
   """
@@ -88,17 +89,11 @@ def check(
       f'TASK_FEATURE_LENGTHS is {feature_lengths!r}, expected the lengths by '
       "feature, such as {'inputs': 128, 'targets': 8}."
     )
-  wrong = []
-  has = ', '.join(task.output_features)
+  wrong, has = [], ', '.join(FEATURES)
+  if not isinstance(task, TextTask):
+    wrong = _seqio_rows().problems(task, split, use_cached)
+    has = ', '.join(task.output_features)
   for name in FEATURES:
-    feature = task.output_features.get(name)
-    if feature is None:
-      wrong.append(
-        f'no feature {name!r}; rename one with rekey (it has: {has})'
-      )
-    elif feature.dtype != tf.int32 or feature.rank != 1:
-      kind = f'{feature.dtype.name} of rank {feature.rank}'
-      wrong.append(f'{name!r} is {kind}, expected token ids: int32 of rank 1')
     if name not in feature_lengths:
       wrong.append(f'TASK_FEATURE_LENGTHS has no length for {name!r}')
   for name, length in feature_lengths.items():
@@ -113,33 +108,36 @@ def check(
   if split is not None and split not in task.splits:
     splits = ', '.join(sorted(task.splits))
     wrong.append(f'no split {split!r}; its splits: {splits}')
-  for part in seqio.get_subtasks(task) if split is not None else ():
-    if part.requires_caching and not use_cached:
-      wrong.append(f'{part.name} must be cached; set USE_CACHED_TASKS = True')
-    if use_cached and part.supports_caching and not part.cache_dir:
-      searched = list(seqio.utils.get_global_cache_dirs())
-      wrong.append(
-        f'{part.name} is not in the cache directories {searched}; cache it '
-        'with seqio_cache_tasks, or set USE_CACHED_TASKS = False'
-      )
+  if isinstance(task, TextTask) and not wrong:
+    wrong = _labels_that_are_cut(task, feature_lengths['targets'])
   if wrong:
     raise UserError(f'Task {task.name!r}: ' + '; '.join(wrong) + '.')
 
 
-def vocabulary(task: Provider) -> seqio.Vocabulary:
+def _labels_that_are_cut(task: TextTask, length: int) -> list[str]:
+  """What is wrong with labels that do not fit the targets' length."""
+  if not task.labels or not task.written:
+    return []
+  sizes = {label: len(task.vocabulary.encode(label)) for label in task.labels}
+  cut = [label for label, size in sizes.items() if size + 1 > length]
+  if not cut:
+    return []
+  need = max(sizes.values()) + 1
+  return [
+    f'the labels {cut} do not fit TASK_FEATURE_LENGTHS, whose targets are'
+    f' {length}; they need {need} tokens with the end of sequence'
+  ]
+
+
+def vocabulary(task: Provider) -> Vocabulary:
   """Returns the one vocabulary of a task's inputs and targets.
 
   Raises:
-    ValueError: They differ; T5 has one embedding for both.
+    UserError: They differ; T5 has one embedding for both.
   """
-  inputs, targets = (task.output_features[f].vocabulary for f in FEATURES)
-  if inputs != targets:
-    raise UserError(
-      f'Task {task.name!r} has the vocabulary {inputs} for inputs and '
-      f'{targets} for targets, expected one for both: T5 embeds them with the '
-      'same parameter. Give the features the same vocabulary.'
-    )
-  return inputs
+  if isinstance(task, TextTask):
+    return task.vocabulary
+  return _seqio_rows().vocabulary(task)
 
 
 def check_vocabulary(task: Provider, embedding_rows: int) -> None:
@@ -167,23 +165,15 @@ def examples(
   Texts are `inputs` and `targets`, as they were before tokenisation.
   """
   check(task, feature_lengths, split, use_cached)
-  dataset = task.get_dataset(
-    dict(feature_lengths),
-    split,
-    shuffle=False,
-    num_epochs=1,
-    use_cached=use_cached,
-    seed=0,
-  )
-  vocab = vocabulary(task)
-  for example in dataset.as_numpy_iterator():
-    texts = {}
-    for name in FEATURES:
-      text = example.get(f'{name}_pretokenized')
-      if text is None:
-        text = vocab.decode(example[name].tolist()).encode()
-      texts[name] = text.decode('utf-8', errors='replace')
-    yield texts, model_features(example['inputs'], example['targets'])
+  if isinstance(task, TextTask):
+    for example in task.examples(split):
+      texts = {name: example[name] for name in FEATURES}
+      yield encode(task, feature_lengths, texts)
+    return
+  for texts, ids in _seqio_rows().examples(
+    task, feature_lengths, split, use_cached
+  ):
+    yield texts, model_features(ids['inputs'], ids['targets'])
 
 
 def encode(
@@ -195,9 +185,10 @@ def encode(
   vocab = vocabulary(task)
   ids = {}
   for name in FEATURES:
-    feature, limit = task.output_features[name], feature_lengths[name]
+    limit = feature_lengths[name]
+    add_eos = isinstance(task, TextTask) or task.output_features[name].add_eos
     tokens = vocab.encode(texts.get(name, ''))
-    room = limit - int(feature.add_eos)
+    room = limit - int(add_eos)
     if len(tokens) > room:
       logging.log_first_n(
         logging.WARNING,
@@ -209,8 +200,8 @@ def encode(
         len(tokens),
         room,
       )
-    tokens = tokens[:room]
-    ids[name] = np.array(tokens + [vocab.eos_id] * feature.add_eos, np.int32)
+    tokens = list(tokens[:room])
+    ids[name] = np.array(tokens + [vocab.eos_id] * int(add_eos), np.int32)
   return dict(texts), model_features(ids['inputs'], ids['targets'])
 
 
@@ -226,7 +217,7 @@ def model_features(inputs: np.ndarray, targets: np.ndarray) -> Batch:
 
 def text_ids(
   text: str,
-  mixture_or_task_name: str,
+  mixture_or_task_name: str | Provider,
   mixture_or_task_module: str | Sequence[str] | None = None,
 ) -> tuple[int, ...]:
   """The pieces of a text in a task's vocabulary, without EOS."""
@@ -237,7 +228,7 @@ def text_ids(
 def target_ids(
   labels: Sequence[str] | None,
   task_feature_lengths: Mapping[str, int],
-  mixture_or_task_name: str,
+  mixture_or_task_name: str | Provider,
   mixture_or_task_module: str | Sequence[str] | None = None,
 ) -> tuple[tuple[int, ...], ...]:
   """What the targets of a task are for each of its class labels.
@@ -290,6 +281,8 @@ def distinct_targets(
   Raises:
     ValueError: If there are too many.
   """
+  if isinstance(task, TextTask) and task.labels:
+    return sorted(task.labels)
   found: set[str] = set()
   rows = examples(task, feature_lengths, 'train', use_cached)
   for texts, _ in itertools.islice(rows, LABELLED_ROWS):

@@ -80,7 +80,7 @@ def evaluate(
   A metric of scores takes the mean of the members' for the ensemble.
 
   Args:
-    evaluation: The `evaluation.Evaluation` of the task.
+    evaluation: The `Evaluation` of the task.
     bank: The prompts, and the model.
     names: The members.
 

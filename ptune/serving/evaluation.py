@@ -1,28 +1,22 @@
 """The metrics of a task on a split, for any trained parameters."""
 
 import functools
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import seqio
-import tensorflow_datasets as tfds
-from etils import epath
 
 from ptune.data import batches as data
 from ptune.data import seqio_task
-from ptune.errors import UserError
+from ptune.data.quiet import quiet_stderr
 from ptune.model import parameters
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.serving import answers
-from ptune.tasks import metrics as task_metrics
-from ptune.training import report as report_lib
+from ptune.serving.text_metrics import Examples, Scores, TextMetrics
+from ptune.tasks.texts import TextTask
 from ptune.training import settings
-
-Scores = dict[str, dict[str, float]]
 
 
 class Stopped(Exception):
@@ -32,9 +26,15 @@ class Stopped(Exception):
 class Evaluation:
   """The metrics of a task or mixture on a split, as often as asked.
 
-  SeqIO's evaluator makes them of the model's predictions and scores, as the
-  task defines; beside them stand `loss` and `token_accuracy`, per target
-  token under teacher forcing, which every task has.
+  The task defines them, as functions of the model's predictions or scores;
+  beside them stand `loss` and `token_accuracy`, per target token under teacher
+  forcing, which every task has.
+
+  Attributes:
+    metrics: Computes the task's own metrics of what is answered, whoever
+      answers; see `TextMetrics.__call__`.
+    datasets: For each part of the task what is answered, see
+      `batches.eval_batches`.
   """
 
   def __init__(
@@ -78,44 +78,17 @@ class Evaluation:
     self.batch_size, self._multiple = batch_size, bucket_multiple
     self._seed, self.split = seed, split
     seqio_task.check(task, feature_lengths, split, use_cached)
-    lengths = dict(feature_lengths)
-    converter = seqio.EncDecFeatureConverter(pack=False)
     write = directory is not None and jax.process_index() == 0
-    self._evaluator = seqio.Evaluator(
-      task.name,
-      converter,
-      split,
-      use_cached=use_cached,
-      seed=seed,
-      sequence_length=lengths,
-      num_examples=num_examples,
-      logger_cls=[PredictionLogger] if write else [],
-      log_dir=os.fspath(directory) if directory is not None else None,
-      async_compute_metrics=False,
+    examples = Examples(
+      split, dict(feature_lengths), num_examples, directory if write else None
     )
-    # By task: what the evaluator passes on, and the same for tasks without
-    # metrics, which it leaves out.
-    measured = {t.name for t in self._evaluator.eval_tasks}
-    self.datasets = {}
-    for part in seqio.get_subtasks(task):
-      if part.name in measured:
-        dataset = self._evaluator.cached_model_datasets[part.name]
-      elif split in part.splits:
-        dataset = part.get_dataset(
-          lengths,
-          split,
-          shuffle=False,
-          num_epochs=1,
-          use_cached=use_cached,
-          seed=seed,
-        )
-        dataset = converter(dataset.take(num_examples or -1), lengths)
-        dataset = dataset.enumerate().cache()
-      else:
-        continue
-      if not any(True for _ in dataset.take(1)):
-        raise UserError(f'split {split!r} of task {part.name!r} is empty')
-      self.datasets[part.name] = dataset
+    if isinstance(task, TextTask):
+      self.metrics = TextMetrics(task, examples)
+    else:
+      with quiet_stderr():
+        from ptune.serving.seqio_metrics import SeqioMetrics
+      self.metrics = SeqioMetrics(task, examples, use_cached, seed)
+    self.datasets = self.metrics.datasets
     self._predictor = answers.Predictor(
       plan, model, feature_lengths['targets'], how, seed
     )
@@ -146,31 +119,6 @@ class Evaluation:
     )
     losses = self.losses(trees, should_stop)
     return {name: scores[name] | losses[name] for name in losses}
-
-  def metrics(
-    self,
-    step: int | str,
-    predict: Callable[[Any], tuple[list[Any], dict[str, Any]]],
-    score: Callable[[Any], list[tuple[int, float]]],
-  ) -> Scores:
-    """The task's own metrics of what is answered, whoever does.
-
-    Args:
-      step: Named in the files.
-      predict: Of a data set: [(row, tokens)] in any order, and their scores.
-      score: Of a data set: [(row, log probability)], in any order.
-    """
-    futures, _ = self._evaluator.evaluate(
-      compute_metrics=True,
-      step=step,  # pyrefly: ignore[bad-argument-type]  (only written)
-      predict_fn=lambda data, *_: predict(data)[0],
-      predict_with_aux_fn=lambda data, *_: predict(data),
-      score_fn=lambda data, *_: score(data),
-    )
-    metrics = futures.result() or {}
-    return {
-      name: report_lib.numbers(metrics.get(name, {})) for name in self.datasets
-    }
 
   def losses(
     self,
@@ -215,7 +163,7 @@ class Evaluation:
       yield rows, data.device_put(batch, self._plan.mesh, check)
 
   def _predict(self, trees, should_stop, dataset):
-    """What SeqIO asks for: [(row, tokens)] in any order, and their scores."""
+    """[(row, tokens)] in any order, and their scores."""
     tokens, scores = [], []
     filled = lambda rows: np.pad(rows, (0, self.batch_size - len(rows)), 'edge')
     for rows, (ids, values) in answers.fetched(
@@ -227,7 +175,7 @@ class Evaluation:
     return tokens, {'scores': scores}
 
   def _score(self, trees, should_stop, dataset):
-    """What SeqIO asks for: [(row, log probability)], in any order."""
+    """[(row, log probability)], in any order."""
     scores = []
     for rows, values in answers.fetched(
       (rows, self._predictor.score(trees, batch))
@@ -262,51 +210,3 @@ def evaluation_of(
     seed=seed,
     directory=directory,
   )
-
-
-class PredictionLogger(seqio.loggers.Logger):
-  """Writes each example with what the model made of it, as JSON lines."""
-
-  def __call__(self, task_name, step, metrics, dataset, inferences, targets):
-    """Called by SeqIO's evaluator for each task."""
-    del metrics
-    directory = epath.Path(self.output_dir) / task_name
-    directory.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for i, example in enumerate(tfds.as_numpy(dataset)):
-      record: dict[str, Any] = {'index': i}
-      for key in ('inputs_pretokenized', 'targets_pretokenized'):
-        if key in example:
-          record[key.removesuffix('_pretokenized')] = example[key]
-      if targets is not None:
-        record['target'] = targets[i]
-      for kind, values in (inferences or {}).items():
-        if isinstance(values, Sequence | np.ndarray):
-          record[kind] = values[i]
-      # Of labels and texts; other things have no plain right or wrong.
-      if isinstance(record.get('prediction'), str | int | float):
-        record['right'] = task_metrics.is_right(
-          record.get('target'), record['prediction']
-        )
-      lines.append(to_json(record))
-    report_lib.write_atomically(
-      directory / f'predictions-{step}.jsonl', '\n'.join([*lines, ''])
-    )
-
-
-def to_json(record: Mapping[str, Any]) -> str:
-  """One line of JSON from what tasks hold: bytes, NumPy values, anything."""
-
-  def plain(value):
-    if isinstance(value, np.ndarray | np.generic):
-      value = value.tolist()
-    if isinstance(value, bytes):
-      return value.decode('utf-8', errors='replace')
-    if isinstance(value, Mapping):
-      return {str(plain(k)): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-      return [plain(v) for v in value]
-    simple = value is None or isinstance(value, str | int | float)
-    return value if simple else str(value)
-
-  return json.dumps(plain(record), ensure_ascii=False)

@@ -191,7 +191,7 @@ def _read_token(file: str) -> str:
 def make(args: argparse.Namespace, web: Any) -> Any:
   """The application: the model on its devices, its programs compiled."""
   from ptune.convert import identity, open_checkpoint
-  from ptune.convert.vocabulary import vocabulary_of
+  from ptune.convert.vocabulary import open_vocabulary
   from ptune.errors import check_counts
   from ptune.model import partitioning
   from ptune.serving import bank as bank_lib
@@ -213,7 +213,7 @@ def make(args: argparse.Namespace, web: Any) -> Any:
   if args.token_file is not None:
     token = _read_token(args.token_file)
   config = identity.config(open_checkpoint(args.base), dtype=args.dtype)
-  vocabulary = vocabulary_of(args.vocabulary or args.base)
+  vocabulary = open_vocabulary(args.vocabulary or args.base)
   if vocabulary.vocab_size > config.vocab_size:
     raise UserError(
       f'the vocabulary has {vocabulary.vocab_size} ids, and the base'

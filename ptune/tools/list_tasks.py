@@ -9,37 +9,30 @@ training.
 """
 
 import argparse
-import contextlib
 import fnmatch
 import importlib
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ptune import gin_files
+from ptune.data.quiet import quiet_stderr
 from ptune.errors import UserError
+from ptune.tasks.texts import TextTask
 
 
-def main(
-  argv: Sequence[str],
-  quiet: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
-) -> int:
-  """Runs the command line after `ptune tasks`; returns the exit status.
-
-  Args:
-    argv: The arguments.
-    quiet: Makes a context in which TensorFlow is imported.
-  """
+def main(argv: Sequence[str]) -> int:
+  """Runs the command line after `ptune tasks`; returns the exit status."""
   shows = list(argv[:1]) == ['show']
   args = (_parse_show if shows else _parse_list)(list(argv)[shows:])
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
-  with quiet():
-    importlib.import_module('ptune.data.seqio_task')
   try:
+    if args.module or not shows:
+      with quiet_stderr():
+        importlib.import_module('ptune.data.seqio_rows')
     for module in args.module:
       importlib.import_module(module)
     lines = _show(args) if shows else _list(args.pattern)
@@ -131,6 +124,10 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _about(task: Any) -> tuple[str, str, str]:
   """A task's source, features and metrics in words."""
+  if isinstance(task, TextTask):
+    metrics = ', '.join(_metric(f) for f in task.metric_fns)
+    words = os.path.join(*str(task.vocabulary).split('/')[-2:])
+    return 'rows of yours', f'inputs, targets: {words}', metrics or '-'
   import seqio
 
   features: dict[str, list[str]] = {}
@@ -172,7 +169,8 @@ def _show(args: argparse.Namespace) -> Iterator[str]:
   from ptune.data import seqio_task
 
   if args.tfds_data_dir:
-    import seqio
+    with quiet_stderr():
+      import seqio
 
     seqio.set_tfds_data_dir_override(args.tfds_data_dir)
   name = args.name
@@ -187,8 +185,8 @@ def _show(args: argparse.Namespace) -> Iterator[str]:
   )
 
 
-def _named_by_gin() -> str:
-  """The value of MIXTURE_OR_TASK_NAME, which may have to be called."""
+def _named_by_gin() -> Any:
+  """The value of MIXTURE_OR_TASK_NAME, a name or a task."""
   import gin
 
   gin.parse_config(
@@ -196,12 +194,22 @@ def _named_by_gin() -> str:
     'from ptune.tools import list_tasks\n'
     'list_tasks.itself.name = %MIXTURE_OR_TASK_NAME'
   )
+  try:
+    gin.query_parameter('%VOCABULARY')
+  except ValueError:
+    pass  # It is not set. The files of runs/ bind it, and are not needed here.
+  else:
+    gin.parse_config(
+      'from __gin__ import dynamic_registration\n'
+      'from ptune.tasks import texts\n'
+      'texts.chosen_vocabulary.path = %VOCABULARY'
+    )
   module = importlib.import_module('ptune.tools.list_tasks')
   return gin.get_configurable(module.itself)()
 
 
-def itself(name: str) -> str:
-  """Returns the name, which gin has found."""
+def itself(name: Any) -> Any:
+  """Returns what gin has found."""
   return name
 
 
@@ -216,8 +224,6 @@ def examples(
     lengths: TASK_FEATURE_LENGTHS.
     count: How many examples.
   """
-  import seqio
-
   from ptune.data import seqio_task
 
   splits = list(task.splits)
@@ -226,9 +232,9 @@ def examples(
   yield f'{task.name}: {source}'
   yield f'  splits    {", ".join(splits)}'
   yield f'  features  {features}'
-  of = 'tasks   ' if isinstance(task, seqio.Mixture) else 'metrics '
-  yield f'  {of}  {metrics}'
-  parts = [t for t in seqio.get_subtasks(task) if split in t.splits]
+  tasks = list(getattr(task, 'tasks', ()))  # Of a mixture.
+  yield f'  {"tasks   " if tasks else "metrics "}  {metrics}'
+  parts = [t for t in tasks or [task] if split in t.splits]
   if not parts:
     raise UserError(f'{task.name} has no split {split!r}; it has {splits}')
   rows = seqio_task.examples(parts[0], lengths, split)

@@ -13,6 +13,8 @@ import rich.progress
 from absl import logging
 from etils import epath
 
+from ptune.training import events
+
 Record = dict[str, Any]
 
 
@@ -24,10 +26,41 @@ def read_records(model_dir: os.PathLike[str]) -> list[Record]:
   records = []
   for line in path.read_text().splitlines():
     try:
-      records.append(json.loads(line))
+      record = json.loads(line)
     except json.JSONDecodeError:
       break
+    records.append({k: np.nan if v is None else v for k, v in record.items()})
   return records
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+  """One line of JSON from what tasks hold: bytes, NumPy values, anything.
+
+  JSON has no NaN and no infinity: they become null, and the log says so.
+  """
+
+  def plain(value):
+    if isinstance(value, np.ndarray | np.generic):
+      value = value.tolist()
+    if isinstance(value, bytes):
+      return value.decode('utf-8', errors='replace')
+    if isinstance(value, Mapping):
+      return {str(plain(k)): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+      return [plain(v) for v in value]
+    if isinstance(value, float) and not np.isfinite(value):
+      logging.log_first_n(
+        logging.WARNING,
+        'a score is %s; it is written as null, because JSON has no such number'
+        ' (further ones are not told)',
+        1,
+        value,
+      )
+      return None
+    simple = value is None or isinstance(value, str | int | float)
+    return value if simple else str(value)
+
+  return json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
 
 
 def write_atomically(path: epath.Path, data: bytes | str) -> None:
@@ -222,19 +255,14 @@ class Report:
     if not self._write:
       return
     with (self._dir / 'metrics.jsonl').open('a') as f:
-      f.write(''.join(json.dumps(r) + '\n' for r in records))
+      f.write(''.join(to_json(r) + '\n' for r in records))
       to_disk(f)
     for record in records:
       name = '/'.join(
         [directory, *([record['task']] if 'task' in record else [])]
       )
       if name not in self._writers:
-        # Loads TensorFlow, which a training program has loaded anyway.
-        from clu import metric_writers
-
-        self._writers[name] = metric_writers.SummaryWriter(
-          str(self._dir / name)
-        )
+        self._writers[name] = events.open_events(self._dir / name)
       scalars = numbers({k: v for k, v in record.items() if k != 'step'})
       self._writers[name].write_scalars(record['step'], scalars)
       self._writers[name].flush()

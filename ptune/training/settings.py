@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from ptune.data.batches import BUCKET_MULTIPLE
 from ptune.errors import check_counts
 from ptune.model.models import Decoding
+from ptune.tasks.texts import TextTask
 
 PathLike = str | os.PathLike[str]
 
@@ -22,7 +23,8 @@ class Data:
   """What is read, and in which batches.
 
   Attributes:
-    task: MIXTURE_OR_TASK_NAME, the SeqIO task or mixture.
+    task: MIXTURE_OR_TASK_NAME, the SeqIO task or mixture; or a task itself,
+      such as `tasks/from_files.gin` makes.
     feature_lengths: TASK_FEATURE_LENGTHS, the longest inputs and targets in
       tokens.
     module: MIXTURE_OR_TASK_MODULE; imported first, because it registers the
@@ -40,7 +42,7 @@ class Data:
     use_cached: USE_CACHED_TASKS.
   """
 
-  task: str
+  task: str | TextTask
   feature_lengths: Mapping[str, int]
   module: str | Sequence[str] | None = None
   batch_size: int = 32

@@ -1,0 +1,269 @@
+"""Rows of SeqIO tasks: found by name, checked, read as token ids.
+
+This is the only module of ptune, beside `ptune.tasks`, that imports SeqIO and
+TensorFlow to read rows. `seqio_task` imports it when a SeqIO task is named.
+"""
+
+import copy
+import difflib
+import functools
+import importlib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+# TensorFlow is loud. Importing jax sets the level to 1; another is the user's.
+if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
+  os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+import seqio
+import tensorflow as tf
+
+from ptune.errors import UserError
+
+# The accelerators are JAX's: TensorFlow would take all of a GPU's memory.
+tf.config.set_visible_devices([], 'GPU')
+tf.get_logger().setLevel('ERROR')
+
+FEATURES = ('inputs', 'targets')
+# Rows kept in memory: 2M rows of 128 + 4 int32 tokens are 1 GB. A source that
+# does not say its size is read up to the second limit to find out.
+MAX_ROWS = 2_000_000
+MAX_UNCOUNTED_ROWS = 100_000
+_TRIMMED = '_trimmed'  # suffix of the marks that count trimming
+
+Provider = seqio.Task | seqio.Mixture
+
+
+def load(name: str, module: str | Sequence[str] | None = None) -> Provider:
+  """See `seqio_task.load`."""
+  for path in [module] if isinstance(module, str) else module or ():
+    try:
+      importlib.import_module(path)
+    except ModuleNotFoundError as error:
+      if error.name is None or not f'{path}.'.startswith(f'{error.name}.'):
+        raise  # the module exists, something that it imports does not
+      raise UserError(
+        f'MIXTURE_OR_TASK_MODULE {path!r} cannot be imported, there is no '
+        f'module {error.name!r}. Install it or put it on PYTHONPATH.'
+      ) from error
+  if not _is_registered(name):  # It may be one of ptune's own.
+    importlib.import_module('ptune.tasks.library')
+  if not _is_registered(name):
+    names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.3)
+    raise UserError(
+      f'MIXTURE_OR_TASK_NAME {name!r} is not registered; nearest of the '
+      f'{len(names)} registered names: {", ".join(near) or "none"}. Set '
+      'MIXTURE_OR_TASK_MODULE to the module that registers it (imported: '
+      f'{module}).'
+    )
+  return seqio.get_mixture_or_task(name)
+
+
+def _is_registered(name: str) -> bool:
+  return name in seqio.TaskRegistry.names() or (
+    name in seqio.MixtureRegistry.names()
+  )
+
+
+def problems(task: Provider, split: str | None, use_cached: bool) -> list[str]:
+  """All that keeps T5 from reading a task, but for the lengths."""
+  wrong = []
+  has = ', '.join(task.output_features)
+  for name in FEATURES:
+    feature = task.output_features.get(name)
+    if feature is None:
+      wrong.append(
+        f'no feature {name!r}; rename one with rekey (it has: {has})'
+      )
+    elif feature.dtype != tf.int32 or feature.rank != 1:
+      kind = f'{feature.dtype.name} of rank {feature.rank}'
+      wrong.append(f'{name!r} is {kind}, expected token ids: int32 of rank 1')
+  for part in seqio.get_subtasks(task) if split is not None else ():
+    if part.requires_caching and not use_cached:
+      wrong.append(f'{part.name} must be cached; set USE_CACHED_TASKS = True')
+    if use_cached and part.supports_caching and not part.cache_dir:
+      searched = list(seqio.utils.get_global_cache_dirs())
+      wrong.append(
+        f'{part.name} is not in the cache directories {searched}; cache it '
+        'with seqio_cache_tasks, or set USE_CACHED_TASKS = False'
+      )
+  return wrong
+
+
+def vocabulary(task: Provider) -> seqio.Vocabulary:
+  """Returns the one vocabulary of a task's inputs and targets.
+
+  Raises:
+    ValueError: They differ; T5 has one embedding for both.
+  """
+  inputs, targets = (task.output_features[f].vocabulary for f in FEATURES)
+  if inputs != targets:
+    raise UserError(
+      f'Task {task.name!r} has the vocabulary {inputs} for inputs and '
+      f'{targets} for targets, expected one for both: T5 embeds them with the '
+      'same parameter. Give the features the same vocabulary.'
+    )
+  try:
+    inputs.vocab_size  # noqa: B018  (reads the file)
+  except (tf.errors.OpError, OSError, RuntimeError) as error:
+    file = getattr(inputs, 'sentencepiece_model_file', None) or inputs
+    raise UserError(
+      f'Task {task.name!r}: its vocabulary {file} cannot be read:'
+      f' {" ".join(str(error).split())}. Set VOCABULARY (or PTUNE_VOCABULARY)'
+      ' to the SentencePiece file or the directory of your model, such as'
+      " 'ptune://tiny'"
+    ) from error
+  return inputs
+
+
+def examples(
+  task: Provider,
+  feature_lengths: Mapping[str, int],
+  split: str,
+  use_cached: bool = False,
+) -> Iterator[tuple[dict[str, str], dict[str, np.ndarray]]]:
+  """Yields what a split holds, in order: its texts, and its token ids.
+
+  Texts are `inputs` and `targets`, as they were before tokenisation.
+  """
+  vocab = vocabulary(task)
+  dataset = task.get_dataset(
+    dict(feature_lengths),
+    split,
+    shuffle=False,
+    num_epochs=1,
+    use_cached=use_cached,
+    seed=0,
+  )
+  for example in dataset.as_numpy_iterator():
+    texts = {}
+    for name in FEATURES:
+      text = example.get(f'{name}_pretokenized')
+      if text is None:
+        text = vocab.decode(example[name].tolist()).encode()
+      texts[name] = text.decode('utf-8', errors='replace')
+    yield texts, {name: example[name] for name in FEATURES}
+
+
+def _mark_trimmed(dataset, sequence_length, output_features, before_eos):
+  """A preprocessor that marks the examples that the next step will trim."""
+
+  def mark(example):
+    marks = {}
+    for name in FEATURES:
+      eos = int(before_eos and output_features[name].add_eos)
+      too_long = tf.size(example[name]) > sequence_length[name] - eos
+      marks[name + _TRIMMED] = too_long
+    return {**example, **marks}
+
+  return dataset.map(mark, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _marked(task: Provider) -> Provider:
+  """Returns a copy of a task whose examples say whether they were trimmed.
+
+  Two places trim: SeqIO itself after the last preprocessor, and before that
+  `append_eos_after_trim`, the last one of most tasks. What a preprocessor of
+  another kind cuts to the lengths (chunks, span corruption) is not marked.
+  """
+  marked = copy.copy(task)
+  if isinstance(task, seqio.Mixture):
+    marks = {name + _TRIMMED for name in FEATURES}
+    marked.get_task_dataset = lambda part, keys, *args: task.get_task_dataset(
+      _marked(part), keys | marks, *args
+    )
+    return marked
+  steps = list(task.preprocessors)
+  last = getattr(steps[-1], 'func', steps[-1]) if steps else None
+  eos = last is seqio.preprocessors.append_eos_after_trim
+  mark = functools.partial(_mark_trimmed, before_eos=eos)
+  steps.insert(len(steps) - eos, mark)
+  # Set over the class's cached property: Task.replace would lose subclasses.
+  marked.preprocessors = tuple(steps)
+  return marked
+
+
+class SeqioRows:
+  """The training rows of a SeqIO task, as token ids."""
+
+  def __init__(
+    self,
+    task: Provider,
+    feature_lengths: Mapping[str, int],
+    split: str,
+    use_cached: bool,
+    seed: int,
+  ):
+    """Takes what `data.Batches` is given; nothing is read."""
+    self._task, self._lengths = task, feature_lengths
+    self._split, self._use_cached, self._seed = split, use_cached, seed
+
+  def limit(self, in_memory: bool | None) -> float:
+    """The most rows to be kept in memory, 0 for a stream."""
+    task = self._task
+    if isinstance(task, seqio.Mixture):
+      if in_memory:
+        raise UserError(
+          f'in_memory is True for the mixture {task.name!r}, expected a task:'
+          ' a mixture has no epochs. Leave in_memory out.'
+        )
+      return 0
+    if in_memory is not None:
+      return math.inf if in_memory else 0
+    if self._use_cached and task.supports_caching:
+      rows = task.get_cached_stats(self._split)['examples']
+    else:
+      rows = task.num_input_examples(self._split)
+    if rows is None:
+      return MAX_UNCOUNTED_ROWS
+    return MAX_ROWS if rows <= MAX_ROWS else 0
+
+  def read(
+    self, rows: int, *, shuffle: bool, num_epochs: int | None, skip: int = 0
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """Reads the task in blocks of `rows` rows, after skipping `skip` rows.
+
+    Returns:
+      For each feature f the trimmed tokens f [rows, longest], their number
+      f_length [rows], and whether they were more, f_trimmed [rows].
+    """
+
+    def trim(example):
+      row = {}
+      for name in FEATURES:
+        length, limit = tf.size(example[name]), self._lengths[name]
+        row[name] = example[name][:limit]
+        row[name + '_length'] = tf.minimum(length, limit)
+        row[name + _TRIMMED] = example[name + _TRIMMED] | (length > limit)
+      return row
+
+    dataset = _marked(self._task).get_dataset(
+      self._lengths,
+      self._split,
+      trim_output_features=False,
+      use_cached=self._use_cached,
+      seed=self._seed,
+      shuffle=shuffle,
+      num_epochs=num_epochs,
+    )
+    dataset = dataset.map(trim, num_parallel_calls=tf.data.AUTOTUNE)
+    options = tf.data.Options()
+    options.deterministic = True
+    dataset = dataset.skip(skip).padded_batch(rows).with_options(options)
+    return dataset.prefetch(2).as_numpy_iterator()
+
+  def trimmed(self, count: int | None) -> dict[str, int]:
+    """How many of the first `count` rows are longer than their length."""
+    found, left = dict.fromkeys(FEATURES, 0), count or math.inf
+    for block in self.read(1024, shuffle=False, num_epochs=1):
+      rows = int(min(left, len(block['inputs'])))
+      for name in FEATURES:
+        found[name] += int(block[name + _TRIMMED][:rows].sum())
+      left -= rows
+      if left <= 0:
+        break
+    return found

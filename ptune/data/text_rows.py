@@ -1,0 +1,74 @@
+"""Rows of a user's own texts, as token ids."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from absl import logging
+
+from ptune.errors import UserError
+from ptune.tasks.texts import TextTask
+
+
+class TextRows:
+  """The training rows of a `TextTask`, as `seqio_rows.SeqioRows` gives them."""
+
+  def __init__(
+    self, task: TextTask, feature_lengths: Mapping[str, int], split: str
+  ):
+    """Nothing is read yet."""
+    self._task, self._lengths, self._split = task, feature_lengths, split
+
+  def limit(self, in_memory: bool | None) -> float:
+    """All rows are kept in memory, where their texts are already."""
+    del in_memory
+    return float('inf')
+
+  def read(
+    self, rows: int, *, shuffle: bool, num_epochs: int | None, skip: int = 0
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the rows that have a label, in the order of the texts.
+
+    Args:
+      rows: Of a block.
+      shuffle: Must be False, as texts are kept in memory.
+      num_epochs: Must be 1.
+      skip: Must be 0.
+
+    Raises:
+      UserError: No row has a label.
+    """
+    assert not shuffle and num_epochs == 1 and not skip
+    task = self._task
+    inputs, targets, unlabelled = task.training(self._split)
+    if unlabelled:
+      logging.warning(
+        '%s:%s: %d of %d rows have no label, and are not trained on.',
+        task.name,
+        self._split,
+        unlabelled,
+        unlabelled + len(inputs),
+      )
+    if unlabelled and not inputs:
+      raise UserError(
+        f'{task.name}:{self._split}: none of the {unlabelled} rows has a label,'
+        ' expected one to train on'
+      )
+    for start in range(0, len(inputs), rows):
+      stop = start + rows
+      block = self._block('inputs', inputs[start:stop])
+      yield block | self._block('targets', targets[start:stop])
+
+  def _block(self, name: str, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    vocab, room = self._task.vocabulary, self._lengths[name] - 1
+    ids = [vocab.encode(text) for text in texts]
+    lengths = np.array([len(row) for row in ids])
+    kept = np.minimum(lengths, room) + 1
+    tokens = np.zeros((len(ids), kept.max()), np.int32)
+    for row, of, length in zip(tokens, ids, kept, strict=True):
+      row[: length - 1] = of[: length - 1]
+      row[length - 1] = vocab.eos_id
+    return {
+      name: tokens,
+      f'{name}_length': kept,
+      f'{name}_trimmed': lengths > room,
+    }

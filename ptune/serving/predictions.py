@@ -1,0 +1,39 @@
+"""Predictions as JSON lines."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from ptune.tasks import metrics as task_metrics
+from ptune.training import report as report_lib
+
+
+def write(
+  directory: os.PathLike[str] | str,
+  task_name: str,
+  step: int | str,
+  records: Iterable[dict[str, Any]],
+) -> None:
+  """Writes `<task>/predictions-<step>.jsonl`, and which were right.
+
+  Args:
+    directory: The file is written below it.
+    task_name: The name of the task.
+    step: The step that the predictions are of.
+    records: What an example holds, its `target` and its `prediction` as metrics
+      compare them; those of labels and texts get the key `right`.
+  """
+  place = epath.Path(directory) / task_name
+  place.mkdir(parents=True, exist_ok=True)
+  lines = []
+  for record in records:
+    # Of labels and texts; other things have no plain right or wrong.
+    if isinstance(record.get('prediction'), str | int | float):
+      right = task_metrics.is_right(record.get('target'), record['prediction'])
+      record = {**record, 'right': right}
+    lines.append(report_lib.to_json(record))
+  report_lib.write_atomically(
+    place / f'predictions-{step}.jsonl', '\n'.join([*lines, ''])
+  )

@@ -1,0 +1,210 @@
+"""Rows of TSV, CSV and JSON lines, each with its place or what is wrong."""
+
+import csv
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ptune.convert import storage
+from ptune.errors import UserError
+
+SUFFIXES = ('.tsv', '.csv', '.jsonl')
+LARGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit is 131,072
+
+Row = Mapping[str, Any]
+
+
+class BadRow(UserError):
+  """What is wrong with one row; whoever reads it knows where it is."""
+
+
+def read_rows(
+  file: str, name: str = 'TASK_FILES'
+) -> Iterator[tuple[str, Row | BadRow]]:
+  """Yields where each row of a file stands, 'dev.tsv:7', and the row.
+
+  Blank lines are left out. A row that cannot be read is yielded as the error.
+
+  Args:
+    file: The file.
+    name: The setting that names it, for messages.
+
+  Raises:
+    UserError: The file does not exist, has no rows or an unknown suffix.
+  """
+  suffix = suffix_of(file)
+  if suffix not in SUFFIXES:
+    raise UserError(
+      f'{name} has {file!r}, expected a name that ends in one of '
+      f'{", ".join(SUFFIXES)}, or one of them and .gz'
+    )
+  lines = read_lines(file, name)
+  if not any(line.strip() for line in lines):
+    raise UserError(f'{name} has {file!r}, which is empty')
+  read = {'.tsv': _read_tsv, '.csv': _read_csv, '.jsonl': _read_jsonl}[suffix]
+  for number, row in read(file, lines):
+    yield f'{file}:{number}', row
+
+
+def suffix_of(file: str) -> str:
+  """'rows.TSV.gz' -> '.tsv'."""
+  return os.path.splitext(file.lower().removesuffix('.gz'))[1]
+
+
+def read_lines(file: str, name: str) -> list[bytes]:
+  """The lines of a text file, which may end in .gz.
+
+  Lines end with LF or CR LF, or with CR in a file that has no LF.
+
+  Raises:
+    UserError: The file cannot be read, or is UTF-16.
+  """
+  data = storage.read_bytes(file, name)
+  if file.lower().endswith('.gz'):
+    try:
+      data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+      raise UserError(f'{name} has {file!r}, no gzip file: {error}') from error
+  if data.startswith((b'\xff\xfe', b'\xfe\xff')):
+    raise UserError(f'{name} has {file!r}, which is UTF-16; save it as UTF-8')
+  data = data.removeprefix(b'\xef\xbb\xbf')
+  if b'\n' not in data:
+    return data.split(b'\r')
+  return [line.removesuffix(b'\r') for line in data.split(b'\n')]
+
+
+def _decoded(line: bytes) -> str:
+  try:
+    text = line.decode('utf-8')
+  except UnicodeDecodeError as error:
+    raise BadRow(
+      f'byte {error.object[error.start]:#04x}, the {error.start + 1}. of the '
+      'line, is not UTF-8'
+    ) from None
+  if '\0' in text:
+    raise BadRow(f'character {text.index(chr(0)) + 1} is NUL; this is no text')
+  return text
+
+
+def _checked(read: Callable[..., Row], *args: Any) -> Row | BadRow:
+  try:
+    return read(*args)
+  except BadRow as error:
+    return error
+
+
+def _columns(file: str, fields: Sequence[str]) -> Sequence[str]:
+  twice = sorted({f for f in fields if fields.count(f) > 1})
+  if twice:
+    raise UserError(f'{file}:1 names the columns {twice} more than once')
+  return fields
+
+
+def _with_columns(columns: Sequence[str], fields: Sequence[str]) -> Row:
+  if len(fields) != len(columns):
+    raise BadRow(
+      f'{len(fields)} fields, expected {len(columns)}: {", ".join(columns)}'
+    )
+  return dict(zip(columns, fields, strict=True))
+
+
+def _read_tsv(file, lines):
+  columns = None
+  for number, line in enumerate(lines, start=1):
+    if not line.strip(b' '):
+      continue
+    if columns is None:
+      columns = _columns(file, _header(file, line).split('\t'))
+      continue
+
+    def row(line, columns=columns):
+      return _with_columns(columns, _decoded(line).split('\t'))
+
+    yield number, _checked(row, line)
+
+
+def _header(file: str, line: bytes) -> str:
+  try:
+    return _decoded(line)
+  except BadRow as error:
+    raise UserError(f'{file}:1, which names the columns: {error}') from None
+
+
+def _separator(header: str) -> str:
+  """What ends the fields of a CSV file, told by the line of the columns."""
+  if ',' in header:
+    return ','
+  return ';' if ';' in header else '\t' if '\t' in header else ','
+
+
+def _read_csv(file, lines):
+  csv.field_size_limit(LARGEST_FIELD)
+  # Bytes that are no UTF-8 become characters of their own, told by them.
+  texts = [line.decode('utf-8', errors='surrogateescape') for line in lines]
+  separator = _separator(next(text for text in texts if text.strip()))
+  columns = None
+  for first, fields in _records(texts, separator):
+    if isinstance(fields, BadRow):
+      yield first, fields
+      continue
+    if columns is None:
+      header = separator.join(fields).encode('utf-8', 'surrogateescape')
+      _header(file, header)
+      columns = _columns(file, fields)
+      continue
+
+    def row(columns=columns, fields=fields):
+      for field in fields:
+        _decoded(field.encode('utf-8', errors='surrogateescape'))
+      return _with_columns(columns, fields)
+
+    yield first, _checked(row)
+
+
+def _records(texts: Sequence[str], separator: str):
+  """Yields the line where each record begins, and its fields.
+
+  A record that is not CSV, such as one whose quote is never closed, is an
+  error; reading goes on behind its first line.
+  """
+  start = 0
+  while start < len(texts):
+    rest = (texts[i] + '\n' for i in range(start, len(texts)))
+    reader = csv.reader(rest, delimiter=separator, strict=True)
+    begin = start
+    try:
+      for fields in reader:
+        if fields:
+          yield begin + 1, fields
+        begin = start + reader.line_num
+      return
+    except csv.Error as error:
+      message = f'is not CSV: {error}'
+      if 'unexpected end' in str(error):
+        message += '; a quote that opens on this line is never closed'
+      yield begin + 1, BadRow(message)
+      start = begin + 1
+
+
+def _read_jsonl(file, lines):
+  del file
+
+  def row(line):
+    try:
+      record = json.loads(_decoded(line))
+    except BadRow:
+      raise
+    except RecursionError:
+      raise BadRow('is nested too deeply') from None
+    except ValueError as error:  # Also of a number of thousands of digits.
+      raise BadRow(f'is not JSON: {error}') from None
+    if not isinstance(record, dict):
+      raise BadRow('is not a JSON object, expected {"column": value, ...}')
+    return record
+
+  for number, line in enumerate(lines, start=1):
+    if line.strip():
+      yield number, _checked(row, line)

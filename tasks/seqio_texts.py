@@ -1,0 +1,47 @@
+"""A user's own rows as a SeqIO task: for T5X, `seqio_cache_tasks` and others.
+
+    # mine.py, a MIXTURE_OR_TASK_MODULE
+    from ptune.tasks import files, seqio_texts
+
+    seqio_texts.register(files.from_files({'train': 'a.tsv'}, ...))
+
+ptune itself needs none of this. Here rows without a label stay in the training
+split, and SeqIO shuffles.
+"""
+
+import seqio
+import tensorflow as tf
+
+from ptune.tasks import registry
+from ptune.tasks.texts import TextTask
+
+
+def register(task: TextTask) -> str:
+  """Registers a task with SeqIO; again under a name replaces it.
+
+  Returns:
+    Its name.
+  """
+
+  def dataset(split, shuffle_files, seed=None):
+    texts = dict(task.texts(split))
+    rows = tf.data.Dataset.from_tensor_slices(texts)
+    if shuffle_files:
+      rows = rows.shuffle(len(texts['inputs']), seed=seed)
+    return rows
+
+  source = seqio.FunctionDataSource(dataset, splits=list(task.splits))
+  # Counted only when asked for: rows of an unused split are never read.
+  source.num_input_examples = lambda split: len(task.texts(split)['inputs'])
+  if task.rank:
+    source = registry.rank_labels(source, [], task.labels or ())
+  seqio.TaskRegistry.remove(task.name)
+  seqio.TaskRegistry.add(
+    task.name,
+    source=source,
+    preprocessors=registry.tokenized([]),
+    output_features=registry.features(),
+    postprocess_fn=task.postprocess_fn,
+    metric_fns=list(task.metric_fns),
+  )
+  return task.name

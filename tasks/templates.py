@@ -1,0 +1,261 @@
+"""Rows to texts: templates with columns in braces, and labels by one rule."""
+
+import math
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import logging
+
+from ptune.errors import UserError
+from ptune.tasks.metrics import UNLABELLED
+from ptune.tasks.rows import BadRow, Row
+
+SHOWN = 20  # bad rows that a message lists; it counts all
+
+LabelNames = Sequence[str] | Mapping[str, str]
+
+
+def columns_of(template: str, macro: str) -> list[str]:
+  """The columns that a template names.
+
+  Args:
+    template: Such as 'sentence: {sentence}'.
+    macro: Its name, for messages.
+
+  Raises:
+    UserError: It is no template.
+  """
+  if not isinstance(template, str):
+    raise UserError(
+      f'{macro} is {template!r}, expected a text with columns in braces, such '
+      "as 'sentence: {sentence}'"
+    )
+  try:
+    parts = list(string.Formatter().parse(template))
+  except ValueError as error:
+    raise UserError(f'{macro} is {template!r}: {error}') from error
+  found = [name for _, name, _, _ in parts if name is not None]
+  if not all(found):
+    raise UserError(
+      f'{macro} is {template!r}, expected a column in every pair of braces; '
+      'write {{ and }} for braces in the text'
+    )
+  formats = [
+    f'{{{name}{f"!{how}" if how else ""}{f":{spec}" if spec else ""}}}'
+    for _, name, spec, how in parts
+    if name is not None and (spec or how)
+  ]
+  if formats:
+    raise UserError(
+      f'{macro} is {template!r}; columns are taken as they are, so write '
+      f'{{column}} without a format in place of {", ".join(formats)}'
+    )
+  return found
+
+
+def fill(template: str, row: Row) -> str:
+  """A template with the columns of a row.
+
+  Raises:
+    BadRow: A column is missing, or no text.
+  """
+  text = []
+  for literal, column, _, _ in string.Formatter().parse(template):
+    text.append(literal)
+    if column is not None:
+      text.append(_value(row, column))
+  return ''.join(text)
+
+
+def _value(row: Row, column: str) -> str:
+  if column not in row:
+    there = list(map(str, row))
+    seen = next((x for x in ',;' if len(there) == 1 and x in there[0]), None)
+    hint = f'. They seem to be separated by {seen!r}, as in a .csv file'
+    raise BadRow(
+      f'no column {column!r}, it has: {", ".join(there)}{hint if seen else ""}'
+    )
+  value = _plain(row[column])
+  kind = 'null' if value is None else f'a {type(value).__name__}'
+  if isinstance(value, float) and not math.isfinite(value):
+    raise BadRow(f'column {column!r} is {value}, expected a text or number')
+  if isinstance(value, bool):
+    return str(int(value))
+  if isinstance(value, str | int | float):
+    try:
+      str(value).encode()
+    except UnicodeEncodeError as error:
+      raise BadRow(f'column {column!r} is no Unicode text: {error}') from None
+    except ValueError as error:  # An integer of thousands of digits.
+      raise BadRow(f'column {column!r}: {error}') from None
+    return str(value)
+  raise BadRow(f'column {column!r} is {kind}, expected a text or number')
+
+
+def _plain(value: Any) -> Any:
+  """A value of Python for one of NumPy, which DataFrames have."""
+  return value.item() if getattr(value, 'ndim', None) == 0 else value
+
+
+# ---------------------------------------------------------------------- labels
+
+
+class Labels(NamedTuple):
+  """A classification's labels.
+
+  Attributes:
+    column: The column that has them.
+    names: Their names; of a dict, what the column has.
+    texts: The targets, in the same order.
+    exact: Whether the column has these names and no numbers.
+  """
+
+  column: str
+  names: list[str]
+  texts: list[str]
+  exact: bool
+
+
+def labels_of(targets: str, names: LabelNames) -> Labels:
+  """LABEL_NAMES and the template TARGETS as labels.
+
+  Raises:
+    UserError: They do not fit together.
+  """
+  columns = columns_of(targets, 'TARGETS')
+  if len(columns) != 1:
+    raise UserError(
+      f'TARGETS is {targets!r}, expected one column, the label, because there '
+      'are LABEL_NAMES'
+    )
+  exact = isinstance(names, Mapping)
+  good = isinstance(names, Mapping | Sequence) and not isinstance(names, str)
+  words = list(names.values() if isinstance(names, Mapping) else names)
+  given = list(names)
+  if not good or not all(isinstance(x, str) for x in (*words, *given)):
+    raise UserError(
+      f'LABEL_NAMES is {names!r}, expected a list of texts, such as '
+      "['negative', 'positive']"
+    )
+  texts = [fill(targets, {columns[0]: word}) for word in words]
+  if len(set(texts)) != len(texts) or len(texts) < 2:
+    raise UserError(
+      f'LABEL_NAMES is {names!r}, expected at least two different names'
+    )
+  if UNLABELLED in texts:
+    raise UserError(
+      f'LABEL_NAMES is {names!r}; {UNLABELLED!r} means that there is no label'
+    )
+  return Labels(columns[0], given, texts, exact)
+
+
+_BOOLEANS = {'true': 1, 'false': 0}
+
+
+def _label(row: Row, labels: Labels) -> str:
+  """The target of a row: see the module's docstring."""
+  column, names, texts, exact = labels
+  value = _plain(row[column]) if column in row else _value(row, column)
+  missing = value is None or (isinstance(value, float) and math.isnan(value))
+  if not missing:
+    value = str(value) if isinstance(value, bool) else _value(row, column)
+  if missing or (value == '' and '' not in names):
+    return UNLABELLED
+  as_number = _number(value)
+  spellings = [value] if as_number is None else [value, str(as_number)]
+  if value.lower() in _BOOLEANS:
+    as_number = _BOOLEANS[value.lower()]
+    spellings += [value.lower(), value.capitalize(), value.upper()]
+    named = [names.index(x) for x in spellings if x in names]
+    return texts[named[0] if named else _in_range(row, labels, as_number)]
+  named = [names.index(x) for x in spellings if x in names]
+  if exact:
+    as_number = None if as_number != -1 or named else -1
+  if named and as_number is not None and -1 <= as_number < len(names):
+    meant = 'no label' if as_number == -1 else repr(texts[as_number])
+    if as_number != named[0]:
+      raise BadRow(
+        f'label {value!r} in column {column!r} is the name of a label and the '
+        f'number of {meant}. Make LABEL_NAMES a dict, of what the column has '
+        f"and the label's name: {dict(zip(names, names, strict=True))}"
+      )
+  if named:
+    return texts[named[0]]
+  if as_number == -1:
+    return UNLABELLED
+  return texts[_in_range(row, labels, as_number)]
+
+
+def _number(text: str) -> int | None:
+  """'1' and '1.0' -> 1; anything that is no whole number -> None."""
+  try:
+    number = float(text)
+  except ValueError:
+    return None
+  return int(number) if number.is_integer() and '_' not in text else None
+
+
+def _in_range(row: Row, labels: Labels, number: int | None) -> int:
+  if number is not None and 0 <= number < len(labels.names):
+    return number
+  numbers = f'a number from 0 to {len(labels.names) - 1}, '
+  value = row[labels.column]
+  raise BadRow(
+    f'unknown label {str(value)!r} in column {labels.column!r}, expected '
+    f'{"" if labels.exact else numbers}one of {labels.names}, or -1 for none'
+  )
+
+
+# ----------------------------------------------------------------------- texts
+
+
+def to_texts(
+  rows: Iterable[tuple[str, Row | BadRow]],
+  inputs: str,
+  targets: str,
+  label_names: LabelNames | None,
+  skip_bad_rows: bool,
+) -> dict[str, list[str]]:
+  """Fills the templates with rows.
+
+  Args:
+    rows: Where each row stands, and the row or what is wrong with it.
+    inputs: The template of the inputs.
+    targets: That of the targets.
+    label_names: See `from_files`.
+    skip_bad_rows: Whether to leave out bad rows, which are logged.
+
+  Returns:
+    'inputs' and 'targets': lists of the same length.
+
+  Raises:
+    UserError: There are bad rows, which are listed, or no good ones.
+  """
+  columns_of(inputs, 'INPUTS'), columns_of(targets, 'TARGETS')
+  labels = labels_of(targets, label_names) if label_names else None
+  texts: dict[str, list[str]] = {'inputs': [], 'targets': []}
+  bad = []
+  for where, row in rows:
+    try:
+      if isinstance(row, BadRow):
+        raise row
+      text = fill(inputs, row)
+      target = _label(row, labels) if labels else fill(targets, row)
+    except BadRow as error:
+      bad.append(f'{where}: {error}')
+      continue
+    texts['inputs'].append(text)
+    texts['targets'].append(target)
+  if bad:
+    some = '\n  '.join(bad[:SHOWN])
+    more = f'\n  and {len(bad) - SHOWN} more' if len(bad) > SHOWN else ''
+    if not skip_bad_rows:
+      raise UserError(
+        f'{len(bad)} bad rows; mend them, or set SKIP_BAD_ROWS = True to leave '
+        f'them out:\n  {some}{more}'
+      )
+    logging.warning('%d bad rows are left out:\n  %s%s', len(bad), some, more)
+  if not texts['inputs']:
+    raise UserError(f'There are no good rows, and {len(bad)} bad ones')
+  return texts
