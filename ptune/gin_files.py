@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ptune import gin_source, macros
+from ptune import annotations, gin_source, macros
 from ptune.errors import UserError, nearest
 from ptune.gin_source import Reference, Source
 from ptune.macros import MACROS, flag
@@ -164,8 +164,9 @@ def bind(
     program: What is to be run; that it can be is checked if given.
 
   Raises:
-    UserError: If a name is unknown, a module cannot be imported, or macros are
-      not set, or have no effect.
+    UserError: If a name is unknown, a module cannot be imported, a value is
+      of another type than its parameter, or macros are not set, or have no
+      effect.
   """
   import gin
 
@@ -182,6 +183,7 @@ def bind(
   for binding in settings.bindings:
     with _one_line(texts, binding.text):
       gin.parse_config(binding.text)
+  annotations.check_bindings()
   if program is not None:
     _check_needed(program)
     _check_read(settings)

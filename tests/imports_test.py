@@ -17,6 +17,7 @@ ROOMS = (
   'errors',
   'paths',
   'macros',
+  'annotations',
   'gin_source',
   'gin_files',
   'flags',

@@ -81,7 +81,7 @@ def sample(
       cache does not have batch_size rows.
   """
   _check_problem(cache, batch_size, max_decode_length)
-  _check_sampling(temperature, top_k, top_p)
+  check_sampling(temperature, top_k, top_p)
   row_keys = _row_keys(rng, batch_size) if temperature > 0 else None
 
   def choose(logits, step):  # [batch, vocab] -> [batch]
@@ -151,7 +151,7 @@ def sampling_probabilities(
   Raises:
     ValueError: A setting is out of range.
   """
-  _check_sampling(temperature, top_k, top_p)
+  check_sampling(temperature, top_k, top_p)
   logits = logits.astype(jnp.float32)
   if temperature == 0:
     return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
@@ -360,7 +360,8 @@ def _check_problem(cache, batch_size, max_decode_length):
   _require((not stray, f'cache leaves {", ".join(stray)}', rows))
 
 
-def _check_sampling(temperature, top_k, top_p):
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+  """Raises UserError unless tokens can be sampled so; see `sample`."""
   hot = MIN_TEMPERATURE <= temperature < float('inf')
   warmth = f'0 to decode greedily, from {MIN_TEMPERATURE} to sample'
   _require(

@@ -34,6 +34,9 @@ class Decoding:
   top_p: float = 0.0
 
   def __post_init__(self):
+    if self.num_beams < 1:
+      raise UserError(f'num_beams is {self.num_beams}; it must be at least 1')
+    decoding.check_sampling(self.temperature, self.top_k, self.top_p)
     if self.num_beams > 1 and self.temperature:
       raise UserError(
         f'num_beams is {self.num_beams} and temperature {self.temperature}:'

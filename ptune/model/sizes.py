@@ -5,7 +5,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from ptune.errors import UserError
+from ptune import annotations
+from ptune.errors import UserError, check_counts
 from ptune.model.layers import ACTIVATIONS
 
 
@@ -92,8 +93,12 @@ class T5Config:
   def __post_init__(self):
     # Gin gives a list, and what describes a network must be hashable.
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+    counts = ('vocab_size', 'emb_dim', 'num_heads', 'head_dim', 'mlp_dim')
+    counts += ('num_decoder_layers', 'relative_attention_num_buckets')
+    check_counts(**{name: getattr(self, name) for name in counts})
     if isinstance(self.ids, Mapping):
       object.__setattr__(self, 'ids', _ids(self.ids))
+    annotations.check_fields(self)
     outside = {
       name: value
       for name, value in dataclasses.asdict(self.ids).items()

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ptune.errors import UserError
-from ptune.model import decoding, parameters, partitioning
+from ptune.model import parameters, partitioning
 from ptune.model.models import Decoding, EncoderDecoderModel
 
 Trees = tuple[Mapping[str, Any], ...]
@@ -53,14 +51,6 @@ class Predictor:
       how: How predictions are decoded.
       seed: For sampling.
     """
-    # What is out of range is said now, and not when a run has long trained.
-    if how.num_beams < 1:
-      raise UserError(f'num_beams is {how.num_beams}; it must be at least 1')
-    jax.eval_shape(
-      lambda: decoding.sampling_probabilities(
-        jnp.zeros((1, 2)), how.temperature, how.top_k, how.top_p
-      )
-    )
     self._plan = plan
     merge = parameters.merge
 

@@ -5,6 +5,7 @@ that a run can go on where the base model's training ended.
 """
 
 import fnmatch
+import math
 from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
@@ -37,8 +38,12 @@ def schedule(
     ValueError: If the rate is no number, or the decay is unknown or lacks its
       length.
   """
-  if not isinstance(learning_rate, int | float):
-    raise UserError(f'LEARNING_RATE is {learning_rate!r}; it must be a number')
+  if not isinstance(learning_rate, int | float) or not (
+    0 <= learning_rate < math.inf
+  ):
+    raise UserError(
+      f'LEARNING_RATE is {learning_rate!r}; it must be a number of at least 0'
+    )
   if warmup_steps < 0:
     raise UserError(f'warmup_steps is {warmup_steps}; it cannot be negative')
   if decay in ('linear', 'cosine'):
