@@ -73,6 +73,10 @@ TOOLS = {
     'ptune.convert.commands',
     "copy a model between T5X's and Hugging Face's layout",
   ),
+  'push': (
+    'ptune.convert.commands',
+    'publish a prompt on the Hugging Face Hub, with a model card',
+  ),
   'inspect': ('ptune.convert.commands', 'say what a file or directory is'),
   'neighbours': (
     'ptune.analysis.neighbours',

@@ -1,4 +1,4 @@
-"""The commands export, import, convert and inspect: their flags, their calls.
+"""The commands export, import, convert, inspect and push: flags and calls.
 
 They copy files: no accelerator is used, and no gin file.
 """
@@ -9,7 +9,7 @@ import os
 
 from ptune.errors import UserError
 
-COMMANDS = ('export', 'import', 'convert', 'inspect')
+COMMANDS = ('export', 'import', 'convert', 'inspect', 'push')
 
 
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,20 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
       '--fingerprint',
       action='store_true',
       help='read a base model to its end, for its fingerprint',
+    )
+    return
+  if command == 'push':
+    parser.add_argument('path', help='a run, or a prompt of any kind')
+    parser.add_argument('name', help='the repository on the Hub: user/name')
+    parser.add_argument('--base', help='the base model, if it is not recorded')
+    parser.add_argument(
+      '--base_name', help="the base's name on the Hub: google/flan-t5-base"
+    )
+    parser.add_argument(
+      '--private', action='store_true', help='a new repository is private'
+    )
+    parser.add_argument(
+      '--task', type=int, help='which prompt, of multi-task runs and adapters'
     )
     return
   if command == 'export':
@@ -91,6 +105,19 @@ def run(args: argparse.Namespace) -> None:
 
     found = inspection.inspect(args.path, fingerprint=args.fingerprint)
     print(json.dumps(found) if args.json else inspection.text(found))
+    return
+  if args.program == 'push':
+    from ptune.convert.publish import push
+
+    lines = push(
+      args.path,
+      args.name,
+      base=args.base,
+      base_name=args.base_name,
+      private=args.private,
+      task=args.task,
+    )
+    print('\n'.join(lines))
     return
   if args.program == 'convert':
     from ptune.convert.conversion import convert

@@ -1,6 +1,7 @@
 """Models by name: hf://google/flan-t5-base, or ptune://tiny of our own."""
 
 import re
+from typing import Any
 
 from etils import epath
 
@@ -44,16 +45,10 @@ def download(name: str) -> epath.Path:
       f'{name} is no name on the Hub; expected hf://org/name or '
       'hf://org/name@revision'
     )
-  try:
-    import huggingface_hub
-  except ImportError as error:
-    raise UserError(
-      f'{name} needs huggingface_hub: pip install "ptune[hub]". Or download '
-      'the directory, and give its path'
-    ) from error
+  hub = library(name, 'Or download the directory, and give its path')
   try:
     return epath.Path(
-      huggingface_hub.snapshot_download(
+      hub.snapshot_download(
         match[1], revision=match[2], allow_patterns=list(FILES)
       )
     )
@@ -64,3 +59,22 @@ def download(name: str) -> epath.Path:
       f'{type(error).__name__}: {error}\nWithout network, give the path of a '
       'directory that was downloaded elsewhere'
     ) from error
+
+
+def library(what: str, otherwise: str = '') -> Any:
+  """The package huggingface_hub, which comes with the extra `hub`.
+
+  Args:
+    what: What needs it.
+    otherwise: What can be done without it.
+
+  Raises:
+    UserError: It is not installed.
+  """
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise UserError(
+      f'{what} needs huggingface_hub: pip install "ptune[hub]". {otherwise}'
+    ) from error
+  return huggingface_hub

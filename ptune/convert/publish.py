@@ -1,0 +1,206 @@
+"""`ptune push`: a prompt on the Hugging Face Hub, with a model card.
+
+The repository holds what other programs open: a PEFT adapter, the prompt as
+`prompt.npy`, the run's `config.gin`, and README.md, the card, which says what
+the prompt is for and how to load it. `hf://user/name` reads it again.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from ptune.convert import export as export_lib
+from ptune.convert.hub import SCHEME, library
+from ptune.convert.prompts import Prompt, read_prompt
+from ptune.errors import UserError
+
+
+def push(
+  path: epath.PathLike,
+  name: str,
+  *,
+  base: str | None = None,
+  base_name: str | None = None,
+  private: bool = False,
+  task: int | None = None,
+) -> list[str]:
+  """Uploads a prompt; the repository is made if it is not there.
+
+  Args:
+    path: A run, or any prompt that `read_prompt` takes.
+    name: The repository, 'user/name'.
+    base: The base model, if the prompt does not say it.
+    base_name: The base's name on the Hub, such as 'google/flan-t5-base'.
+    private: Whether a new repository is private.
+    task: Which task's prompt, of a multi-task run.
+
+  Returns:
+    Lines that say what was done; the last one is the address.
+
+  Raises:
+    UserError: huggingface_hub is not installed, nobody is logged in, the name
+      is taken or wrong, or there is no prompt for PEFT.
+  """
+  hub = library(f'pushing {name}')
+  prompt = read_prompt(path, task)
+  with tempfile.TemporaryDirectory() as folder:
+    place = epath.Path(folder) / 'repository'
+    lines = write(prompt, place, name, base=base, base_name=base_name)
+    api = hub.HfApi()
+    try:
+      api.create_repo(name, private=private, exist_ok=True)
+      api.upload_folder(
+        repo_id=name,
+        folder_path=os.fspath(place),
+        commit_message=f'{prompt.array.shape[0]} tokens, by ptune',
+      )
+    except Exception as error:  # Of HTTP, of its login, of its checks.
+      raise UserError(
+        f'{name} cannot be uploaded: {type(error).__name__}: {error}\nLog in'
+        ' with `hf auth login` and a token that may write, and give a name as'
+        ' user/name'
+      ) from error
+  return [*lines, f'{SCHEME}{name}']
+
+
+def write(
+  prompt: Prompt,
+  folder: epath.Path,
+  name: str,
+  *,
+  base: str | None = None,
+  base_name: str | None = None,
+) -> list[str]:
+  """Writes the repository's files into a new folder; see `push`."""
+  lines = export_lib.export(
+    prompt, 'peft', folder, base=base, base_name=base_name
+  )
+  export_lib.export(prompt, 'npy', folder / 'prompt')
+  for file in (folder / 'ptune.json', folder / 'prompt.json'):
+    facts = json.loads(file.read_text())
+    del facts['read_from']  # A path of this machine.
+    file.write_text(json.dumps(facts, indent=2) + '\n')
+  config = json.loads((folder / 'adapter_config.json').read_text())
+  run = epath.Path(prompt.path).parent.parent / 'config.gin'
+  if run.is_file():
+    (folder / 'config.gin').write_text(run.read_text())
+  text = card(
+    prompt,
+    name,
+    base_name=config.get('base_model_name_or_path') or base,
+    reruns=run.is_file(),
+  )
+  (folder / 'README.md').write_text(text)
+  return lines
+
+
+def card(
+  prompt: Prompt, name: str, *, base_name: str | None, reruns: bool
+) -> str:
+  """The model card, in Markdown with the Hub's metadata before it.
+
+  Args:
+    prompt: The prompt, and what is known of it.
+    name: The repository.
+    base_name: How the base model is called.
+    reruns: Whether the run's config.gin lies beside the card.
+  """
+  facts, (length, width) = prompt.facts, prompt.array.shape
+  of_hub = base_name and not os.path.isabs(base_name) and '/' in base_name
+  hub = library('a model card')
+  metadata = hub.ModelCardData(
+    base_model=base_name if of_hub else None,
+    library_name='peft',
+    pipeline_tag='text2text-generation',
+    tags=['ptune', 'prompt-tuning', 'soft-prompt'],
+    model_name=name.rpartition('/')[2],
+    eval_results=_results(hub, facts.get('scores') or {}) or None,
+  )
+  known = {
+    'base model': f'`{base_name}`' if base_name else None,
+    'fingerprint of the base': facts.get('base') and f'`{facts["base"]}`',
+    'task': facts.get('task') and f'`{facts["task"]}`',
+    'method': facts.get('method'),
+    'steps': facts.get('step'),
+    'batch size': facts.get('batch_size'),
+    'seed': facts.get('seed'),
+    'prompt': f'{length} tokens of {width} numbers, float32',
+  }
+  lines = [
+    '---',
+    metadata.to_yaml(),
+    '---',
+    '',
+    f'# {name.rpartition("/")[2]}',
+    '',
+    f'A soft prompt of {length} tokens'
+    + (f' for `{base_name}`' if base_name else '')
+    + ', trained with ptune. The base model is frozen; the prompt stands before'
+    ' its embedded input.',
+    '',
+    '| | |',
+    '|---|---|',
+    *(f'| {k} | {v} |' for k, v in known.items() if v is not None),
+    '',
+  ]
+  if facts.get('scores'):
+    lines += ['## Scores', '', '| task | metric | value |', '|---|---|---:|']
+    for task, scores in facts['scores'].items():
+      lines += [f'| {task} | {k} | {v:.4g} |' for k, v in scores.items()]
+    lines.append('')
+  base_code = repr(base_name or 'the base model')
+  lines += [
+    '## Use it with ptune',
+    '',
+    '```python',
+    'import ptune',
+    '',
+    f'tuned = ptune.load({SCHEME + name!r})',
+    "print(tuned.predict(['an input, written as those of the task']))",
+    '```',
+    '',
+    '## Use it with PEFT',
+    '',
+    '```python',
+    'from peft import PeftModel',
+    'from transformers import AutoModelForSeq2SeqLM, AutoTokenizer',
+    '',
+    f'base = AutoModelForSeq2SeqLM.from_pretrained({base_code})',
+    f'tokenizer = AutoTokenizer.from_pretrained({base_code})',
+    f'model = PeftModel.from_pretrained(base, {name!r})',
+    '```',
+    '',
+    'With NumPy: `numpy.load("prompt.npy")`.',
+    '',
+  ]
+  if reruns:
+    lines += [
+      '## Train it again',
+      '',
+      '`config.gin` has every setting of the run:',
+      '',
+      '```',
+      'ptune train --gin_file=config.gin --gin.MODEL_DIR="\'runs/again\'"',
+      '```',
+      '',
+    ]
+  return '\n'.join(lines)
+
+
+def _results(hub: Any, scores: Mapping[str, Mapping[str, float]]):
+  """The Hub's records of scores."""
+  return [
+    hub.EvalResult(
+      task_type='text2text-generation',
+      dataset_type=task,
+      dataset_name=task,
+      metric_type=metric,
+      metric_value=float(value),
+    )
+    for task, of_task in scores.items()
+    for metric, value in of_task.items()
+  ]
