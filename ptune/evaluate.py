@@ -59,7 +59,7 @@ def evaluate(
     raise UserError('EVAL_SPLIT is None; name the split to evaluate')
   task = seqio_task.load(data.task, data.module)
   seqio_task.check(task, data.feature_lengths, split, data.use_cached)
-  seqio_task.check_vocabulary(task, config.vocab_size)
+  seqio_task.check_vocabulary(task, config.vocab_size, config.ids)
   if prompts is not None:
     named = predictor.named_prompts(trained, method)
     if ensemble.NAME in named:

@@ -79,7 +79,7 @@ def infer(
     raise UserError(f'INFER_MODE is {mode!r}; it must be one of {MODES}')
   settings.check(data)
   task = seqio_task.load(data.task, data.module)
-  seqio_task.check_vocabulary(task, config.vocab_size)
+  seqio_task.check_vocabulary(task, config.vocab_size, config.ids)
   vocabulary = seqio_task.vocabulary(task)
   named, default_prompt = None, trained.default_prompt
   if trained.prompts is not None:
@@ -96,7 +96,7 @@ def infer(
     examples = (
       (texts | same, features)
       for texts, features in seqio_task.examples(
-        task, data.feature_lengths, split, data.use_cached
+        task, data.feature_lengths, split, data.use_cached, config.ids
       )
     )
   else:
@@ -104,7 +104,8 @@ def infer(
     seqio_task.check(task, data.feature_lengths, None)
     texts = list(_read_texts(epath.Path(input_file), mode, own))
     examples = (
-      seqio_task.encode(task, data.feature_lengths, text) for text in texts
+      seqio_task.encode(task, data.feature_lengths, text, config.ids)
+      for text in texts
     )
   mesh = partitioning.make_mesh(model_parallel)
   batches.check_batch_size(data.batch_size, mesh)
@@ -144,6 +145,7 @@ def infer(
         [features for _, features in chunk],
         data.batch_size,
         data.bucket_multiple,
+        config.ids.pad,
       ):
         placed = batches.device_put(batch, mesh, method.check)
         filled = np.pad(rows, (0, data.batch_size - len(rows)), 'edge')

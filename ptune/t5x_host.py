@@ -102,10 +102,15 @@ class Model(t5x_models.EncoderDecoderModel):
         'SCAN is an option of ptune train: under T5X each layer has its'
         ' parameters for itself. Leave it out'
       )
+    if config.ids.pad or config.ids.start:
+      raise UserError(
+        'T5X pads with the token 0 and starts decoding from it; this model has'
+        f' {config.ids}. Train it with ptune train'
+      )
     self.config = config
     self.method = method
     self.task = seqio_task.load(mixture_or_task_name, mixture_or_task_module)
-    seqio_task.check_vocabulary(self.task, config.vocab_size)
+    seqio_task.check_vocabulary(self.task, config.vocab_size, config.ids)
     vocabulary = seqio_task.vocabulary(self.task)
     network = network_lib.Transformer(config, method.placements)
     settings = loss(network)

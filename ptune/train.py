@@ -102,7 +102,7 @@ def train(
   directory = checkpoints.run_directory(model_dir)
   task = seqio_task.load(data.task, data.module)
   seqio_task.check(task, data.feature_lengths, 'train', data.use_cached)
-  seqio_task.check_vocabulary(task, config.vocab_size)
+  seqio_task.check_vocabulary(task, config.vocab_size, config.ids)
   evaluates = check_evaluation(task, evaluation)
   mesh = partitioning.make_mesh(model_parallel)
   batches_lib.check_batch_size(data.batch_size, mesh, data.microbatches)
@@ -176,6 +176,7 @@ def train(
       seed=seed,
       use_cached=data.use_cached,
       in_memory=data.in_memory,
+      ids=config.ids,
     )
     batches = (
       read(method=method, pack=pack)

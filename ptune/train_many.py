@@ -101,7 +101,7 @@ def train_many(
   for run in runs.values():
     task = seqio_task.load(run.task, data.module)
     seqio_task.check(task, data.feature_lengths, 'train', data.use_cached)
-    seqio_task.check_vocabulary(task, config.vocab_size)
+    seqio_task.check_vocabulary(task, config.vocab_size, config.ids)
     tasks[run.task] = task
     evaluated[run.task] = train.check_evaluation(task, evaluation)
   mesh = partitioning.make_mesh(model_parallel)
@@ -164,6 +164,7 @@ def train_many(
         bucket_multiple=data.bucket_multiple,
         use_cached=data.use_cached,
         in_memory=data.in_memory,
+        ids=config.ids,
       )
 
     streams = [batches_of(runs[name].task, runs[name].seed) for name in order]
@@ -216,7 +217,9 @@ def train_many(
 
     # ------------------------------------------------------------------- loop
     ahead = batches_lib.prefetch(
-      lambda step: many.joined([batches(step) for batches in streams]),
+      lambda step: many.joined(
+        [batches(step) for batches in streams], config.ids.pad
+      ),
       start,
       train_steps,
       mesh,

@@ -29,8 +29,9 @@ import numpy as np
 from absl import logging
 
 from ptune.data import seqio_task
-from ptune.data.seqio_task import FEATURES, Batch, Provider
+from ptune.data.seqio_task import FEATURES, Batch, Provider, shifted
 from ptune.errors import UserError
+from ptune.model.sizes import TokenIds
 
 Check = Callable[[np.ndarray], None]
 
@@ -50,9 +51,9 @@ class _Ragged(NamedTuple):
   def row(self, index: int) -> np.ndarray:
     return self.values[self.starts[index] : self.starts[index + 1]]
 
-  def padded(self, which: np.ndarray, length: int) -> np.ndarray:
-    """Returns the rows `which`, padded with 0: [len(which), length]."""
-    padded = np.zeros((len(which), length), np.int32)
+  def padded(self, which: np.ndarray, length: int, pad: int) -> np.ndarray:
+    """Returns the rows `which`, padded: [len(which), length]."""
+    padded = np.full((len(which), length), pad, np.int32)
     for i, index in enumerate(which):
       tokens = self.row(index)
       padded[i, : len(tokens)] = tokens
@@ -149,6 +150,7 @@ class Batches:
     window: int = 64,
     use_cached: bool = False,
     in_memory: bool | None = None,
+    ids: TokenIds = TokenIds(),
   ):
     """Checks a task and tokenises it, or opens its stream.
 
@@ -166,6 +168,8 @@ class Batches:
       in_memory: Whether to tokenise a SeqIO task once. None: if it has at most
         `seqio_rows.MAX_ROWS` rows. Pass False if preprocessors are random and
         should draw anew in each epoch, as for span corruption.
+      ids: The model's special tokens: what rows are padded with, and where
+        targets start.
 
     Raises:
       ValueError: The task does not suit T5 or these arguments, or is empty.
@@ -181,7 +185,7 @@ class Batches:
         raise UserError(f'{name} is {value}, expected at least {least}.')
     self._name = f'{task.name}:{split}'
     self._lengths = {name: feature_lengths[name] for name in FEATURES}
-    self._batch_size, self._seed = batch_size, seed
+    self._batch_size, self._seed, self._ids = batch_size, seed, ids
     self._multiple, self._window = bucket_multiple, window
     self._source = seqio_task.rows_of(
       task, feature_lengths, split, use_cached, seed
@@ -306,14 +310,18 @@ class Batches:
       which.append(order[offsets[chunks == chunk]])
     which = np.concatenate(which)
     inputs, targets = (
-      rows[f].padded(which, self._rounded(f, rows[f].lengths(which)).max())
+      rows[f].padded(
+        which,
+        self._rounded(f, rows[f].lengths(which)).max(),
+        self._ids.pad,
+      )
       for f in FEATURES
     )
     return {
       'encoder_input_tokens': inputs,
       'decoder_target_tokens': targets,
-      'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
-      'decoder_loss_weights': (targets != 0).astype(np.int32),
+      'decoder_input_tokens': shifted(targets, self._ids.start),
+      'decoder_loss_weights': (targets != self._ids.pad).astype(np.int32),
     }
 
 
@@ -394,10 +402,29 @@ def prefetch(
     thread.shutdown(cancel_futures=True)
 
 
+def filled_up(
+  rows: Iterable[np.ndarray], length: int, name: str, pad: int
+) -> np.ndarray:
+  """Rows of a feature as one array [rows, length].
+
+  Args:
+    rows: [at most length] each.
+    length: Of what is returned.
+    name: The feature; tokens are filled up with `pad`, weights and segments
+      with 0.
+    pad: The token that rows are padded with.
+  """
+  value = pad if name.endswith('_tokens') else 0
+  return np.stack(
+    [np.pad(row, (0, length - len(row)), constant_values=value) for row in rows]
+  )
+
+
 def padded_batches(
   examples: Iterable[Mapping[str, np.ndarray]],
   batch_size: int,
   bucket_multiple: int | None = BUCKET_MULTIPLE,
+  pad: int = 0,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
   """Yields every example exactly once, in batches of one size.
 
@@ -406,11 +433,12 @@ def padded_batches(
   the decoder reads keeps its length, which must not tell that of the targets.
 
   Args:
-    examples: Model features, 1-D, padded with 0 or not.
+    examples: Model features, 1-D, padded or not.
     batch_size: Rows in each batch. The last one is filled up by repeating its
       last example, so that decoding ends as early as without, with loss
       weights of 0, so that sums over tokens are right.
     bucket_multiple: As for `Batches`; None or 0 keeps order and length.
+    pad: The token that rows are padded with.
 
   Yields:
     Which examples the first rows hold [n <= batch_size], and the batch.
@@ -422,7 +450,7 @@ def padded_batches(
     name: max(len(example[name]) for example in examples)
     for name in (examples[0] if examples else ())
   }
-  tokens = (np.flatnonzero(e['encoder_input_tokens']) for e in examples)
+  tokens = (np.flatnonzero(e['encoder_input_tokens'] != pad) for e in examples)
   lengths = np.array([t[-1] + 1 if len(t) else 0 for t in tokens])
   order = np.arange(len(examples))
   if bucket_multiple:
@@ -435,7 +463,7 @@ def padded_batches(
     batch = {}
     for name, length in {**longest, 'encoder_input_tokens': cut}.items():
       rows = [examples[i][name][:length] for i in filled]
-      batch[name] = np.stack([np.pad(r, (0, length - len(r))) for r in rows])
+      batch[name] = filled_up(rows, length, name, pad)
     batch['decoder_loss_weights'][len(which) :] = 0
     yield which, batch
 
@@ -444,6 +472,7 @@ def eval_batches(
   dataset: Any,
   batch_size: int,
   bucket_multiple: int | None = BUCKET_MULTIPLE,
+  pad: int = 0,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
   """Yields a data set of model features as `padded_batches` does.
 
@@ -463,5 +492,7 @@ def eval_batches(
   for index, example in pairs:
     indices.append(index)
     examples.append(example)
-  for which, batch in padded_batches(examples, batch_size, bucket_multiple):
+  for which, batch in padded_batches(
+    examples, batch_size, bucket_multiple, pad
+  ):
     yield np.array(indices)[which], batch

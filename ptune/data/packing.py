@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptune.data import batches as data
-from ptune.data.seqio_task import FEATURES, Batch, Provider
+from ptune.data.seqio_task import FEATURES, Batch, Provider, shifted
 from ptune.errors import UserError
 from ptune.model import parameters
 from ptune.model.adapters import VIRTUAL, Method, Packed
@@ -139,27 +139,28 @@ class PackedBatches(data.Batches):
     for segment, example in enumerate(which, 1):
       inputs, targets = (examples[f].row(example) for f in FEATURES)
       inputs = self._insert['inputs'][1](inputs)
-      shifted = self._insert['targets'][1](np.pad(targets, (1, 0))[:-1])
-      real = shifted < VIRTUAL
+      read = self._insert['targets'][1](shifted(targets, self._ids.start))
+      real = read < VIRTUAL
       # Behind what is inserted nothing is asked for, but it is no padding.
-      wanted = np.ones_like(shifted)
+      wanted = np.full_like(read, self._ids.eos)
       wanted[real] = targets
       for name, values in {
         'encoder_input_tokens': inputs,
         'encoder_segment_ids': np.full_like(inputs, segment),
         'decoder_target_tokens': wanted,
-        'decoder_input_tokens': shifted,
-        'decoder_loss_weights': real & (wanted != 0),
-        'decoder_segment_ids': np.full_like(shifted, segment),
+        'decoder_input_tokens': read,
+        'decoder_loss_weights': (real & (wanted != self._ids.pad)).astype(
+          np.int32
+        ),
+        'decoder_segment_ids': np.full_like(read, segment),
       }.items():
         parts.setdefault(name, []).append(values)
     inputs, targets = self._room
     row = {}
     for name, values in parts.items():
       length = inputs if name.startswith('encoder') else targets
-      row[name] = np.zeros(length, np.int32)
       joined = np.concatenate(values)
-      row[name][: len(joined)] = joined
+      row[name] = data.filled_up([joined], length, name, self._ids.pad)[0]
     return row
 
 

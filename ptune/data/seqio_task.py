@@ -15,6 +15,7 @@ from ptune.convert.pieces import Vocabulary
 from ptune.data.quiet import quiet_stderr
 from ptune.data.text_rows import TextRows
 from ptune.errors import UserError
+from ptune.model.sizes import TokenIds
 from ptune.tasks.texts import TextTask
 
 if TYPE_CHECKING:
@@ -140,12 +141,33 @@ def vocabulary(task: Provider) -> Vocabulary:
   return _seqio_rows().vocabulary(task)
 
 
-def check_vocabulary(task: Provider, embedding_rows: int) -> None:
-  """Raises a ValueError if a task has token ids that a model cannot embed.
+def check_vocabulary(
+  task: Provider, embedding_rows: int, ids: TokenIds = TokenIds()
+) -> None:
+  """Raises a ValueError if a task has another vocabulary than a model.
 
-  Fewer ids than rows are usual: T5 has 32,100 pieces and 32,128 rows.
+  Args:
+    task: The task. It may have fewer ids than there are rows: T5 has 32,100
+      pieces and 32,128 rows.
+    embedding_rows: Rows of the model's embedding.
+    ids: The model's special tokens.
   """
-  size = vocabulary(task).vocab_size
+  own = vocabulary(task)
+  if own.eos_id is not None and ids.eos not in (-1, own.eos_id):
+    raise UserError(
+      f'Task {task.name!r} ends texts with the token {own.eos_id}, and the'
+      f' model with {ids.eos} (its special tokens: {ids}). Use the vocabulary'
+      ' that the model was trained with (VOCABULARY), or set sizes.t5.ids to'
+      ' what the model was trained with.'
+    )
+  if own.unk_id == ids.pad:
+    logging.warning(
+      'Task %r writes what it does not know as the token %d, which is the'
+      " model's padding: it is not read.",
+      task.name,
+      own.unk_id,
+    )
+  size = own.vocab_size
   if size > embedding_rows:
     raise UserError(
       f'Task {task.name!r} has a vocabulary of {size} ids, expected at most '
@@ -159,6 +181,7 @@ def examples(
   feature_lengths: Mapping[str, int],
   split: str,
   use_cached: bool = False,
+  ids: TokenIds = TokenIds(),
 ) -> Iterator[tuple[dict[str, str], Batch]]:
   """Yields what a split holds, in order: its texts, and its model features.
 
@@ -168,22 +191,23 @@ def examples(
   if isinstance(task, TextTask):
     for example in task.examples(split):
       texts = {name: example[name] for name in FEATURES}
-      yield encode(task, feature_lengths, texts)
+      yield encode(task, feature_lengths, texts, ids)
     return
-  for texts, ids in _seqio_rows().examples(
+  for texts, tokens in _seqio_rows().examples(
     task, feature_lengths, split, use_cached
   ):
-    yield texts, model_features(ids['inputs'], ids['targets'])
+    yield texts, model_features(tokens['inputs'], tokens['targets'], ids)
 
 
 def encode(
   task: Provider,
   feature_lengths: Mapping[str, int],
   texts: Mapping[str, str],
+  ids: TokenIds = TokenIds(),
 ) -> tuple[dict[str, str], Batch]:
   """The same for texts from elsewhere, tokenised as the task's features are."""
   vocab = vocabulary(task)
-  ids = {}
+  tokens_of = {}
   for name in FEATURES:
     limit = feature_lengths[name]
     add_eos = isinstance(task, TextTask) or task.output_features[name].add_eos
@@ -200,17 +224,25 @@ def encode(
         len(tokens),
         room,
       )
-    tokens = list(tokens[:room])
-    ids[name] = np.array(tokens + [vocab.eos_id] * int(add_eos), np.int32)
-  return dict(texts), model_features(ids['inputs'], ids['targets'])
+    tokens = list(tokens[:room]) + [vocab.eos_id] * int(add_eos)
+    tokens_of[name] = np.array(tokens, np.int32)
+  return dict(texts), model_features(**tokens_of, ids=ids)
 
 
-def model_features(inputs: np.ndarray, targets: np.ndarray) -> Batch:
+def shifted(targets: np.ndarray, start: int) -> np.ndarray:
+  """What the decoder reads to say [..., length]: [a, b, c] -> [start, a, b]."""
+  before = [(0, 0)] * (targets.ndim - 1) + [(1, 0)]
+  return np.pad(targets, before, constant_values=start)[..., :-1]
+
+
+def model_features(
+  inputs: np.ndarray, targets: np.ndarray, ids: TokenIds = TokenIds()
+) -> Batch:
   """One example's features, as EncDecFeatureConverter makes them, unpadded."""
   return {
     'encoder_input_tokens': inputs,
     'decoder_target_tokens': targets,
-    'decoder_input_tokens': np.pad(targets, (1, 0))[:-1],
+    'decoder_input_tokens': shifted(targets, ids.start),
     'decoder_loss_weights': np.ones_like(targets),
   }
 

@@ -17,13 +17,11 @@ class TokenIds:
   Attributes:
     pad: Fills rows up. It is masked, and has no part in the loss.
     eos: Ends inputs and targets; -1 if nothing ends an answer.
-    unk: What the vocabulary cannot write.
     start: The first token that the decoder reads.
   """
 
   pad: int = 0
   eos: int = 1
-  unk: int = 2
   start: int = 0
 
   def __str__(self) -> str:
@@ -46,7 +44,7 @@ class T5Config:
     logits_via_embedding: T5 1.0's output layer: the embedding, scaled by
       emb_dim**-0.5. Otherwise it has its own kernel.
     ids: The model's special tokens. Gin files may give them as a dict:
-      {'pad': 1, 'eos': 2, 'unk': 0, 'start': 0}.
+      {'pad': 1, 'eos': 2, 'start': 0}.
     dropout_rate: In training, on inputs, sublayers and attention weights.
     dtype: 'float32' or 'bfloat16': what activations are computed in.
     frozen_dtype: What frozen matrices are kept in: 'float32', 'bfloat16', or

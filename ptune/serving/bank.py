@@ -259,7 +259,7 @@ class PromptBank:
 
     Args:
       names: [batch] the prompt of each row.
-      tokens: [batch, length] the encoder's input, padded with 0.
+      tokens: [batch, length] the encoder's input, padded.
       rows: [batch] a number of each row, from which its samples are drawn;
         0, 1, ... if not given.
     """

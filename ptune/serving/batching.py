@@ -81,10 +81,11 @@ class Batcher:
     name = ' '  # As no user's is.
     never: Any = (None, 0.0, None)
     self._bank.add(name, np.zeros((1, self._bank.embed), np.float32))
-    step = data.BUCKET_MULTIPLE
+    step, eos = data.BUCKET_MULTIPLE, self._bank.plan.network.config.ids.eos
     for length in (*range(step, self.input_length, step), self.input_length):
       for count in {1, self.batch_size}:
-        self._ask_bank([_Row(name, np.ones(length, np.int32), *never)] * count)
+        tokens = np.full(length, eos, np.int32)
+        self._ask_bank([_Row(name, tokens, *never)] * count)
     self._bank.remove(name)
 
   async def ask(
@@ -213,17 +214,21 @@ class Batcher:
     few = self._bank.plan.mesh.shape['data']
     size = few if len(rows) <= few else self.batch_size
     examples = []
+    special = self._bank.plan.network.config.ids
+    padded = lambda tokens, length: data.filled_up(
+      [tokens], length, 'encoder_input_tokens', special.pad
+    )[0]
     for row in rows:
       target = no_target
       if row.targets is not None:
-        target = np.pad(row.targets, (0, len(no_target) - len(row.targets)))
-      inputs = np.pad(row.tokens, (0, self.input_length - len(row.tokens)))
-      example = seqio_task.model_features(inputs, target)
+        target = padded(row.targets, len(no_target))
+      inputs = padded(row.tokens, self.input_length)
+      example = seqio_task.model_features(inputs, target, special)
       weights = np.arange(len(target)) < len(
         no_target if row.targets is None else row.targets
       )
       example['decoder_loss_weights'] = weights.astype(np.int32)
       examples.append(example)
-    for which, batch in data.padded_batches(examples, size):
+    for which, batch in data.padded_batches(examples, size, pad=special.pad):
       filled = np.pad(which, (0, size - len(which)), 'edge')
       yield which, [rows[i].name for i in filled], batch

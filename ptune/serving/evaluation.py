@@ -79,8 +79,13 @@ class Evaluation:
     self._seed, self.split = seed, split
     seqio_task.check(task, feature_lengths, split, use_cached)
     write = directory is not None and jax.process_index() == 0
+    self._ids = plan.network.config.ids
     examples = Examples(
-      split, dict(feature_lengths), num_examples, directory if write else None
+      split,
+      dict(feature_lengths),
+      num_examples,
+      directory if write else None,
+      self._ids,
     )
     if isinstance(task, TextTask):
       self.metrics = TextMetrics(task, examples)
@@ -154,7 +159,7 @@ class Evaluation:
       Stopped: If should_stop said so.
     """
     for rows, batch in data.eval_batches(
-      dataset, self.batch_size, self._multiple
+      dataset, self.batch_size, self._multiple, self._ids.pad
     ):
       if should_stop():
         raise Stopped

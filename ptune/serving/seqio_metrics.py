@@ -6,13 +6,45 @@ from typing import Any
 
 import numpy as np
 import seqio
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from ptune.data import seqio_rows
 from ptune.errors import UserError
+from ptune.model.sizes import TokenIds
 from ptune.serving import predictions as predictions_lib
 from ptune.serving.text_metrics import Examples, Scores, say_trimmed
 from ptune.training import report as report_lib
+
+
+class FeatureConverter(seqio.EncDecFeatureConverter):
+  """SeqIO's, without packing, with a model's special tokens in place of 0."""
+
+  def __init__(self, ids: TokenIds):
+    super().__init__(pack=False, bos_id=ids.start)
+    self._pad = ids.pad
+
+  def _convert_features(self, ds, task_feature_lengths):
+    """Pads first, so that SeqIO finds nothing to pad with its 0."""
+
+    def padded(example):
+      return {
+        name: tf.pad(
+          example[name][:length],
+          [[0, length - tf.minimum(tf.size(example[name]), length)]],
+          constant_values=self._pad,
+        )
+        for name, length in task_feature_lengths.items()
+      }
+
+    return super()._convert_features(ds.map(padded), task_feature_lengths)
+
+  def _convert_example(self, features):
+    example = dict(super()._convert_example(features))
+    targets = features['targets']
+    # SeqIO's leave out the token 0, whatever it is.
+    example['decoder_loss_weights'] = tf.cast(targets != self._pad, tf.int32)
+    return example
 
 
 class SeqioMetrics:
@@ -34,8 +66,8 @@ class SeqioMetrics:
     Raises:
       UserError: If the split is missing or empty.
     """
-    split, lengths, count, directory = examples
-    converter = seqio.EncDecFeatureConverter(pack=False)
+    split, lengths, count, directory, ids = examples
+    converter = FeatureConverter(ids)
     self._evaluator = seqio.Evaluator(
       task.name,
       converter,
@@ -68,7 +100,7 @@ class SeqioMetrics:
         dataset = dataset.enumerate().cache()
       else:
         continue
-      rows, full = _count(dataset)
+      rows, full = _count(dataset, ids.pad)
       if not rows:
         raise UserError(f'split {split!r} of task {part.name!r} is empty')
       if full:  # Then some may have been longer, and are read once more.
@@ -107,14 +139,14 @@ class SeqioMetrics:
     }
 
 
-def _count(dataset: Any) -> tuple[int, bool]:
+def _count(dataset: Any, pad: int) -> tuple[int, bool]:
   """The rows of a data set, and whether any fills its length."""
   names = ('encoder_input_tokens', 'decoder_target_tokens')
   rows, full = 0, False
   for _, example in dataset.as_numpy_iterator():
     rows += 1
     full = full or any(
-      len(example[name]) and example[name][-1] != 0 for name in names
+      len(example[name]) and example[name][-1] != pad for name in names
     )
   return rows, full
 

@@ -219,6 +219,11 @@ def make(args: argparse.Namespace, web: Any) -> Any:
       f'the vocabulary has {vocabulary.vocab_size} ids, and the base'
       f' {config.vocab_size}; give that of the base as --vocabulary'
     )
+  if vocabulary.eos_id != config.ids.eos:
+    raise UserError(
+      f'the vocabulary ends texts with the token {vocabulary.eos_id}, and the'
+      f' base with {config.ids.eos}; give that of the base as --vocabulary'
+    )
   prompts = bank_lib.parse(args.prompts) if args.prompts else {}
   bank = predictor.load_bank(
     config,

@@ -9,7 +9,9 @@ import numpy as np
 from absl import logging
 
 from ptune.data import seqio_task
+from ptune.data.batches import filled_up
 from ptune.errors import UserError
+from ptune.model.sizes import TokenIds
 from ptune.serving import predictions as predictions_lib
 from ptune.tasks.texts import TextTask
 from ptune.training import report as report_lib
@@ -25,12 +27,14 @@ class Examples(NamedTuple):
     lengths: TASK_FEATURE_LENGTHS.
     count: Only the first so many; all if None.
     directory: Where predictions are written; nowhere if None.
+    ids: The model's special tokens.
   """
 
   split: str
   lengths: dict[str, int]
   count: int | None
   directory: os.PathLike[str] | None
+  ids: TokenIds = TokenIds()
 
 
 class TextMetrics:
@@ -47,13 +51,13 @@ class TextMetrics:
       UserError: There are none.
     """
     self._task, self._examples = task, examples
-    split, lengths, count, _ = examples
+    split, lengths, count, _, ids = examples
     self._texts = task.examples(split)[:count]
     if not self._texts:
       raise UserError(f'split {split!r} of task {task.name!r} is empty')
     rows, trimmed = [], dict.fromkeys(seqio_task.FEATURES, 0)
     for i, texts in enumerate(self._texts):
-      features, cut = _features(task, lengths, texts)
+      features, cut = _features(task, lengths, texts, ids)
       rows.append((i, features))
       for name in cut:
         trimmed[name] += 1
@@ -131,18 +135,18 @@ class TextMetrics:
     predictions_lib.write(directory, self._task.name, step, records)
 
 
-def _features(task: TextTask, lengths, texts):
+def _features(task: TextTask, lengths, texts, ids: TokenIds):
   """Model features, padded to the lengths, and which texts were cut."""
-  ids, cut = {}, []
+  of, cut = {}, []
   for name in seqio_task.FEATURES:
     tokens, room = task.vocabulary.encode(texts[name]), lengths[name] - 1
     cut += [name] if len(tokens) > room else []
-    ids[name] = np.array([*tokens[:room], task.vocabulary.eos_id], np.int32)
-  features = seqio_task.model_features(ids['inputs'], ids['targets'])
+    of[name] = np.array([*tokens[:room], task.vocabulary.eos_id], np.int32)
+  features = seqio_task.model_features(of['inputs'], of['targets'], ids)
   padded = {}
   for name, values in features.items():
     side = 'inputs' if name.startswith('encoder') else 'targets'
-    padded[name] = np.pad(values, (0, lengths[side] - len(values)))
+    padded[name] = filled_up([values], lengths[side], name, ids.pad)[0]
   return padded, cut
 
 

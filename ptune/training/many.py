@@ -213,16 +213,22 @@ def compile_step(
 
 
 def joined(
-  batches: Sequence[Mapping[str, np.ndarray]],
+  batches: Sequence[Mapping[str, np.ndarray]], pad: int = 0
 ) -> dict[str, np.ndarray]:
-  """Puts batches below each other, padded with 0 to the longest."""
+  """Puts batches below each other, padded to the longest.
 
-  def padded(x, length):
-    return np.pad(x, ((0, 0), (0, length - x.shape[1])))
+  Args:
+    batches: Features of T5, by name.
+    pad: The token that fills rows up; weights are filled up with 0.
+  """
+
+  def padded(x, length, value):
+    return np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=value)
 
   result = {}
   for name in batches[0]:
     parts = [batch[name] for batch in batches]
     longest = max(x.shape[1] for x in parts)
-    result[name] = np.concatenate([padded(x, longest) for x in parts])
+    value = pad if name.endswith('_tokens') else 0
+    result[name] = np.concatenate([padded(x, longest, value) for x in parts])
   return result
