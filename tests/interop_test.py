@@ -179,14 +179,17 @@ def test_tied_and_scaled_is_read_as_that(tmp_path, projection):
 @pytest.mark.parametrize(
   'kind, tie', [('T5', False), ('MT5', False), ('MT5', True)]
 )
-def test_tied_but_not_scaled_is_refused(tmp_path, kind, tie):
-  """A "T5 1.1" made by transformers 5 is one that ptune has no network for."""
+def test_tied_but_not_scaled_is_read_as_that(tmp_path, kind, tie):
+  """A "T5 1.1" made by transformers 5 is such a one."""
   model = _fresh(kind, tie_word_embeddings=tie)
   assert model.lm_head.weight is model.shared.weight
   config = _save(model, tmp_path / 'hf')
   assert config['tie_word_embeddings']
-  with pytest.raises(ValueError, match='but not scaled'):
-    open_checkpoint(tmp_path / 'hf')
+  source = open_checkpoint(tmp_path / 'hf')
+  assert (source.tied, source.scaled) == (True, False)
+  case = _case()
+  expected = _logits(model, case)
+  layouts.assert_logits(layouts.logits(tmp_path / 'hf', case), expected, case)
 
 
 # ---- Prompts, out -----------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Hugging Face directories of T5, T5 1.1, mT5, FLAN-T5 and ByT5.
+"""Hugging Face directories of T5, mT5 and UMT5, in all their versions.
 
-config.json        sizes, activation, whether the output layer is tied
+config.json        sizes, activation, whether the output layer is tied, ids
 model.safetensors  or shards, and model.safetensors.index.json
 """
 
@@ -25,20 +25,21 @@ from ptune.convert.source import (
   sizes,
 )
 from ptune.errors import UserError
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import T5Config, TokenIds
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
+GENERATION = 'generation_config.json'
 STEP = 'step'  # In the metadata of the weights.
 
 # Rows of the embedding by which these are known.
 BYT5 = 384
 MT5 = 250112
 
-# Beside these, mT5 and T5 are one network; umT5 has a position bias in every
-# layer.
-MODEL_TYPES = ('t5', 'mt5')
+# mT5 and T5 are one network; UMT5 has a position bias in every layer.
+PER_LAYER = 'umt5'
+MODEL_TYPES = ('t5', 'mt5', PER_LAYER)
 
 # feed_forward_proj -> mlp_activations. Its 'gated-gelu' is the tanh
 # approximation, as is ptune's gelu; its plain 'gelu' is not, hence absent.
@@ -51,6 +52,9 @@ ACTIVATIONS = {
   'gated-gelu_new': ('gelu', 'linear'),
   'gated-silu': ('silu', 'linear'),
 }
+
+# What transformers calls these activations, once it has read the above.
+DENSE_ACT_FN = {'gelu': 'gelu_new'}
 
 # config.json's name for a size of T5Config, and the name that stands for it
 # where that is absent.
@@ -75,6 +79,7 @@ def open_huggingface(path: epath.Path) -> Source:
   """
   config = read_json(path / CONFIG)
   activations = _activations(config, path / CONFIG)
+  ids = _token_ids(config, path)
   tensors, metadata = _tensors(path)
   blocks = {
     stack: sorted(
@@ -86,16 +91,27 @@ def open_huggingface(path: epath.Path) -> Source:
     )
     for stack in ('encoder', 'decoder')
   }
-  table = layout(blocks['encoder'], blocks['decoder'])
-  embedding = next((n for n in EMBEDDINGS if n in tensors), EMBEDDINGS[0])
+  embedding, own = _embeddings(path, tensors)
+  table = layout(
+    blocks['encoder'],
+    blocks['decoder'],
+    config.get('model_type') == PER_LAYER,
+    own is not None,
+  )
   table[EMBEDDING] = (embedding, False)
   leaves = {
     ours: _transposed(tensors[theirs]) if transposed else tensors[theirs]
     for ours, (theirs, transposed) in table.items()
     if theirs in tensors
   }
-  if _tied(config, tensors.get(embedding), tensors.get(HEAD), path):
+  tied, scaled = _output(config, tensors.get(embedding), tensors.get(HEAD))
+  if tied:
     leaves.pop(LOGITS, None)
+  if tied and own is not None and not _is_shared(tensors, embedding):
+    raise UserError(
+      f'{path}: the output layer is tied to {EMBEDDINGS[0]}, and the encoder'
+      f" reads another embedding, {embedding}; ptune ties it to the encoder's"
+    )
   used = {table[ours][0] for ours in leaves}
   ignored = set(tensors) - used
   _refuse_unknown(path, ignored - {*EMBEDDINGS, STRAY, HEAD})
@@ -105,6 +121,8 @@ def open_huggingface(path: epath.Path) -> Source:
     step=_step(metadata),
     leaves=leaves,
     activations=activations,
+    scaled=scaled,
+    ids=ids,
     ignored={name: nbytes(tensors[name]) for name in sorted(ignored)},
   )
   _check_config(config, source)
@@ -140,21 +158,24 @@ def write_huggingface(
       f'mlp_activations {config.mlp_activations} have no feed_forward_proj; '
       f'known: {sorted(projections)}'
     )
-  # A tied mT5 would not be scaled by transformers.
-  tied = config.logits_via_embedding
-  kind = 'mt5' if config.vocab_size == MT5 and not tied else 't5'
+  tied, scaled = config.logits_via_embedding, config.scales_outputs
+  kind = 't5'
+  if config.relative_attention_per_layer:
+    kind = PER_LAYER
+  elif config.vocab_size == MT5 and not scaled:  # transformers scales no mT5.
+    kind = 'mt5'
   said: dict[str, Any] = {
     'architectures': [f'{kind.upper()}ForConditionalGeneration'],
-    'decoder_start_token_id': 0,
+    'decoder_start_token_id': config.ids.start,
     'dropout_rate': 0.1,
-    'eos_token_id': 1,
+    'eos_token_id': config.ids.eos,
     'feed_forward_proj': projections[config.mlp_activations],
     'initializer_factor': 1.0,
     'is_encoder_decoder': True,
     'layer_norm_epsilon': 1e-06,
     'model_type': kind,
     'output_past': True,
-    'pad_token_id': 0,
+    'pad_token_id': config.ids.pad,
     'relative_attention_max_distance': 128,
     # transformers takes this for "the logits are scaled", too.
     'tie_word_embeddings': tied,
@@ -164,12 +185,17 @@ def write_huggingface(
       for ours, (theirs, _) in CONFIG_SIZES.items()
     },
   }
+  if scaled != tied:
+    said['scale_decoder_outputs'] = scaled
   if config.vocab_size == BYT5:
     said['tokenizer_class'] = 'ByT5Tokenizer'
   text = json.dumps(said, indent=2, sort_keys=True)
   (directory / CONFIG).write_text(text + '\n')
   table = layout(
-    range(config.num_encoder_layers), range(config.num_decoder_layers)
+    range(config.num_encoder_layers),
+    range(config.num_decoder_layers),
+    config.relative_attention_per_layer,
+    config.decoder_embedding,
   )
   tensors = {}
   for ours, leaf in leaves.items():
@@ -199,7 +225,7 @@ def _activations(
 ) -> tuple[str, ...]:
   """The MLP's activations; refuses networks other than T5's."""
   # Published T5 1.0 configurations have no feed_forward_proj.
-  default = 'gated-gelu' if config.get('model_type') == 'mt5' else 'relu'
+  default = 'relu' if config.get('model_type') == 't5' else 'gated-gelu'
   projection = str(config.get('feed_forward_proj', default))
   wrong = []
   if config.get('model_type') not in MODEL_TYPES:
@@ -210,11 +236,18 @@ def _activations(
     wrong.append(
       f'feed_forward_proj {projection!r}: expected one of {tuple(ACTIVATIONS)}'
     )
+  activations = ACTIVATIONS.get(projection, ('?',))
+  act = DENSE_ACT_FN.get(activations[0], activations[0])
   for key, value in (
     ('layer_norm_epsilon', 1e-6),
     ('relative_attention_max_distance', 128),
+    # transformers takes these where they contradict feed_forward_proj.
+    ('dense_act_fn', act),
+    ('is_gated_act', len(activations) > 1),
+    ('tie_encoder_decoder', False),
+    ('quantization_config', None),
   ):
-    if config.get(key, value) != value:
+    if config.get(key, value) != value and '?' not in activations:
       wrong.append(f'{key} {config[key]}: expected {value}')
   if wrong:
     raise UserError(
@@ -276,13 +309,81 @@ def _transposed(leaf: Leaf) -> Leaf:
   )
 
 
-def _tied(
-  config: Mapping[str, Any],
-  embedding: Leaf | None,
-  head: Leaf | None,
-  path: epath.Path,
-) -> bool:
-  """Whether the scaled embedding makes the logits.
+def _token_ids(config: Mapping[str, Any], path: epath.Path) -> TokenIds:
+  """The special tokens, as transformers takes them.
+
+  Generation is told by generation_config.json, where there is one.
+  """
+  generation = path / GENERATION
+  told = read_json(generation) if generation.exists() else {}
+  said = {
+    key: told.get(key, config.get(key, default))
+    for key, default in (
+      ('pad_token_id', 0),
+      ('eos_token_id', 1),
+      ('decoder_start_token_id', None),
+    )
+  }
+  eos = said['eos_token_id']
+  if isinstance(eos, list) and eos:
+    if len(eos) > 1:
+      logging.warning(
+        '%s: answers end with any of the tokens %s; ptune ends them with %s'
+        ' only',
+        path,
+        eos,
+        eos[0],
+      )
+    said['eos_token_id'] = eos[0]
+  if said['decoder_start_token_id'] is None:
+    said['decoder_start_token_id'] = said['pad_token_id']
+  wrong = {
+    key: value
+    for key, value in said.items()
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0
+  }
+  if wrong:
+    raise UserError(
+      f'{path / CONFIG} describes a model whose special tokens ptune cannot'
+      f' use: {wrong}; expected the id of a token for each'
+    )
+  return TokenIds(
+    pad=said['pad_token_id'],
+    eos=said['eos_token_id'],
+    start=said['decoder_start_token_id'],
+  )
+
+
+def _embeddings(
+  path: epath.Path, tensors: Mapping[str, Leaf]
+) -> tuple[str, str | None]:
+  """The embedding of the encoder, and the decoder's if it has its own.
+
+  torch saves whichever of a shared tensor's names it likes. Where they differ,
+  transformers reads each stack's tokens with its own.
+  """
+  shared, encoder, decoder = EMBEDDINGS
+  found = [name for name in (encoder, shared, decoder) if name in tensors]
+  if not found:
+    return shared, None
+  reads = found[0]
+  if shared in tensors and _equal(tensors[reads], tensors[shared]):
+    reads = shared
+  if decoder not in tensors or _equal(tensors[reads], tensors[decoder]):
+    return reads, None
+  logging.info('%s: the decoder has an embedding of its own', path)
+  return reads, decoder
+
+
+def _is_shared(tensors: Mapping[str, Leaf], embedding: str) -> bool:
+  shared = tensors.get(EMBEDDINGS[0])
+  return shared is None or _equal(shared, tensors[embedding])
+
+
+def _output(
+  config: Mapping[str, Any], embedding: Leaf | None, head: Leaf | None
+) -> tuple[bool, bool]:
+  """Whether the embedding makes the logits, and whether they are scaled.
 
   The tensors decide: transformers 5 writes tie_word_embeddings true even where
   the head is distinct. Only a head that is a mere copy of the embedding leaves
@@ -292,28 +393,19 @@ def _tied(
   if scaled is None and config.get('model_type') == 'mt5':
     scaled = False  # transformers 5 never scales an mT5's logits.
   if head is None:
-    if scaled is False:
-      raise UserError(
-        f'{path}: there is no {HEAD}, and by {CONFIG} (an mT5, or '
-        'scale_decoder_outputs false) the logits are made with the embedding, '
-        'but not scaled. ptune has only the scaled form '
-        '(logits_via_embedding). If the file is whole, save the model with '
-        f'its own head: {HEAD} as a copy of {EMBEDDINGS[0]}.'
-      )
-    if config.get('tie_word_embeddings') is False:
+    if scaled is None and config.get('tie_word_embeddings') is False:
       logging.warning(
-        '%s: %s says tie_word_embeddings false, but there is no %s: the scaled '
-        'embedding makes the logits',
-        path,
+        '%s says tie_word_embeddings false, but there is no %s: the scaled'
+        ' embedding makes the logits',
         CONFIG,
         HEAD,
       )
-    return True
+    return True, scaled is not False
   if embedding is None or not _equal(embedding, head):
-    return False
+    return False, bool(scaled)
   if scaled is None:
     scaled = config.get('tie_word_embeddings', True)
-  return bool(scaled)
+  return bool(scaled), bool(scaled)
 
 
 def _equal(a: Leaf, b: Leaf) -> bool:

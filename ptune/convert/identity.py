@@ -32,8 +32,16 @@ FIELDS = (
   'num_decoder_layers',
   'mlp_activations',
   'logits_via_embedding',
+  'scale_decoder_outputs',
+  'decoder_embedding',
+  'relative_attention_per_layer',
+  'ids',
   'relative_attention_num_buckets',
 )
+
+
+# Those that T5X's checkpoints do not tell; the published models' if not given.
+UNTOLD = {'scale_decoder_outputs', 'ids'}
 
 
 def facts(source: Source) -> dict[str, Any]:
@@ -48,7 +56,10 @@ def facts(source: Source) -> dict[str, Any]:
     found['mlp_activations'] = source.activations
   elif gated is not None:
     found['mlp_activations'] = ('?', 'linear') if gated else ('?',)
-  return {field: found[field] for field in FIELDS if field in found}
+  found |= {'scale_decoder_outputs': source.scaled, 'ids': source.ids}
+  return {
+    field: found[field] for field in FIELDS if found.get(field) is not None
+  }
 
 
 def names(found: Mapping[str, Any]) -> list[str]:
@@ -56,7 +67,7 @@ def names(found: Mapping[str, Any]) -> list[str]:
 
   Several where one network has several names, none where a fact is missing.
   """
-  if set(found) != set(FIELDS):
+  if set(FIELDS) - set(found) - UNTOLD:
     return []
   return [
     name for name, config in SIZES.items() if not _differing(found, config)
@@ -75,7 +86,7 @@ def config(source: Source, **changes: Any) -> T5Config:
     ValueError: it holds no whole model.
   """
   found = facts(source)
-  missing = sorted(set(FIELDS) - set(found))
+  missing = sorted(set(FIELDS) - set(found) - UNTOLD)
   if missing:
     raise UserError(
       f'The {source.describe()} is no whole model: it does not tell {missing}.'
@@ -83,6 +94,8 @@ def config(source: Source, **changes: Any) -> T5Config:
   if '?' in found['mlp_activations']:
     gated = len(found['mlp_activations']) == 2
     found['mlp_activations'] = ('gelu', 'linear') if gated else ('relu',)
+  if found.get('scale_decoder_outputs') == found['logits_via_embedding']:
+    del found['scale_decoder_outputs']  # As in T5.
   return T5Config(**{**found, **changes})
 
 
@@ -144,7 +157,7 @@ def check_config(source: Source, config: T5Config) -> None:
   theirs = names(found)
   ours = [name for name in SIZES if not _differing(_all(config), SIZES[name])]
   rows = [('', 'checkpoint', 'model')]
-  rows += [(f, str(found[f]), str(getattr(config, f))) for f in differing]
+  rows += [(f, str(found[f]), str(_value(config, f))) for f in differing]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   table = '\n'.join(
     '  ' + '  '.join(map(str.ljust, row, widths)).rstrip() for row in rows
@@ -162,12 +175,18 @@ def check_config(source: Source, config: T5Config) -> None:
 
 
 def _all(config: T5Config) -> dict[str, Any]:
-  return {field: getattr(config, field) for field in FIELDS}
+  return {field: _value(config, field) for field in FIELDS}
+
+
+def _value(config: T5Config, field: str) -> Any:
+  if field == 'scale_decoder_outputs':
+    return config.scales_outputs
+  return getattr(config, field)
 
 
 def _differing(found: Mapping[str, Any], config: T5Config) -> list[str]:
   def same(field: str) -> bool:
-    got, expected = found[field], getattr(config, field)
+    got, expected = found[field], _value(config, field)
     if field != 'mlp_activations':
       return got == expected
     return len(got) == len(expected) and all(
@@ -183,6 +202,8 @@ def base_leaves(source: Source) -> dict[str, Leaf]:
   table = layout(
     range(found.get('num_encoder_layers', 0)),
     range(found.get('num_decoder_layers', 0)),
+    found.get('relative_attention_per_layer', False),
+    found.get('decoder_embedding', False),
   )
   return {path: leaf for path, leaf in source.leaves.items() if path in table}
 

@@ -6,7 +6,7 @@ directions.
 
 from collections.abc import Iterable
 
-from ptune.convert.source import EMBEDDING, LOGITS, Shape
+from ptune.convert.source import DECODER_EMBEDDING, EMBEDDING, LOGITS, Shape
 from ptune.model.sizes import T5Config
 
 HEAD = 'lm_head.weight'
@@ -49,7 +49,10 @@ SUBLAYERS = {
 
 
 def layout(
-  encoder_layers: Iterable[int], decoder_layers: Iterable[int]
+  encoder_layers: Iterable[int],
+  decoder_layers: Iterable[int],
+  relative_attention_per_layer: bool = False,
+  decoder_embedding: bool = False,
 ) -> dict[str, tuple[str, bool]]:
   """Maps T5X parameters to (Hugging Face name, transposed).
 
@@ -59,21 +62,30 @@ def layout(
   Args:
     encoder_layers: Numbers of the encoder's layers.
     decoder_layers: Numbers of the decoder's layers.
+    relative_attention_per_layer: As in T5Config.
+    decoder_embedding: As in T5Config.
 
   Returns:
     Every parameter that one or another member of the family has: gated and
     plain MLPs, with and without an output kernel.
   """
   table = {EMBEDDING: (EMBEDDINGS[0], False), LOGITS: (HEAD, True)}
+  if decoder_embedding:
+    table[DECODER_EMBEDDING] = (EMBEDDINGS[2], False)
   for stack, layers in (
     ('encoder', encoder_layers),
     ('decoder', decoder_layers),
   ):
-    bias = 'block.0.layer.0.SelfAttention.relative_attention_bias.weight'
-    table[f'{stack}/relpos_bias/rel_embedding'] = (f'{stack}.{bias}', True)
+    bias = 'layer.0.SelfAttention.relative_attention_bias.weight'
+    if not relative_attention_per_layer:
+      theirs = f'{stack}.block.0.{bias}'
+      table[f'{stack}/relpos_bias/rel_embedding'] = (theirs, True)
     norm = f'{stack}.final_layer_norm.weight'
     table[f'{stack}/{stack}_norm/scale'] = (norm, False)
     for i in layers:
+      if relative_attention_per_layer:
+        theirs = f'{stack}.block.{i}.{bias}'
+        table[f'{stack}/layers_{i}/relpos_bias/rel_embedding'] = (theirs, True)
       for j, (module, norm, theirs, kernels) in enumerate(SUBLAYERS[stack]):
         ours, block = f'{stack}/layers_{i}', f'{stack}.block.{i}.layer.{j}'
         table[f'{ours}/{norm}/scale'] = (f'{block}.layer_norm.weight', False)
@@ -89,6 +101,7 @@ def shapes(config: T5Config) -> dict[str, Shape]:
   joined = config.num_heads * config.head_dim
   by_name = {
     EMBEDDING: (config.vocab_size, embed),
+    DECODER_EMBEDDING: (config.vocab_size, embed),
     LOGITS: (embed, config.vocab_size),
     'rel_embedding': (config.num_heads, config.relative_attention_num_buckets),
     'scale': (embed,),
@@ -101,7 +114,10 @@ def shapes(config: T5Config) -> dict[str, Shape]:
   absent = {'wi'} if gated else {'wi_0', 'wi_1'}
   found = {}
   for path in layout(
-    range(config.num_encoder_layers), range(config.num_decoder_layers)
+    range(config.num_encoder_layers),
+    range(config.num_decoder_layers),
+    config.relative_attention_per_layer,
+    config.decoder_embedding,
   ):
     *_, module, name = path.split('/')
     if module in absent or (path == LOGITS and config.logits_via_embedding):

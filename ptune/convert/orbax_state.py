@@ -14,7 +14,8 @@ from typing import Any
 from etils import epath
 
 from ptune import paths
-from ptune.convert.source import Source, refuse_scanned
+from ptune.convert.scanned import unrolled
+from ptune.convert.source import Source
 from ptune.convert.zarr import file_store, open_arrays, subdirectory
 from ptune.errors import UserError
 
@@ -55,7 +56,8 @@ def open_orbax(path: epath.Path) -> Source:
   leaves = {
     '/'.join(key[1:]): arrays[_name(key)] for key in wanted if key != step
   }
-  refuse_scanned(path, {name: leaf.shape for name, leaf in leaves.items()})
+  if kind != 'ptune':  # A run's have one set of parameters a layer.
+    leaves = unrolled(path, leaves)
   return Source(
     path=str(path),
     kind=kind,

@@ -19,13 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptune.errors import UserError
-from ptune.model import parameters
+from ptune.model import parameters, scan
+from ptune.model.sizes import TokenIds
 
 Index = tuple[slice, ...]
 Shape = tuple[int, ...]
 
 EMBEDDING = parameters.EMBEDDING
 LOGITS = 'decoder/logits_dense/kernel'
+DECODER_EMBEDDING = 'decoder_token_embedder/embedding'
 
 # Values looked at in one go; bounds the memory of what is made of them.
 _PART = 1 << 22
@@ -71,6 +73,9 @@ class Source:
     leaves: The model's parameters, by T5X's path.
     activations: Of the MLP, as in T5Config; None where the files do not say
       (`gated` is known from the names nevertheless).
+    scaled: Whether the output layer's input is scaled; None where the files
+      do not say.
+    ids: The special tokens; None where the files do not say.
     ignored: What lies beside the parameters and is never read, by name:
       optimizer state, second copies. With their bytes, None where the files
       do not say.
@@ -81,6 +86,8 @@ class Source:
   step: int | None
   leaves: Mapping[str, Leaf]
   activations: tuple[str, ...] | None = None
+  scaled: bool | None = None
+  ids: TokenIds | None = None
   ignored: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
 
   @property
@@ -123,8 +130,9 @@ def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
   Returns:
     Those of vocab_size, emb_dim, num_heads, head_dim, mlp_dim, gated,
-    num_encoder_layers, num_decoder_layers, relative_attention_num_buckets and
-    logits_via_embedding that can be told, under these names.
+    num_encoder_layers, num_decoder_layers, relative_attention_num_buckets,
+    relative_attention_per_layer, decoder_embedding and logits_via_embedding
+    that can be told, under these names.
   """
 
   def matrix(pattern: str) -> Shape | None:
@@ -145,6 +153,9 @@ def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     if query and bias[0]:
       result['head_dim'] = query[1] // bias[0]
     result['relative_attention_num_buckets'] = bias[1]
+    result['relative_attention_per_layer'] = (
+      matrix('*/layers_*/relpos_bias/rel_embedding') is not None
+    )
   if mlp := matrix('*/layers_*/mlp/wi*/kernel'):
     result['mlp_dim'] = mlp[1]
     result['gated'] = matrix('*/layers_*/mlp/wi_1/kernel') is not None
@@ -153,6 +164,7 @@ def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
       result[f'num_{stack}_layers'] = count
   if EMBEDDING in shapes:
     result['logits_via_embedding'] = LOGITS not in shapes
+    result['decoder_embedding'] = DECODER_EMBEDDING in shapes
   return result
 
 
@@ -205,7 +217,9 @@ def restore(
   """
   _check(source, abstract, _predicate(ignore))
   arrays, broken = {}, {}
-  for path in sorted(abstract, key=lambda path: -nbytes(source.leaves[path])):
+  # Layers that lie in one array of the checkpoint are read one after the other.
+  order = lambda path: (-nbytes(source.leaves[path]), scan.of_all(path))
+  for path in sorted(abstract, key=order):
     spec = abstract[path]
     cast = jnp.dtype(spec.dtype if dtype is None else dtype)
     arrays[path], finite = _place(source.leaves[path], spec, cast)
@@ -221,25 +235,6 @@ def restore(
       'dtype; take an earlier one or float32.'
     )
   return {path: arrays[path] for path in abstract}
-
-
-def refuse_scanned(path: Any, shapes: Mapping[str, Shape]) -> None:
-  """Raises ValueError where layers are stacked in one array (T5X's scan)."""
-  stacked = [
-    f'  {name} {_text(shape)}'
-    for name, shape in sorted(shapes.items())
-    if re.match(r'(encoder|decoder)/(?!layers_\d)', name)
-    and name.endswith('/kernel')
-    and len(shape) > 2
-  ]
-  if stacked:
-    raise UserError(
-      f'{path} was trained with scanned layers: one array holds the kernels '
-      'of all layers.\n'
-      + '\n'.join(stacked)
-      + '\nThis is not supported (umT5 is saved so); use a checkpoint with '
-      'separate layers_0, layers_1, ...'
-    )
 
 
 def _bounds(index: Index | None, shape: Shape) -> Index:

@@ -20,7 +20,8 @@ from etils import epath
 from flax import serialization, traverse_util
 
 from ptune import paths
-from ptune.convert.source import Leaf, Shape, Source, refuse_scanned
+from ptune.convert.scanned import unrolled
+from ptune.convert.source import Leaf, Shape, Source
 from ptune.convert.zarr import (
   file_store,
   open_arrays,
@@ -53,12 +54,11 @@ def open_t5x(path: epath.Path) -> Source:
   arrays = open_arrays(path, stores)
   _compare(specs, arrays, path)
   leaves |= arrays
-  refuse_scanned(path, {name: leaf.shape for name, leaf in leaves.items()})
   return Source(
     path=str(path),
     kind='t5x',
     step=_step(optimizer, file),
-    leaves=leaves,
+    leaves=unrolled(path, leaves),
     ignored={
       f'{key}/{name}': _bytes(node)
       for key, tree in optimizer.items()

@@ -33,6 +33,41 @@ from ptune.model.layers import (
 from ptune.model.sizes import T5Config
 
 
+def _relative_bias(cfg: T5Config, bidirectional: bool) -> RelativePositionBias:
+  """The position bias of a stack, or of a layer."""
+  return RelativePositionBias(
+    cfg.num_heads,
+    bidirectional,
+    cfg.relative_attention_num_buckets,
+    cfg.relative_attention_max_distance,
+    name='relpos_bias',
+  )
+
+
+def _cached_bias(
+  module: nn.Module,
+  bias_of: RelativePositionBias,
+  length: int,
+  cache_index: jax.Array | None,
+) -> jax.Array:
+  """A decoder's position bias, [1, heads, q, k].
+
+  Args:
+    module: Keeps it in the cache while it decodes.
+    bias_of: Makes it.
+    length: Positions that the bias is for, where none is kept yet.
+    cache_index: When decoding, the position of the one query.
+  """
+  if cache_index is not None and module.has_variable('cache', 'cached_bias'):
+    bias = module.get_variable('cache', 'cached_bias')
+    # [1, heads, length, length] -> [1, heads, 1, length]
+    return lax.dynamic_slice_in_dim(bias, cache_index, 1, axis=2)
+  bias = bias_of(length)
+  if cache_index is not None:
+    module.put_variable('cache', 'cached_bias', bias)
+  return bias
+
+
 class EncoderLayer(nn.Module):
   """Self-attention and MLP, each behind a norm and around a residual.
 
@@ -53,6 +88,8 @@ class EncoderLayer(nn.Module):
       broadcast_dims=(-2,),
       deterministic=not enable_dropout,
     )
+    if cfg.relative_attention_per_layer:
+      bias = _relative_bias(cfg, True)(x.shape[1])
     x = adapt(self, place, 'input', x, x)
 
     h = LayerNorm(dtype, name='pre_attention_layer_norm')(x)
@@ -123,6 +160,9 @@ class DecoderLayer(nn.Module):
         name=name,
       )(*inputs, enable_dropout=enable_dropout, **kwargs)
 
+    if cfg.relative_attention_per_layer:
+      made = _relative_bias(cfg, False)
+      bias = _cached_bias(self, made, x.shape[1], cache_index)
     x = adapt(self, place, 'input', x, x)
 
     h = LayerNorm(dtype, name='pre_self_attention_layer_norm')(x)
@@ -184,13 +224,9 @@ class Encoder(nn.Module):
       _refuse_packing(tokens, length)
       mask &= segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     mask = adapt(self, self.placements, 'mask', tokens, mask)
-    bias = RelativePositionBias(
-      cfg.num_heads,
-      True,
-      cfg.relative_attention_num_buckets,
-      cfg.relative_attention_max_distance,
-      name='relpos_bias',
-    )(length)
+    bias = None
+    if not cfg.relative_attention_per_layer:
+      bias = _relative_bias(cfg, True)(length)
 
     dropout = nn.Dropout(
       cfg.dropout_rate,
@@ -262,10 +298,17 @@ class Decoder(nn.Module):
 
   Sites: `embed`, `mask` and `output` as in the encoder, `encoder_mask` (which
   encoded positions are seen).
+
+  Attributes:
+    config: Its sizes.
+    token_embedder: Embeds its tokens.
+    output_embedder: Makes the logits, where an embedding does.
+    placements: The adapters.
   """
 
   config: T5Config
   token_embedder: Embed
+  output_embedder: Embed
   placements: tuple[Placement, ...] = ()
 
   @nn.compact
@@ -305,24 +348,15 @@ class Decoder(nn.Module):
     cache_index = None
     if decode and self.has_variable('cache', 'cache_index'):
       x = x[:, added:]  # What was added lies in the cache.
-      bias = self.get_variable('cache', 'cached_bias')
       cache_index = self.get_variable('cache', 'cache_index')
-      length = bias.shape[-1]
-      # [1, heads, length, length] -> [1, heads, 1, length]
-      bias = lax.dynamic_slice_in_dim(bias, cache_index, 1, axis=2)
-      mask = (jnp.arange(length) <= cache_index)[None, None, None, :]
+      positions = self.get_variable('cache', 'position_embedder_index')
+      length = positions.shape[0]
+      mask = (positions <= cache_index)[None, None, None, :]
       if cfg.decoder_only:  # The first step asks at the last input.
         x = jnp.where(cache_index == added, x, token)
       self.put_variable('cache', 'cache_index', cache_index + 1)
     else:
       length = x.shape[1]
-      bias = RelativePositionBias(
-        cfg.num_heads,
-        False,
-        cfg.relative_attention_num_buckets,
-        cfg.relative_attention_max_distance,
-        name='relpos_bias',
-      )(length)
       positions = jnp.arange(length)
       # [1, 1, q, k] & [batch, 1, 1, k]
       mask = (positions[:, None] >= positions[None, :])[None, None]
@@ -330,11 +364,15 @@ class Decoder(nn.Module):
         mask |= (positions <= added)[None, None, None, :]
       if decode:
         cache_index = jnp.zeros((), jnp.int32)
-        self.put_variable('cache', 'cached_bias', bias)
+        self.put_variable('cache', 'position_embedder_index', positions)
         self.put_variable('cache', 'cache_index', cache_index + added)
       else:
         wanted = target_tokens != cfg.ids.pad
         mask = mask & grow(wanted, length)[:, None, None, :]
+    bias = None
+    if not cfg.relative_attention_per_layer:
+      made = _relative_bias(cfg, False)
+      bias = _cached_bias(self, made, length, cache_index)
     if segment_ids is not None:
       _refuse_packing(encoder_tokens, encoded.shape[1])
       _refuse_packing(tokens, length)
@@ -373,8 +411,10 @@ class Decoder(nn.Module):
     x = x[:, -tokens.shape[1] :]
     x = dropout(LayerNorm(dtype, name='decoder_norm')(x))
     x = adapt(self, place, 'output', tokens, x)
+    if cfg.scales_outputs:
+      x = x * cfg.emb_dim**-0.5
     if cfg.logits_via_embedding:
-      logits = self.token_embedder.attend(x * cfg.emb_dim**-0.5)
+      logits = self.output_embedder.attend(x)
     else:
       logits = Dense(
         cfg.vocab_size,
@@ -399,12 +439,15 @@ class Transformer(nn.Module):
 
   def setup(self):
     cfg = self.config
-    self.token_embedder = Embed(
-      cfg.vocab_size, cfg.emb_dim, jnp.dtype(cfg.dtype)
+    embed = functools.partial(
+      Embed, cfg.vocab_size, cfg.emb_dim, jnp.dtype(cfg.dtype)
     )
+    self.token_embedder = read = embed()
+    if cfg.decoder_embedding:
+      self.decoder_token_embedder = read = embed()
     encoder = Prefix if cfg.decoder_only else Encoder
     self.encoder = encoder(cfg, self.token_embedder, self.placements)
-    self.decoder = Decoder(cfg, self.token_embedder, self.placements)
+    self.decoder = Decoder(cfg, read, self.token_embedder, self.placements)
 
   def encode(
     self, encoder_input_tokens, encoder_segment_ids=None, enable_dropout=True

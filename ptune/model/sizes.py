@@ -43,6 +43,12 @@ class T5Config:
     mlp_activations: ('gelu', 'linear') in T5 1.1, ('relu',) in T5 1.0.
     logits_via_embedding: T5 1.0's output layer: the embedding, scaled by
       emb_dim**-0.5. Otherwise it has its own kernel.
+    scale_decoder_outputs: Whether what the output layer reads is multiplied by
+      emb_dim**-0.5; if not given, that is so with logits_via_embedding.
+    decoder_embedding: Whether the decoder embeds its tokens with a table of its
+      own. With logits_via_embedding, the encoder's makes the logits.
+    relative_attention_per_layer: Whether each layer has a relative position
+      bias of its own, as in UMT5; otherwise the layers of a stack share one.
     ids: The model's special tokens. Gin files may give them as a dict:
       {'pad': 1, 'eos': 2, 'start': 0}.
     dropout_rate: In training, on inputs, sublayers and attention weights.
@@ -72,6 +78,9 @@ class T5Config:
   num_decoder_layers: int
   mlp_activations: tuple[str, ...] = ('gelu', 'linear')
   logits_via_embedding: bool = False
+  scale_decoder_outputs: bool | None = None
+  decoder_embedding: bool = False
+  relative_attention_per_layer: bool = False
   ids: TokenIds = TokenIds()
   dropout_rate: float = 0.0
   dtype: str = 'float32'
@@ -87,6 +96,13 @@ class T5Config:
   def decoder_only(self) -> bool:
     """Whether the decoder reads the inputs itself, before the targets."""
     return self.num_encoder_layers == 0
+
+  @property
+  def scales_outputs(self) -> bool:
+    """`scale_decoder_outputs`, or what it is if not given."""
+    if self.scale_decoder_outputs is None:
+      return self.logits_via_embedding
+    return self.scale_decoder_outputs
 
   def __post_init__(self):
     # Gin gives a list, and what describes a network must be hashable.

@@ -1,0 +1,288 @@
+"""Models of every family, made by transformers, answer the same here.
+
+They come with `pip install -e '.[test,interop]'`.
+"""
+
+import dataclasses
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ptune.convert import open_checkpoint
+from ptune.convert.conversion import convert
+from ptune.methods import prompt
+from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.model.network import Transformer
+from ptune.model.sizes import TokenIds
+from tests import layouts
+
+WHY = "not installed; pip install -e '.[test,interop]' brings it"
+torch = pytest.importorskip('torch', reason=f'torch is {WHY}')
+transformers = pytest.importorskip(
+  'transformers', reason=f'transformers is {WHY}'
+)
+
+# They warn of one another's deprecations.
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+PROMPT = 3
+DECODED = 8
+BEAMS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A model as transformers makes it.
+
+  Attributes:
+    name: Its class, without ForConditionalGeneration.
+    ids: Its special tokens.
+    head: Whether the output layer has weights of its own.
+    own: Whether the decoder has an embedding of its own.
+    config: What differs from the others in its configuration.
+  """
+
+  name: str = 'T5'
+  ids: TokenIds = TokenIds()
+  head: bool = True
+  own: bool = False
+  config: tuple = (('feed_forward_proj', 'gated-gelu'),)
+
+  def make(self, path):
+    """The model; it is saved at `path`."""
+    torch.manual_seed(1)  # Answers of several lengths.
+    config = getattr(transformers, f'{self.name}Config')(
+      vocab_size=96,
+      d_model=16,
+      d_kv=6,
+      num_heads=3,
+      d_ff=24,
+      num_layers=2,
+      num_decoder_layers=3,
+      initializer_factor=1.0,
+      pad_token_id=self.ids.pad,
+      eos_token_id=self.ids.eos,
+      decoder_start_token_id=self.ids.start,
+      **dict(self.config),
+    )
+    kind = getattr(transformers, f'{self.name}ForConditionalGeneration')
+    model = kind(config).eval()
+    shape = (config.vocab_size, config.d_model)
+    if self.head:
+      model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(*shape))
+    if self.own:
+      embedding = torch.nn.Embedding(*shape)
+      model.decoder.set_input_embeddings(embedding)
+    with torch.no_grad():
+      model.lm_head.weight[self.ids.eos] *= 4  # Some answers end.
+      # What one layer learned must not pass for another's.
+      for name, value in model.named_parameters():
+        if 'relative_attention_bias' in name:
+          value.copy_(torch.randn(*value.shape))
+    model.save_pretrained(path)
+    return model
+
+
+UNSCALED = (('feed_forward_proj', 'gated-gelu'), ('tie_word_embeddings', False))
+KINDS = {
+  'madlad': Kind(ids=TokenIds(pad=1, eos=2), config=UNSCALED),
+  'codet5': Kind(
+    ids=TokenIds(eos=2), head=False, config=(('feed_forward_proj', 'relu'),)
+  ),
+  'ul2': Kind(config=(('feed_forward_proj', 'gated-silu'), *UNSCALED[1:])),
+  'umt5': Kind('UMT5', config=UNSCALED),
+  'pile_t5': Kind('UMT5', ids=TokenIds(pad=1, eos=2), config=UNSCALED),
+  'scaled head': Kind(),
+  'embedding of the decoder': Kind(own=True, config=UNSCALED),
+  'tied but not scaled': Kind(head=False, config=UNSCALED),
+  'tied mt5': Kind('MT5', head=False),
+}
+
+
+@functools.cache
+def made(kind, directory):
+  path = directory / kind.replace(' ', '_')
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    KINDS[kind].make(path)
+    # As whoever uses the directory has it.
+    load = transformers.AutoModelForSeq2SeqLM.from_pretrained
+    return path, load(path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope='module')
+def directory(tmp_path_factory):
+  return tmp_path_factory.mktemp('families')
+
+
+def case_of(ids: TokenIds) -> dict[str, np.ndarray]:
+  """Rows of unequal length, with the tokens that are special elsewhere."""
+  rng = np.random.default_rng(0)
+  inputs, targets = (rng.integers(0, 96, (3, n), np.int32) for n in (7, 5))
+  for tokens in (inputs, targets):
+    tokens[tokens == ids.pad] = 50
+    tokens[:, 1] = [t for t in (0, 1, 2, 3) if t != ids.pad]
+    tokens[1, 4:] = ids.pad
+    tokens[0, -1] = tokens[1, 3] = ids.eos
+  shifted = np.pad(targets, ((0, 0), (1, 0)), constant_values=ids.start)
+  return {
+    'encoder_input_tokens': inputs,
+    'decoder_target_tokens': targets,
+    'decoder_input_tokens': shifted[:, :-1],
+    'decoder_loss_weights': (targets != ids.pad).astype(np.int32),
+  }
+
+
+def rows_of_a_prompt() -> np.ndarray:
+  return np.random.default_rng(1).normal(size=(PROMPT, 16)).astype(np.float32)
+
+
+def theirs(model, case, rows, ids):
+  """What goes into a torch model: the prompt before the embedded tokens."""
+  tokens = torch.tensor(case['encoder_input_tokens'], dtype=torch.long)
+  embedded = model.encoder.embed_tokens(tokens)
+  prompts = rows[None].expand(len(tokens), -1, -1)
+  mask = torch.nn.functional.pad(
+    (tokens != ids.pad).long(), (PROMPT, 0), value=1
+  )
+  return {
+    'inputs_embeds': torch.cat([prompts, embedded], 1),
+    'attention_mask': mask,
+  }
+
+
+def ours(path, scan=False):
+  """The model that ptune reads, with a prompt: network and parameters."""
+  config, arrays = layouts.restored(path)
+  config = dataclasses.replace(config, scan=scan)
+  net = Transformer(config, prompt.prompt(PROMPT).placements)
+  return EncoderDecoderModel(net, z_loss=0.0), arrays
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_loss_and_gradient_of_a_prompt_are_those_of_transformers(
+  directory, kind
+):
+  path, model = made(kind, directory)
+  ids = KINDS[kind].ids
+  case, value = case_of(ids), rows_of_a_prompt()
+  rows = torch.tensor(value, requires_grad=True)
+  labels = torch.tensor(case['decoder_target_tokens'], dtype=torch.long)
+  want = model(
+    **theirs(model, case, rows, ids),
+    decoder_input_ids=torch.tensor(case['decoder_input_tokens']).long(),
+  ).logits
+  want_loss = torch.nn.functional.cross_entropy(
+    want.flatten(0, 1),
+    labels.flatten(),
+    ignore_index=ids.pad,
+    reduction='sum',
+  )
+  want_loss.backward()
+
+  asked, arrays = ours(path, scan=kind == 'pile_t5')
+  assert asked.network.config.ids == ids
+
+  def loss(rows):
+    params = layouts.nested({**arrays, prompt.PATH: rows})
+    return asked.loss(params, case)[0], asked.logits(params, case)
+
+  (got_loss, got), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+    jnp.asarray(value)
+  )
+  layouts.assert_logits(np.asarray(got), want.detach().numpy(), case, atol=1e-4)
+  np.testing.assert_allclose(got_loss, want_loss.item(), rtol=1e-5)
+  np.testing.assert_allclose(
+    gradient, rows.grad.numpy(), atol=1e-4 * float(np.abs(rows.grad).max())
+  )
+
+
+@pytest.mark.parametrize('kind', ['madlad', 'codet5', 'umt5', 'pile_t5'])
+@pytest.mark.parametrize('beams', [1, BEAMS])
+def test_answers_are_those_of_transformers(directory, kind, beams):
+  path, model = made(kind, directory)
+  ids = KINDS[kind].ids
+  case, value = case_of(ids), rows_of_a_prompt()
+  with torch.no_grad():
+    want = model.generate(
+      **theirs(model, case, torch.tensor(value), ids),
+      max_new_tokens=DECODED,
+      do_sample=False,
+      num_beams=beams,
+      length_penalty=0.0,
+      early_stopping='never' if beams > 1 else False,
+      # Its cache takes the decoder to be as deep as the encoder.
+      use_cache=False,
+    )[:, 1:].numpy()
+  want = np.pad(
+    want, ((0, 0), (0, DECODED - want.shape[1])), constant_values=ids.pad
+  )
+  # transformers fills up with EOS where padding is 0.
+  over = np.cumsum(want == ids.eos, axis=1) - (want == ids.eos) > 0
+  want = np.where(over, ids.pad, want)
+  ended = (want == ids.eos).any(axis=1)
+  assert ended.any()
+  asked, arrays = ours(path, scan=kind == 'pile_t5')
+  params = layouts.nested({**arrays, prompt.PATH: jnp.asarray(value)})
+  how = Decoding(num_beams=beams, alpha=0.0)
+  predict = jax.jit(lambda p, x: asked.predict(p, x, DECODED, how))
+  tokens, scores = predict(params, case['encoder_input_tokens'])
+  # An answer that has not ended comes last here, by its score there.
+  same = np.all(tokens == want, axis=1)
+  assert same[ended].any()
+  score = jax.jit(asked.score)
+
+  def scored(tokens):
+    shifted = np.pad(tokens, ((0, 0), (1, 0)), constant_values=ids.start)
+    answers = {
+      'encoder_input_tokens': case['encoder_input_tokens'],
+      'decoder_target_tokens': tokens.astype(np.int32),
+      'decoder_input_tokens': shifted[:, :-1].astype(np.int32),
+      'decoder_loss_weights': (tokens != ids.pad).astype(np.int32),
+    }
+    return score(params, answers)
+
+  # A score is the log probability of its answer.
+  np.testing.assert_allclose(scores, scored(np.asarray(tokens)), atol=1e-4)
+  if beams == 1:
+    assert same.all()
+  # transformers ends a beam only where that is among the best, as T5X does not:
+  # an answer that it has not found is a better one.
+  other = ended & ~same
+  assert (scores > scored(want) + 1e-3)[other].all()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_what_is_written_is_read_by_transformers_as_it_was(
+  directory, tmp_path, kind
+):
+  path, model = made(kind, directory)
+  convert(path, 'huggingface', tmp_path / 'again')
+  load = transformers.AutoModelForSeq2SeqLM.from_pretrained
+  again = load(tmp_path / 'again').eval()
+  case = case_of(KINDS[kind].ids)
+  inputs = {
+    'input_ids': torch.tensor(case['encoder_input_tokens']).long(),
+    'decoder_input_ids': torch.tensor(case['decoder_input_tokens']).long(),
+  }
+  with torch.no_grad():
+    got, want = (m(**inputs).logits.numpy() for m in (again, model))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  for name in ('pad_token_id', 'eos_token_id', 'decoder_start_token_id'):
+    assert getattr(again.config, name) == getattr(model.config, name)
+    assert getattr(again.generation_config, name) == getattr(
+      model.generation_config, name
+    )
+
+
+def test_a_t5x_checkpoint_of_an_umt5_is_the_same_model(directory, tmp_path):
+  path, _ = made('umt5', directory)
+  convert(path, 't5x', tmp_path / 't5x')
+  assert (
+    open_checkpoint(tmp_path / 't5x').shapes == open_checkpoint(path).shapes
+  )
+  layouts.assert_same(layouts.read(tmp_path / 't5x'), layouts.read(path))
