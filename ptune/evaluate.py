@@ -59,7 +59,9 @@ def evaluate(
     raise UserError('EVAL_SPLIT is None; name the split to evaluate')
   task = seqio_task.load(data.task, data.module)
   seqio_task.check(task, data.feature_lengths, split, data.use_cached)
-  seqio_task.check_vocabulary(task, config.vocab_size, config.ids)
+  seqio_task.check_vocabulary(
+    task, config.vocab_size, config.ids, trained.checkpoint_path
+  )
   if prompts is not None:
     named = predictor.named_prompts(trained, method)
     if ensemble.NAME in named:

@@ -79,7 +79,9 @@ def infer(
     raise UserError(f'INFER_MODE is {mode!r}; it must be one of {MODES}')
   settings.check(data)
   task = seqio_task.load(data.task, data.module)
-  seqio_task.check_vocabulary(task, config.vocab_size, config.ids)
+  seqio_task.check_vocabulary(
+    task, config.vocab_size, config.ids, trained.checkpoint_path
+  )
   vocabulary = seqio_task.vocabulary(task)
   named, default_prompt = None, trained.default_prompt
   if trained.prompts is not None:

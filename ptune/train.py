@@ -102,7 +102,9 @@ def train(
   directory = checkpoints.run_directory(model_dir)
   task = seqio_task.load(data.task, data.module)
   seqio_task.check(task, data.feature_lengths, 'train', data.use_cached)
-  seqio_task.check_vocabulary(task, config.vocab_size, config.ids)
+  seqio_task.check_vocabulary(
+    task, config.vocab_size, config.ids, initial_checkpoint_path
+  )
   evaluates = check_evaluation(task, evaluation)
   mesh = partitioning.make_mesh(model_parallel)
   batches_lib.check_batch_size(data.batch_size, mesh, data.microbatches)

@@ -101,7 +101,9 @@ def train_many(
   for run in runs.values():
     task = seqio_task.load(run.task, data.module)
     seqio_task.check(task, data.feature_lengths, 'train', data.use_cached)
-    seqio_task.check_vocabulary(task, config.vocab_size, config.ids)
+    seqio_task.check_vocabulary(
+      task, config.vocab_size, config.ids, initial_checkpoint_path
+    )
     tasks[run.task] = task
     evaluated[run.task] = train.check_evaluation(task, evaluation)
   mesh = partitioning.make_mesh(model_parallel)

@@ -108,7 +108,7 @@ def test_byt5_of_the_golden_data(numerics):
       {'config__json': {'vocab_size': 32128}},
       'holds no vocabulary. Found: con',
     ),
-    ({'tokenizer__json': {}}, 'tokenizer.json is not read'),
+    ({'config__json': {}, 'merges__txt': ''}, 'holds no vocabulary'),
     ({'spiece__model': b'garbage'}, 'spiece.model is no SentencePiece model'),
     ({'spiece__model': b''}, 'spiece.model is no SentencePiece model'),
     ({'config__json': ['x']}, 'holds a list, not an object'),

@@ -122,7 +122,9 @@ def ablate(
       f'IMPORTANCE is {importance!r}; expected one of {list(IMPORTANCES)}'
     )
   task = seqio_task.load(data.task, data.module)
-  seqio_task.check_vocabulary(task, config.vocab_size, config.ids)
+  seqio_task.check_vocabulary(
+    task, config.vocab_size, config.ids, trained.checkpoint_path
+  )
   mesh = partitioning.make_mesh(model_parallel)
   plan = parameters.plan(config, method, mesh)
   batches.check_batch_size(evaluation.batch_size or data.batch_size, mesh)

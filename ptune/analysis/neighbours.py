@@ -30,6 +30,7 @@ from ptune.convert.export import check_width, recorded_base
 from ptune.convert.pieces import load_sentencepiece
 from ptune.convert.prompts import Prompt, read_prompt
 from ptune.convert.source import EMBEDDING, Leaf
+from ptune.convert.tokenizer_json import Tokenizer
 from ptune.errors import UserError
 
 # Values of an embedding that are held at once: 64 MB as float32.
@@ -116,10 +117,14 @@ def read_vocabulary(
   Raises:
     FileNotFoundError, ValueError: As `convert.vocabulary.vocabulary_of`.
   """
-  file, _ = vocabulary.find(path)
-  if file is not None:
-    processor = load_sentencepiece(file)
+  found = vocabulary.look(path)
+  if found.file is not None:
+    processor = load_sentencepiece(found.file)
     return piece_texts(processor), processor.encode
+  if found.directory is not None:
+    own = Tokenizer(found.directory).tokenizer
+    texts = [own.decode([i]) or None for i in range(own.get_vocab_size())]
+    return texts, lambda text: own.encode(text, add_special_tokens=False).ids
   # ByT5's: bytes stand behind padding, EOS and the unknown.
   shown = [chr(i) if 32 < i < 127 else f'0x{i:02x}' for i in range(256)]
   return [None] * 3 + shown, lambda text: [3 + i for i in text.encode()]
@@ -140,7 +145,7 @@ def neighbours(
   Args:
     prompt: From `prompts.read_prompt`.
     base: The model that it was trained on, as `open_checkpoint` takes it.
-    words: The vocabulary, as `vocabulary.find` takes it; what lies with the
+    words: The vocabulary, as `vocabulary.look` takes it; what lies with the
       base if not given.
     top: How many pieces a row.
     labels: The class labels; none are looked for if not given.

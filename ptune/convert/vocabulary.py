@@ -1,33 +1,70 @@
-"""The vocabulary that lies in a model's directory."""
+"""The vocabulary that lies in a model's directory.
+
+Of the files that may lie there, the first of these is read:
+
+    spiece.model               SentencePiece; with tokens that were added to it,
+                               by the library `tokenizers`
+    tokenizer.json             by `tokenizers`
+    vocab.json and merges.txt  byte-level BPE, by `tokenizers`
+    none, in a ByT5            bytes
+"""
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from absl import logging
 from etils import epath
 
 from ptune import pretrained
+from ptune.convert import tokenizer_json
 from ptune.convert.hub import locate
 from ptune.convert.huggingface import BYT5, CONFIG, read_json
-from ptune.convert.pieces import Bytes, Pieces, load_sentencepiece, sentinels
+from ptune.convert.pieces import (
+  Bytes,
+  Pieces,
+  Vocabulary,
+  load_sentencepiece,
+  sentinels,
+)
+from ptune.convert.tokenizer_json import SENTENCEPIECE, Tokenizer
 from ptune.errors import UserError
 
 if TYPE_CHECKING:
   import seqio
 
-SENTENCEPIECE = ('spiece.model', 'sentencepiece.model', 'tokenizer.model')
 TOKENIZER = 'tokenizer_config.json'
+# What two vocabularies must write alike to be one.
+PROBE = (
+  'The quick brown fox jumps over 13 lazy dogs, and is "very" good: positive or'
+  ' negative? Größe, naïve 日本語 русский def main(self): return x_1 + y[2]'
+)
+
+
+class Found(NamedTuple):
+  """What a vocabulary is read from.
+
+  Attributes:
+    file: The SentencePiece file, if it is read.
+    directory: The directory, if `tokenizers` reads it; neither for bytes.
+    rows: Of the model's embedding, if its directory says them.
+  """
+
+  file: epath.Path | None
+  directory: epath.Path | None
+  rows: int | None
 
 
 def vocabulary_of(path: epath.PathLike) -> 'seqio.Vocabulary':
   """The vocabulary of a model, for the features of a SeqIO task.
 
   Args:
-    path: A Hugging Face directory (or hf://org/name): its SentencePiece model,
-      or bytes for a ByT5. Or the SentencePiece file itself, local or gs://.
+    path: A Hugging Face directory (or hf://org/name), see the module. Or a
+      SentencePiece file, local or gs://.
 
   Returns:
-    The vocabulary; with the 100 sentinels at its end, where the file is
-    without them (and the embedding has rows for them).
+    The vocabulary. A SentencePiece model has the 100 sentinels at its end if
+    the file is without them (and the embedding has rows for them).
 
   Raises:
     FileNotFoundError: nothing is at `path`.
@@ -35,16 +72,20 @@ def vocabulary_of(path: epath.PathLike) -> 'seqio.Vocabulary':
   """
   import seqio
 
-  file, rows = find(path)
-  if file is None:
-    return seqio.ByteVocabulary(_byte_sentinels(rows))
-  extra = sentinels(load_sentencepiece(file), rows)
-  return seqio.SentencePieceVocabulary(str(file), extra)
+  found = look(path)
+  if found.directory is not None:
+    from ptune.convert.seqio_tokenizer import TokenizerVocabulary
+
+    return TokenizerVocabulary(found.directory)
+  if found.file is None:
+    return seqio.ByteVocabulary(_byte_sentinels(found.rows))
+  extra = sentinels(load_sentencepiece(found.file), found.rows)
+  return seqio.SentencePieceVocabulary(str(found.file), extra)
 
 
 def open_vocabulary(
   path: epath.PathLike, extra_ids: int | None = None
-) -> Pieces | Bytes:
+) -> Pieces | Bytes | Tokenizer:
   """The same vocabulary without TensorFlow.
 
   Args:
@@ -57,10 +98,12 @@ def open_vocabulary(
   """
   if os.fspath(path).endswith('.model'):
     return Pieces(path, extra_ids)
-  file, rows = find(path)
-  if file is not None:
-    return Pieces(file, extra_ids, rows)
-  return Bytes(_byte_sentinels(rows) if extra_ids is None else extra_ids)
+  found = look(path)
+  if found.directory is not None:
+    return Tokenizer(found.directory)
+  if found.file is not None:
+    return Pieces(found.file, extra_ids, found.rows)
+  return Bytes(_byte_sentinels(found.rows) if extra_ids is None else extra_ids)
 
 
 def _byte_sentinels(rows: int | None) -> int:
@@ -68,15 +111,11 @@ def _byte_sentinels(rows: int | None) -> int:
   return max(0, int(rows or BYT5) - 256 - 3)
 
 
-def find(path: epath.PathLike) -> tuple[epath.Path | None, int | None]:
-  """Where a vocabulary lies, without loading SeqIO.
+def look(path: epath.PathLike) -> Found:
+  """Which files a vocabulary is read from; loads neither it nor SeqIO.
 
   Args:
     path: As of `vocabulary_of`.
-
-  Returns:
-    The SentencePiece file, or None for the vocabulary of bytes; and the rows of
-    the model's embedding, where its directory says them.
 
   Raises:
     FileNotFoundError, ValueError: As `vocabulary_of`.
@@ -85,7 +124,7 @@ def find(path: epath.PathLike) -> tuple[epath.Path | None, int | None]:
   if not path.exists():
     raise FileNotFoundError(f'Nothing is at {path}, to read a vocabulary from.')
   if not path.is_dir():
-    return path, None
+    return Found(path, None, None)
   names = sorted(child.name for child in path.iterdir())
   config = read_json(path / CONFIG) if CONFIG in names else {}
   files = [path / name for name in SENTENCEPIECE if name in names]
@@ -93,17 +132,35 @@ def find(path: epath.PathLike) -> tuple[epath.Path | None, int | None]:
     files.append(epath.Path(pretrained.VOCABULARY))
   rows = config.get('vocab_size')
   if files:
-    return files[0], rows
+    if _added(path, files[0], rows):
+      return Found(None, path, rows)
+    return Found(files[0], None, rows)
+  if tokenizer_json.TOKENIZER in names or set(tokenizer_json.BPE) <= set(names):
+    return Found(None, path, rows)
   tokenizer = read_json(path / TOKENIZER) if TOKENIZER in names else {}
   if _of_bytes(config, tokenizer):
-    return None, rows
-  message = f'{path} holds no vocabulary. Found: {", ".join(names)}. '
-  if 'tokenizer.json' in names:
-    message += 'tokenizer.json is not read. '
+    return Found(None, None, rows)
   raise UserError(
-    message + f'Copy the SentencePiece file of the model ({SENTENCEPIECE[0]}) '
-    'there, or give the path of that file'
+    f'{path} holds no vocabulary. Found: {", ".join(names)}. Copy the'
+    f' {SENTENCEPIECE[0]} or {tokenizer_json.TOKENIZER} of the model there, or'
+    ' give the path of another directory or SentencePiece file'
   )
+
+
+def _added(directory: epath.Path, file: epath.Path, rows: Any) -> list[str]:
+  """Tokens that were added to a SentencePiece model, sentinels aside."""
+  tokens = tokenizer_json.added_tokens(directory)
+  if not tokens:
+    return []
+  pieces = load_sentencepiece(file)
+  size = pieces.vocab_size()
+  known = {pieces.IdToPiece(i) for i in tokens if i < size}
+  return [
+    token['content']
+    for token in tokens.values()
+    if token['content'] not in known
+    and not token['content'].startswith('<extra_id_')
+  ]
 
 
 def _of_bytes(config: dict[str, Any], tokenizer: dict[str, Any]) -> bool:
@@ -111,3 +168,64 @@ def _of_bytes(config: dict[str, Any], tokenizer: dict[str, Any]) -> bool:
   if classes & {'ByT5Tokenizer', 'ByT5TokenizerFast'}:
     return True
   return classes == {None} and config.get('vocab_size') == BYT5
+
+
+def check_same(vocabulary: Vocabulary, base: epath.PathLike) -> None:
+  """Compares a vocabulary with the one that lies in a base model's directory.
+
+  Without one there, as in T5X's checkpoints, nothing can be said.
+
+  Args:
+    vocabulary: Of a task, or of a user.
+    base: The base model, as `open_checkpoint` takes it.
+
+  Raises:
+    UserError: The base was trained with another vocabulary.
+  """
+  try:
+    if not locate(base).is_dir():
+      return
+    found = look(base)
+  except (FileNotFoundError, UserError):
+    return
+  own, tokens = open_vocabulary(base), {}
+  if found.directory is not None:
+    tokens = tokenizer_json.added_tokens(found.directory)
+  added = [token['content'] for token in tokens.values()]
+  probe = ' '.join(
+    word for word in PROBE.split() if not any(token in word for token in added)
+  )
+  given = vocabulary.encode(probe)
+  if not isinstance(given, list) or not all(isinstance(i, int) for i in given):
+    return  # A vocabulary of something else than texts.
+  wanted = list(own.encode(probe))
+  if given != wanted:
+    raise UserError(
+      f'the vocabulary is not that of the base model {os.fspath(base)}: a text'
+      f' of words is {_cut(given)} in it, and {_cut(wanted)} in'
+      f' {found.file or found.directory or "bytes"}. Set VOCABULARY to'
+      f' {os.fspath(base)!r}, or choose tasks that are made with it'
+    )
+  lacking = _lacking(vocabulary, tokens)
+  if lacking:
+    logging.warning(
+      'the vocabulary lacks tokens that were added to that of %s, and writes'
+      ' them otherwise: %s. Set VOCABULARY to %r',
+      os.fspath(base),
+      ', '.join(map(repr, lacking[:20])),
+      os.fspath(base),
+    )
+
+
+def _lacking(
+  vocabulary: Vocabulary, tokens: Mapping[int, Mapping[str, Any]]
+) -> list[str]:
+  return [
+    token['content']
+    for i, token in tokens.items()
+    if not token.get('special') and i not in vocabulary.encode(token['content'])
+  ]
+
+
+def _cut(ids: list[int]) -> str:
+  return str(ids[:8])[:-1] + ', ...]'

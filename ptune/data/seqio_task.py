@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import logging
+from etils import epath
 
 from ptune.convert.pieces import Vocabulary
+from ptune.convert.vocabulary import check_same
 from ptune.data.quiet import quiet_stderr
 from ptune.data.text_rows import TextRows
 from ptune.errors import UserError
@@ -142,7 +144,10 @@ def vocabulary(task: Provider) -> Vocabulary:
 
 
 def check_vocabulary(
-  task: Provider, embedding_rows: int, ids: TokenIds = TokenIds()
+  task: Provider,
+  embedding_rows: int,
+  ids: TokenIds = TokenIds(),
+  base: epath.PathLike | None = None,
 ) -> None:
   """Raises a ValueError if a task has another vocabulary than a model.
 
@@ -151,8 +156,11 @@ def check_vocabulary(
       pieces and 32,128 rows.
     embedding_rows: Rows of the model's embedding.
     ids: The model's special tokens.
+    base: The base model; a vocabulary that lies with it must be the task's.
   """
   own = vocabulary(task)
+  if base is not None:
+    check_same(own, base)
   if own.eos_id is not None and ids.eos not in (-1, own.eos_id):
     raise UserError(
       f'Task {task.name!r} ends texts with the token {own.eos_id}, and the'

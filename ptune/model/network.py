@@ -346,12 +346,15 @@ class Decoder(nn.Module):
     real = encoder_tokens != cfg.ids.pad
     encoder_mask = grow(real, encoded.shape[1])[:, None, None, :]
     cache_index = None
+    # The cache leaf that tells for how many positions there is room.
+    room = 'cached_bias'
+    if cfg.relative_attention_per_layer:
+      room = 'position_embedder_index'
     if decode and self.has_variable('cache', 'cache_index'):
       x = x[:, added:]  # What was added lies in the cache.
       cache_index = self.get_variable('cache', 'cache_index')
-      positions = self.get_variable('cache', 'position_embedder_index')
-      length = positions.shape[0]
-      mask = (positions <= cache_index)[None, None, None, :]
+      length = self.get_variable('cache', room).shape[-1]
+      mask = (jnp.arange(length) <= cache_index)[None, None, None, :]
       if cfg.decoder_only:  # The first step asks at the last input.
         x = jnp.where(cache_index == added, x, token)
       self.put_variable('cache', 'cache_index', cache_index + 1)
@@ -364,8 +367,9 @@ class Decoder(nn.Module):
         mask |= (positions <= added)[None, None, None, :]
       if decode:
         cache_index = jnp.zeros((), jnp.int32)
-        self.put_variable('cache', 'position_embedder_index', positions)
         self.put_variable('cache', 'cache_index', cache_index + added)
+        if cfg.relative_attention_per_layer:
+          self.put_variable('cache', room, positions)
       else:
         wanted = target_tokens != cfg.ids.pad
         mask = mask & grow(wanted, length)[:, None, None, :]
