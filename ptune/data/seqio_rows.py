@@ -22,6 +22,7 @@ import seqio
 import tensorflow as tf
 
 from ptune.errors import UserError
+from ptune.model.sizes import TokenIds
 
 # The accelerators are JAX's: TensorFlow would take all of a GPU's memory.
 tf.config.set_visible_devices([], 'GPU')
@@ -267,3 +268,33 @@ class SeqioRows:
       if left <= 0:
         break
     return found
+
+
+class FeatureConverter(seqio.EncDecFeatureConverter):
+  """SeqIO's, without packing, with a model's special tokens in place of 0."""
+
+  def __init__(self, ids: TokenIds):
+    super().__init__(pack=False, bos_id=ids.start)
+    self._pad = ids.pad
+
+  def _convert_features(self, ds, task_feature_lengths):
+    """Pads first, so that SeqIO finds nothing to pad with its 0."""
+
+    def padded(example):
+      return {
+        name: tf.pad(
+          example[name][:length],
+          [[0, length - tf.minimum(tf.size(example[name]), length)]],
+          constant_values=self._pad,
+        )
+        for name, length in task_feature_lengths.items()
+      }
+
+    return super()._convert_features(ds.map(padded), task_feature_lengths)
+
+  def _convert_example(self, features):
+    example = dict(super()._convert_example(features))
+    targets = features['targets']
+    # SeqIO's leave out the token 0, whatever it is.
+    example['decoder_loss_weights'] = tf.cast(targets != self._pad, tf.int32)
+    return example

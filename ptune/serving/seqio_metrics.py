@@ -6,45 +6,13 @@ from typing import Any
 
 import numpy as np
 import seqio
-import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from ptune.data import seqio_rows
 from ptune.errors import UserError
-from ptune.model.sizes import TokenIds
 from ptune.serving import predictions as predictions_lib
 from ptune.serving.text_metrics import Examples, Scores, say_trimmed
 from ptune.training import report as report_lib
-
-
-class FeatureConverter(seqio.EncDecFeatureConverter):
-  """SeqIO's, without packing, with a model's special tokens in place of 0."""
-
-  def __init__(self, ids: TokenIds):
-    super().__init__(pack=False, bos_id=ids.start)
-    self._pad = ids.pad
-
-  def _convert_features(self, ds, task_feature_lengths):
-    """Pads first, so that SeqIO finds nothing to pad with its 0."""
-
-    def padded(example):
-      return {
-        name: tf.pad(
-          example[name][:length],
-          [[0, length - tf.minimum(tf.size(example[name]), length)]],
-          constant_values=self._pad,
-        )
-        for name, length in task_feature_lengths.items()
-      }
-
-    return super()._convert_features(ds.map(padded), task_feature_lengths)
-
-  def _convert_example(self, features):
-    example = dict(super()._convert_example(features))
-    targets = features['targets']
-    # SeqIO's leave out the token 0, whatever it is.
-    example['decoder_loss_weights'] = tf.cast(targets != self._pad, tf.int32)
-    return example
 
 
 class SeqioMetrics:
@@ -67,7 +35,7 @@ class SeqioMetrics:
       UserError: If the split is missing or empty.
     """
     split, lengths, count, directory, ids = examples
-    converter = FeatureConverter(ids)
+    converter = seqio_rows.FeatureConverter(ids)
     self._evaluator = seqio.Evaluator(
       task.name,
       converter,
