@@ -209,7 +209,7 @@ MACROS = {
   **_each(
     _boolean,
     FSDP=('frozen matrices split over all devices', 'True'),
-    FUSED_ATTENTION=("an accelerator's attention, where it has one", 'True'),
+    FUSED_ATTENTION=("an accelerator's attention; None: on TPUs", 'True'),
     RANK=('score every label instead of writing one', 'True'),
     REMAT=('compute layers again in the backward pass', 'True'),
     SCAN=('compile one layer of each stack, and loop over them', 'True'),

@@ -14,16 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.experimental.pallas import tpu as pltpu
 
 from ptune.methods import prompt
 from ptune.model import fused, layers, network, parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from tests.network_test import SHALLOW, make_batch, random_params
 
-BFLOAT16 = dataclasses.replace(SHALLOW, dtype='bfloat16', fused_attention=True)
+BFLOAT16 = dataclasses.replace(
+  SHALLOW, dtype='bfloat16', head_dim=64, fused_attention=True
+)
 # Long enough in the encoder, and of odd length with its prompt.
-LONG = make_batch([130, 40], [7, 3], encoder_length=130)
+LONG = make_batch([130, 40, 9, 120], [7, 3, 5, 2], encoder_length=130)
 
 
 @contextlib.contextmanager
@@ -33,21 +34,21 @@ def on(platform):
   def xla(q, k, v, bias):
     assert q.shape[1] % 2 == k.shape[1] % 2 == 0
     return jax.nn.dot_product_attention(
-      q, k, v, bias.astype(q.dtype), scale=1.0, implementation='xla'
+      q, k, v, bias, scale=1.0, implementation='xla'
     )
 
   with (
     mock.patch.object(fused, 'platform', lambda: platform),
-    mock.patch.dict(fused.KERNELS, {'cuda': (xla, 2)}),
+    mock.patch.object(fused, '_cudnn_kernel', xla),
     mock.patch.object(jax, 'device_count', lambda: 1),
-    pltpu.force_tpu_interpret_mode(),
   ):
     yield
 
 
-def plain(q, k, v, bias):
+def plain(q, k, v, bias, mask):
   logits = jnp.einsum('bqhd,bkhd->bhqk', q, k) + bias
-  return jnp.einsum('bhqk,bkhd->bqhd', nn.softmax(logits), v)
+  weights = nn.softmax(jnp.where(mask, logits, fused.MASKED))
+  return jnp.einsum('bhqk,bkhd->bqhd', weights, v)
 
 
 @pytest.mark.parametrize('platform', ['cuda', 'tpu'])
@@ -56,12 +57,11 @@ def test_values_and_derivatives_are_those_of_the_formula(platform):
   draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
   q, k, v = draw(2, 5, 3, 8), draw(2, 7, 3, 8), draw(2, 7, 3, 8)
   # One row sees nothing but its first key.
-  mask = np.array([7, 1])[:, None] > np.arange(7)
-  bias = np.where(mask[:, None, None], draw(1, 3, 5, 7), fused.MASKED)
-  bias = bias.astype(np.float32)
-  want, want_pull = jax.vjp(plain, q, k, v, bias)
+  mask = (np.array([7, 1])[:, None] > np.arange(7))[:, None, None]
+  arrays = q, k, v, draw(1, 3, 5, 7)
+  want, want_pull = jax.vjp(lambda *x: plain(*x, mask), *arrays)
   with on(platform):
-    got, pull = jax.vjp(fused.attend, q, k, v, bias)
+    got, pull = jax.vjp(lambda *x: fused.attend(*x, mask, None), *arrays)
     derivatives = pull(jnp.cos(want))
   np.testing.assert_allclose(got, want, atol=1e-5)
   for one, expected in zip(derivatives, want_pull(jnp.cos(want)), strict=True):
@@ -86,21 +86,29 @@ def program(config, platform):
   with contextlib.ExitStack() as stack:
     if platform:
       stack.enter_context(on(platform))
-    if platform != 'tpu':  # Many devices cannot be interpreted at once.
-      stack.enter_context(plan.scope())
+    stack.enter_context(plan.scope())
     found = jax.jit(jax.grad(loss, has_aux=True))(trained)
   gradient, logits = jax.device_get(found)
   return logits, gradient[prompt.PATH]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
-def test_the_network_is_the_same_in_low_precision(platform):
-  want, want_gradient = program(BFLOAT16, None)
+@pytest.mark.parametrize(
+  ('platform', 'changes'),
+  [
+    ('cuda', {}),
+    ('tpu', {}),
+    ('tpu', {'remat': True, 'scan': True}),
+    ('tpu', {'fsdp': True, 'frozen_dtype': 'int8', 'emb_dim': 64}),
+  ],
+)
+def test_the_network_is_the_same_in_low_precision(platform, changes):
+  config = dataclasses.replace(BFLOAT16, **changes)
+  want, want_gradient = program(config, None)
   with mock.patch.object(
     fused, 'attend', mock.Mock(side_effect=fused.attend)
   ) as attend:
-    got, gradient = program(BFLOAT16, platform)
+    got, gradient = program(config, platform)
   # The encoder's alone: seven targets are too few.
   assert attend.call_count > 0
   assert {call.args[0].shape[1] for call in attend.call_args_list} == {133}
@@ -111,34 +119,69 @@ def test_the_network_is_the_same_in_low_precision(platform):
   assert cosine > 0.999
 
 
-@pytest.mark.parametrize(
-  ('config', 'batch'),
-  [
-    (dataclasses.replace(BFLOAT16, fused_attention=False), LONG),
-    (dataclasses.replace(SHALLOW, fused_attention=True), LONG),
-    (BFLOAT16, make_batch([120], [127], 120, 127)),
-    (dataclasses.replace(BFLOAT16, head_dim=12), LONG),
-    (dataclasses.replace(BFLOAT16, head_dim=136), LONG),
-  ],
-)
-def test_what_does_not_fit_is_computed_as_always(config, batch):
+def is_fused(platform, config, batch):
+  """Whether any attention of a forward pass is fused."""
   net = network.Transformer(config, prompt.prompt(3).placements)
   model = EncoderDecoderModel(net)
   shapes = jax.eval_shape(lambda: random_params(net))
-  with on('tpu'), mock.patch.object(fused, 'attend') as attend:
+  attend = mock.Mock(side_effect=lambda q, *_: q)
+  with on(platform), mock.patch.object(fused, 'attend', attend):
     jax.eval_shape(model.logits, shapes, batch)
-  assert not attend.called
+  return attend.called
+
+
+@pytest.mark.parametrize(
+  ('changes', 'batch'),
+  [
+    ({'fused_attention': False}, LONG),
+    ({'dtype': 'float32'}, LONG),
+    ({}, make_batch([120], [127], 120, 127)),
+    ({'head_dim': 72}, LONG),
+  ],
+)
+def test_what_does_not_fit_is_computed_as_always(changes, batch):
+  config = dataclasses.replace(BFLOAT16, **changes)
+  assert not is_fused('tpu', config, batch)
+
+
+def test_on_a_tpu_it_is_the_default_and_on_a_gpu_it_is_not():
+  default = dataclasses.replace(BFLOAT16, fused_attention=None)
+  assert is_fused('tpu', default, LONG)
+  assert not is_fused('cuda', default, LONG)
+  assert is_fused('cuda', BFLOAT16, LONG)
+  assert not is_fused(None, BFLOAT16, LONG)
+
+
+def test_large_heads_are_for_a_tpu_only():
+  large = dataclasses.replace(BFLOAT16, emb_dim=512, head_dim=256)
+  assert is_fused('tpu', large, LONG)
+  assert not is_fused('cuda', large, LONG)
+
+
+def test_a_bias_of_another_shape_is_left_to_xla():
+  q = jax.ShapeDtypeStruct((2, 130, 4, 64), jnp.bfloat16)
+  mask = jax.ShapeDtypeStruct((2, 1, 1, 130), jnp.bool_)
+  bias = jax.ShapeDtypeStruct((1, 4, 130, 130), jnp.float32)
+  with on('tpu'):
+    assert fused.fits(None, q, q, bias, mask)
+    assert not fused.fits(None, q, q, bias.update(shape=(2, 4, 130, 130)), mask)
+    assert not fused.fits(None, q, q, bias, mask.update(shape=(2, 4, 1, 130)))
 
 
 def test_on_several_devices_it_must_be_known_how_arrays_are_split():
-  q = jax.ShapeDtypeStruct((4, 128, 2, 8), jnp.bfloat16)
+  q = jax.ShapeDtypeStruct((4, 128, 2, 64), jnp.bfloat16)
+  mask = jax.ShapeDtypeStruct((4, 1, 1, 128), jnp.bool_)
   mesh = partitioning.make_mesh(2)  # Four rows, over four devices.
+
+  def fits(q):
+    return fused.fits(None, q, q, None, mask)
+
   with mock.patch.object(fused, 'platform', lambda: 'tpu'):
-    assert not fused.fits(q, q)
+    assert not fits(q)
     with partitioning.scope(mesh, partitioning.rules(mesh, SHALLOW)):
-      assert fused.fits(q, q)
-      assert not fused.fits(q.update(shape=(3, 128, 2, 8)), q)
-      assert not fused.fits(q.update(shape=(4, 128, 3, 8)), q)
+      assert fits(q)
+      assert not fits(q.update(shape=(3, 128, 2, 64)))
+      assert not fits(q.update(shape=(4, 128, 3, 64)))
 
 
 def test_a_cpu_has_no_kernel():

@@ -1,108 +1,129 @@
 """Attention by an accelerator's fused kernel, where it takes T5's bias.
 
     NVIDIA GPU   cuDNN's, through jax.nn.dot_product_attention
-    TPU          Pallas' flash attention
+    TPU          our own, `tpu_attention`
 
 They keep no weights [batch, heads, q, k] for the backward pass, and compute
 them again. Weights are summed in float32, as `layers.Attention` does; what the
-kernels cannot do is left to it: float32, large heads, short sequences.
+kernels cannot do is left to it: float32, unusual heads, short sequences.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-# Added to the logits of keys that are not seen. Finite, so that a row without
-# any key (a filler row of the last evaluation batch) stays free of NaN.
-MASKED = -1e10
+from ptune.model import tpu_attention
+from ptune.model.tpu_attention import MASKED
 
-# Queries and keys from which it is worth it: Pallas' blocks are as large.
+# Queries and keys from which it is worth it.
 LEAST = 128
-MAX_HEAD_DIM = 128
-
-
-def _cudnn(q, k, v, bias) -> jax.Array:
-  return jax.nn.dot_product_attention(
-    q, k, v, bias.astype(q.dtype), scale=1.0, implementation='cudnn'
-  )
-
-
-def _pallas(q, k, v, bias) -> jax.Array:
-  # Imported where it is used: it is slow to import.
-  from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
-
-  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  return flash_attention(q, k, v, bias, sm_scale=1.0).swapaxes(1, 2)
-
-
-# By platform: the kernel, and what it needs lengths to be a multiple of.
-KERNELS: dict[str, tuple[Callable[..., jax.Array], int]] = {
-  'cuda': (_cudnn, 2),
-  'tpu': (_pallas, 128),
-}
+# The kernels that are used unless FUSED_ATTENTION forbids it. cuDNN's has to be
+# asked for: it was never run.
+DEFAULT = ('tpu',)
+# By platform, the head sizes that the kernel takes.
+_CUDNN_LARGEST = 128
+_TPU_MULTIPLE = 64
 
 
 def platform() -> str | None:
-  """Which of KERNELS the devices have."""
-  device = jax.devices()[0]
-  if device.platform == 'gpu' and 'cuda' in device.client.platform_version:
+  """The kernel of the devices that are traced for: 'cuda', 'tpu' or None."""
+  name = tpu_attention.platform()
+  if name == 'gpu' and jax.default_backend() == 'gpu':
+    device = jax.devices()[0]
     # Before Ampere there is no bfloat16.
-    return 'cuda' if float(device.compute_capability) >= 8 else None
-  return device.platform if device.platform in KERNELS else None
+    if 'cuda' in device.client.platform_version:
+      return 'cuda' if float(device.compute_capability) >= 8 else None
+  return 'tpu' if name == 'tpu' else None
 
 
-def fits(q: jax.Array, k: jax.Array) -> bool:
-  """Whether `attend` can be used, and pays.
+def fits(
+  wanted: bool | None,
+  q: jax.Array,
+  k: jax.Array,
+  bias: jax.Array | None,
+  mask: jax.Array,
+) -> bool:
+  """Whether `attend` can be used, and should be.
 
   Args:
+    wanted: FUSED_ATTENTION; None leaves it to `DEFAULT`.
     q: [batch, q, heads, kv].
     k: [batch, k, heads, kv].
+    bias: As for `attend`.
+    mask: As for `attend`.
   """
+  kernel = platform()
+  if wanted is None:
+    wanted = kernel in DEFAULT
   mesh, spec = jax.sharding.get_abstract_mesh(), _spec()
   # Without a mesh, as under T5X, it is not known how arrays are split.
-  if mesh.empty and jax.device_count() > 1:
+  if not wanted or (mesh.empty and jax.device_count() > 1):
     return False
-  split = [
-    size % mesh.shape[axis] == 0
-    for size, axis in zip((q.shape[0], q.shape[2]), spec, strict=True)
-    if axis
-  ]
+  (rows, queries, heads, head_dim), keys = q.shape, k.shape[1]
+  split = [mesh.shape[axis] if axis else 1 for axis in spec]
+  if (
+    q.dtype != jnp.bfloat16
+    or min(queries, keys) < LEAST
+    or rows % split[0]
+    or heads % split[1]
+  ):
+    return False
+  if kernel == 'cuda':
+    return head_dim % 8 == 0 and head_dim <= _CUDNN_LARGEST
   return (
-    q.dtype == jnp.bfloat16
-    and q.shape[-1] % 8 == 0
-    and q.shape[-1] <= MAX_HEAD_DIM
-    and min(q.shape[1], k.shape[1]) >= LEAST
-    and all(split)
-    and platform() is not None
+    kernel == 'tpu'
+    and head_dim % _TPU_MULTIPLE == 0
+    and mask.ndim == 4
+    and mask.shape[1] == 1
+    and (bias is None or bias.shape == (1, heads, queries, keys))
+    and tpu_attention.block_size(
+      queries, keys, heads // split[1], head_dim, mask.shape[2] > 1
+    )
+    > 0
   )
 
 
 def attend(
-  q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  bias: jax.Array | None,
+  mask: jax.Array,
+  kept: jax.Array | None,
 ) -> jax.Array:
-  """softmax(q k^T + bias) v, for each head.
+  """softmax(q k^T + bias) (kept v), for each head.
 
   Args:
     q: [batch, q, heads, kv]; not scaled, as T5 does not.
     k: [batch, k, heads, kv].
     v: [batch, k, heads, kv].
-    bias: Broadcasts to [batch, heads, q, k]; MASKED where a key is not seen.
+    bias: Broadcasts to [batch, heads, q, k], or None.
+    mask: Broadcasts to [batch, heads, q, k]; True where a query may look.
+    kept: [batch, heads, k, 1], what dropout leaves of values, or None.
 
   Returns:
     [batch, q, heads, kv], of the type of q.
   """
-  kernel, multiple = KERNELS[platform() or '']
+  if platform() == 'tpu':
+    return tpu_attention.attend(q, k, v, bias, mask, kept, _spec())
+  if kept is not None:
+    v = v * kept.swapaxes(1, 2)
+  added = jnp.where(mask, jnp.zeros(()) if bias is None else bias, MASKED)
+  return _cudnn(q, k, v, added)
+
+
+def _cudnn(q, k, v, bias) -> jax.Array:
   (rows, queries, heads, _), keys = q.shape, k.shape[1]
-  bias = jnp.broadcast_to(bias, (rows, heads, queries, keys))
-  more_q, more_k = -queries % multiple, -keys % multiple
+  bias = jnp.broadcast_to(bias, (rows, heads, queries, keys)).astype(q.dtype)
+  # It wants even lengths.
+  more_q, more_k = queries % 2, keys % 2
   q = jnp.pad(q, ((0, 0), (0, more_q), (0, 0), (0, 0)))
   k, v = (jnp.pad(x, ((0, 0), (0, more_k), (0, 0), (0, 0))) for x in (k, v))
   bias = jnp.pad(
     bias, ((0, 0), (0, 0), (0, more_q), (0, more_k)), constant_values=MASKED
   )
+  kernel = _cudnn_kernel
   if not jax.sharding.get_abstract_mesh().empty:
     # A kernel is a whole to the compiler, which would not split it.
     batch, head = _spec()
@@ -114,6 +135,12 @@ def attend(
       check_vma=False,
     )
   return kernel(q, k, v, bias)[:, :queries]
+
+
+def _cudnn_kernel(q, k, v, bias) -> jax.Array:
+  return jax.nn.dot_product_attention(
+    q, k, v, bias, scale=1.0, implementation='cudnn'
+  )
 
 
 def _spec() -> tuple[str | None, str | None]:

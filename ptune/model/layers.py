@@ -348,7 +348,8 @@ class Attention(nn.Module):
   `keys`, `values` [batch, k, heads, kv], all that is attended to, with what
   lies in the cache; `out` [batch, length, embed].
 
-  With `fused`, an accelerator's kernel computes it where there is one.
+  With `fused`, an accelerator's kernel computes it where there is one that
+  fits; None leaves it to `fused.DEFAULT`.
   """
 
   num_heads: int
@@ -356,7 +357,7 @@ class Attention(nn.Module):
   dtype: jnp.dtype = jnp.float32
   dropout_rate: float = 0.0
   placements: tuple[Placement, ...] = ()
-  fused: bool = False
+  fused: bool | None = None
 
   @nn.compact
   def __call__(
@@ -423,14 +424,18 @@ class Attention(nn.Module):
     weights, total = exponentials(self.dtype, logits, mask)
     return weights, total[..., None]
 
-  def _kept(self, keys: jax.Array, enable_dropout: bool) -> jax.Array:
+  def _kept(self, keys: jax.Array, enable_dropout: bool) -> jax.Array | None:
     """What dropout leaves of the weights of [b, k, ...] keys: [b, h, k, 1].
+
+    None if nothing is dropped.
 
     As T5X does, the weight of a key is dropped for all queries of a head or for
     none.
     """
+    if not enable_dropout or not self.dropout_rate:
+      return None
     shape = (keys.shape[0], self.num_heads, keys.shape[1], 1)
-    dropout = nn.Dropout(self.dropout_rate, deterministic=not enable_dropout)
+    dropout = nn.Dropout(self.dropout_rate, deterministic=False)
     return dropout(jnp.ones(shape, self.dtype))
 
   def _attended(self, q, x, mask, bias, cache_index, prefill, enable_dropout):
@@ -452,11 +457,11 @@ class Attention(nn.Module):
     mask = jnp.pad(mask, added, constant_values=True)
     if bias is not None:
       bias = jnp.pad(bias, added)
-    # Rather than its weight, its value, which fused kernels take as any.
-    v = v * self._kept(v, enable_dropout).swapaxes(1, 2)
-    if self.fused and cache_index is None and fused.fits(q, k):
-      allowed = jnp.zeros(()) if bias is None else bias
-      return fused.attend(q, k, v, jnp.where(mask, allowed, MASKED))
+    kept = self._kept(v, enable_dropout)
+    if cache_index is None and fused.fits(self.fused, q, k, bias, mask):
+      return fused.attend(q, k, v, bias, mask, kept)
+    if kept is not None:  # Rather than the weight of a key, its value.
+      v = v * kept.swapaxes(1, 2)
     # Keys first: XLA's CPU backend lacks a product that the other order needs
     # in its backward pass, in bfloat16. -> [b, h, q, k]
     logits = product('bkhd,bqhd->bhqk', k, q)
@@ -518,7 +523,9 @@ class Attention(nn.Module):
 
     logits = self._dense('key', out_dtype=jnp.float32)(x, logits_of)
     weights, total = self._weights(logits, mask, bias)
-    weights = weights * self._kept(x, enable_dropout).swapaxes(2, 3)
+    kept = self._kept(x, enable_dropout)
+    if kept is not None:
+      weights = weights * kept.swapaxes(2, 3)
     y = self._dense('value')(x, values_of)
     return constrain(y, 'batch', 'length', 'heads', 'kv')
 

@@ -60,7 +60,7 @@ class T5Config:
     remat: Whether the backward pass computes each layer again, and only what
       goes into it is kept.
     fused_attention: Whether attention is computed by an accelerator's fused
-      kernel, where `fused` has one that fits.
+      kernel, where `fused` has one that fits; None does so on TPUs.
     scan: Whether the layers of a stack are one program, run in a loop over
       their parameters (see `scan`). Quicker to compile, and, with remat, in
       less memory; without remat in more, since a loop keeps all that the
@@ -87,7 +87,7 @@ class T5Config:
   frozen_dtype: str | None = None
   fsdp: bool = False
   remat: bool = False
-  fused_attention: bool = False
+  fused_attention: bool | None = None
   scan: bool = False
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
