@@ -102,13 +102,18 @@ class TextTask:
     Raises:
       UserError: The arguments do not fit together.
     """
-    if not isinstance(name, str) or not re.fullmatch(r'[\w.:#-]+', name):
+    if not isinstance(name, str) or not re.fullmatch(
+      r'(?!\.+$)[\w.:#-]{1,200}', name
+    ):
       raise UserError(
-        f'TASK_NAME is {name!r}; expected letters, digits and any of ._:#-'
+        f'TASK_NAME is {name!r:.220}; expected up to 200 letters, digits and'
+        ' any of _.:#-, because files are named after it'
       )
     postprocess, functions = _scoring(metrics, labels)
     if rank and not labels:
       raise UserError('RANK is True, expected LABEL_NAMES to be scored')
+    if metrics_lib.exact_match in functions:
+      postprocess = self._as_written
     if labels:
       postprocess = self._label_id
       if rank:
@@ -184,6 +189,15 @@ class TextTask:
         changed,
       )
     return written
+
+  def _as_written(
+    self, text: str, example=None, is_target: bool = False
+  ) -> str:
+    """A target as the vocabulary writes it, which is what a model can say."""
+    del example
+    if not is_target:
+      return text
+    return self.vocabulary.decode(self.vocabulary.encode(text))
 
   def _label_id(self, text: str, example=None, is_target: bool = False) -> int:
     """The number of a label, of its name or of what the vocabulary writes."""

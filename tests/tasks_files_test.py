@@ -1,6 +1,8 @@
 """tasks/files.py: a user's TSV, CSV and JSON lines as a task."""
 
+import gzip
 import json
+import os
 import pathlib
 from unittest import mock
 
@@ -187,6 +189,69 @@ def test_bad_rows_are_counted_and_listed_if_skipped(tmp_path, name, caplog):
     assert f'{name}:{number}: ' in caplog.text
 
 
+@pytest.mark.parametrize(
+  ('name', 'content'),
+  [
+    ('a.jsonl', b'\xef\xbb\xbf{"text": "a", "label": 1}\n'),
+    ('a.TSV', b'text\tlabel\na\t1\n'),
+    ('a.tsv', b'text\tlabel\ra\t1\r'),
+    ('a.csv', b'text,label\ra,1\r'),
+    ('a.csv', b'text;label\na;1\n'),
+    ('a.csv', b'text\tlabel\n"a"\t1\n'),
+    ('a.csv.gz', gzip.compress(b'text,label\na,1\n')),
+    ('a.JSONL.GZ', gzip.compress(b'{"text": "a", "label": "1"}')),
+    ('100%d.tsv', b'text\tlabel\na\t1\n'),
+  ],
+)
+def test_files_as_other_programs_write_them(tmp_path, name, content):
+  assert texts(write(tmp_path / name, content)) == [('a', '1')]
+  assert texts(f'file://{tmp_path / name}') == [('a', '1')]
+
+
+def test_a_csv_field_may_be_long(tmp_path):
+  words = 'x ' * 80_000
+  file = write(tmp_path / 'a.csv', f'text,label\n{words},1\n')
+  assert texts(file) == [(words, '1')]
+
+
+def test_an_open_quote_takes_no_other_row_with_it(tmp_path, caplog):
+  rows = [f'row {i},{i % 2}' for i in range(50)]
+  content = '\n'.join(['text,label', 'good,1', '"bad,0', *rows])
+  file = write(tmp_path / 'a.csv', content)
+  with pytest.raises(ValueError, match=r'1 bad rows;.*\n.*a.csv:3: is not CSV'):
+    texts(file)
+  with caplog.at_level('WARNING', 'absl'):
+    got = texts(file, skip=True)
+  assert [f'{text},{label}' for text, label in got] == ['good,1', *rows]
+  assert '1 bad rows are left out' in caplog.text
+  assert 'a quote that opens on this line is never closed' in caplog.text
+
+
+@pytest.mark.parametrize(
+  ('record', 'message'),
+  [
+    ('{"text": null, "label": 1}', "column 'text' is null"),
+    ('{"text": NaN, "label": 1}', "column 'text' is nan"),
+    ('{"text": 1e999, "label": 1}', "column 'text' is inf"),
+    ('{"text": "a", "label": %s}' % ('9' * 5000), 'is not JSON: Exceeds'),
+    ('[' * 100_000, 'is nested too deeply'),
+    ('{"text": "a\\u0000", "label": 7}', "unknown label '7'"),
+  ],
+)
+def test_what_json_has_that_is_no_text_is_named(tmp_path, record, message):
+  file = write(tmp_path / 'a.jsonl', record)
+  with pytest.raises(ValueError, match=f'a.jsonl:1: .*{message}'):
+    texts(file, names=NAMES)
+
+
+def test_a_pipe_is_no_data(tmp_path):
+  os.mkfifo(tmp_path / 'a.tsv')
+  with pytest.raises(ValueError, match='is a pipe; expected a file'):
+    texts(str(tmp_path / 'a.tsv'))
+  with pytest.raises(ValueError, match='ends in one of'):
+    texts('/dev/zero')
+
+
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):
   file = write(tmp_path / 'a.tsv', 'sentence\tlabel\na\t1\n')
   with pytest.raises(ValueError, match="no column 'text', it has: sentence"):
@@ -201,6 +266,10 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
     ('a.tsv', b'text\ttext\na\tb\n', 'more than once'),
     ('a.tsv', b't\xffxt\tlabel\na\tb\n', 'a.tsv:1.*not UTF-8'),
     ('a.txt', b'a', 'ends in one of .tsv, .csv, .jsonl'),
+    ('a.tsv', b'text,label\na,1\n', "seem to be separated by ','"),
+    ('a.tsv', b't\0\tlabel\na\t1\n', 'is NUL; this is no text'),
+    ('a.tsv', 'text\tlabel\na\t1'.encode('utf-16'), 'save it as UTF-8'),
+    ('a.tsv.gz', b'text', 'no gzip file'),
     (None, b'', 'cannot be read'),
   ],
 )
@@ -225,7 +294,25 @@ def test_files_that_are_no_data_are_errors(tmp_path, name, content, message):
     ({'metrics': ['pearson', 'rouge']}, 'compares the same'),
     ({'metrics': ['accuracy']}, 'need each other'),
     ({'metrics': ['rouge'], 'label_names': NAMES}, 'need each other'),
+    ({'metrics': ['rouge', 'rouge']}, "name .'rouge'. only once"),
+    ({'metrics': 'rouge'}, 'expected a list of names'),
     ({'rank': True}, 'expected LABEL_NAMES'),
+    ({'rank': 'yes'}, 'RANK is .yes., expected True or False'),
+    ({'skip_bad_rows': None}, 'SKIP_BAD_ROWS is None'),
+    ({'inputs': '{a:.3}'}, r'without a format in place of {a:.3}'),
+    ({'inputs': '{a!r}'}, r'in place of {a!r}'),
+    ({'inputs': None}, 'INPUTS is None, expected a text'),
+    ({'files': None}, 'TASK_FILES is None'),
+    ({'files': {'train': 3}}, "TASK_FILES has 'train': 3, expected"),
+    ({'files': {1: 'a.tsv'}}, "TASK_FILES has 1: 'a.tsv', expected"),
+    ({'files': {'train': [['a.tsv']]}}, 'expected the name of a split'),
+    ({'label_names': 'ab'}, 'LABEL_NAMES is .ab., expected a list'),
+    ({'label_names': [0, 1]}, 'expected a list of texts'),
+    ({'label_names': ['<unk>', 'b']}, 'means that there is no label'),
+    ({'name': ''}, "TASK_NAME is ''"),
+    ({'name': '..'}, "TASK_NAME is '..'"),
+    ({'name': 'a/b'}, "TASK_NAME is 'a/b'"),
+    ({'name': 'a' * 201}, 'up to 200 letters'),
   ],
 )
 def test_settings_that_do_not_fit_are_errors(settings, message):
@@ -334,6 +421,47 @@ def test_rows_without_a_label_are_not_trained_on_and_counted(tmp_path, caplog):
   assert accuracy(targets, [1, 1, 0, 0, 1]) == {'accuracy': 50}
   with pytest.raises(ValueError, match='none of the 3 rows has a label'):
     data.Batches(task, LENGTHS, 2, split='none')
+
+
+def test_labels_that_the_vocabulary_writes_in_another_way(caplog):
+  rows = {'train': [('a', '<=50K'), ('b', 'two  blanks'), ('c', 'ﬁ')]}
+  names = ['<=50K', 'two  blanks', 'ﬁ', 'plain']
+  task = files.from_rows(rows, label_names=names)
+  with caplog.at_level('WARNING', 'absl'):
+    seqio_task.check(task, LENGTHS, 'train')
+  assert "'two  blanks': 'two blanks'" in caplog.text
+  assert 'plain' not in caplog.text
+  vocab = task.vocabulary
+  for i, name in enumerate(names):
+    # What a model answers that has learned the target by heart.
+    said = vocab.decode([*vocab.encode(name), 1])
+    assert task.postprocess_fn(said, is_target=False) == i
+    assert task.postprocess_fn(name, is_target=True) == i
+  assert (vocab.decode(vocab.encode(names[2])), said) == ('fi', 'plain')
+
+
+def test_a_text_that_the_vocabulary_writes_in_another_way_can_be_matched():
+  task = files.from_rows({'train': [('a', 'two  blanks {x}')]})
+  vocab, target = task.vocabulary, 'two  blanks {x}'
+  said = task.postprocess_fn(vocab.decode(vocab.encode(target)))
+  (metric,) = task.metric_fns
+  assert said != target
+  want = task.postprocess_fn(target, is_target=True)
+  assert metric([want, want], [said, 'other']) == {'exact_match': 50}
+
+
+def test_labels_that_become_the_same_or_are_cut_are_refused():
+  rows = {'train': [('a', 'x  y')]}
+  task = files.from_rows(rows, label_names=['x  y', 'x y', 'z'])
+  with pytest.raises(ValueError, match=r"cannot tell apart.*'x  y', 'x y'"):
+    seqio_task.check(task, LENGTHS, 'train')
+  task = files.from_rows(rows, label_names=['x  y', 'a rather long label'])
+  size = len(task.vocabulary.encode('a rather long label')) + 1
+  lengths = {'inputs': 8, 'targets': size}
+  seqio_task.check(task, lengths, 'train')
+  lengths['targets'] -= 1
+  with pytest.raises(ValueError, match=rf'do not fit .* they need {size} tok'):
+    seqio_task.check(task, lengths, 'train')
 
 
 def test_scores_are_those_of_metrics(sentiment):
