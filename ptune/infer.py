@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from absl import logging
 from etils import epath
 
 from ptune.data import batches, seqio_task
+from ptune.data.inputs import STDIN, read_inputs
 from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
@@ -27,11 +27,6 @@ from ptune.training.report import to_json
 MODES = ('predict', 'score')
 # Batches that are read, sorted by length and written together.
 CHUNK = 64
-# What a line of a .jsonl file is.
-_LINE = {
-  'predict': '{"inputs": "..."}',
-  'score': '{"inputs": "...", "targets": "..."}',
-}
 
 
 def infer(
@@ -61,9 +56,8 @@ def infer(
       file names its own as `prompt`.
     model: The loss.
     output_dir: Where the file goes; MODEL_DIR/infer if not given.
-    input_file: One input a line, or JSON lines with `inputs` (and `targets`,
-      to be scored) if its name ends in .jsonl. Inputs stand as in the task's
-      preprocessed examples.
+    input_file: One input a line, or a .tsv, .csv or .jsonl file; - is standard
+      input. See `inputs.read_inputs`.
     split: The split of the task, where there is no input_file.
     mode: 'predict', or 'score' for the log probability of the targets.
     decoding: How predictions are made.
@@ -102,9 +96,12 @@ def infer(
       )
     )
   else:
-    name = epath.Path(input_file).stem
+    name = _stem(input_file)
     seqio_task.check(task, data.feature_lengths, None)
-    texts = list(_read_texts(epath.Path(input_file), mode, own))
+    texts = [
+      text | own(where, row)
+      for where, text, row in read_inputs(input_file, task, mode == 'score')
+    ]
     examples = (
       seqio_task.encode(task, data.feature_lengths, text, config.ids)
       for text in texts
@@ -208,51 +205,11 @@ def _own_prompt(
   return {'prompt': name}
 
 
-def _read_texts(
-  path: epath.Path,
-  mode: str,
-  own: Callable[[str, Mapping[str, Any]], dict[str, str]],
-) -> Iterator[dict[str, str]]:
-  """Inputs (and targets) of a text or JSON lines file; skips blank lines."""
-  if not path.is_file():
-    raise FileNotFoundError(f'there is no INFER_FILE {path}')
-  if mode == 'score' and path.suffix != '.jsonl':
-    raise UserError(
-      f'to score, INFER_FILE must be a .jsonl file, with {_LINE[mode]} on each'
-      f' line; got {path}'
-    )
-  # Only \n ends a line: in JSON, U+2028 and others may stand in a string.
-  for number, raw in enumerate(path.read_bytes().split(b'\n'), start=1):
-    where = f'{path}:{number}'
-    try:
-      line = raw.decode('utf-8-sig' if number == 1 else 'utf-8').rstrip('\r')
-    except UnicodeDecodeError as error:
-      raise UserError(f'{where} is not UTF-8: {error}') from error
-    if not line.strip():
-      continue
-    record: Any = {'inputs': line}
-    if path.suffix == '.jsonl':
-      try:
-        record = json.loads(line)
-      except json.JSONDecodeError as error:
-        raise UserError(f'{where} is not JSON: {error}') from error
-    keys = ('inputs', 'targets') if mode == 'score' else ('inputs',)
-    good = isinstance(record, dict) and all(
-      isinstance(record.get(key), str) for key in keys
-    )
-    if not good:
-      raise UserError(
-        f'{where}: to {mode}, each line must be {_LINE[mode]}; got'
-        f' {line[:80]!r}'
-      )
-    texts = {k: record[k] for k in ('inputs', 'targets') if k in record}
-    if not all(isinstance(text, str) for text in texts.values()):
-      raise UserError(f'{where}: targets must be a string; got {line[:80]!r}')
-    try:
-      ''.join(texts.values()).encode()
-    except UnicodeEncodeError as error:  # Of an escape such as \ud800.
-      raise UserError(f'{where} is no Unicode text: {error}') from error
-    yield texts | own(where, record)
+def _stem(file: str) -> str:
+  """'/data/rows.csv.gz' -> 'rows'; of standard input 'stdin'."""
+  if file == STDIN:
+    return 'stdin'
+  return epath.Path(file.removesuffix('.gz')).stem
 
 
 def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -179,6 +179,7 @@ def train(
       use_cached=data.use_cached,
       in_memory=data.in_memory,
       ids=config.ids,
+      embedding_rows=config.vocab_size,
     )
     batches = (
       read(method=method, pack=pack)

@@ -167,6 +167,7 @@ def train_many(
         use_cached=data.use_cached,
         in_memory=data.in_memory,
         ids=config.ids,
+        embedding_rows=config.vocab_size,
       )
 
     streams = [batches_of(runs[name].task, runs[name].seed) for name in order]

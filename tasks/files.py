@@ -39,7 +39,7 @@ from ptune.convert import storage
 from ptune.convert.pieces import Vocabulary
 from ptune.errors import UserError
 from ptune.tasks.rows import BadRow, Row, read_rows
-from ptune.tasks.templates import LabelNames, columns_of, labels_of, to_texts
+from ptune.tasks.templates import LabelNames, templates_of, to_texts
 from ptune.tasks.texts import Texts, TextTask
 
 
@@ -65,8 +65,7 @@ def task_of(
     skip_bad_rows: Whether bad rows are counted and listed, not an error.
     **settings: Others of `texts.TextTask`.
   """
-  columns_of(inputs, 'INPUTS'), columns_of(targets, 'TARGETS')
-  labels = labels_of(targets, label_names).texts if label_names else None
+  templates = templates_of(inputs, targets, label_names)
   for macro, value in (
     ('SKIP_BAD_ROWS', skip_bad_rows),
     ('RANK', settings.get('rank', False)),
@@ -83,7 +82,8 @@ def task_of(
   return TextTask(
     name,
     {split: reader(split) for split in splits},
-    labels=labels,
+    labels=templates.labels and templates.labels.texts,
+    templates=templates,
     **settings,
   )
 

@@ -22,7 +22,7 @@ class BadRow(UserError):
 
 
 def read_rows(
-  file: str, name: str = 'TASK_FILES'
+  file: str, name: str = 'TASK_FILES', may_be_empty: bool = False
 ) -> Iterator[tuple[str, Row | BadRow]]:
   """Yields where each row of a file stands, 'dev.tsv:7', and the row.
 
@@ -31,6 +31,7 @@ def read_rows(
   Args:
     file: The file.
     name: The setting that names it, for messages.
+    may_be_empty: Whether a file without any row will do.
 
   Raises:
     UserError: The file does not exist, has no rows or an unknown suffix.
@@ -43,6 +44,8 @@ def read_rows(
     )
   lines = read_lines(file, name)
   if not any(line.strip() for line in lines):
+    if may_be_empty:
+      return
     raise UserError(f'{name} has {file!r}, which is empty')
   read = {'.tsv': _read_tsv, '.csv': _read_csv, '.jsonl': _read_jsonl}[suffix]
   for number, row in read(file, lines):
@@ -70,13 +73,19 @@ def read_lines(file: str, name: str) -> list[bytes]:
       raise UserError(f'{name} has {file!r}, no gzip file: {error}') from error
   if data.startswith((b'\xff\xfe', b'\xfe\xff')):
     raise UserError(f'{name} has {file!r}, which is UTF-16; save it as UTF-8')
+  return split_lines(data)
+
+
+def split_lines(data: bytes) -> list[bytes]:
+  """The lines of a text, without their ends and a byte order mark."""
   data = data.removeprefix(b'\xef\xbb\xbf')
   if b'\n' not in data:
     return data.split(b'\r')
   return [line.removesuffix(b'\r') for line in data.split(b'\n')]
 
 
-def _decoded(line: bytes) -> str:
+def decoded(line: bytes) -> str:
+  """The text of a line; raises BadRow if it is not UTF-8."""
   try:
     text = line.decode('utf-8')
   except UnicodeDecodeError as error:
@@ -121,14 +130,14 @@ def _read_tsv(file, lines):
       continue
 
     def row(line, columns=columns):
-      return _with_columns(columns, _decoded(line).split('\t'))
+      return _with_columns(columns, decoded(line).split('\t'))
 
     yield number, _checked(row, line)
 
 
 def _header(file: str, line: bytes) -> str:
   try:
-    return _decoded(line)
+    return decoded(line)
   except BadRow as error:
     raise UserError(f'{file}:1, which names the columns: {error}') from None
 
@@ -158,7 +167,7 @@ def _read_csv(file, lines):
 
     def row(columns=columns, fields=fields):
       for field in fields:
-        _decoded(field.encode('utf-8', errors='surrogateescape'))
+        decoded(field.encode('utf-8', errors='surrogateescape'))
       return _with_columns(columns, fields)
 
     yield first, _checked(row)
@@ -194,7 +203,7 @@ def _read_jsonl(file, lines):
 
   def row(line):
     try:
-      record = json.loads(_decoded(line))
+      record = json.loads(decoded(line))
     except BadRow:
       raise
     except RecursionError:

@@ -210,6 +210,41 @@ def _in_range(row: Row, labels: Labels, number: int | None) -> int:
 # ----------------------------------------------------------------------- texts
 
 
+class Templates(NamedTuple):
+  """What makes texts of rows.
+
+  Attributes:
+    inputs: The template of the inputs.
+    targets: That of the targets.
+    labels: The labels of a classification.
+  """
+
+  inputs: str
+  targets: str
+  labels: Labels | None
+
+  def of_inputs(self, row: Row) -> str:
+    """The inputs of a row; raises BadRow."""
+    return fill(self.inputs, row)
+
+  def of_targets(self, row: Row) -> str:
+    """The targets of a row; raises BadRow."""
+    return _label(row, self.labels) if self.labels else fill(self.targets, row)
+
+
+def templates_of(
+  inputs: str, targets: str, label_names: LabelNames | None
+) -> Templates:
+  """INPUTS, TARGETS and LABEL_NAMES, checked.
+
+  Raises:
+    UserError: They are no templates, or do not fit together.
+  """
+  columns_of(inputs, 'INPUTS'), columns_of(targets, 'TARGETS')
+  labels = labels_of(targets, label_names) if label_names else None
+  return Templates(inputs, targets, labels)
+
+
 def to_texts(
   rows: Iterable[tuple[str, Row | BadRow]],
   inputs: str,
@@ -223,7 +258,7 @@ def to_texts(
     rows: Where each row stands, and the row or what is wrong with it.
     inputs: The template of the inputs.
     targets: That of the targets.
-    label_names: See `from_files`.
+    label_names: See `files.from_files`.
     skip_bad_rows: Whether to leave out bad rows, which are logged.
 
   Returns:
@@ -232,30 +267,32 @@ def to_texts(
   Raises:
     UserError: There are bad rows, which are listed, or no good ones.
   """
-  columns_of(inputs, 'INPUTS'), columns_of(targets, 'TARGETS')
-  labels = labels_of(targets, label_names) if label_names else None
+  templates = templates_of(inputs, targets, label_names)
   texts: dict[str, list[str]] = {'inputs': [], 'targets': []}
   bad = []
   for where, row in rows:
     try:
       if isinstance(row, BadRow):
         raise row
-      text = fill(inputs, row)
-      target = _label(row, labels) if labels else fill(targets, row)
+      text, target = templates.of_inputs(row), templates.of_targets(row)
     except BadRow as error:
       bad.append(f'{where}: {error}')
       continue
     texts['inputs'].append(text)
     texts['targets'].append(target)
+  if bad and not skip_bad_rows:
+    raise UserError(
+      f'{len(bad)} bad rows; mend them, or set SKIP_BAD_ROWS = True to leave '
+      f'them out:{listed(bad)}'
+    )
   if bad:
-    some = '\n  '.join(bad[:SHOWN])
-    more = f'\n  and {len(bad) - SHOWN} more' if len(bad) > SHOWN else ''
-    if not skip_bad_rows:
-      raise UserError(
-        f'{len(bad)} bad rows; mend them, or set SKIP_BAD_ROWS = True to leave '
-        f'them out:\n  {some}{more}'
-      )
-    logging.warning('%d bad rows are left out:\n  %s%s', len(bad), some, more)
+    logging.warning('%d bad rows are left out:%s', len(bad), listed(bad))
   if not texts['inputs']:
     raise UserError(f'There are no good rows, and {len(bad)} bad ones')
   return texts
+
+
+def listed(bad: Sequence[str]) -> str:
+  """The first bad rows, one a line, and how many more there are."""
+  more = [f'and {len(bad) - SHOWN} more'] if len(bad) > SHOWN else []
+  return ''.join(f'\n  {line}' for line in [*bad[:SHOWN], *more])

@@ -29,6 +29,7 @@ from ptune.errors import UserError, nearest
 from ptune.tasks import metrics as metrics_lib
 from ptune.tasks import postprocessors
 from ptune.tasks.metrics import UNLABELLED
+from ptune.tasks.templates import Templates
 
 VOCABULARY_VARIABLE = 'PTUNE_VOCABULARY'
 T5_VOCABULARY = 'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model'
@@ -76,6 +77,7 @@ class TextTask:
       writes one.
     postprocess_fn: A decoded text to what metrics compare, as of a seqio.Task.
     metric_fns: Functions of (targets, predictions), or of (targets, scores).
+    templates: What made the texts of rows, None if they were texts.
   """
 
   def __init__(
@@ -87,6 +89,7 @@ class TextTask:
     metrics: Sequence[str] | None = None,
     rank: bool = False,
     vocabulary: Vocabulary | None = None,
+    templates: Templates | None = None,
   ):
     """Puts a task together; nothing is read.
 
@@ -98,6 +101,7 @@ class TextTask:
         accuracy for a classification and exact_match for other tasks.
       rank: See above.
       vocabulary: The one that VOCABULARY names if not given.
+      templates: See above.
 
     Raises:
       UserError: The arguments do not fit together.
@@ -127,6 +131,7 @@ class TextTask:
     self.vocabulary = vocabulary or default_vocabulary()
     self.labels, self.rank = tuple(labels) if labels else None, rank
     self.postprocess_fn, self.metric_fns = postprocess, functions
+    self.templates = templates
     self._read, self._texts = dict(read), {}
 
   def __str__(self) -> str:

@@ -429,6 +429,33 @@ def test_trimming_in_a_mixture_is_counted_and_logged_once(caplog):
   assert len([m for m in caplog.messages if 'were trimmed' in m]) == 1
 
 
+def test_token_ids_beyond_the_embedding_name_the_vocabulary():
+  task = make_task(rows_of_text(10))
+  most = ord('y') + 3
+  for in_memory in (True, False):
+    how = {'in_memory': in_memory, 'window': 1}
+    data.Batches(task, LENGTHS, 4, embedding_rows=most + 1, **how)(0)
+    with pytest.raises(ValueError, match=rf'token id {most}, .* vocabulary is'):
+      data.Batches(task, LENGTHS, 4, embedding_rows=most, **how)(0)
+
+
+def test_targets_without_tokens_are_refused_or_warned_of(caplog):
+  rows = [{'inputs': 'a', 'targets': text} for text in ('', 'b', 'c')]
+  steps = (seqio.preprocessors.tokenize,)
+  with caplog.at_level('WARNING', logger='absl'):
+    data.Batches(make_task(rows, preprocessors=steps), LENGTHS, 2)
+  assert '3 rows, 1 have no tokens in their targets' in caplog.text
+  assert 'append_eos_after_trim missing?' in caplog.text  # Nor any EOS.
+  with pytest.raises(ValueError, match='no row has tokens in its targets'):
+    data.Batches(make_task(rows[:1], preprocessors=steps), LENGTHS, 2)
+
+
+def test_a_task_that_ends_its_targets_is_not_warned_of(caplog):
+  with caplog.at_level('WARNING', logger='absl'):
+    data.Batches(make_task([{'inputs': 'a', 'targets': 'b'}]), LENGTHS, 2)
+  assert 'append_eos' not in caplog.text
+
+
 def test_eos_survives_trimming():
   rows = [{'inputs': 'x' * 100, 'targets': 'y' * 100}]
   batch = data.Batches(make_task(rows), LENGTHS, 1)(0)

@@ -242,9 +242,12 @@ def test_what_is_wrong_is_named_by_file_and_line(trained, tmp_path):
   for changes, message in (
     (
       {'input_file': write(tmp_path / 'a.jsonl', good, '{"inp')},
-      'a.jsonl:2 is',
+      'a.jsonl:2: is',
     ),
-    ({'input_file': write(tmp_path / 'b.jsonl', '', '3')}, 'b.jsonl:2: .* got'),
+    (
+      {'input_file': write(tmp_path / 'b.jsonl', '', '3')},
+      'b.jsonl:2: .*expected',
+    ),
     (
       {'input_file': write(tmp_path / 'c.jsonl', '{"inputs": 3}')},
       'c.jsonl:1:',
@@ -259,7 +262,7 @@ def test_what_is_wrong_is_named_by_file_and_line(trained, tmp_path):
     ),
     (
       {'input_file': write(tmp_path / 'g.jsonl', r'{"inputs": "\ud800"}')},
-      'g.jsonl:1 is no Unicode text',
+      "g.jsonl:1: column 'inputs' is no Unicode text",
     ),
     (
       {
@@ -280,7 +283,7 @@ def test_what_is_wrong_is_named_by_file_and_line(trained, tmp_path):
       'e.jsonl:2: to score, each line must be',
     ),
     ({'mode': 'score', 'input_file': str(latin)}, 'must be a .jsonl file'),
-    ({'input_file': str(latin)}, 'latin.txt:2 is not UTF-8'),
+    ({'input_file': str(latin)}, 'latin.txt:2: byte 0xe4.*is not UTF-8'),
     ({'input_file': write(tmp_path / 'f.txt', '', ' ')}, 'there is nothing to'),
     ({'mode': 'guess'}, "INFER_MODE is 'guess'; it must be one of"),
     ({'split': 'dev'}, "no split 'dev'"),

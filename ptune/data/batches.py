@@ -151,6 +151,7 @@ class Batches:
     use_cached: bool = False,
     in_memory: bool | None = None,
     ids: TokenIds = TokenIds(),
+    embedding_rows: int | None = None,
   ):
     """Checks a task and tokenises it, or opens its stream.
 
@@ -170,6 +171,8 @@ class Batches:
         should draw anew in each epoch, as for span corruption.
       ids: The model's special tokens: what rows are padded with, and where
         targets start.
+      embedding_rows: Rows of the model's embedding; token ids beyond it are an
+        error.
 
     Raises:
       ValueError: The task does not suit T5 or these arguments, or is empty.
@@ -191,6 +194,8 @@ class Batches:
       task, feature_lengths, split, use_cached, seed
     )
     self.trimmed = dict.fromkeys(FEATURES, 0)
+    self._embedding_rows, self._looked_at = embedding_rows, False
+    self._eos_id = seqio_task.eos_id(task)
     self._rows = self._tokenise(self._source.limit(in_memory))
     self.num_examples = self._rows and len(self._rows['inputs'].lengths())
     # Rows are ordered in chunks: an epoch in memory, a window of a stream.
@@ -222,6 +227,7 @@ class Batches:
 
   def _collect(self, blocks: Sequence[dict[str, np.ndarray]]):
     """Joins blocks to rows, and counts those that were trimmed."""
+    self._check(blocks)
     first = not any(self.trimmed.values())
     for name in FEATURES:
       self.trimmed[name] += sum(int(b[name + _TRIMMED].sum()) for b in blocks)
@@ -235,6 +241,51 @@ class Batches:
         self._lengths,
       )
     return rows
+
+  def _check(self, blocks: Sequence[dict[str, np.ndarray]]) -> None:
+    """Refuses or warns of rows that a model cannot learn from."""
+    if self._embedding_rows is not None:
+      for name in FEATURES:
+        most = max(int(block[name].max(initial=0)) for block in blocks)
+        if most >= self._embedding_rows:
+          raise UserError(
+            f'{self._name} has {name} with token id {most}, expected ids below'
+            f" the {self._embedding_rows} rows of the model's embedding. The"
+            " task's vocabulary is not the model's; give the task that of the"
+            ' model'
+          )
+    if self._looked_at:  # Warned once, of the first rows.
+      return
+    self._looked_at = True
+    lengths = np.concatenate([block['targets_length'] for block in blocks])
+    empty = int((lengths == 0).sum())
+    if empty == len(lengths):
+      raise UserError(
+        f'{self._name}: no row has tokens in its targets, so there is nothing'
+        ' to learn. Look at what its preprocessors make of targets'
+      )
+    if empty:
+      logging.warning(
+        '%s: of the first %d rows, %d have no tokens in their targets, and'
+        ' teach nothing.',
+        self._name,
+        len(lengths),
+        empty,
+      )
+    ends = sum(
+      int(np.sum(np.any(block['targets'] == self._eos_id, axis=1)))
+      for block in blocks
+    )
+    cut = sum(int(block['targets' + _TRIMMED].sum()) for block in blocks)
+    if self._eos_id is not None and not ends and cut < len(lengths):
+      logging.warning(
+        '%s: none of the first %d targets ends with the end of sequence (id'
+        ' %d), so the model will not learn to end its answers. Is'
+        ' seqio.preprocessors.append_eos_after_trim missing?',
+        self._name,
+        len(lengths),
+        self._eos_id,
+      )
 
   def _next_window(self, index: int) -> dict[str, _Ragged]:
     """Reads a window of the stream, from the start if it is not the next."""

@@ -143,6 +143,13 @@ def vocabulary(task: Provider) -> Vocabulary:
   return _seqio_rows().vocabulary(task)
 
 
+def eos_id(task: Provider) -> int | None:
+  """The id that ends targets, if there is one."""
+  if isinstance(task, TextTask):
+    return task.vocabulary.eos_id
+  return task.output_features['targets'].vocabulary.eos_id
+
+
 def check_vocabulary(
   task: Provider,
   embedding_rows: int,

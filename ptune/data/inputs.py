@@ -1,0 +1,121 @@
+"""What a trained model is asked: the rows of INFER_FILE."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from ptune.convert import storage
+from ptune.data import seqio_task
+from ptune.errors import UserError
+from ptune.tasks import rows as rows_lib
+from ptune.tasks.metrics import UNLABELLED
+from ptune.tasks.rows import BadRow, Row
+from ptune.tasks.templates import columns_of, fill, listed
+from ptune.tasks.texts import TextTask
+
+NAME = 'INFER_FILE'
+STDIN = '-'
+
+
+def read_inputs(
+  file: str, task: seqio_task.Provider, score: bool
+) -> list[tuple[str, dict[str, str], Row]]:
+  """Reads inputs, and targets if there are any.
+
+  A line of a text file is an input as it stands; blank lines are left out. A
+  row of a .tsv, .csv or .jsonl file has the columns that INPUTS names, or if it
+  has not, or the task has no INPUTS, `inputs` as the task's preprocessed
+  examples have it. The same goes for TARGETS and `targets`, which are read to
+  be scored, and else only if they are called so.
+
+  Args:
+    file: The file, or '-' for the lines of standard input.
+    task: Its templates are used, if it has any.
+    score: Whether targets are needed.
+
+  Returns:
+    For each row where it stands, its texts, and the row.
+
+  Raises:
+    FileNotFoundError: There is no such file.
+    UserError: Rows are bad, which are listed.
+  """
+  suffix = rows_lib.suffix_of(file)
+  table = suffix in rows_lib.SUFFIXES
+  if score and not table:
+    raise UserError(
+      f'to score, {NAME} must be a .jsonl file, with {{"inputs": "...",'
+      ' "targets": "..."} on each line, or a .tsv or .csv file with such'
+      f' columns; got {file}'
+    )
+  local = storage.local(file)
+  if file != STDIN and local is not None and not os.path.exists(local):
+    raise FileNotFoundError(f'there is no {NAME} {file}')
+  if table:
+    rows = rows_lib.read_rows(file, NAME, may_be_empty=True)
+  else:
+    rows = _lines(file)
+  found, bad = [], []
+  for where, row in rows:
+    try:
+      if isinstance(row, BadRow):
+        raise row
+      found.append((where, _texts(row, task, score), row))
+    except BadRow as error:
+      bad.append(f'{where}: {error}')
+  if bad:
+    raise UserError(f'{len(bad)} bad rows:{listed(bad)}')
+  return found
+
+
+def _lines(file: str) -> Iterator[tuple[str, Row | BadRow]]:
+  if file == STDIN:
+    if jax.process_count() > 1:
+      raise UserError(f'{NAME} is -, which several processes cannot share')
+    name, lines = 'stdin', rows_lib.split_lines(sys.stdin.buffer.read())
+  else:
+    name, lines = file, rows_lib.read_lines(file, NAME)
+  for number, line in enumerate(lines, start=1):
+    if line.strip():
+      where = f'{name}:{number}'
+      try:
+        yield where, {'inputs': rows_lib.decoded(line)}
+      except BadRow as error:
+        yield where, error
+
+
+def _texts(row: Row, task: seqio_task.Provider, score: bool) -> dict[str, str]:
+  templates = task.templates if isinstance(task, TextTask) else None
+  if templates is None or not _has(row, templates.inputs):
+    texts = _ready(row, 'inputs', templates and templates.inputs)
+  else:
+    texts = {'inputs': templates.of_inputs(row)}
+  if 'targets' in row:
+    return texts | _ready(row, 'targets')
+  if not score:
+    return texts
+  if templates is None:
+    raise BadRow('to score, each line must be {"inputs": ..., "targets": ...}')
+  target = templates.of_targets(row)
+  if templates.labels and target == UNLABELLED:
+    raise BadRow('it has no label to score')
+  return texts | {'targets': target}
+
+
+def _has(row: Mapping[str, Any], template: str) -> bool:
+  return all(column in row for column in columns_of(template, 'INPUTS'))
+
+
+def _ready(row: Row, name: str, template: str | None = None) -> dict[str, str]:
+  """A text that stands in the row as it is."""
+  if name not in row and template:
+    fill(template, row)  # Says which column is missing.
+  if not isinstance(row.get(name), str):
+    raise BadRow(
+      f'{name} must be a string, as in {{"{name}": "..."}}; got '
+      f'{dict(row)!r:.80}'
+    )
+  return {name: fill(f'{{{name}}}', row)}
