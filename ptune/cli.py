@@ -20,8 +20,8 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from ptune import flags, gin_files
-from ptune.data.quiet import quiet_stderr
 from ptune.errors import UserError
+from ptune.quiet import quiet_stderr
 from ptune.training import processes
 
 # Programs that gin configures: module, function, what it does.

@@ -158,7 +158,7 @@ MACROS = {
     or_none(_path),
     CHECKPOINT_PATH=('the base model', "'/models/t5_1_1_small'"),
     EVAL_OUTPUT_DIR=('where an evaluation writes', "'/runs/eval'"),
-    INFER_FILE=('one input a line, or JSON lines', "'inputs.txt'"),
+    INFER_FILE=('inputs: a .txt, .tsv, .csv or .jsonl file', "'a.txt'"),
     INFER_OUTPUT_DIR=('where predictions are written', "'/runs/out'"),
     INITIAL_CHECKPOINT_PATH=('the base model', "'/models/t5_1_1_small'"),
     MODEL_DIR=('where a run writes', "'/runs/sst2'"),
@@ -233,7 +233,7 @@ MACROS = {
     TARGET_TEXT=('text that a loss draws the prompt to', "'Say yes or no:'"),
   ),
   **_each(
-    or_none(list_of(_text, 2)),
+    or_none(either(list_of(_text, 2), by_name(_text))),
     LABEL_NAMES=('words for integer labels', "['no', 'yes']"),
   ),
   **_each(

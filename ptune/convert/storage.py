@@ -5,6 +5,7 @@ import os
 
 from ptune import paths
 from ptune.errors import UserError
+from ptune.quiet import quiet_stderr
 
 PathLike = str | os.PathLike[str]
 
@@ -44,13 +45,14 @@ def read_bytes(path: PathLike, name: str) -> bytes:
 
 
 def _read_remote(path: str) -> bytes:
-  import tensorflow as tf
+  with quiet_stderr():
+    import tensorflow as tf
 
-  try:
-    with tf.io.gfile.GFile(path, 'rb') as f:
-      return f.read()
-  except tf.errors.OpError as error:
-    raise OSError(error.message) from error
+    try:
+      with tf.io.gfile.GFile(path, 'rb') as f:
+        return f.read()
+    except tf.errors.OpError as error:
+      raise OSError(error.message) from error
 
 
 def glob(pattern: str) -> list[str]:
@@ -58,6 +60,7 @@ def glob(pattern: str) -> list[str]:
   place = local(pattern)
   if place is not None:
     return sorted(glob_lib.glob(place))
-  import tensorflow as tf
+  with quiet_stderr():
+    import tensorflow as tf
 
-  return sorted(tf.io.gfile.glob(pattern))
+    return sorted(tf.io.gfile.glob(pattern))

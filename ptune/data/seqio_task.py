@@ -14,10 +14,10 @@ from etils import epath
 
 from ptune.convert.pieces import Vocabulary
 from ptune.convert.vocabulary import check_same
-from ptune.data.quiet import quiet_stderr
 from ptune.data.text_rows import TextRows
 from ptune.errors import UserError
 from ptune.model.sizes import TokenIds
+from ptune.quiet import quiet_stderr
 from ptune.tasks.texts import TextTask
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import numpy as np
 
 from ptune.data import batches as data
 from ptune.data import seqio_task
-from ptune.data.quiet import quiet_stderr
 from ptune.model import parameters
 from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.quiet import quiet_stderr
 from ptune.serving import answers
 from ptune.serving.text_metrics import Examples, Scores, TextMetrics
 from ptune.tasks.texts import TextTask

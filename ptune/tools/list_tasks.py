@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ptune import gin_files
-from ptune.data.quiet import quiet_stderr
 from ptune.errors import UserError
+from ptune.quiet import quiet_stderr
 from ptune.tasks.texts import TextTask
 
 
