@@ -246,11 +246,7 @@ def _initialize_processes(args: argparse.Namespace) -> None:
 
   from ptune.training import cpu
 
-  # Compiled programs are kept: a second start skips the compilation.
-  cache = os.environ.get('JAX_COMPILATION_CACHE_DIR') or os.path.join(
-    os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache')), 'ptune'
-  )
-  jax.config.update('jax_compilation_cache_dir', cache)
+  cpu.keep_compiled()
   cpu.configure()
   if args.program in TOOLS:
     return

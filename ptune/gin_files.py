@@ -190,6 +190,27 @@ def bind(
   # Not finalised: modules of tasks, imported later, may be configurable too.
 
 
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+  """Gives the code inside a gin without settings; those outside come back."""
+  import gin
+  from gin import config
+
+  state = (config._CONFIG, config._OPERATIVE_CONFIG, config._SINGLETONS)
+  imports = config._IMPORTS
+  kept, kept_imports = [dict(part) for part in state], set(imports)
+  locked = gin.config_is_locked()
+  gin.clear_config()
+  try:
+    yield
+  finally:
+    gin.clear_config()
+    for part, before in zip(state, kept, strict=True):
+      part.update(before)
+    imports |= kept_imports
+    config._set_config_is_locked(locked)
+
+
 # ----------------------------------------------------------------- what is said
 
 

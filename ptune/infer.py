@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
 
@@ -139,26 +138,23 @@ def infer(
     """The records of a chunk, whose first example has the given number."""
     records: list[dict[str, Any]] = [dict(texts) for texts, _ in chunk]
 
-    def ask():
-      for rows, batch in batches.padded_batches(
-        [features for _, features in chunk],
-        data.batch_size,
-        data.bucket_multiple,
-        config.ids.pad,
-      ):
-        placed = batches.device_put(batch, mesh, method.check)
-        filled = np.pad(rows, (0, data.batch_size - len(rows)), 'edge')
-        params = trees([records[row] for row in filled])
-        if mode == 'score':
-          yield rows, ((), asked.score(params, placed))
-        else:
-          yield rows, asked.predict(params, placed, first + filled)
+    def ask(batch, rows):
+      params = trees([records[row] for row in rows])
+      if mode == 'score':
+        return (), asked.score(params, batch)
+      return asked.predict(params, batch, first + rows)
 
-    for rows, (tokens, scores) in answers.fetched(ask()):
-      for row, ids in zip(rows, tokens, strict=False):
+    padded = batches.padded_batches(
+      [features for _, features in chunk],
+      data.batch_size,
+      data.bucket_multiple,
+      config.ids.pad,
+    )
+    put = lambda batch: batches.device_put(batch, mesh, method.check)
+    for row, (ids, score) in answers.by_row(padded, put, ask):
+      if mode == 'predict':
         records[row]['prediction'] = vocabulary.decode(ids.tolist())
-      for row, value in zip(rows, scores, strict=False):
-        records[row]['score'] = float(value)
+      records[row]['score'] = float(score)
     return records
 
   path = directory / f'{name}-{mode}.jsonl'

@@ -98,6 +98,7 @@ def from_files(
   rank: bool = False,
   name: str = 'from_files',
   vocabulary: Vocabulary | None = None,
+  rows: Mapping[str, Iterable[Any]] | None = None,
 ) -> TextTask:
   """Makes a task that reads a user's files.
 
@@ -113,20 +114,33 @@ def from_files(
     rank: See `texts.TextTask`.
     name: Of the task.
     vocabulary: See `texts.TextTask`.
+    rows: Rows of Python in place of the files, by split: see `from_rows`.
 
   Raises:
     UserError: The arguments do not fit together. What is wrong with a file is
       raised when its split is read.
   """
+  if rows is not None:
+    return from_rows(
+      rows,
+      inputs,
+      targets,
+      label_names,
+      metrics,
+      skip_bad_rows,
+      rank,
+      name,
+      vocabulary,
+    )
   paths = _paths(files)
 
-  def rows(split):
+  def in_files(split):
     for file in _matching(paths[split]):
       yield from read_rows(file)
 
   return task_of(
     name,
-    rows,
+    in_files,
     paths,
     inputs,
     targets,

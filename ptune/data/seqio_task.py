@@ -244,6 +244,19 @@ def encode(
   return dict(texts), model_features(**tokens_of, ids=ids)
 
 
+def tokenised(
+  vocabulary: Vocabulary,
+  feature_lengths: Mapping[str, int],
+  text: str,
+  ids: TokenIds = TokenIds(),
+) -> Batch:
+  """Model features of an input that is no task's, which ends with EOS."""
+  tokens = vocabulary.encode(text)[: feature_lengths['inputs'] - 1]
+  inputs = np.array([*tokens, vocabulary.eos_id], np.int32)
+  targets = np.array([vocabulary.eos_id], np.int32)
+  return model_features(inputs, targets, ids)
+
+
 def shifted(targets: np.ndarray, start: int) -> np.ndarray:
   """What the decoder reads to say [..., length]: [a, b, c] -> [start, a, b]."""
   before = [(0, 0)] * (targets.ndim - 1) + [(1, 0)]

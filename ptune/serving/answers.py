@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,35 @@ def fetched(asked: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
   end = (None, None)
   for (which, answer), _ in itertools.pairwise(itertools.chain(asked, [end])):
     yield which, jax.device_get(answer)
+
+
+def by_row(
+  padded: Iterable[tuple[np.ndarray, Mapping[str, np.ndarray]]],
+  put: Callable[[Mapping[str, np.ndarray]], Mapping[str, jax.Array]],
+  ask: Callable[[Mapping[str, jax.Array], np.ndarray], Any],
+) -> Iterator[tuple[int, Any]]:
+  """Yields the answer to each row of some batches.
+
+  Args:
+    padded: Batches, and which examples their first rows hold, of
+      `batches.padded_batches`.
+    put: Puts a batch on the devices.
+    ask: Of a batch on the devices, and [batch] which example is in each row.
+      What it returns is a tuple of [batch, ...] arrays, or empty ones.
+
+  Yields:
+    The number of an example, and its part of what `ask` returned.
+  """
+
+  def asked():
+    for rows, batch in padded:
+      size = len(next(iter(batch.values())))
+      filled = np.pad(rows, (0, size - len(rows)), 'edge')
+      yield rows, ask(put(batch), filled)
+
+  for rows, found in fetched(asked()):
+    for i, row in enumerate(rows.tolist()):
+      yield row, tuple(part[i] if len(part) else () for part in found)
 
 
 class Predictor:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 
 from ptune import paths
 from ptune.convert import account, check_config, open_checkpoint, restore
@@ -100,7 +101,11 @@ def _check_run(model_dir: PathLike | None) -> dict[str, Any]:
   return run
 
 
-def load(plan: parameters.Plan, trained: Trained) -> tuple[dict[str, Any], int]:
+def load(
+  plan: parameters.Plan,
+  trained: Trained,
+  base: Mapping[str, jax.Array] | None = None,
+) -> tuple[dict[str, Any], int]:
   """Restores a trained model: the base and what was trained on it.
 
   Args:
@@ -108,6 +113,7 @@ def load(plan: parameters.Plan, trained: Trained) -> tuple[dict[str, Any], int]:
     trained: A run, of which the best step is taken, or the newest if none was
       evaluated; or the base model and a file of a run's prompts/. A method
       without adapters needs the base model alone.
+    base: Of `load_base`, if it is on the devices already.
 
   Returns:
     The parameters, and the step they were trained for.
@@ -135,22 +141,24 @@ def load(plan: parameters.Plan, trained: Trained) -> tuple[dict[str, Any], int]:
       values, facts = read_prompt_file(plan, find(directory))
       step = facts.get('step')
   rest = plan.select(frozenset(plan.params) - frozenset(values))
-  if rest:
+  if rest and base is not None:
+    values |= {path: base[path] for path in rest}
+  elif rest:
     restored, base_step = _restore_base(plan, checkpoint_path, rest)
     step = base_step if step is None else step
     values |= restored
   if (model_dir or prompt_file) and plan.frozen:
     frozen = {path: values[path] for path in plan.frozen}
-    base = checkpoints.fingerprint(frozen)
-    checkpoints.compare(model_dir or '', run, {'base': base})
-    if facts.get('base', base) != base:
+    fingerprint = checkpoints.fingerprint(frozen)
+    checkpoints.compare(model_dir or '', run, {'base': fingerprint})
+    if facts.get('base', fingerprint) != fingerprint:
       logging.warning(
         'prompt file %s was trained on another base model (fingerprint %s)'
         ' than that of CHECKPOINT_PATH %s (%s)',
         prompt_file,
         facts['base'],
         checkpoint_path,
-        base,
+        fingerprint,
       )
   logging.info('%s', parameters.summary(plan))
   frozen = {path: values.pop(path) for path in plan.frozen}
@@ -249,9 +257,7 @@ def load_bank(
     ValueError: If the base does not fit, or a prompt does not fit it.
   """
   mesh = settings.pop('mesh', None) or partitioning.make_mesh()
-  plan = parameters.plan(config, NOTHING, mesh)
-  check(plan, Trained(checkpoint_path=checkpoint_path))
-  base = _restore_base(plan, checkpoint_path, plan.select(plan.base))[0]
+  base = load_base(config, checkpoint_path, mesh)
   bank = PromptBank(
     config,
     base,
@@ -263,6 +269,24 @@ def load_bank(
   for name, path in prompts.items():
     bank.add(name, path)
   return bank
+
+
+def load_base(
+  config: T5Config, checkpoint_path: PathLike | None, mesh: Mesh | None = None
+) -> dict[str, jax.Array]:
+  """Restores every parameter of a base model, by path.
+
+  Args:
+    config: The network's sizes.
+    checkpoint_path: CHECKPOINT_PATH, the base model.
+    mesh: The devices; all of them if not given.
+
+  Raises:
+    ValueError: If the base does not fit.
+  """
+  plan = parameters.plan(config, NOTHING, mesh or partitioning.make_mesh())
+  check(plan, Trained(checkpoint_path=checkpoint_path))
+  return _restore_base(plan, checkpoint_path, plan.select(plan.base))[0]
 
 
 def _restore_base(

@@ -53,3 +53,13 @@ def configure() -> bool:
   except (AttributeError, OSError, TypeError):  # Another C library.
     return False
   return all(mallopt(*option) for option in _MALLOC_OPTIONS.values())
+
+
+def keep_compiled() -> None:
+  """Lets JAX keep compiled programs on disk: a second start need not compile.
+
+  In JAX_COMPILATION_CACHE_DIR, or in ~/.cache/ptune if nobody chose a place.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    cache = os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache'))
+    jax.config.update('jax_compilation_cache_dir', os.path.join(cache, 'ptune'))

@@ -8,12 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import rich.console
-import rich.progress
 from absl import logging
 from etils import epath
 
-from ptune.training import events
+from ptune.training import events, progress
 
 Record = dict[str, Any]
 
@@ -153,17 +151,11 @@ class Report:
       text = ''.join(json.dumps(r) + '\n' for r in self.records)
       write_atomically(self._dir / 'metrics.jsonl', text)
     self._time, self._step = time.monotonic(), start_step
-    self._bar = None
-    console = rich.console.Console(stderr=True)
-    shown = console.is_terminal and not console.is_dumb_terminal
-    if shown and write and not name:
-      self._bar = _progress_bar()
-      self._task = self._bar.add_task(
-        'training',
-        total=total_steps,
-        completed=start_step,
-        shown='',
-      )
+    self._shown = ''
+    # Several runs at once have no bar.
+    self._bar = (
+      None if name or not write else progress.bar(total_steps, start_step)
+    )
 
   def __enter__(self) -> 'Report':
     if self._bar is not None:
@@ -194,13 +186,17 @@ class Report:
     if self._bar is None:
       logging.info('%sstep %d  %s', self._name, step, _shown(values))
     else:
-      self._bar.update(self._task, completed=step, shown=_shown(values))
+      self._show(_shown(values), step)
 
   def progress(self, step: int, sums: Mapping[str, float]) -> None:
     """Moves the progress bar, where there is one; see `train`."""
     if self._bar is not None:
-      shown = _shown(self._values(step, sums))
-      self._bar.update(self._task, completed=step, shown=shown)
+      self._show(_shown(self._values(step, sums)), step)
+
+  def _show(self, shown: str, step: int | None = None) -> None:
+    if self._bar is not None:
+      self._shown = shown
+      self._bar.update(step, shown)
 
   def _values(self, step: int, sums: Mapping[str, float]) -> dict[str, float]:
     # Of the steps of this start: those before have no time.
@@ -239,16 +235,13 @@ class Report:
   @contextlib.contextmanager
   def paused(self, doing: str) -> Iterator[None]:
     """Leaves what is done inside out of the rate of training."""
-    start, before = time.monotonic(), ''
-    if self._bar is not None:
-      before = self._bar.tasks[0].fields['shown']
-      self._bar.update(self._task, shown=doing)
+    start, before = time.monotonic(), self._shown
+    self._show(doing)
     try:
       yield
     finally:
       self._time += time.monotonic() - start
-      if self._bar is not None:
-        self._bar.update(self._task, shown=before)
+      self._show(before)
 
   def _add(self, records: Sequence[Record], directory: str) -> None:
     self.records.extend(records)
@@ -275,18 +268,19 @@ def _shown(values: Mapping[str, float]) -> str:
   )
 
 
-def _progress_bar() -> rich.progress.Progress:
-  return rich.progress.Progress(
-    rich.progress.BarColumn(bar_width=24),
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.TextColumn('{task.fields[shown]}'),
-    rich.progress.TimeRemainingColumn(),
-    console=rich.console.Console(stderr=True),
-  )
-
-
 def plot(records: Sequence[Record], path: epath.Path) -> None:
-  """Draws the training loss and the evaluation scores against the step."""
+  """Writes what `draw` draws as a PNG."""
+  fig = draw(records)
+  with path.open('wb') as f:
+    fig.savefig(f, format='png', dpi=120)
+
+
+def draw(records: Sequence[Record]) -> Any:
+  """Draws the training loss and the evaluation scores against the step.
+
+  Returns:
+    A `matplotlib.figure.Figure`.
+  """
   # Figure, not pyplot: no display is looked for, and no global state is kept.
   from matplotlib import figure
 
@@ -319,5 +313,4 @@ def plot(records: Sequence[Record], path: epath.Path) -> None:
     right.legend(fontsize='small')
   else:
     right.set_axis_off()
-  with path.open('wb') as f:
-    fig.savefig(f, format='png', dpi=120)
+  return fig

@@ -1,0 +1,93 @@
+"""A frozen model that prompts are trained for."""
+
+import functools
+import os
+from collections.abc import Mapping
+
+import jax
+
+from ptune.convert import identity, open_checkpoint
+from ptune.convert.pieces import Vocabulary
+from ptune.convert.vocabulary import open_vocabulary
+from ptune.errors import UserError
+from ptune.model.sizes import T5Config
+from ptune.serving import predictor
+from ptune.training import checkpoints, cpu
+
+
+class Base:
+  """A frozen model. Its weights are read when they are first needed, once.
+
+  Attributes:
+    path: The checkpoint, as it was given.
+    config: The sizes of the network.
+    vocabulary_path: Where its vocabulary is.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    vocabulary: str | os.PathLike[str] | None = None,
+    dtype: str = 'float32',
+  ):
+    """Opens a checkpoint; see `ptune.load`."""
+    cpu.keep_compiled()
+    cpu.configure()
+    self.path = str(path)
+    self.config: T5Config = identity.config(open_checkpoint(path), dtype=dtype)
+    self.vocabulary_path = str(vocabulary or path)
+
+  def __repr__(self) -> str:
+    names = identity.names(identity.facts(open_checkpoint(self.path)))
+    size = f', {names[0]}' if names else ''
+    return f'ptune.load({self.path!r})  # a base model{size}'
+
+  @functools.cached_property
+  def vocabulary(self) -> Vocabulary:
+    """Texts to token ids and back.
+
+    Raises:
+      UserError: If it is not in the directory of the checkpoint.
+    """
+    try:
+      found = open_vocabulary(self.vocabulary_path)
+    except ValueError as error:
+      raise UserError(
+        f'{error}\nGive it as ptune.load({self.path!r}, vocabulary=...)'
+      ) from error
+    if found.vocab_size > self.config.vocab_size:
+      raise UserError(
+        f'the vocabulary {self.vocabulary_path} has {found.vocab_size} ids, and'
+        f' the base {self.path} {self.config.vocab_size}; give that of the base'
+        ' as vocabulary='
+      )
+    return found
+
+  @functools.cached_property
+  def weights(self) -> Mapping[str, jax.Array]:
+    """Every parameter, on the devices, by path."""
+    return predictor.load_base(self.config, self.path)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """16 hexadecimal digits by which runs and prompts name their base."""
+    return checkpoints.fingerprint(self.weights)
+
+
+def as_base(base: 'Base | str | os.PathLike[str]') -> Base:
+  """A base, which may be given by its path.
+
+  Raises:
+    UserError: If it is something else.
+  """
+  if isinstance(base, Base):
+    return base
+  if not isinstance(base, str | os.PathLike):
+    raise UserError(
+      f'base is {type(base).__name__} {str(base)[:60]!r}; expected what'
+      " ptune.load returns, or a path such as 'ptune://tiny'"
+    )
+  try:
+    return Base(base)
+  except (FileNotFoundError, UserError) as error:
+    raise type(error)(f'base: {error}') from error

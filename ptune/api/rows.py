@@ -1,0 +1,172 @@
+"""What users have as rows: lists, DataFrames, data sets, files, task names."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ptune import flags
+from ptune.convert.pieces import Vocabulary
+from ptune.errors import UserError
+
+# What TASK_FILES says of rows that are in no file.
+PLACE = '(rows of Python).jsonl'
+
+EXPECTED = (
+  'pairs of input and target, dicts, a pandas DataFrame, a Hugging Face'
+  ' Dataset, the path of a .tsv, .csv or .jsonl file, or the name of a SeqIO'
+  ' task'
+)
+
+
+def taken(name: str, data: Any) -> dict[str, Any]:
+  """The rows of one split, as a path or as a list.
+
+  Args:
+    name: The argument, which is the split's name too.
+    data: What the user gave.
+
+  Raises:
+    UserError: If it holds no rows, or is something else.
+  """
+  if isinstance(data, str | os.PathLike):
+    return {name: os.fspath(data)}
+  if isinstance(data, Rows):
+    return {name: data}
+  return {name: Rows(name, data)}
+
+
+class Rows(Sequence):
+  """Rows in memory, which gin neither copies nor writes."""
+
+  def __init__(self, name: str, data: Any):
+    """Takes the rows of a data frame, a data set or any iterable."""
+    self.label_names = _label_names(data)
+    self._rows = listed(name, data)
+
+  def __getitem__(self, index):
+    return self._rows[index]
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __deepcopy__(self, memo):
+    return self
+
+  def __repr__(self) -> str:
+    return f'<{len(self)} rows>'
+
+
+def listed(name: str, data: Any) -> Sequence[Any]:
+  """Rows as a sequence.
+
+  Args:
+    name: The argument, for messages.
+    data: What the user gave.
+
+  Raises:
+    UserError: If it holds no rows, or is something else.
+  """
+  if isinstance(data, str | os.PathLike | Mapping) or not isinstance(
+    data, Iterable
+  ):
+    raise UserError(
+      f'{name} is {type(data).__name__} {data!r:.80}; expected {EXPECTED}'
+    )
+  # A pandas DataFrame, without importing pandas.
+  if hasattr(data, 'to_dict') and hasattr(data, 'columns'):
+    data = data.to_dict('records')
+  rows = data if isinstance(data, Sequence) else list(data)
+  if not len(rows):
+    raise UserError(f'{name} has no rows; expected at least one')
+  return rows
+
+
+def _label_names(data: Any) -> dict[str, list[str]]:
+  """The names of a Hugging Face Dataset's labels, by column."""
+  features = getattr(data, 'features', None) or {}
+  return {
+    column: list(feature.names)
+    for column, feature in features.items()
+    if getattr(feature, 'names', None)
+  }
+
+
+def settings(rows: Mapping[str, Any]) -> dict[str, Any]:
+  """The settings of `flags.expand` for some rows, by split.
+
+  Raises:
+    UserError: If files and rows are mixed.
+  """
+  in_memory = {split for split, x in rows.items() if isinstance(x, Rows)}
+  if not in_memory:
+    return dict(rows)
+  if in_memory != set(rows):
+    raise UserError(
+      f'{sorted(in_memory)} are rows, and'
+      f' {sorted(set(rows) - in_memory)} files or tasks; give all as one kind'
+    )
+  return dict.fromkeys(rows, PLACE)
+
+
+def bind(rows: Mapping[str, Any]) -> None:
+  """Gives gin rows in memory, for `files.from_files`."""
+  import gin
+
+  if any(isinstance(x, Rows) for x in rows.values()):
+    gin.bind_parameter('files.from_files.rows', _Splits(rows))
+
+
+class _Splits(dict):
+  """Rows by split, which gin neither copies nor writes."""
+
+  def __deepcopy__(self, memo):
+    return self
+
+  def __repr__(self) -> str:
+    return f'<{", ".join(self)}>'
+
+
+def check_labels(
+  labels: Sequence[str] | None, vocabulary: Vocabulary
+) -> list[str]:
+  """The labels of a classification.
+
+  Raises:
+    UserError: If there are not two, or the vocabulary writes some alike.
+  """
+  if labels is None or isinstance(labels, str) or len(set(labels)) < 2:
+    raise UserError(
+      f'labels is {labels!r}; expected a list of two texts or more, such as'
+      " ['negative', 'positive']"
+    )
+  by_ids: dict[tuple[int, ...], list[str]] = {}
+  for label in labels:
+    by_ids.setdefault(tuple(vocabulary.encode(label)), []).append(label)
+  wrong = [same for same in by_ids.values() if len(same) > 1]
+  if wrong or () in by_ids:
+    raise UserError(
+      f'labels: the vocabulary cannot tell apart or cannot write'
+      f' {[*wrong, *by_ids.get((), [])]}; choose other labels'
+    )
+  return list(labels)
+
+
+def prepared(
+  flag_values: Mapping[str, Any], rows: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The settings of a training on some rows: templates and labels.
+
+  Args:
+    flag_values: What the user set.
+    rows: By split, of `taken`.
+  """
+  given = {**flag_values, **settings(rows)}
+  train = rows['train']
+  if isinstance(train, str) and not flags.is_file(train):
+    return given  # A SeqIO task has its own texts.
+  given.setdefault('inputs', '{inputs}')
+  given.setdefault('targets', '{targets}')
+  column = given['targets'].strip('{}')
+  if isinstance(train, Rows) and column in train.label_names:
+    given.setdefault('labels', train.label_names[column])
+  return given

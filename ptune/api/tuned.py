@@ -1,0 +1,469 @@
+"""A base with what was trained on it: asked, measured, saved."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+from absl import logging
+
+from ptune import flags, gin_files
+from ptune.api import rows as rows_lib
+from ptune.api.base import Base
+from ptune.convert import export as export_lib
+from ptune.convert import merged, prompts, publish
+from ptune.data import batches, seqio_task
+from ptune.errors import UserError
+from ptune.methods import prompt as prompt_method
+from ptune.model import parameters, partitioning
+from ptune.model.adapters import Method
+from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.model.sizes import T5Config
+from ptune.serving import answers, predictor
+from ptune.serving.bank import OTHER_METHODS
+from ptune.serving.evaluation import Evaluation
+from ptune.tasks.templates import columns_of, fill
+from ptune.tasks.texts import TextTask
+from ptune.training import report
+from ptune.training.settings import Trained
+
+Row = str | Mapping[str, Any]
+# Rows that are computed at once, at most, if no run says it.
+BATCH_SIZE = 32
+# Tokens of inputs and answers, if no run says them.
+LENGTHS = {'inputs': 256, 'targets': 32}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+  """What a run recorded of the model and the task."""
+
+  config: T5Config
+  method: Method
+  task: Any  # A TextTask, or the name of a SeqIO task.
+  module: Any
+  template: str  # Of the inputs.
+  lengths: Mapping[str, int]
+  batch_size: int
+  decoding: Decoding
+  seed: int
+
+
+class Tuned:
+  """A base and a prompt, or what another method trained.
+
+  `ptune.tune` and `ptune.load` return it; it reads what is on disk when it is
+  first needed.
+
+  Attributes:
+    base: The base model.
+    directory: The run of `ptune train`, None for a prompt's file.
+  """
+
+  def __init__(
+    self,
+    base: Base,
+    directory: str | os.PathLike[str] | None = None,
+    prompt_file: str | os.PathLike[str] | None = None,
+    temporary: bool = False,
+  ):
+    """Opens a run, or a prompt's file; see `ptune.load`."""
+    self.base = base
+    self.directory = None if directory is None else pathlib.Path(directory)
+    self._prompt_file = prompt_file
+    self._temporary = temporary
+    if temporary:
+      weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+
+  def __repr__(self) -> str:
+    what = 'a temporary run' if self._temporary else self.directory
+    return f'<{what or self._prompt_file} on {self.base.path}>'
+
+  # ------------------------------------------------------------------ asking
+
+  @overload
+  def predict(self, inputs: Row) -> str: ...
+  @overload
+  def predict(self, inputs: Sequence[Row]) -> list[str]: ...
+
+  def predict(self, inputs):
+    """What the model answers.
+
+    Args:
+      inputs: Texts, or rows by column, as `tune` had them; a text stands for
+        the one column of the template, or for the whole input. Or one of them.
+
+    Returns:
+      A list of texts; one text if one was given.
+
+    Example:
+      >>> answers = tuned.predict(['so insightful', 'so dull'])
+      >>> len(answers)
+      2
+    """
+    texts, one = self._texts(inputs)
+    features = [self._encode({'inputs': text}) for text in texts]
+    decode = self._task.vocabulary.decode
+    answers = [
+      decode(np.asarray(tokens).tolist())
+      for tokens, _ in self._asked(features, self._predictor.predict)
+    ]
+    return answers[0] if one else answers
+
+  @overload
+  def classify(
+    self, inputs: Row, labels: Sequence[str] | None = None
+  ) -> dict[str, float]: ...
+  @overload
+  def classify(
+    self, inputs: Sequence[Row], labels: Sequence[str] | None = None
+  ) -> list[dict[str, float]]: ...
+
+  def classify(self, inputs, labels=None):
+    """A probability for each label: those of the model, which sum to 1.
+
+    Args:
+      inputs: As of `predict`.
+      labels: The labels, as texts; those of the task if not given.
+
+    Returns:
+      For each input {label: probability}; one of them if one input was given.
+
+    Raises:
+      UserError: If the labels are not known, or the vocabulary cannot tell them
+        apart.
+
+    Example:
+      >>> told = tuned.classify('so insightful', labels=['no', 'yes'])
+      >>> sorted(told), round(sum(told.values()), 3)
+      (['no', 'yes'], 1.0)
+    """
+    texts, one = self._texts(inputs)
+    if labels is None:
+      labels = getattr(self._task, 'labels', None)
+    labels = rows_lib.check_labels(labels, self._task.vocabulary)
+    features = [
+      self._encode({'inputs': text, 'targets': label})
+      for text in texts
+      for label in labels
+    ]
+    score = lambda trees, batch, rows: ((), self._predictor.score(trees, batch))
+    scores = [score for _, score in self._asked(features, score)]
+    found = np.reshape(scores, (len(texts), len(labels)))
+    found = np.exp(found - found.max(axis=1, keepdims=True))
+    found /= found.sum(axis=1, keepdims=True)
+    told = [dict(zip(labels, map(float, row), strict=True)) for row in found]
+    return told[0] if one else told
+
+  def evaluate(self, test: Any) -> dict[str, float]:
+    """The metrics of the task on other rows.
+
+    Args:
+      test: Rows or a file, as `tune` takes them; or the name of a split that
+        the task has.
+
+    Returns:
+      The task's metrics, and `loss` and `token_accuracy` per target token.
+    """
+    split, task = 'test', None
+    if isinstance(test, str) and not flags.is_file(test):
+      split, task = test, self._task
+    else:
+      task = self._read(rows_lib.taken('test', test)).task
+    evaluation = Evaluation(
+      task,
+      self._plan,
+      EncoderDecoderModel(self._plan.network),
+      split=split,
+      feature_lengths=self._settings.lengths,
+      batch_size=self._settings.batch_size,
+      how=self._settings.decoding,
+      seed=self._settings.seed,
+    )
+    scores = evaluation((self._params,), self.step)
+    return next(iter(scores.values()))
+
+  # ------------------------------------------------------------ what is left
+
+  @property
+  def prompt(self) -> np.ndarray:
+    """The prompt, [prompt, embed] float32.
+
+    Raises:
+      UserError: If the method trains no prompt.
+    """
+    return prompts.read_prompt(self._source).array
+
+  @property
+  def step(self) -> int:
+    """The training step of what is asked: the best, or the newest."""
+    return self._restored[1]
+
+  @property
+  def history(self) -> list[dict[str, Any]]:
+    """What the run recorded, oldest first: step, split, and the metrics."""
+    return report.read_records(self._run('history'))
+
+  def plot(self) -> Any:
+    """The training loss and the scores against the step.
+
+    Returns:
+      A `matplotlib.figure.Figure`, which a notebook shows.
+    """
+    return report.draw(self.history)
+
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes the prompt, and beside it a .json with what is known of it.
+
+    Args:
+      path: A .npy or .safetensors file, replaced if it is there. What is no
+        prompt is a .safetensors file, whatever the name.
+    """
+    layout = pathlib.Path(path).suffix.removeprefix('.') or 'npy'
+    if layout not in ('npy', 'safetensors'):
+      raise UserError(
+        f'path is {str(path)!r}; expected a name that ends in .npy or'
+        ' .safetensors. Other formats are written by export(path, format=...)'
+      )
+    if merged.is_trained(place := prompts.find(self._source)):
+      _copy(place, pathlib.Path(path).with_suffix('.safetensors'))
+      return
+    self._export(path, layout, overwrite=True)
+
+  def export(
+    self,
+    path: str | os.PathLike[str],
+    format: str = 'peft',
+    overwrite: bool = False,
+  ) -> None:
+    """Writes what was trained for another program, as `ptune export`.
+
+    Args:
+      path: The directory or file.
+      format: 'peft', 't5x', 'npy', 'safetensors'; what is no prompt is merged
+        into the base: 't5x' or 'huggingface'.
+      overwrite: Whether an earlier output is replaced.
+    """
+    if merged.is_trained(place := prompts.find(self._source)):
+      merged.export_merged(
+        place, format, path, base=self.base.path, overwrite=overwrite
+      )
+      return
+    self._export(path, format, overwrite)
+
+  def push_to_hub(self, name: str, private: bool = False) -> str:
+    """Uploads the prompt and a model card to the Hugging Face Hub, for PEFT.
+
+    Args:
+      name: 'user/prompt'; made if it is not there.
+      private: Whether only the user sees it.
+
+    Returns:
+      The address that `ptune.load` takes: 'hf://user/prompt'.
+    """
+    *_, address = publish.push(
+      self._source, name, base=self.base.path, private=private
+    )
+    return address
+
+  # ---------------------------------------------------------------- restored
+
+  @property
+  def _source(self) -> Any:
+    return self._prompt_file if self.directory is None else self.directory
+
+  def _run(self, what: str) -> pathlib.Path:
+    if self.directory is None:
+      raise UserError(
+        f'{self._prompt_file} is a prompt alone, which has no {what}; load the'
+        ' directory of its run'
+      )
+    return self.directory
+
+  def _export(self, path: Any, layout: str, overwrite: bool) -> None:
+    export_lib.export(
+      prompts.read_prompt(self._source),
+      layout,
+      path,
+      base=self.base.path,
+      overwrite=overwrite,
+    )
+
+  def _read(self, rows: Mapping[str, Any] | None = None) -> _Settings:
+    """What the run recorded, with other rows if given.
+
+    Args:
+      rows: The rows of a split, by its name.
+    """
+    if self.directory is None:
+      return _of_file(self.base, prompts.read_prompt(self._source))
+    files = {k: v for k, v in (rows or {}).items() if isinstance(v, str)}
+    given = {'base': self.base.path, **files}
+    if rows and not files:
+      given |= {split: rows_lib.PLACE for split in rows}
+    import gin
+
+    with gin_files.isolated():
+      named, bindings = flags.expand('eval', given, run=str(self.directory))
+      gin_files.parse(named, bindings)
+      if rows and not files:
+        rows_lib.bind(rows)
+      value = lambda name: gin.get_configurable(f'{name}/macro')()
+      task = value('MIXTURE_OR_TASK_NAME')
+      return _Settings(
+        config=value('MODEL'),
+        method=value('METHOD'),
+        task=task,
+        module=value('MIXTURE_OR_TASK_MODULE'),
+        template=value('INPUTS') if isinstance(task, TextTask) else '{inputs}',
+        lengths=value('TASK_FEATURE_LENGTHS'),
+        batch_size=value('BATCH_SIZE'),
+        decoding=gin.get_configurable(Decoding)(),
+        seed=value('RANDOM_SEED'),
+      )
+
+  @functools.cached_property
+  def _settings(self) -> _Settings:
+    return self._read()
+
+  @functools.cached_property
+  def _task(self) -> Any:
+    return seqio_task.load(self._settings.task, self._settings.module)
+
+  @functools.cached_property
+  def _plan(self) -> parameters.Plan:
+    mesh = partitioning.make_mesh()
+    return parameters.plan(self._settings.config, self._settings.method, mesh)
+
+  @functools.cached_property
+  def _restored(self) -> tuple[dict[str, Any], int]:
+    if self.directory is None:
+      return self._restored_prompt()
+    trained = Trained(self.directory, checkpoint_path=self.base.path)
+    predictor.check(self._plan, trained)
+    return predictor.load(self._plan, trained, self.base.weights)
+
+  def _restored_prompt(self) -> tuple[dict[str, Any], int]:
+    found, plan = prompts.read_prompt(self._source), self._plan
+    theirs = found.facts.get('base', self.base.fingerprint)
+    if theirs != self.base.fingerprint:
+      logging.warning(
+        'prompt %s was trained on another base model (fingerprint %s) than %s'
+        ' (%s)',
+        found.path,
+        theirs,
+        self.base.path,
+        self.base.fingerprint,
+      )
+    path = plan.method.prompt
+    assert path is not None
+    values = {path: parameters.place(found.array, plan.params[path])}
+    frozen = {p: self.base.weights[p] for p in plan.frozen}
+    step = int(found.facts.get('step', 0))
+    return parameters.unflatten(values | parameters.hold(plan, frozen)), step
+
+  @property
+  def _params(self) -> Mapping[str, Any]:
+    return self._restored[0]
+
+  @functools.cached_property
+  def _predictor(self) -> answers.Predictor:
+    return answers.Predictor(
+      self._plan,
+      EncoderDecoderModel(self._plan.network),
+      self._settings.lengths['targets'],
+      self._settings.decoding,
+      self._settings.seed,
+    )
+
+  # ------------------------------------------------------------------- texts
+
+  def _texts(self, inputs: Any) -> tuple[list[str], bool]:
+    """The texts that the model reads, and whether one was given."""
+    one = isinstance(inputs, str | Mapping)
+    rows = [inputs] if one else rows_lib.listed('inputs', inputs)
+    return [self._text(i, row) for i, row in enumerate(rows)], one
+
+  def _text(self, number: int, row: Any) -> str:
+    template = self._settings.template
+    columns = columns_of(template, 'INPUTS')
+    if isinstance(row, str) and len(columns) == 1:
+      row = {columns[0]: row}
+    if not isinstance(row, Mapping):
+      raise UserError(
+        f'inputs[{number}] is {row!r:.80}; expected a dict with the columns'
+        f' {columns} of the template {template!r}'
+      )
+    try:
+      return fill(template, row)
+    except UserError as error:
+      raise UserError(f'inputs[{number}]: {error}') from error
+
+  def _encode(self, texts: Mapping[str, str]) -> batches.Batch:
+    lengths = self._settings.lengths
+    ids = self._settings.config.ids
+    return seqio_task.encode(self._task, lengths, texts, ids)[1]
+
+  def _asked(
+    self, features: Sequence[batches.Batch], ask: Any
+  ) -> Iterator[tuple[Any, Any]]:
+    """The answer to each row, in their order."""
+    plan, most = self._plan, self._settings.batch_size
+    found = answers.by_row(
+      batches.padded_batches(
+        features,
+        batch_size(len(features), most, plan.mesh),
+        batches.BUCKET_MULTIPLE,
+        self._settings.config.ids.pad,
+      ),
+      lambda batch: batches.device_put(batch, plan.mesh, plan.method.check),
+      lambda batch, rows: ask((self._params,), batch, rows),
+    )
+    by_row = dict(found)
+    return (by_row[row] for row in range(len(features)))
+
+
+def batch_size(rows: int, most: int, mesh: Any) -> int:
+  """Rows that are computed at once: a power of two, so that few compile."""
+  size = mesh.shape['data']
+  while size < min(rows, most):
+    size *= 2
+  return min(size, max(most, mesh.shape['data']))
+
+
+def _of_file(base: Base, prompt: prompts.Prompt) -> _Settings:
+  """What is known of a prompt alone."""
+  length, width = prompt.array.shape
+  if width != base.config.emb_dim:
+    raise UserError(
+      f'prompt {prompt.path} is [{length}, {width}], and the base {base.path}'
+      f' is {base.config.emb_dim} wide; give the base that it was trained on'
+    )
+  trained = prompt.facts.get('method', '')
+  if trained.startswith(OTHER_METHODS):
+    raise UserError(
+      f'prompt {prompt.path} was trained with method {trained!r}, and stands'
+      ' elsewhere than at the start; load the directory of its run'
+    )
+  return _Settings(
+    config=base.config,
+    method=prompt_method.prompt(length),
+    task=TextTask('prompt', {}, vocabulary=base.vocabulary),
+    module=None,
+    template='{inputs}',
+    lengths=LENGTHS,
+    batch_size=BATCH_SIZE,
+    decoding=Decoding(),
+    seed=0,
+  )
+
+
+def _copy(trained: Any, to: pathlib.Path) -> None:
+  """Copies what a method trained, and the facts beside it."""
+  for suffix in ('.safetensors', '.json'):
+    shutil.copyfile(trained.with_suffix(suffix), to.with_suffix(suffix))

@@ -1,0 +1,308 @@
+"""The Python API: the programs of the command line, called from Python."""
+
+import doctest
+import pathlib
+import types
+
+import numpy as np
+import pytest
+
+import gin
+import ptune
+from ptune import cli
+from ptune.api import calls, prompt_bank, tuned
+from ptune.api import rows as rows_lib
+from ptune.convert import publish
+from ptune.errors import UserError
+from ptune.tasks import files
+from tests import tiny
+from tests.imports_test import loaded_by
+
+PAIRS = [('so good', 'yes'), ('so bad', 'no'), ('good', 'yes'), ('bad', 'no')]
+TRAIN, DEV = PAIRS * 4, PAIRS
+LABELS = ['no', 'yes']
+SMALL = {'prompt_length': 3, 'batch_size': 8, 'labels': LABELS, 'seed': 1}
+TEXTS = ['so good', 'not that bad', 'good']
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_device():
+  with tiny.one_device():
+    yield
+
+
+@pytest.fixture(scope='module')
+def base():
+  return ptune.load('ptune://tiny')
+
+
+@pytest.fixture(scope='module')
+def run(base, tmp_path_factory):
+  """What `tune` made of pairs: the answers of a best step."""
+  directory = tmp_path_factory.mktemp('runs') / 'run'
+  return ptune.tune(
+    base, TRAIN, validation=DEV, steps=4, model_dir=directory, **SMALL
+  )
+
+
+# ------------------------------------------------------------------- training
+
+
+def test_tune_is_ptune_train_to_the_bit(run, tmp_path):
+  for split, rows in (('train', TRAIN), ('dev', DEV)):
+    lines = [f'{text},{label}\n' for text, label in [('t', 'l'), *rows]]
+    (tmp_path / f'{split}.csv').write_text(''.join(lines))
+  gin.clear_config()
+  status = cli.main(
+    [
+      'train',
+      '--base=ptune://tiny',
+      f'--train={tmp_path}/train.csv',
+      f'--validation={tmp_path}/dev.csv',
+      *('--inputs={t}', '--targets={l}', '--labels=no,yes', '--steps=4'),
+      *('--prompt_length=3', '--batch_size=8', '--seed=1'),
+      f'--model_dir={tmp_path}/run',
+    ]
+  )
+  gin.clear_config()
+  assert status == 0
+  ours, theirs = tiny.files(run.directory), tiny.files(tmp_path / 'run')
+  assert ours['prompts/best.npy'] == theirs['prompts/best.npy']
+  assert tiny.records(run.directory) == tiny.records(tmp_path / 'run')
+  plain = lambda names: {n for n in names if '/' not in n or 'prompts/' in n}
+  assert plain(ours) == plain(theirs)
+
+
+def test_the_same_call_goes_on_and_a_finished_run_is_as_it_is(
+  base, run, tmp_path
+):
+  settings = {'validation': DEV, 'model_dir': tmp_path / 'run', **SMALL}
+  ptune.tune(base, TRAIN, steps=2, **settings)
+  again = ptune.tune(base, TRAIN, steps=4, **settings)
+  assert np.array_equal(
+    np.load(tmp_path / 'run/prompts/step_4.npy'),
+    np.load(run.directory / 'prompts/step_4.npy'),
+  )
+  before = tiny.files(again.directory)
+  ptune.tune(base, TRAIN, steps=4, **settings)
+  assert tiny.files(again.directory) == before
+  with pytest.raises(UserError, match='a run that is not this one'):
+    ptune.tune(base, TRAIN, steps=4, **{**settings, 'seed': 2})
+
+
+class Dataset:
+  """What is read of a Hugging Face Dataset: its rows and its labels' names."""
+
+  def __init__(self, rows):
+    label = types.SimpleNamespace(names=LABELS)
+    self.rows, self.features = rows, {'l': label, 't': object()}
+
+  def __iter__(self):
+    return iter(self.rows)
+
+
+def test_rows_of_every_kind_are_the_same_texts(tmp_path, base):
+  pandas = pytest.importorskip('pandas')
+  dicts = [{'t': text, 'l': label} for text, label in PAIRS]
+  frame = pandas.DataFrame(dicts)
+  numbered = [{**row, 'l': LABELS.index(row['l'])} for row in dicts]
+  # As a Dataset iterates, and tells its labels.
+  named = {'inputs': '{t}', 'targets': '{l}'}
+  for rows, templates in (
+    *((PAIRS, {}), (tuple(map(list, PAIRS)), {}), (dicts, named)),
+    *((iter(dicts), named), (frame, named), (Dataset(numbered), named)),
+  ):
+    given = {'train': rows_lib.taken('train', rows)['train']}
+    settings = rows_lib.prepared(templates, given)
+    assert settings.pop('train') == rows_lib.PLACE
+    task = files.from_rows(
+      given,
+      settings['inputs'],
+      settings['targets'],
+      settings.get('labels', LABELS),
+      vocabulary=base.vocabulary,
+    )
+    texts = task.texts('train')
+    assert list(zip(texts['inputs'], texts['targets'], strict=True)) == PAIRS
+
+
+def test_pairs_are_trained_on_and_asked_without_tensorflow():
+  loaded, _ = loaded_by(
+    'import ptune\n'
+    "rows = [('so good', 'yes'), ('so bad', 'no')] * 4\n"
+    "tuned = ptune.tune('ptune://tiny', rows, validation=rows, steps=1,\n"
+    "  batch_size=8, prompt_length=2, labels=['no', 'yes'])\n"
+    "assert isinstance(tuned.predict('so good'), str)\n"
+    "assert sum(tuned.classify('so good').values()) > 0.99\n"
+  )
+  assert loaded == ['jax', 'orbax']
+
+
+def test_gin_has_what_it_had_before(run):
+  gin.clear_config()
+  gin.bind_parameter('optim.schedule.warmup_steps', 7)
+  before = gin.config_str()
+  run._read()
+  assert gin.config_str() == before
+  gin.clear_config()
+
+
+# --------------------------------------------------------------------- asking
+
+
+def test_a_list_gives_a_list_and_a_text_a_text(run):
+  answers = run.predict(TEXTS)
+  assert len(answers) == 3 and all(isinstance(x, str) for x in answers)
+  assert run.predict(TEXTS[1]) == answers[1]
+  assert run.predict({'inputs': TEXTS[1]}) == answers[1]
+
+
+def test_an_evaluation_is_that_of_training(run):
+  (recorded,) = [r for r in run.history if 'task' in r]
+  about = ('step', 'split', 'task')
+  expected = {k: v for k, v in recorded.items() if k not in about}
+  assert run.evaluate(DEV) == pytest.approx(expected, rel=1e-6)
+  # The scores of a split that is the same rows in a file.
+  assert run.step == recorded['step'] == 4
+
+
+def test_probabilities_of_labels_are_those_of_the_model(run):
+  told = run.classify(TEXTS)
+  assert [list(row) for row in told] == [LABELS] * 3
+  assert [sum(row.values()) for row in told] == pytest.approx([1.0] * 3)
+  other = run.classify(TEXTS[0], labels=['yes', 'no', 'maybe'])
+  # The model's own ratio does not depend on the other labels.
+  assert other['yes'] / other['no'] == pytest.approx(
+    told[0]['yes'] / told[0]['no'], rel=1e-4
+  )
+
+
+def test_what_is_written_is_read_back(base, run, tmp_path):
+  expected = run.predict(TEXTS)
+  run.save(tmp_path / 'prompt.npy')
+  run.export(tmp_path / 'peft')
+  assert np.array_equal(np.load(tmp_path / 'prompt.npy'), run.prompt)
+  for name in ('prompt.npy', 'peft'):
+    assert ptune.load(tmp_path / name, base).predict(TEXTS) == expected
+  assert ptune.load(run.directory).predict(TEXTS) == expected
+  with pytest.raises(UserError, match='does not say what its base is'):
+    ptune.load(tmp_path / 'prompt.npy')
+
+
+def test_a_bank_answers_each_text_by_its_own_prompt(base, run, tmp_path):
+  other = np.random.default_rng(0).normal(size=(2, 96)).astype(np.float32)
+  np.save(tmp_path / 'other.npy', other)
+  bank = ptune.bank(base, one=run, two=tmp_path / 'other.npy')
+  one, two = (bank.predict(TEXTS, name) for name in ('one', 'two'))
+  assert one == run.predict(TEXTS)
+  assert two == ptune.load(tmp_path / 'other.npy', base).predict(TEXTS)
+  assert bank.predict(TEXTS, ['one', 'two', 'one']) == [one[0], two[1], one[2]]
+  bank.add('three', other)
+  assert bank.vote(TEXTS) == two  # Two of three say so.
+  bank.remove('three')
+  assert bank.names == ['one', 'two']
+
+
+def test_history_is_drawn(run):
+  figure = run.plot()
+  assert [axes.get_xlabel() for axes in figure.axes] == ['step', 'step']
+  assert [r['split'] for r in run.history] == ['train', 'validation']
+
+
+def test_a_prompt_goes_to_the_hub(run, monkeypatch):
+  def push(path, name, *, base, private):
+    assert path == run.directory and base == 'ptune://tiny' and private
+    return ['wrote ...', f'hf://{name}']
+
+  monkeypatch.setattr(publish, 'push', push)  # See publish_test.
+  assert run.push_to_hub('me/prompt', private=True) == 'hf://me/prompt'
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'train': []}, 'train has no rows'),
+    ({'validation': []}, 'validation has no rows'),
+    ({'train': 5}, 'train is int 5; expected pairs of input'),
+    ({'train': [('a', 'yes'), ('b',)]}, r'train\[1\].* is no row; expected'),
+    ({'train': [('a', 'yes'), ('b', 'good')]}, r"train\[1\]: .*'good'"),
+    ({'train': [('a', 'yes'), (float('nan'), 'no')]}, r'train\[1\].* is nan'),
+    ({'inputs': '{text}'}, r"train\[0\]: no column 'text', it has: inputs"),
+    ({'validation': 'dev.csv'}, "'train'] are rows, and .'validation'] files"),
+    ({'train': 'no.csv', 'validation': None}, 'no.csv'),
+    ({'base': 'no/model'}, 'base: Nothing is at no/model'),
+    ({'base': None}, "base is NoneType 'None'; expected what ptune.load"),
+    ({'method': 'promt'}, "no method 'promt'; did you mean prompt"),
+    ({'promt_length': 5}, "no setting 'promt_length'; did you mean prompt_len"),
+    ({'steps': 'many'}, 'TRAIN_STEPS .* is .many.; expected a whole number'),
+    ({'labels': ['yes']}, 'LABEL_NAMES'),
+  ],
+)
+def test_bad_input_is_named_and_nothing_is_written(
+  base, change, message, tmp_path
+):
+  run = tmp_path / 'run'
+  given = {'base': base, 'train': TRAIN, 'validation': DEV, 'steps': 2, **SMALL}
+  with pytest.raises((UserError, FileNotFoundError), match=message):
+    ptune.tune(**{**given, 'model_dir': run, **change})
+  assert not run.exists()
+
+
+def test_a_frame_with_a_hole_is_named_by_its_row(base):
+  pandas = pytest.importorskip('pandas')
+  frame = pandas.DataFrame({'t': ['a', None], 'l': ['yes', 'no']})
+  with pytest.raises(UserError, match=r"train\[1\]: column 't' is nan"):
+    ptune.tune(base, frame, inputs='{t}', targets='{l}', labels=LABELS)
+
+
+def test_bad_questions_are_named(base, run, tmp_path):
+  for ask, message in (
+    (lambda: run.predict([]), 'inputs has no rows'),
+    (lambda: run.predict(['a', 5]), r'inputs\[1\] is 5; expected a dict'),
+    (lambda: run.predict([{'x': 'a'}]), r"inputs\[0\]: no column 'inputs'"),
+    (lambda: run.classify('a', labels=['yes']), 'expected a list of two texts'),
+    (lambda: run.evaluate([('a', 'maybe')]), r"test\[0\]: .*'maybe'"),
+    (lambda: ptune.load(tmp_path / 'none'), 'Nothing is at'),
+    (lambda: ptune.load('ptune://tiny', base), 'is no run and no prompt'),
+  ):
+    with pytest.raises((UserError, FileNotFoundError), match=message):
+      ask()
+  np.save(tmp_path / 'wide.npy', np.zeros((2, 97), np.float32))
+  wide = ptune.load(tmp_path / 'wide.npy', base)
+  with pytest.raises(UserError, match=r'2, 97.* is 96 wide; give the base'):
+    wide.predict('a')
+
+
+# ------------------------------------------------------------------ the names
+
+
+def test_examples_of_docstrings_run(base, run, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  run.save('sst2.npy')
+  (tmp_path / 'runs').mkdir()
+  (tmp_path / 'runs/rte').symlink_to(run.directory)
+  names = {'ptune': ptune, 'base': base, 'tuned': run}
+  runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+  found = 0
+  for module in (calls, prompt_bank, tuned):
+    for example in doctest.DocTestFinder().find(module, extraglobs=names):
+      found += len(example.examples)
+      runner.run(example)
+  assert found > 5 and not runner.failures
+
+
+def test_public_names_are_few_and_typed():
+  assert ptune.__all__ == ['Bank', 'Base', 'Tuned', 'bank', 'load', 'tune']
+  for name in ptune.__all__:
+    assert getattr(ptune, name).__doc__
+  assert (pathlib.Path(ptune.__file__).parent / 'py.typed').is_file()
+  with pytest.raises(AttributeError, match="no attribute 'tun'"):
+    ptune.tun  # noqa: B018
+
+
+def test_import_loads_nothing_heavy():
+  loaded, seconds = loaded_by('import ptune')
+  assert not loaded and seconds < 1
