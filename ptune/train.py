@@ -180,6 +180,7 @@ def train(
       in_memory=data.in_memory,
       ids=config.ids,
       embedding_rows=config.vocab_size,
+      positions=directory / 'stream',
     )
     batches = (
       read(method=method, pack=pack)

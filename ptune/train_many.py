@@ -168,6 +168,7 @@ def train_many(
         in_memory=data.in_memory,
         ids=config.ids,
         embedding_rows=config.vocab_size,
+        positions=directory / 'stream' / f'{tasks[task].name}-{seed}',
       )
 
     streams = [batches_of(runs[name].task, runs[name].seed) for name in order]

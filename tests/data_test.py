@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import pathlib
+import re
 import threading
 import uuid
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from ptune.data import batches as data
-from ptune.data import seqio_rows, seqio_task
+from ptune.data import positions, seqio_rows, seqio_task
 
 import seqio  # isort: skip  (after seqio_rows, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip
@@ -468,6 +469,56 @@ def mesh_of(data_axis, model_axis, devices=None):
   devices = np.array(devices or jax.devices()).reshape(data_axis, model_axis)
   auto = (jax.sharding.AxisType.Auto,) * 2
   return jax.sharding.Mesh(devices, ('data', 'model'), axis_types=auto)
+
+
+@pytest.mark.parametrize('in_memory', [None, False])
+def test_a_stream_resumes_from_a_kept_position(in_memory, tmp_path, caplog):
+  rows = rows_of_text(70)
+  task = make_mixture() if in_memory is None else make_task(rows)
+  how = {'window': 2, 'seed': 1, 'in_memory': in_memory}
+  reference = data.Batches(task, LENGTHS, 4, **how)
+  want = [reference(step) for step in range(50)]
+  first = data.Batches(task, LENGTHS, 4, positions=tmp_path, **how)
+  for step in range(44):
+    assert_same(first(step), want[step])
+  assert 4 <= len(list(tmp_path.iterdir())) <= 10
+  # Restarts read a few rows again, whatever the step, and the same rows.
+  again = data.Batches(task, LENGTHS, 4, positions=tmp_path, **how)
+  with caplog.at_level('INFO', logger='absl'):
+    for step in (43, 44, 49, 36, 7):
+      assert_same(again(step), want[step])
+  found = [
+    [int(x) for x in re.findall(r'(\d+) (?:rows before|are read)', message)]
+    for message in caplog.messages
+    if 'are read again' in message
+  ]
+  assert found[0] == [42 * 4, 0]
+  assert all(again <= rows / 2 for rows, again in found[:2])
+  # Another stream does not take these positions.
+  other = data.Batches(
+    task, LENGTHS, 4, positions=tmp_path, **{**how, 'seed': 2}
+  )
+  caplog.clear()
+  with caplog.at_level('INFO', logger='absl'):
+    other(43)
+  assert 'of the 168 rows before' in caplog.text
+  assert '168 are read again' in caplog.text
+  # A damaged position is not used.
+  for file in tmp_path.glob('*/state.data*'):
+    file.write_bytes(b'')
+  damaged = data.Batches(task, LENGTHS, 4, positions=tmp_path, **how)
+  assert_same(damaged(43), want[43])
+
+
+def test_positions_are_dense_near_the_end_and_few():
+  kept = []
+  for newest in range(1, 130):
+    kept.append(newest)
+    kept = [w for w in kept if w not in positions.too_many(kept, newest)]
+    assert len(kept) <= 2 * newest.bit_length()
+    for window in range(newest + 1):
+      nearest = max((w for w in kept if w <= window), default=0)
+      assert window - nearest <= 2 * (newest - window)
 
 
 @pytest.mark.parametrize('shape', [(8, 1), (4, 2), (1, 8)])

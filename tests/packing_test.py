@@ -213,6 +213,23 @@ def test_a_mixture_is_packed_by_windows():
   assert 5 < batches.examples_per_step <= 8
 
 
+def test_packed_windows_resume_from_a_kept_position(tmp_path, caplog):
+  mixture, length = make_mixture(), {'inputs': 96, 'targets': 16}
+  make = lambda **how: packing.PackedBatches(
+    mixture, length, 4, PROMPT, window=2, **how
+  )
+  batches = make()
+  expected = [batches(step) for step in range(16)]
+  first = make(positions=tmp_path)
+  for step in range(16):
+    assert_same(first(step), expected[step])
+  again = make(positions=tmp_path)
+  with caplog.at_level('INFO', logger='absl'):
+    assert_same(again(15), expected[15])
+    assert_same(again(3), expected[3])
+  assert 'of the 128 rows before the first of this start, 0 are' in caplog.text
+
+
 def test_rows_have_room_for_the_longest_example_and_its_prompt(task):
   method = combine([prompt.prompt(3), decoder_prompt.decoder_prompt(2)])
   batches = packing.PackedBatches(task, LENGTHS, 4, method)

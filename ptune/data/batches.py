@@ -9,8 +9,9 @@ nor restarts can change it. Rows are token ids, of one of two kinds:
                in an order drawn from (seed, e): NumPy's permutation, by the
                generator Philox with the key [seed, e].
     stream     A SeqIO mixture, or a SeqIO task too large for memory or without
-               an end. SeqIO shuffles, repeats and mixes; to start at step s,
-               the rows before it are read and skipped.
+               an end. SeqIO shuffles, repeats and mixes. To start at step s,
+               the rows before it are read and skipped, from the last position
+               that was kept on disk (`positions`).
 
 Rows of a user's own (`texts.TextTask`) are always in memory, and have the same
 order whether they come from Python, flags or a gin file. A classification is
@@ -21,6 +22,7 @@ import collections
 import concurrent.futures
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,11 +31,13 @@ import numpy as np
 from absl import logging
 
 from ptune.data import seqio_task
+from ptune.data.positions import Positions
 from ptune.data.seqio_task import FEATURES, Batch, Provider, shifted
 from ptune.errors import UserError
 from ptune.model.sizes import TokenIds
 
 Check = Callable[[np.ndarray], None]
+PathLike = str | os.PathLike[str]
 
 BUCKET_MULTIPLE = 32
 _TRIMMED = '_trimmed'  # suffix of the marks that count trimming
@@ -152,6 +156,7 @@ class Batches:
     in_memory: bool | None = None,
     ids: TokenIds = TokenIds(),
     embedding_rows: int | None = None,
+    positions: PathLike | None = None,
   ):
     """Checks a task and tokenises it, or opens its stream.
 
@@ -173,6 +178,8 @@ class Batches:
         targets start.
       embedding_rows: Rows of the model's embedding; token ids beyond it are an
         error.
+      positions: A local directory where the positions of a stream are kept, so
+        that resuming does not read all rows before it again; see `positions`.
 
     Raises:
       ValueError: The task does not suit T5 or these arguments, or is empty.
@@ -202,6 +209,12 @@ class Batches:
     self._chunk_size = self.num_examples or batch_size * window
     self._chunk = functools.lru_cache(maxsize=2)(self._make_chunk)
     self._next_chunk = None  # the one that an open stream comes to next
+    self._positions = None
+    if positions is not None and not self._rows:
+      key = [self._name, self._lengths, seed, batch_size, window, use_cached]
+      versions = self._source.versions()
+      self._positions = Positions(positions, {'of': key, **versions})
+    self._writes = jax.process_index() == 0
 
   def _tokenise(self, limit: float) -> dict[str, _Ragged] | None:
     """Reads a task of at most `limit` rows into memory, None if it is larger.
@@ -209,9 +222,7 @@ class Batches:
     At least one row is read, so that what is wrong with a task shows here.
     """
     blocks, count = [], 0
-    for block in self._source.read(
-      rows=1024 if limit else 1, shuffle=False, num_epochs=1
-    ):
+    for block in self._source.read(rows=1024 if limit else 1):
       count += len(block['inputs'])
       if count > limit:
         logging.info('%s: streamed, it is not kept in memory.', self._name)
@@ -288,24 +299,53 @@ class Batches:
       )
 
   def _next_window(self, index: int) -> dict[str, _Ragged]:
-    """Reads a window of the stream, from the start if it is not the next."""
-    skip = index * self._chunk_size
+    """Reads a window of the stream, which is searched if it is not the next."""
     if index != self._next_chunk:
-      self._blocks = self._source.read(
-        rows=self._batch_size, skip=skip, shuffle=True, num_epochs=None
-      )
-      if skip:
-        logging.info('%s: skipping %d rows to resume.', self._name, skip)
+      self._stream = self._open_stream(index)
     self._next_chunk = None  # in case reading fails
-    blocks = list(itertools.islice(self._blocks, self._window))
+    if self._positions is not None and self._writes:
+      self._positions.keep(index, self._stream.save, self._facts(index))
+    blocks = list(itertools.islice(self._stream, self._window))
     count = sum(len(b['inputs']) for b in blocks)
     if count < self._chunk_size:
+      ended = index * self._chunk_size + count
       raise UserError(
-        f'The stream of {self._name} ended after {skip + count} rows, expected '
-        'no end. A task of the mixture may have an empty split.'
+        f'The stream of {self._name} ended after {ended} rows, expected no end.'
+        ' A task of the mixture may have an empty split.'
       )
     self._next_chunk = index + 1
     return self._collect(blocks)
+
+  def _facts(self, index: int) -> Any:
+    """What is kept with the position of a window."""
+    del index
+
+  def _open_stream(self, index: int) -> Any:
+    """Opens the stream at a window: at a kept position, then by skipping."""
+    stream, at = self._source.stream(self._batch_size), 0
+    kept = self._positions.newest_first() if self._positions else ()
+    for window, state, _ in kept:
+      if window > index:
+        continue
+      try:
+        stream.restore(state)
+      except Exception as error:  # Of a version that cannot read it.
+        logging.info('a position is not used: %.300s', error)
+        stream = self._source.stream(self._batch_size)
+        continue
+      at = window
+      break
+    skip = (index - at) * self._window
+    if index:
+      logging.info(
+        '%s: of the %d rows before the first of this start, %d are read again.',
+        self._name,
+        index * self._chunk_size,
+        skip * self._batch_size,
+      )
+    for _ in itertools.islice(stream, skip):
+      pass
+    return stream
 
   def _make_chunk(self, index: int) -> tuple[dict[str, _Ragged], np.ndarray]:
     """Returns rows, and the order [chunk_size] in which they come."""

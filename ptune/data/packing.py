@@ -54,8 +54,8 @@ class PackedBatches(data.Batches):
 
   Step s holds the rows from s * batch_size on of all epochs laid end to end.
   How many rows an epoch takes depends on the order of its examples, so that
-  the first call for a step packs the lengths of all epochs (of a stream: reads
-  all windows) before it.
+  the first call for a step packs the lengths of all epochs before it. Of a
+  stream it reads all windows before it, from the last position that was kept.
   """
 
   def __init__(
@@ -96,6 +96,10 @@ class PackedBatches(data.Batches):
     inputs, targets = self._room
     return [(inputs, targets)]
 
+  def _facts(self, index: int) -> list[int]:
+    """The packed rows before each window up to one, kept with a position."""
+    return self._first_rows[: index + 1]
+
   def _pack_chunk(self, index: int):
     """Returns examples, and which of them each packed row holds."""
     examples, order = self._chunk(index)
@@ -121,8 +125,13 @@ class PackedBatches(data.Batches):
       encoder_segment_ids and decoder_segment_ids, 1, 2, ... for the examples
       of a row and 0 for padding.
     """
-    first = self._first_rows
     last = (step + 1) * self._batch_size
+    if len(self._first_rows) == 1 and self._positions is not None:
+      for _, _, rows_before in self._positions.newest_first():
+        if rows_before[-1] <= last - self._batch_size:
+          self._first_rows = rows_before
+          break
+    first = self._first_rows
     while first[-1] < last:
       _, packed = self._packed(len(first) - 1)
       first.append(first[-1] + len(packed))

@@ -223,16 +223,26 @@ class SeqioRows:
       return MAX_UNCOUNTED_ROWS
     return MAX_ROWS if rows <= MAX_ROWS else 0
 
-  def read(
-    self, rows: int, *, shuffle: bool, num_epochs: int | None, skip: int = 0
-  ) -> Iterator[dict[str, np.ndarray]]:
-    """Reads the task in blocks of `rows` rows, after skipping `skip` rows.
+  def read(self, rows: int) -> Iterator[dict[str, np.ndarray]]:
+    """Reads the task once and in order, in blocks of `rows` rows.
 
     Returns:
       For each feature f the trimmed tokens f [rows, longest], their number
       f_length [rows], and whether they were more, f_trimmed [rows].
     """
 
+    dataset = self._dataset(rows, shuffle=False, num_epochs=1)
+    return dataset.as_numpy_iterator()
+
+  def versions(self) -> dict[str, str]:
+    """What the position of a stream depends on, beside the task."""
+    return {'seqio': seqio.__version__, 'tensorflow': tf.__version__}
+
+  def stream(self, rows: int) -> 'Stream':
+    """Reads the task without an end, shuffled, in blocks of `rows` rows."""
+    return Stream(self._dataset(rows, shuffle=True, num_epochs=None))
+
+  def _dataset(self, rows: int, shuffle: bool, num_epochs: int | None):
     def trim(example):
       row = {}
       for name in FEATURES:
@@ -254,13 +264,12 @@ class SeqioRows:
     dataset = dataset.map(trim, num_parallel_calls=tf.data.AUTOTUNE)
     options = tf.data.Options()
     options.deterministic = True
-    dataset = dataset.skip(skip).padded_batch(rows).with_options(options)
-    return dataset.prefetch(2).as_numpy_iterator()
+    return dataset.padded_batch(rows).with_options(options).prefetch(2)
 
   def trimmed(self, count: int | None) -> dict[str, int]:
     """How many of the first `count` rows are longer than their length."""
     found, left = dict.fromkeys(FEATURES, 0), count or math.inf
-    for block in self.read(1024, shuffle=False, num_epochs=1):
+    for block in self.read(1024):
       rows = int(min(left, len(block['inputs'])))
       for name in FEATURES:
         found[name] += int(block[name + _TRIMMED][:rows].sum())
@@ -298,3 +307,34 @@ class FeatureConverter(seqio.EncDecFeatureConverter):
     # SeqIO's leave out the token 0, whatever it is.
     example['decoder_loss_weights'] = tf.cast(targets != self._pad, tf.int32)
     return example
+
+
+class Stream:
+  """Blocks of rows, as `SeqioRows.read` has them, that never end.
+
+  Its position can be written to files and taken up again, by the same task and
+  the same versions of SeqIO and TensorFlow.
+  """
+
+  def __init__(self, dataset: tf.data.Dataset):
+    """Starts at the first row."""
+    self._iterator = iter(dataset)
+    self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
+
+  def __iter__(self) -> 'Stream':
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    return {name: x.numpy() for name, x in next(self._iterator).items()}
+
+  def save(self, prefix: str) -> None:
+    """Writes the position to files whose names begin with a prefix."""
+    self._checkpoint.write(prefix)
+
+  def restore(self, prefix: str) -> None:
+    """Goes to a position that was written.
+
+    Raises:
+      OSError, tf.errors.OpError: It cannot be read.
+    """
+    self._checkpoint.read(prefix).assert_consumed()

@@ -23,21 +23,15 @@ class TextRows:
     del in_memory
     return float('inf')
 
-  def read(
-    self, rows: int, *, shuffle: bool, num_epochs: int | None, skip: int = 0
-  ) -> Iterator[dict[str, np.ndarray]]:
+  def read(self, rows: int) -> Iterator[dict[str, np.ndarray]]:
     """Yields the rows that have a label, in the order of the texts.
 
     Args:
       rows: Of a block.
-      shuffle: Must be False, as texts are kept in memory.
-      num_epochs: Must be 1.
-      skip: Must be 0.
 
     Raises:
       UserError: No row has a label.
     """
-    assert not shuffle and num_epochs == 1 and not skip
     task = self._task
     inputs, targets, unlabelled = task.training(self._split)
     if unlabelled:
