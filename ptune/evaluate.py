@@ -15,7 +15,7 @@ from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import T5Config
 from ptune.serving import bank as bank_lib
-from ptune.serving import ensemble, predictor
+from ptune.serving import classes, ensemble, predictor
 from ptune.serving.evaluation import Scores, evaluation_of
 from ptune.training import report as report_lib
 from ptune.training import settings
@@ -96,6 +96,9 @@ def evaluate(
   scores = evaluate_all((params,), step)
   for name, values in scores.items():
     _tell(directory, {'step': step, 'split': split, 'task': name}, values)
+    found = classes.read(directory / name, step)
+    if found and jax.process_index() == 0:
+      print(classes.text(found))
   return scores
 
 

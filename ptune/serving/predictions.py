@@ -1,4 +1,4 @@
-"""Predictions as JSON lines."""
+"""Predictions as JSON lines; of a classification, how well each class does."""
 
 import os
 from collections.abc import Iterable
@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from ptune.serving import classes
 from ptune.tasks import metrics as task_metrics
 from ptune.training import report as report_lib
 
@@ -16,24 +17,34 @@ def write(
   step: int | str,
   records: Iterable[dict[str, Any]],
 ) -> None:
-  """Writes `<task>/predictions-<step>.jsonl`, and which were right.
+  """Writes `<task>/predictions-<step>.jsonl`, and the files of `classes`.
 
   Args:
     directory: The file is written below it.
     task_name: The name of the task.
     step: The step that the predictions are of.
     records: What an example holds, its `target` and its `prediction` as metrics
-      compare them; those of labels and texts get the key `right`.
+      compare them. Those of labels and texts get the key `right`, and labels
+      that are numbers `prediction_name`.
   """
   place = epath.Path(directory) / task_name
   place.mkdir(parents=True, exist_ok=True)
+  records = list(records)
+  names = {
+    r['target']: str(r['targets'])
+    for r in records
+    if isinstance(r.get('target'), int) and r['target'] >= 0 and 'targets' in r
+  }
   lines = []
   for record in records:
     # Of labels and texts; other things have no plain right or wrong.
     if isinstance(record.get('prediction'), str | int | float):
       right = task_metrics.is_right(record.get('target'), record['prediction'])
       record = {**record, 'right': right}
+      if record['prediction'] in names:
+        record['prediction_name'] = names[record['prediction']]
     lines.append(report_lib.to_json(record))
   report_lib.write_atomically(
     place / f'predictions-{step}.jsonl', '\n'.join([*lines, ''])
   )
+  classes.write(place, step, records)

@@ -1,0 +1,207 @@
+"""How well each class is told from the others: of a classification's answers.
+
+    classes-<step>.csv      precision, recall, F1 and support of each class
+    confusion-<step>.csv    rows are labels, columns are answers
+    confusion-<step>.png    the same as a picture
+
+An answer that is no label of the task counts as OTHER.
+"""
+
+import collections
+import csv
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from ptune.tasks.metrics import UNLABELLED
+from ptune.training import report as report_lib
+
+OTHER = '(other)'
+# More distinct texts than this are no classes but answers of their own.
+MOST = 50
+
+Pair = tuple[str, str]  # The label, and the answer, by name.
+
+
+class Class(NamedTuple):
+  """One class; precision, recall and F1 from 0 to 100."""
+
+  label: str
+  precision: float
+  recall: float
+  f1: float
+  support: int  # Rows that have this label.
+
+
+def pairs(records: Sequence[Mapping[str, Any]]) -> list[Pair]:
+  """The label and the answer of each row, by their names.
+
+  Args:
+    records: As `predictions.write` takes them. If every label of a row was
+      scored, a row has a record for each label.
+
+  Returns:
+    One pair a labelled row; none if the task is no classification.
+  """
+  first = records[0].get('target') if records else None
+  if isinstance(first, Mapping) and 'candidate' in first:
+    return _ranked(records)
+  names: dict[Any, str] = {}
+  found = []
+  for record in records:
+    target, answer = record.get('target'), record.get('prediction')
+    if not isinstance(target, str | int) or not isinstance(answer, str | int):
+      return []
+    if target not in (-1, UNLABELLED):
+      names[target] = str(record.get('targets', target))
+      found.append((target, answer))
+  # Few classes, with several rows each; labels by number are always classes.
+  texts = [target for target, _ in found if isinstance(target, str)]
+  if len(names) > (min(MOST, len(found) // 2) if texts else MOST):
+    return []
+  return [(names[t], names.get(a, OTHER)) for t, a in found]
+
+
+def _ranked(records: Sequence[Mapping[str, Any]]) -> list[Pair]:
+  """Of rows whose labels were all scored: the best one is the answer."""
+  names, rows = {}, collections.defaultdict(list)
+  for record in records:
+    scored = record['target']
+    names[scored['candidate']] = str(record.get('targets'))
+    rows[scored['row']].append((float(record['score']), scored))
+  found = []
+  for row in rows.values():
+    best = max(row, key=lambda pair: pair[0])[1]
+    if best['target'] in names:
+      found.append((names[best['target']], names[best['candidate']]))
+  return found
+
+
+def confusion(found: Sequence[Pair]) -> tuple[list[str], np.ndarray]:
+  """The classes, and how often each label got each answer.
+
+  Returns:
+    The names, OTHER last if it occurs, and counts [label, answer].
+  """
+  labels = sorted({label for label, _ in found})
+  answers = {answer for _, answer in found} - {*labels, OTHER}
+  names = [*labels, *sorted(answers)]
+  if any(answer == OTHER for _, answer in found):
+    names.append(OTHER)
+  index = {name: i for i, name in enumerate(names)}
+  counts = np.zeros((len(names), len(names)), np.int64)
+  for label, answer in found:
+    counts[index[label], index[answer]] += 1
+  return names, counts
+
+
+def table(names: Sequence[str], counts: np.ndarray) -> list[Class]:
+  """Precision, recall, F1 and support of each class that has rows."""
+  classes = []
+  for i, name in enumerate(names):
+    right, support = counts[i, i], int(counts[i].sum())
+    answered = counts[:, i].sum()
+    if not support:
+      continue
+    # 0, as scikit-learn says, of a class that was never answered.
+    precision = 100 * right / answered if answered else 0.0
+    f1 = 200 * right / (answered + support)
+    recall = 100 * right / support
+    classes.append(
+      Class(name, float(precision), float(recall), float(f1), support)
+    )
+  return classes
+
+
+def write(
+  directory: epath.Path, step: int | str, records: Iterable[Mapping[str, Any]]
+) -> None:
+  """Writes the files of the module's docstring; none if there are no classes.
+
+  Args:
+    directory: Where they are written; it exists.
+    step: The step that the answers are of.
+    records: See `pairs`.
+  """
+  found = pairs(list(records))
+  if not found:
+    return
+  names, counts = confusion(found)
+  rows = [
+    (c.label, *(f'{x:.2f}' for x in c[1:4]), c.support)
+    for c in table(names, counts)
+  ]
+  _csv(directory / f'classes-{step}.csv', [Class._fields, *rows])
+  _csv(
+    directory / f'confusion-{step}.csv',
+    [('label', *names), *zip(names, *counts.T.tolist(), strict=True)],
+  )
+  buffer = io.BytesIO()
+  draw(names, counts).savefig(buffer, format='png', dpi=120)
+  report_lib.write_atomically(
+    directory / f'confusion-{step}.png', buffer.getvalue()
+  )
+
+
+def read(directory: os.PathLike[str], step: int | str) -> list[Class]:
+  """The classes that `write` wrote; none if it wrote none."""
+  file = epath.Path(directory) / f'classes-{step}.csv'
+  if not file.exists():
+    return []
+  lines = csv.DictReader(io.StringIO(file.read_text()))
+  return [
+    Class(
+      line['label'],
+      *(float(line[k]) for k in ('precision', 'recall', 'f1')),
+      int(line['support']),
+    )
+    for line in lines
+  ]
+
+
+def text(found: Sequence[Class]) -> str:
+  """The classes as lines of a table."""
+  width = max(len('class'), *(len(c.label) for c in found))
+  lines = [f'{"class".ljust(width)}  precision  recall     F1  support']
+  for c in found:
+    lines.append(
+      f'{c.label.ljust(width)}  {c.precision:9.1f}  {c.recall:6.1f}'
+      f'  {c.f1:5.1f}  {c.support:7d}'
+    )
+  return '\n'.join(lines)
+
+
+def draw(names: Sequence[str], counts: np.ndarray):
+  """A matplotlib Figure of the counts, each row shaded by its shares."""
+  from matplotlib import figure
+
+  shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+  size = 1.6 + 0.55 * len(names)
+  fig = figure.Figure(figsize=(size + 0.8, size), layout='constrained')
+  axes = fig.subplots()
+  axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+  axes.set(xlabel='answer', ylabel='label')
+  axes.set_xticks(range(len(names)), names, rotation=45, ha='right')
+  axes.set_yticks(range(len(names)), names)
+  if len(names) <= 20:  # Numbers of more would be too small to read.
+    for (row, column), count in np.ndenumerate(counts):
+      dark = shares[row, column] > 0.5
+      axes.text(
+        column,
+        row,
+        str(count),
+        ha='center',
+        va='center',
+        color='white' if dark else 'black',
+      )
+  return fig
+
+
+def _csv(path: epath.Path, rows: Iterable[Sequence[Any]]) -> None:
+  text = io.StringIO()
+  csv.writer(text, lineterminator='\n').writerows(rows)
+  report_lib.write_atomically(path, text.getvalue())
