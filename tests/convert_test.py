@@ -539,7 +539,7 @@ def test_a_directory_of_checkpoints_names_them(tmp_path, name):
   [
     ((), 'it is empty'),
     (('notes.txt',), 'found notes.txt'),
-    (('config.json', 'pytorch_model.bin'), 'no pickle is ever loaded'),
+    (('config.json', 'tf_model.h5'), 'Save the model as safetensors'),
     (('adapter_config.json', 'adapter_model.safetensors'), 'PEFT adapter'),
   ],
 )

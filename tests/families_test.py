@@ -279,6 +279,21 @@ def test_what_is_written_is_read_by_transformers_as_it_was(
     )
 
 
+@pytest.mark.parametrize(
+  'kind, why',
+  [
+    ('scaled head', 'logits are scaled, and not tied'),
+    ('tied mt5', 'logits are not scaled, and tied'),
+    ('embedding of the decoder', 'embedding of its own'),
+  ],
+)
+def test_what_t5x_has_no_network_for_is_refused(directory, tmp_path, kind, why):
+  path, _ = made(kind, directory)
+  with pytest.raises(ValueError, match=why):
+    convert(path, 't5x', tmp_path / 't5x')
+  assert not (tmp_path / 't5x').exists()
+
+
 def test_a_t5x_checkpoint_of_an_umt5_is_the_same_model(directory, tmp_path):
   path, _ = made('umt5', directory)
   convert(path, 't5x', tmp_path / 't5x')

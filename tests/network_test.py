@@ -351,6 +351,22 @@ def test_beams_and_a_temperature_exclude_each_other():
     't5_small': 60_506_624,
     'mt5_small': 300_176_768,
     'byt5_small': 299_637_760,
+    # The model cards say exactly so,
+    'pile_t5_base': 247_586_304,
+    'pile_t5_large': 783_173_632,
+    'pile_t5_xl': 2_849_804_288,
+    'pile_t5_xxl': 11_135_426_560,
+    # 2.94, 8.3 and 10.7 billion, 13 and 20 billion,
+    'madlad400_3b': 2_940_374_016,
+    'madlad400_7b': 8_296_829_952,
+    'madlad400_10b': 10_712_585_216,
+    'aya_101': 12_921_057_280,
+    'flan_ul2': 19_591_209_984,
+    # 0.2 billion and 738 million.
+    'codet5p_220m': 222_882_048,
+    'codet5p_770m': 737_639_424,
+    # As mT5, with more rows and a bias in every layer.
+    'umt5_small': 306_601_984,
   }.items(),
 )
 def test_published_sizes_have_the_published_number_of_parameters(name, count):

@@ -41,13 +41,9 @@ Expected the directory of one of
     model.safetensors.index.json), or hf://org/name for one on the Hub;
   a ptune run (MODEL_DIR with checkpoints/N), or one step of it."""
 
-# Weights that only a pickle or another framework can read.
-FOREIGN_WEIGHTS = (
-  'pytorch_model.bin',
-  'pytorch_model.bin.index.json',
-  'flax_model.msgpack',
-  'tf_model.h5',
-)
+# Weights that other frameworks read.
+FOREIGN_WEIGHTS = ('flax_model.msgpack', 'tf_model.h5')
+TORCH_WEIGHTS = ('pytorch_model.bin', 'pytorch_model.bin.index.json')
 
 
 def open_checkpoint(path: epath.PathLike) -> Source:
@@ -86,7 +82,9 @@ def open_checkpoint(path: epath.PathLike) -> Source:
     from ptune.convert.t5x import open_t5x
 
     return open_t5x(path)
-  if 'config.json' in names and _has_safetensors(names):
+  if 'config.json' in names and (
+    _has_safetensors(names) or set(TORCH_WEIGHTS) & set(names)
+  ):
     from ptune.convert.huggingface import open_huggingface
 
     return open_huggingface(path)
@@ -146,9 +144,16 @@ def _unrecognised(path: epath.Path, names: list[str]) -> str:
   foreign = [n for n in names if n in FOREIGN_WEIGHTS]
   if foreign:
     return (
-      f'{found}\n{foreign[0]} is not read (no pickle is ever loaded). Save '
-      'the model as safetensors: '
+      f'{found}\n{foreign[0]} is not read. Save the model as safetensors: '
       "AutoModelForSeq2SeqLM.from_pretrained('...').save_pretrained('...')."
+    )
+  if 'config.json' in names and str(path.parent.name) == 'snapshots':
+    from ptune.convert.torch_files import both_ways
+
+    return (
+      f'{found}\nThe Hub has no safetensors of this model, nor a pull request'
+      f' of its bot that adds them. What it has is read by torch:'
+      f' {both_ways(path)}'
     )
   if 'adapter_config.json' in names:
     return (

@@ -8,6 +8,7 @@ from etils import epath
 from ptune.convert import identity, open_checkpoint, output
 from ptune.convert.source import Source
 from ptune.errors import UserError
+from ptune.model.sizes import T5Config, TokenIds
 
 # What a directory must hold one of, to be replaced as an earlier output.
 MARKS = {'t5x': ('checkpoint',), 'huggingface': ('config.json',)}
@@ -53,6 +54,8 @@ def convert(
   )
   _check_activations(source, activations)
   identity.check_whole(source, config)
+  if layout == 't5x':
+    _check_t5x(source, config)
   leaves = identity.base_leaves(source)
   beyond = sorted(source.leaves.keys() - leaves.keys())
   if beyond and not base_only:
@@ -84,9 +87,30 @@ def convert(
       f'mlp_activations {config.mlp_activations} were taken: what was read '
       'does not say them; --activations sets others'
     )
+  if layout == 't5x' and config.ids != TokenIds():
+    lines.append(
+      f'T5X keeps no special tokens, and this model has {config.ids}: name it by'
+      ' a file of models/, or set sizes.t5.ids'
+    )
   if layout == 't5x' and step is None:
     lines.append('the step was taken as 0: --step=N sets another')
   return [*lines, f'wrote {target}']
+
+
+def _check_t5x(source: Source, config: T5Config) -> None:
+  """Raises a UserError if T5X has no such network."""
+  wrong = []
+  if config.decoder_embedding:
+    wrong.append('its decoder has an embedding of its own')
+  if config.scales_outputs != config.logits_via_embedding:
+    scaled = 'are' if config.scales_outputs else 'are not'
+    tied = 'tied to the embedding' if source.tied else 'not tied'
+    wrong.append(f'its logits {scaled} scaled, and {tied}')
+  if wrong:
+    raise UserError(
+      f'{source.path} cannot be a checkpoint of T5X, which has no such network:'
+      f' {"; ".join(wrong)}'
+    )
 
 
 def _check_activations(

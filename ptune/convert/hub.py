@@ -1,15 +1,23 @@
 """Models by name: hf://google/flan-t5-base, or ptune://tiny of our own."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from ptune import paths, pretrained
+from ptune.convert import torch_files
 from ptune.errors import UserError
 
-# No weights but safetensors: the others are pickles, or of other frameworks.
-FILES = ('*.json', '*.safetensors', '*.model')
+# No weights but safetensors, if there are any; see `_with_weights`.
+FILES = ('*.json', '*.safetensors', '*.model', 'merges.txt')
+TORCH_FILES = ('pytorch_model*.bin',)
+# The account whose pull requests add safetensors made of a repository's own
+# weights, and how many are looked for without network.
+CONVERTER = 'SFconvertbot'
+PULL_REQUESTS = 30
 SCHEME = 'hf://'
 
 
@@ -46,12 +54,16 @@ def download(name: str) -> epath.Path:
       'hf://org/name@revision'
     )
   hub = library(name, 'Or download the directory, and give its path')
+  repository, revision = match[1], match[2]
   try:
-    return epath.Path(
+    found = epath.Path(
       hub.snapshot_download(
-        match[1], revision=match[2], allow_patterns=list(FILES)
+        repository, revision=revision, allow_patterns=list(FILES)
       )
     )
+    if revision is None and _lacks_weights(found):
+      return _with_weights(hub, repository, found)
+    return found
   # Its errors come from HTTP, the file system and its own checks.
   except Exception as error:
     raise UserError(
@@ -59,6 +71,66 @@ def download(name: str) -> epath.Path:
       f'{type(error).__name__}: {error}\nWithout network, give the path of a '
       'directory that was downloaded elsewhere'
     ) from error
+
+
+def _lacks_weights(directory: epath.Path) -> bool:
+  """Whether a model lies there, whose weights were not downloaded."""
+  names = {child.name for child in directory.iterdir()}
+  return (
+    'config.json' in names
+    and 'adapter_config.json' not in names
+    and not any(name.endswith('.safetensors') for name in names)
+  )
+
+
+def _with_weights(hub: Any, repository: str, main: epath.Path) -> epath.Path:
+  """The directory of a model that has no safetensors on its main branch.
+
+  Many older models (T5 1.1, mT5) have them in a pull request only, made by the
+  Hub's own converter. Else torch's files are taken, if torch is installed.
+  """
+  for revision, how in _conversions(hub, repository):
+    try:
+      found = epath.Path(
+        hub.snapshot_download(
+          repository, revision=revision, allow_patterns=list(FILES), **how
+        )
+      )
+    except Exception:  # Not in the cache, without network.
+      continue
+    if not _lacks_weights(found):
+      logging.info(
+        '%s has no safetensors; those of its pull request %s are read, made by'
+        ' %s',
+        repository,
+        revision,
+        CONVERTER,
+      )
+      return found
+  if torch_files.is_installed():
+    logging.info('%s has no safetensors; torch reads its files', repository)
+    patterns = [*FILES, *TORCH_FILES]
+    return epath.Path(
+      hub.snapshot_download(repository, revision=None, allow_patterns=patterns)
+    )
+  return main
+
+
+def _conversions(
+  hub: Any, repository: str
+) -> Iterator[tuple[str, dict[str, bool]]]:
+  """Revisions that may have safetensors, and how they are downloaded."""
+  try:
+    requests = hub.HfApi().get_repo_discussions(
+      repository, author=CONVERTER, discussion_type='pull_request'
+    )
+    numbers = [request.num for request in requests]
+  except Exception:  # Without network: what was downloaded before.
+    for number in range(1, PULL_REQUESTS + 1):
+      yield f'refs/pr/{number}', {'local_files_only': True}
+    return
+  for number in numbers:
+    yield f'refs/pr/{number}', {}
 
 
 def library(what: str, otherwise: str = '') -> Any:

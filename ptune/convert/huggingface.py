@@ -2,11 +2,12 @@
 
 config.json        sizes, activation, whether the output layer is tied, ids
 model.safetensors  or shards, and model.safetensors.index.json
+pytorch_model.bin  where there are no safetensors, or its shards
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from absl import logging
 from etils import epath
 
 from ptune import paths
-from ptune.convert import safetensors_files
+from ptune.convert import safetensors_files, torch_files
 from ptune.convert.layout import EMBEDDINGS, HEAD, STRAY, layout
 from ptune.convert.source import (
   EMBEDDING,
@@ -265,26 +266,43 @@ def _step(metadata: Mapping[str, str]) -> int | None:
 
 def _tensors(path: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
   """Every tensor of a directory, as it is stored; and the files' metadata."""
-  if (path / WEIGHTS).exists():
-    return safetensors_files.open_file(path / WEIGHTS)
-  index = read_json(path / INDEX)
+  names = {child.name for child in path.iterdir()}
+  for reader, whole, parts in (
+    (safetensors_files.open_file, WEIGHTS, INDEX),
+    (torch_files.open_file, torch_files.WEIGHTS, torch_files.INDEX),
+  ):
+    if whole in names:
+      return reader(path / whole)
+    if parts in names:
+      return _shards(path, path / parts, reader)
+  read_json(path / INDEX)  # Says that it is missing.
+  raise AssertionError(path)
+
+
+def _shards(
+  path: epath.Path,
+  index_file: epath.Path,
+  open_file: Callable[[epath.Path], tuple[dict[str, Leaf], dict[str, str]]],
+) -> tuple[dict[str, Leaf], dict[str, str]]:
+  """The tensors of all files that an index names."""
+  index = read_json(index_file)
   where = index.get('weight_map')
   if not isinstance(where, dict) or not all(
     isinstance(file, str) and epath.Path(file).name == file
     for file in where.values()
   ):
     raise UserError(
-      f'{path / INDEX} has no proper weight_map; expected one that maps '
+      f'{index_file} has no proper weight_map; expected one that maps '
       'tensors to files beside it.'
     )
   names = sorted(set(where.values()))
   missing = [file for file in names if not (path / file).exists()]
   if missing:
     raise UserError(
-      f'{path / INDEX} names {len(names)} files, of which are missing: '
+      f'{index_file} names {len(names)} files, of which are missing: '
       f'{", ".join(missing)}. Download them again.'
     )
-  opened = {file: safetensors_files.open_file(path / file) for file in names}
+  opened = {file: open_file(path / file) for file in names}
   shards = {file: tensors for file, (tensors, _) in opened.items()}
   absent = [
     f'  {name} in {file}'
@@ -293,7 +311,7 @@ def _tensors(path: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
   ]
   if absent:
     raise UserError(
-      f'{path / INDEX} names tensors that their files do not have:\n'
+      f'{index_file} names tensors that their files do not have:\n'
       + '\n'.join(absent)
     )
   metadata = {k: v for _, found in opened.values() for k, v in found.items()}

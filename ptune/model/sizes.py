@@ -183,6 +183,18 @@ def _sizes() -> dict[str, T5Config]:
     'xl': (32, 64, 36, 12, 2560, 6720),
     'xxl': (64, 64, 36, 12, 4672, 12352),
   }
+  ul2 = {'': (16, 256, 32, 32, 4096, 16384)}
+  madlad400 = {
+    '3b': (16, 128, 32, 32, 1024, 8192),
+    '7b': (16, 128, 48, 48, 2048, 8192),
+    '10b': (16, 256, 32, 32, 2048, 16384),
+  }
+  code = {
+    'vocab_size': 32100,
+    'mlp_activations': ('relu',),
+    'logits_via_embedding': True,
+    'ids': TokenIds(eos=2),
+  }
   families: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
     't5': (
       t5_1_0,
@@ -196,12 +208,42 @@ def _sizes() -> dict[str, T5Config]:
     'flan_t5': (t5_1_1, {'vocab_size': 32128}),
     'mt5': (t5_1_1, {'vocab_size': 250112}),
     'byt5': (byt5, {'vocab_size': 384}),
+    # T0pp is T0 with more data; both are XXL.
+    't0': ({'3b': t5_1_1['xl'], '11b': t5_1_1['xxl']}, {'vocab_size': 32128}),
+    'mt0': (t5_1_1, {'vocab_size': 250112}),
+    'aya_101': ({'': t5_1_1['xxl']}, {'vocab_size': 250112}),
+    'ul2': (ul2, {'vocab_size': 32128, 'mlp_activations': ('silu', 'linear')}),
+    'flan_ul2': (
+      ul2,
+      {'vocab_size': 32128, 'mlp_activations': ('silu', 'linear')},
+    ),
+    'madlad400': (
+      madlad400,
+      {'vocab_size': 256000, 'ids': TokenIds(pad=1, eos=2)},
+    ),
+    'umt5': (
+      {size: t5_1_1[size] for size in ('small', 'base', 'xl', 'xxl')},
+      {'vocab_size': 256384, 'relative_attention_per_layer': True},
+    ),
+    'pile_t5': (
+      {size: t5_1_1[size] for size in ('base', 'large', 'xl', 'xxl')},
+      {
+        'vocab_size': 32128,
+        'relative_attention_per_layer': True,
+        'ids': TokenIds(eos=2),
+      },
+    ),
+    'codet5': (
+      {size: t5_1_0[size] for size in ('small', 'base', 'large')},
+      code,
+    ),
+    'codet5p': ({'220m': t5_1_0['base'], '770m': t5_1_0['large']}, code),
   }
   table = {}
   for family, (sizes, common) in families.items():
     for size, numbers in sizes.items():
       heads, head_dim, encoder, decoder, embed, mlp = numbers
-      table[f'{family}_{size}'] = T5Config(
+      table[f'{family}_{size}'.removesuffix('_')] = T5Config(
         num_heads=heads,
         head_dim=head_dim,
         num_encoder_layers=encoder,
