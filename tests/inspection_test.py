@@ -119,7 +119,7 @@ def test_published_sizes_are_named(tmp_path):
   }
   found = _model(Source('/x', 't5x', 1, leaves), False)
   assert found['parameters'] == 11_135_332_352
-  assert found['model'] == ['t5_1_1_xxl', 'flan_t5_xxl']
+  assert found['model'] == ['t5_1_1_xxl', 'flan_t5_xxl', 't0_11b']
   assert 'model       t5_1_1_xxl or flan_t5_xxl' in text(found)
   assert 'parameters  11,135,332,352' in text(found)
 

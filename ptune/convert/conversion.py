@@ -89,8 +89,8 @@ def convert(
     )
   if layout == 't5x' and config.ids != TokenIds():
     lines.append(
-      f'T5X keeps no special tokens, and this model has {config.ids}: name it by'
-      ' a file of models/, or set sizes.t5.ids'
+      f'T5X keeps no special tokens, and this model has {config.ids}: name it'
+      ' by a file of models/, or set sizes.t5.ids'
     )
   if layout == 't5x' and step is None:
     lines.append('the step was taken as 0: --step=N sets another')
