@@ -207,9 +207,12 @@ MACROS = {
     FROZEN_DTYPE=('what frozen matrices are kept in', "'int8'"),
   ),
   **_each(
+    or_none(_boolean),
+    FUSED_ATTENTION=("an accelerator's attention; None: on TPUs", 'True'),
+  ),
+  **_each(
     _boolean,
     FSDP=('frozen matrices split over all devices', 'True'),
-    FUSED_ATTENTION=("an accelerator's attention; None: on TPUs", 'True'),
     RANK=('score every label instead of writing one', 'True'),
     REMAT=('compute layers again in the backward pass', 'True'),
     SCAN=('compile one layer of each stack, and loop over them', 'True'),
