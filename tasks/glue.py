@@ -162,10 +162,9 @@ def _register_transfer() -> None:
       f'{name}_{version}',
       registry.tfds(f'glue/{target}:{tfds_version}', ['validation']),
       [_text(target)],
-      postprocess=functools.partial(
-        postprocessors.label_id, labels=labels, other_words=words
-      ),
-      metrics=[*scores, metrics.invalid],
+      metrics=scores,
+      labels=labels,
+      other_words=words,
       variants=VARIANTS,
       task_index=index,
     )

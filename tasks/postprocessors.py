@@ -4,6 +4,7 @@ SeqIO calls each with the decoded text, the example (strings are bytes, lists
 are arrays) and whether the text is the target's. What is no legal value is -1.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -56,9 +57,15 @@ def number(
   return value if math.isfinite(value) and '_' not in text else float(INVALID)
 
 
-def multirc(text: str, example: Example, is_target: bool = False):
+def multirc(
+  text: str,
+  example: Example,
+  is_target: bool = False,
+  then: Callable[..., int] | None = None,
+):
   """MultiRC: {'value': label}, and for a target the question it belongs to."""
-  value = {'value': label_id(text, ('False', 'True'))}
+  then = then or functools.partial(label_id, labels=('False', 'True'))
+  value = {'value': then(text, example=example, is_target=is_target)}
   if is_target:
     value['group'] = int(example['idx/question'])
   return value

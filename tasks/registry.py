@@ -23,6 +23,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from ptune.tasks import labels as labels_lib
 from ptune.tasks import metrics as metrics_lib
 from ptune.tasks import postprocessors, preprocessors
 from ptune.tasks.pretraining import prepend_sentinel
@@ -160,6 +161,7 @@ def register(
   postprocess: Callable[..., Any] | None = None,
   metrics: Sequence[metrics_lib.Metric] = (),
   labels: Sequence[str] | None = None,
+  other_words: Mapping[str, str] | None = None,
   variants: Sequence[str] = (PLAIN,),
   task_index: int | None = None,
   sentinel_name: str | None = None,
@@ -170,10 +172,12 @@ def register(
     names: Its names without prefixes, the first one and aliases.
     source: Its rows.
     text: The steps from rows to text.
-    postprocess: See `postprocessors`.
+    postprocess: See `postprocessors`; with labels, it gets their numbers as
+      `then`.
     metrics: See `metrics`.
     labels: All targets of a classification task. It is then also registered
       with `_rank`, and tells how many predictions are no label.
+    other_words: See `postprocessors.label_id`; there is no `_rank` then.
     variants: Which there are.
     task_index: Says which token stands for the data set: 0 is the last one of
       the vocabulary.
@@ -183,9 +187,6 @@ def register(
   names = [names] if isinstance(names, str) else list(names)
   metrics = list(metrics)
   if labels is not None:
-    postprocess = postprocess or functools.partial(
-      postprocessors.label_id, labels=tuple(labels)
-    )
     metrics.append(metrics_lib.invalid)
   short = [*text, preprocessors.remove_first_word]
   index = functools.partial(
@@ -196,14 +197,18 @@ def register(
     TASKLESS: (short, tokenized(short)),
     TASK_INDEX: (short, tokenized(short, index)),
   }
-  scores = {'postprocess_fn': postprocess, 'metric_fns': metrics}
+  by_vocabulary = {
+    vocab: _postprocessor(vocab, postprocess, labels, other_words)
+    for vocab in VOCABULARIES
+  }
   for variant in variants:
     text_steps, steps = chains[variant]
-    ranked = None
-    if labels is not None and variant != TASK_INDEX:
-      ranked = ranking(source, text_steps, labels, postprocess, metrics[:-1])
-    for vocab in VOCABULARIES:
+    for vocab, scored in by_vocabulary.items():
       has = {'output_features': features(vocab)}
+      scores = {'postprocess_fn': scored, 'metric_fns': metrics}
+      ranked = None
+      if labels is not None and variant != TASK_INDEX and not other_words:
+        ranked = ranking(source, text_steps, labels, scored, metrics[:-1])
       for name in names:
         full = f'{vocab}{PREFIXES[variant]}{name}'
         for alias in (full, f'{full}_examples'):
@@ -212,12 +217,34 @@ def register(
           add_task(f'{full}_rank', **ranked, **has)
   if sentinel_name:
     steps = tokenized(text, append_sentinel, prepend_sentinel)
-    scores['postprocess_fn'] = functools.partial(
-      postprocessors.without_sentinel, then=postprocess
-    )
-    for vocab in VOCABULARIES:
-      has = {'output_features': features(vocab)}
-      add_task(f'{vocab}{sentinel_name}', source, steps, **scores, **has)
+    for vocab, scored in by_vocabulary.items():
+      add_task(
+        f'{vocab}{sentinel_name}',
+        source,
+        steps,
+        postprocess_fn=functools.partial(
+          postprocessors.without_sentinel, then=scored
+        ),
+        metric_fns=metrics,
+        output_features=features(vocab),
+      )
+
+
+def _postprocessor(
+  vocab: str,
+  postprocess: Callable[..., Any] | None,
+  labels: Sequence[str] | None,
+  other_words: Mapping[str, str] | None,
+) -> Callable[..., Any] | None:
+  """What comes before the metrics of a task in one of VOCABULARIES."""
+  if labels is None:
+    return postprocess
+  ids = labels_lib.LabelIds(
+    tuple(labels),
+    lambda: features(vocab)['targets'].vocabulary,
+    other_words,
+  )
+  return functools.partial(postprocess, then=ids) if postprocess else ids
 
 
 def append_sentinel(

@@ -20,12 +20,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from absl import logging
-
 import gin
 from ptune.convert.pieces import Vocabulary
 from ptune.convert.vocabulary import open_vocabulary
 from ptune.errors import UserError, nearest
+from ptune.tasks import labels as labels_lib
 from ptune.tasks import metrics as metrics_lib
 from ptune.tasks import postprocessors
 from ptune.tasks.metrics import UNLABELLED
@@ -119,11 +118,9 @@ class TextTask:
     if metrics_lib.exact_match in functions:
       postprocess = self._as_written
     if labels:
-      postprocess = self._label_id
+      postprocess = labels_lib.LabelIds(tuple(labels), lambda: self.vocabulary)
       if rank:
-        postprocess = functools.partial(
-          postprocessors.ranked, then=self._label_id
-        )
+        postprocess = functools.partial(postprocessors.ranked, then=postprocess)
         functions = [metrics_lib.ranked(functions, len(labels))]
       else:
         functions = [*functions, metrics_lib.invalid]
@@ -166,35 +163,6 @@ class TextTask:
       for label in self.labels or ()
     ]
 
-  @functools.cached_property
-  def written(self) -> dict[str, str]:
-    """What the vocabulary writes for a label, to the label.
-
-    Raises:
-      UserError: Some labels have no tokens, or the same tokens.
-    """
-    by_ids: dict[tuple[int, ...], list[str]] = {}
-    for label in self.labels or ():
-      by_ids.setdefault(tuple(self.vocabulary.encode(label)), []).append(label)
-    same = [labels for labels in by_ids.values() if len(labels) > 1]
-    if same or () in by_ids:
-      raise UserError(
-        f'LABEL_NAMES are {list(self.labels or ())}, and the vocabulary '
-        f'{self.vocabulary} cannot tell apart or cannot write '
-        f'{[*same, *by_ids.get((), [])]}; choose other names'
-      )
-    decode = self.vocabulary.decode
-    written = {decode(ids): labels[0] for ids, labels in by_ids.items()}
-    changed = {label: text for text, label in written.items() if label != text}
-    if changed:
-      logging.warning(
-        'the vocabulary %s writes some labels in another way, and answers are'
-        ' compared with that: %s',
-        self.vocabulary,
-        changed,
-      )
-    return written
-
   def _as_written(
     self, text: str, example=None, is_target: bool = False
   ) -> str:
@@ -203,13 +171,6 @@ class TextTask:
     if not is_target:
       return text
     return self.vocabulary.decode(self.vocabulary.encode(text))
-
-  def _label_id(self, text: str, example=None, is_target: bool = False) -> int:
-    """The number of a label, of its name or of what the vocabulary writes."""
-    labels = self.labels or ()
-    if not is_target:
-      text = self.written.get(text, text)
-    return postprocessors.label_id(text, labels)
 
 
 def _scoring(

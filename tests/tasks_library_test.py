@@ -32,7 +32,7 @@ import tensorflow as tf  # isort: skip
 
 from ptune.tasks import library, registry  # isort: skip
 
-LENGTHS = {'inputs': 32, 'targets': 8}
+LENGTHS = {'inputs': 32, 'targets': 16}
 ROWS = 8
 NAMES = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
 assert library

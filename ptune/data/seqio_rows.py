@@ -11,6 +11,7 @@ import importlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -93,6 +94,11 @@ def problems(task: Provider, split: str | None, use_cached: bool) -> list[str]:
         'with seqio_cache_tasks, or set USE_CACHED_TASKS = False'
       )
   return wrong
+
+
+def postprocessors(task: Provider) -> list[Any]:
+  """What comes before the metrics of a task, or of each in a mixture."""
+  return [part.postprocessor for part in seqio.get_subtasks(task)]
 
 
 def vocabulary(task: Provider) -> seqio.Vocabulary:

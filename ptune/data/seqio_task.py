@@ -18,6 +18,7 @@ from ptune.data.text_rows import TextRows
 from ptune.errors import UserError
 from ptune.model.sizes import TokenIds
 from ptune.quiet import quiet_stderr
+from ptune.tasks import labels as labels_lib
 from ptune.tasks.texts import TextTask
 
 if TYPE_CHECKING:
@@ -111,25 +112,23 @@ def check(
   if split is not None and split not in task.splits:
     splits = ', '.join(sorted(task.splits))
     wrong.append(f'no split {split!r}; its splits: {splits}')
-  if isinstance(task, TextTask) and not wrong:
+  if not wrong:
     wrong = _labels_that_are_cut(task, feature_lengths['targets'])
   if wrong:
     raise UserError(f'Task {task.name!r}: ' + '; '.join(wrong) + '.')
 
 
-def _labels_that_are_cut(task: TextTask, length: int) -> list[str]:
-  """What is wrong with labels that do not fit the targets' length."""
-  if not task.labels or not task.written:
-    return []
-  sizes = {label: len(task.vocabulary.encode(label)) for label in task.labels}
-  cut = [label for label, size in sizes.items() if size + 1 > length]
-  if not cut:
-    return []
-  need = max(sizes.values()) + 1
-  return [
-    f'the labels {cut} do not fit TASK_FEATURE_LENGTHS, whose targets are'
-    f' {length}; they need {need} tokens with the end of sequence'
-  ]
+def _labels_that_are_cut(task: Provider, length: int) -> list[str]:
+  """What is wrong with labels: none may be cut, or be as another is written."""
+  if isinstance(task, TextTask):
+    postprocessors = [task.postprocess_fn]
+  else:
+    postprocessors = _seqio_rows().postprocessors(task)
+  wrong = []
+  for ids in filter(None, map(labels_lib.of, postprocessors)):
+    assert ids.written  # Raises if two are the same.
+    wrong += [labels_lib.cut(ids.labels, ids.vocabulary(), length)]
+  return sorted(set(filter(None, wrong)))
 
 
 def vocabulary(task: Provider) -> Vocabulary:
@@ -308,6 +307,9 @@ def target_ids(
       " such as ['no', 'yes']"
     )
   task = load(mixture_or_task_name, mixture_or_task_module)
+  length = task_feature_lengths['targets']
+  if problem := labels_lib.cut(labels, vocabulary(task), length):
+    raise UserError(f'CLASS_LABELS: {problem}')
   found = {
     label: tuple(
       encode(task, task_feature_lengths, {'targets': label})[1][
