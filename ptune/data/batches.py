@@ -338,7 +338,7 @@ class Batches:
     skip = (index - at) * self._window
     if index:
       logging.info(
-        '%s: of the %d rows before the first of this start, %d are read again.',
+        '%s: skipping %d rows to resume, of which %d are read again.',
         self._name,
         index * self._chunk_size,
         skip * self._batch_size,
