@@ -31,8 +31,8 @@ from ptune.training import state as state_lib
 SIZES = {
   **sizes.SIZES,
   **{
-    name: dataclasses.replace(
-      sizes.SIZES['t5_1_1_small'],
+    name: sizes.t5(
+      't5_1_1_small',
       emb_dim=embed,
       num_heads=heads,
       mlp_dim=2 * embed,

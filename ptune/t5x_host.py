@@ -419,7 +419,7 @@ class Initializer(t5x_utils.TrainStateInitializer):
     adapters = prompt_init.initialize_adapters(
       plan,
       prompt_init.Base(
-        embedding=functools.partial(parameters.embedding_rows, base),
+        embedding=functools.partial(parameters.embedding_rows, plan, base),
         vocabulary=lambda: seqio_task.vocabulary(task),
         labels=lambda: seqio_task.distinct_targets(
           task, self._feature_lengths, use_cached=self._use_cached

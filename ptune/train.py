@@ -356,7 +356,7 @@ def first_adapters(
   return prompt_init.initialize_adapters(
     plan,
     prompt_init.Base(
-      embedding=functools.partial(parameters.embedding_rows, base),
+      embedding=functools.partial(parameters.embedding_rows, plan, base),
       vocabulary=lambda: seqio_task.vocabulary(task),
       labels=lambda: seqio_task.distinct_targets(
         task, data.feature_lengths, use_cached=data.use_cached

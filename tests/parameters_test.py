@@ -252,7 +252,7 @@ def test_embedding_rows_are_whole_on_any_mesh(numerics, dtype, model_parallel):
   struct = plan.params['token_embedder/embedding']
   params = {'token_embedder/embedding': parameters.place(table, struct)}
   ids = np.array([127, 0, 64, 64])
-  rows = parameters.embedding_rows(params, ids)
+  rows = parameters.embedding_rows(plan, params, ids)
   assert rows.dtype == np.float32
   want = table[ids].astype(struct.dtype).astype(np.float32)
   np.testing.assert_array_equal(rows, want)
@@ -265,7 +265,7 @@ def test_rows_that_the_embedding_does_not_have_are_refused(ids):
   struct = plan.params['token_embedder/embedding']
   table = parameters.place(np.zeros(struct.shape), struct)
   with pytest.raises(ValueError, match=rf'ids from {ids[0]} to {ids[1]}.* 128'):
-    parameters.embedding_rows({'token_embedder/embedding': table}, ids)
+    parameters.embedding_rows(plan, {'token_embedder/embedding': table}, ids)
 
 
 # ----------------------------------------------------------------- fingerprint

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jax import lax
 
+from ptune.errors import UserError
 from ptune.model import fused
 from ptune.model.adapters import Placement, adapt, placed
 from ptune.model.fused import MASKED
@@ -70,6 +71,16 @@ def grow(valid: jax.Array, length: int) -> jax.Array:
   if added < 0:
     return valid[:, -added:]
   return jnp.pad(valid, ((0, 0), (added, 0)), constant_values=True)
+
+
+def refuse_packing(tokens: jax.Array, length: int) -> None:
+  """Raises a ValueError if an adapter changed the length of packed rows."""
+  if length != tokens.shape[1]:
+    raise UserError(
+      'an adapter changes the length of what is read, so examples cannot be'
+      ' packed: each would need a prompt of its own. Turn packing off (PACK),'
+      ' or place the adapters of `Method.packed`'
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -208,24 +219,34 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-  """T5's layer norm: divides by the root mean square; no mean, no bias."""
+  """T5's layer norm: divides by the root mean square; no mean, no bias.
+
+  Attributes:
+    dtype: Type of the output; the norm is computed in float32.
+    epsilon: Added to the mean square.
+    offset: Added to the stored scale: 1 in Gemma's files.
+    axis: Logical axis of the scale.
+  """
 
   dtype: jnp.dtype = jnp.float32
   epsilon: float = 1e-6
+  offset: float = 0.0
+  axis: str = 'embed'
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     scale = partitioning.param_with_axes(
       'scale',
-      nn.initializers.ones,
+      nn.initializers.constant(1.0 - self.offset),
       (x.shape[-1],),
       jnp.float32,
-      axes=('embed',),
+      axes=(self.axis,),
     )
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(lax.square(x), axis=-1, keepdims=True)
     y = x * lax.rsqrt(mean_square + self.epsilon)
-    y = y * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    scale = scale.astype(jnp.float32) + self.offset
+    y = y * scale.reshape((1,) * (x.ndim - 1) + (-1,))
     return y.astype(self.dtype)
 
 
@@ -341,6 +362,37 @@ def _keys_first(x):
   return jnp.moveaxis(x, -1, 1)
 
 
+def cached(
+  module: nn.Module, k: jax.Array, v: jax.Array, index: jax.Array, prefill: bool
+) -> tuple[jax.Array, jax.Array]:
+  """Writes one position into a module's cache, and returns all positions.
+
+  It keeps them as [batch, heads, kv, k], which both products take as it is.
+  """
+  filled = module.has_variable('cache', 'cached_key')
+  found = []
+  for name, x in (('cached_key', k), ('cached_value', v)):
+    x = _keys_last(x)
+    start = x if prefill else jnp.zeros_like(x)
+    cache = module.variable('cache', name, lambda start=start: start)
+    if filled:
+      cache.value = lax.dynamic_update_slice(
+        cache.value, x.astype(cache.value.dtype), (0, 0, 0, index)
+      )
+    found.append(_keys_first(cache.value))
+  return found[0], found[1]
+
+
+def unchanging(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Keys and values that a decoding loop does not change.
+
+  XLA moves out of the loop what stands here, but no transposition of its own
+  making.
+  """
+  kept = lax.optimization_barrier((_keys_last(k), _keys_last(v)))
+  return _keys_first(kept[0]), _keys_first(kept[1])
+
+
 class Attention(nn.Module):
   """Multi-head attention. T5 does not scale its logits by the head size.
 
@@ -443,13 +495,9 @@ class Attention(nn.Module):
     k = self._project('key', x)
     v = self._project('value', x)
     if cache_index is not None:
-      k, v = self._cached(k, v, cache_index, prefill)
+      k, v = cached(self, k, v, cache_index, prefill)
     elif q.shape[1] == 1:
-      # A decoding loop, which does not change them. XLA moves out of it what
-      # stands here, but no transposition of its own making.
-      k, v = map(
-        _keys_first, lax.optimization_barrier((_keys_last(k), _keys_last(v)))
-      )
+      k, v = unchanging(k, v)
     k = adapt(self, self.placements, 'keys', x, k)
     v = adapt(self, self.placements, 'values', x, v)
     # What adapters put before the keys is seen from everywhere.
@@ -528,26 +576,6 @@ class Attention(nn.Module):
       weights = weights * kept.swapaxes(2, 3)
     y = self._dense('value')(x, values_of)
     return constrain(y, 'batch', 'length', 'heads', 'kv')
-
-  def _cached(
-    self, k: jax.Array, v: jax.Array, index: jax.Array, prefill: bool
-  ) -> tuple[jax.Array, jax.Array]:
-    """Writes one position into the cache, and returns all positions.
-
-    It keeps them as [batch, heads, kv, k], which both products take as it is.
-    """
-    filled = self.has_variable('cache', 'cached_key')
-    cached = []
-    for name, x in (('cached_key', k), ('cached_value', v)):
-      x = _keys_last(x)
-      start = x if prefill else jnp.zeros_like(x)
-      cache = self.variable('cache', name, lambda start=start: start)
-      if filled:
-        cache.value = lax.dynamic_update_slice(
-          cache.value, x.astype(cache.value.dtype), (0, 0, 0, index)
-        )
-      cached.append(_keys_first(cache.value))
-    return cached[0], cached[1]
 
 
 class Mlp(nn.Module):

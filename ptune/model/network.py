@@ -18,7 +18,7 @@ from flax import traverse_util
 from jax import lax
 
 from ptune.errors import UserError
-from ptune.model import scan
+from ptune.model import scan, t5gemma
 from ptune.model.adapters import PADDING, Placement, adapt, matches
 from ptune.model.layers import (
   Attention,
@@ -29,8 +29,10 @@ from ptune.model.layers import (
   RelativePositionBias,
   constrain,
   grow,
+  refuse_packing,
 )
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config, T5Config
+from ptune.model.t5gemma_sizes import T5GemmaConfig
 
 
 def _relative_bias(cfg: T5Config, bidirectional: bool) -> RelativePositionBias:
@@ -221,7 +223,7 @@ class Encoder(nn.Module):
     length = x.shape[1]
     mask = grow(real, length)[:, None, None, :]
     if segment_ids is not None:
-      _refuse_packing(tokens, length)
+      refuse_packing(tokens, length)
       mask &= segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     mask = adapt(self, self.placements, 'mask', tokens, mask)
     bias = None
@@ -378,8 +380,8 @@ class Decoder(nn.Module):
       made = _relative_bias(cfg, False)
       bias = _cached_bias(self, made, length, cache_index)
     if segment_ids is not None:
-      _refuse_packing(encoder_tokens, encoded.shape[1])
-      _refuse_packing(tokens, length)
+      refuse_packing(encoder_tokens, encoded.shape[1])
+      refuse_packing(tokens, length)
       queries = segment_ids[:, None, :, None]
       mask = mask & (queries == segment_ids[:, None, None, :])
       encoder_mask &= queries == encoder_segment_ids[:, None, None, :]
@@ -434,15 +436,23 @@ class Transformer(nn.Module):
   """An encoder-decoder T5, or a decoder alone, with what its placements add.
 
   Attributes:
-    config: Its sizes.
+    config: Its sizes, which name its family: a T5, or a T5Gemma (see
+      `t5gemma`).
     placements: The adapters of the tuning method, see `adapters`.
   """
 
-  config: T5Config
+  config: Config
   placements: tuple[Placement, ...] = ()
 
   def setup(self):
     cfg = self.config
+    if isinstance(cfg, T5GemmaConfig):
+      self.token_embedder = read = t5gemma.embedder(cfg, cfg.encoder)
+      if cfg.decoder_embedding:
+        self.decoder_token_embedder = read = t5gemma.embedder(cfg, cfg.decoder)
+      self.encoder = t5gemma.Encoder(cfg, self.token_embedder, self.placements)
+      self.decoder = t5gemma.Decoder(cfg, read, self.placements)
+      return
     embed = functools.partial(
       Embed, cfg.vocab_size, cfg.emb_dim, jnp.dtype(cfg.dtype)
     )
@@ -549,15 +559,6 @@ class Transformer(nn.Module):
     )
 
 
-def _refuse_packing(tokens: jax.Array, length: int) -> None:
-  if length != tokens.shape[1]:
-    raise UserError(
-      'an adapter changes the length of what is read, so examples cannot be'
-      ' packed: each would need a prompt of its own. Turn packing off (PACK),'
-      ' or place the adapters of `Method.packed`'
-    )
-
-
 def unrolled(network: Transformer) -> Transformer:
   """The same network, with each layer by itself: the one with T5X's names."""
   return network.clone(config=dataclasses.replace(network.config, scan=False))
@@ -581,10 +582,9 @@ def parameters(network: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
       of one that scans them.
   """
   known = sites(network)
-  if network.config.decoder_only:
+  if network.config.whole != network.config:
     # A method for encoder and decoder stands where it can.
-    whole = dataclasses.replace(network.config, num_encoder_layers=1)
-    known += sites(Transformer(whole))
+    known += sites(Transformer(network.config.whole))
   stray = [
     p.site
     for p in network.placements

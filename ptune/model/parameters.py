@@ -20,7 +20,7 @@ from ptune.errors import UserError
 from ptune.model import network as network_lib
 from ptune.model import partitioning, scan
 from ptune.model.adapters import Method, Rows
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config
 
 Flat = dict[str, Any]
 
@@ -110,7 +110,7 @@ class Plan:
     return dataclasses.replace(self, mesh=mesh, rules=rules, params=params)
 
 
-def plan(config: T5Config, method: Method, mesh: Mesh) -> Plan:
+def plan(config: Config, method: Method, mesh: Mesh) -> Plan:
   """Works out every parameter; builds nothing.
 
   Raises:
@@ -316,9 +316,17 @@ def whole(x: jax.Array) -> np.ndarray:
 
 
 def embedding_rows(
-  params: Mapping[str, jax.Array], ids: np.ndarray
+  plan: Plan, params: Mapping[str, jax.Array], ids: np.ndarray
 ) -> np.ndarray:
-  """Rows of the token embedding, on every host: [n] -> [n, embed] float32.
+  """Embeds tokens as the encoder does, on every host: [n] -> [n, embed].
+
+  Args:
+    plan: The plan.
+    params: The parameters, by path, before `hold`.
+    ids: [n] rows of the embedding.
+
+  Returns:
+    [n, embed] float32, as the site `encoder/embed` has them.
 
   Raises:
     ValueError: If the embedding does not have all of these rows.
@@ -331,8 +339,9 @@ def embedding_rows(
       f' has {table.shape[0]} rows; use the vocabulary of the model'
     )
   replicated = partitioning.replicated(table.sharding.mesh)
+  scale = plan.network.config.embedding_scale
   take = jax.jit(
-    lambda table, ids: table[ids].astype(jnp.float32),
+    lambda table, ids: table[ids].astype(jnp.float32) * scale,
     out_shardings=replicated,
   )
   return np.array(take(table, np.asarray(ids, np.int32)))

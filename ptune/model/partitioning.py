@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ptune.errors import UserError
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config
 
 # Logical axis -> mesh axis. The axes of adapters are replicated, so that every
 # process holds the whole prompt.
@@ -23,6 +23,7 @@ LOGICAL_AXIS_RULES = (
   ('vocab', 'model'),
   ('mlp', 'model'),
   ('heads', 'model'),
+  ('kv_heads', 'model'),
   ('joined_kv', 'model'),
   ('embed', None),
   ('kv', None),
@@ -70,7 +71,7 @@ def make_mesh(
 
 
 def rules(
-  mesh: Mesh, config: T5Config, changes: Mapping[str, str | None] | None = None
+  mesh: Mesh, config: Config, changes: Mapping[str, str | None] | None = None
 ) -> Rules:
   """The logical axis rules for a mesh, without splits that do not come out.
 
@@ -82,20 +83,14 @@ def rules(
     config: The sizes.
     changes: What differs from `LOGICAL_AXIS_RULES`, such as `FULLY_SHARDED`.
   """
-  sizes = {
-    'embed': config.emb_dim,
-    'vocab': config.vocab_size,
-    'mlp': config.mlp_dim,
-    'heads': config.num_heads,
-    'joined_kv': config.num_heads * config.head_dim,
-  }
+  sizes = config.axis_sizes()
   kept = []
   for axis, over in (dict(LOGICAL_AXIS_RULES) | dict(changes or {})).items():
-    if over and axis in sizes and sizes[axis] % mesh.shape[over]:
+    if over and any(n % mesh.shape[over] for n in sizes.get(axis, ())):
       logging.info(
-        '%s (%d) is not split over the %d devices of axis %r',
+        '%s (%s) is not split over the %d devices of axis %r',
         axis,
-        sizes[axis],
+        ', '.join(map(str, sizes[axis])),
         mesh.shape[over],
         over,
       )

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
@@ -73,6 +74,7 @@ def through_layers(
   x: jax.Array,
   arrays: tuple[jax.Array, ...],
   *,
+  each: tuple[np.ndarray, ...] = (),
   remat: bool,
   scans: bool,
   **options,
@@ -84,6 +86,7 @@ def through_layers(
     count: How many.
     x: What goes into the first.
     arrays: What each of them takes beside it.
+    each: Arrays [layers, ...]: a layer takes, behind `arrays`, its own row.
     remat: Whether the backward pass keeps what goes into a layer only, and
       calls it again.
     scans: Whether one layer, with the parameters of all, is called
@@ -102,13 +105,14 @@ def through_layers(
     call = nn.remat(call)
   if not scans:
     for i in range(count):
-      x = call(layer(name=f'layers_{i}'), x, *arrays)
+      own = [rows[i] for rows in each]
+      x = call(layer(name=f'layers_{i}'), x, *arrays, *own)
     return x
   loop = nn.scan(
     lambda module, x, *arrays: (call(module, x, *arrays), None),
     variable_axes={'params': 0, 'intermediates': 0, 'cache': 1},
     split_rngs={'dropout': True},
-    in_axes=nn.broadcast,
+    in_axes=(nn.broadcast,) * len(arrays) + (0,) * len(each),
     length=count,
   )
-  return loop(layer(name=LAYERS), x, *arrays)[0]
+  return loop(layer(name=LAYERS), x, *arrays, *each)[0]

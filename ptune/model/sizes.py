@@ -1,35 +1,22 @@
-"""The sizes of a T5, and a table of the published ones."""
+"""The sizes of a T5, and a table of the published models.
+
+Those of a T5Gemma stand in `t5gemma_sizes`.
+"""
 
 import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from ptune import annotations
 from ptune.errors import UserError, check_counts
+from ptune.model import t5gemma_sizes
+from ptune.model.config import ModelConfig, TokenIds  # noqa: F401
 from ptune.model.layers import ACTIVATIONS
+from ptune.model.t5gemma_sizes import T5GemmaConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenIds:
-  """The ids of the tokens that a model treats specially; T5's by default.
-
-  Attributes:
-    pad: Fills rows up. It is masked, and has no part in the loss.
-    eos: Ends inputs and targets; -1 if nothing ends an answer.
-    start: The first token that the decoder reads.
-  """
-
-  pad: int = 0
-  eos: int = 1
-  start: int = 0
-
-  def __str__(self) -> str:
-    return ', '.join(f'{k} {v}' for k, v in dataclasses.asdict(self).items())
-
-
-@dataclasses.dataclass(frozen=True)
-class T5Config:
+class T5Config(ModelConfig):
   """The sizes of a T5.
 
   Attributes:
@@ -49,22 +36,6 @@ class T5Config:
       own. With logits_via_embedding, the encoder's makes the logits.
     relative_attention_per_layer: Whether each layer has a relative position
       bias of its own, as in UMT5; otherwise the layers of a stack share one.
-    ids: The model's special tokens. Gin files may give them as a dict:
-      {'pad': 1, 'eos': 2, 'start': 0}.
-    dropout_rate: In training, on inputs, sublayers and attention weights.
-    dtype: 'float32' or 'bfloat16': what activations are computed in.
-    frozen_dtype: What frozen matrices are kept in: 'float32', 'bfloat16', or
-      'int8' with a scale for each output channel; `dtype` if not given.
-    fsdp: Whether frozen matrices lie split over all devices, `data` included,
-      and are gathered where they are used.
-    remat: Whether the backward pass computes each layer again, and only what
-      goes into it is kept.
-    fused_attention: Whether attention is computed by an accelerator's fused
-      kernel, where `fused` has one that fits; None does so on TPUs.
-    scan: Whether the layers of a stack are one program, run in a loop over
-      their parameters (see `scan`). Quicker to compile, and, with remat, in
-      less memory; without remat in more, since a loop keeps all that the
-      backward pass may want.
     relative_attention_num_buckets: Buckets of the relative position bias.
     relative_attention_max_distance: Where its last bucket starts.
   """
@@ -81,14 +52,6 @@ class T5Config:
   scale_decoder_outputs: bool | None = None
   decoder_embedding: bool = False
   relative_attention_per_layer: bool = False
-  ids: TokenIds = TokenIds()
-  dropout_rate: float = 0.0
-  dtype: str = 'float32'
-  frozen_dtype: str | None = None
-  fsdp: bool = False
-  remat: bool = False
-  fused_attention: bool | None = None
-  scan: bool = False
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
 
@@ -104,59 +67,47 @@ class T5Config:
       return self.logits_via_embedding
     return self.scale_decoder_outputs
 
+  @property
+  def embedding_scale(self) -> float:
+    """What the lookup multiplies a row of the embedding by."""
+    return 1.0
+
+  @property
+  def whole(self) -> 'T5Config':
+    """The same model with every site: a decoder alone has some of them."""
+    return self.with_depth(
+      max(self.num_encoder_layers, 1), self.num_decoder_layers
+    )
+
+  def with_depth(self, encoder: int, decoder: int) -> 'T5Config':
+    """The same model with other numbers of layers."""
+    return dataclasses.replace(
+      self, num_encoder_layers=encoder, num_decoder_layers=decoder
+    )
+
+  def axis_sizes(self) -> dict[str, tuple[int, ...]]:
+    """Sizes of the arrays along each logical axis that may be split."""
+    return {
+      'embed': (self.emb_dim,),
+      'vocab': (self.vocab_size,),
+      'mlp': (self.mlp_dim,),
+      'heads': (self.num_heads,),
+      'joined_kv': (self.num_heads * self.head_dim,),
+    }
+
   def __post_init__(self):
     # Gin gives a list, and what describes a network must be hashable.
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
     counts = ('vocab_size', 'emb_dim', 'num_heads', 'head_dim', 'mlp_dim')
     counts += ('num_decoder_layers', 'relative_attention_num_buckets')
     check_counts(**{name: getattr(self, name) for name in counts})
-    if isinstance(self.ids, Mapping):
-      object.__setattr__(self, 'ids', _ids(self.ids))
-    annotations.check_fields(self)
-    outside = {
-      name: value
-      for name, value in dataclasses.asdict(self.ids).items()
-      if not (-1 if name == 'eos' else 0) <= value < self.vocab_size
-    }
-    if outside:
-      raise UserError(
-        f'ids has {outside}; they must be rows of the embedding, from 0 to'
-        f' {self.vocab_size - 1}'
-      )
-    if self.dtype not in ('float32', 'bfloat16'):
-      raise UserError(
-        f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'"
-      )
-    if self.frozen_dtype not in (None, 'float32', 'bfloat16', 'int8'):
-      raise UserError(
-        f'FROZEN_DTYPE is {self.frozen_dtype!r}; it must be None (as DTYPE),'
-        " 'float32', 'bfloat16' or 'int8'"
-      )
+    super().__post_init__()
     unknown = sorted(set(self.mlp_activations) - set(ACTIVATIONS))
     if unknown or not self.mlp_activations:
       raise UserError(
         f'mlp_activations are {self.mlp_activations}; they must be of'
         f' {tuple(ACTIVATIONS)}'
       )
-    if not 0 <= self.dropout_rate < 1:
-      raise UserError(
-        f'DROPOUT_RATE is {self.dropout_rate}; it must be in [0, 1)'
-      )
-
-
-def _ids(given: Mapping[str, Any]) -> TokenIds:
-  """TokenIds from what a gin file gives."""
-  known = [field.name for field in dataclasses.fields(TokenIds)]
-  wrong = {
-    name: value
-    for name, value in given.items()
-    if name not in known
-    or not isinstance(value, int)
-    or isinstance(value, bool)
-  }
-  if wrong:
-    raise UserError(f'ids has {wrong}; it must give whole numbers for {known}')
-  return TokenIds(**given)
 
 
 def _sizes() -> dict[str, T5Config]:
@@ -255,33 +206,39 @@ def _sizes() -> dict[str, T5Config]:
   return table
 
 
-SIZES: Mapping[str, T5Config] = _sizes()
+# A configuration names its network, see `network.Transformer`.
+Config = T5Config | T5GemmaConfig
+
+SIZES: Mapping[str, Config] = {**_sizes(), **t5gemma_sizes.SIZES}
 
 
-def t5(size: str | T5Config | None = None, **changes) -> T5Config:
+def t5(size: str | Config | None = None, **changes) -> Config:
   """A published size by name, that of a checkpoint, or one given in numbers.
 
   Args:
     size: A name in `SIZES`, such as 't5_1_1_base', or the configuration that
       `identity.from_checkpoint` read.
-    **changes: Fields of `T5Config` that differ from those of `size`; all the
-      sizes if it is not given.
+    **changes: Fields that differ from those of `size`; all the sizes of a
+      `T5Config` if it is not given.
 
   Raises:
     ValueError: If the name is unknown (the nearest ones are listed), or
       fields are unknown or missing.
   """
-  fields = {f.name: f for f in dataclasses.fields(T5Config)}
-  unknown = sorted(set(changes) - set(fields))
-  if unknown:
-    raise UserError(f'T5Config has no {unknown}; it has {sorted(fields)}')
-  if isinstance(size, T5Config):
-    return dataclasses.replace(size, **changes)
-  if size is not None:
+  if isinstance(size, str):
     if size not in SIZES:
       near = difflib.get_close_matches(size, SIZES, n=3) or sorted(SIZES)
       raise UserError(f'no model size {size!r}; did you mean {near}?')
-    return dataclasses.replace(SIZES[size], **changes)
+    size = SIZES[size]
+  kind = T5Config if size is None else type(size)
+  fields = {f.name: f for f in dataclasses.fields(kind)}
+  unknown = sorted(set(changes) - set(fields))
+  if unknown:
+    raise UserError(
+      f'{kind.__name__} has no {unknown}; it has {sorted(fields)}'
+    )
+  if size is not None:
+    return dataclasses.replace(size, **changes)
   missing = [
     name
     for name, field in fields.items()

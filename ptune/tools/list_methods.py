@@ -8,7 +8,6 @@ counted as often as there are.
 """
 
 import argparse
-import dataclasses
 import functools
 import math
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ from ptune import methods
 from ptune.errors import UserError
 from ptune.model import network
 from ptune.model.adapters import Method, Placement
-from ptune.model.sizes import SIZES, T5Config, t5
+from ptune.model.sizes import SIZES, Config, t5
 
 DEFAULT = 't5_1_1_base'
 
@@ -71,7 +70,7 @@ def table(names: Iterable[str], sizes: Iterable[str]) -> str:
   return '\n'.join(lines)
 
 
-def counts(config: T5Config, method: Method) -> tuple[int, int]:
+def counts(config: Config, method: Method) -> tuple[int, int]:
   """How many parameters a method trains, and how many the base model has.
 
   Args:
@@ -88,11 +87,11 @@ def counts(config: T5Config, method: Method) -> tuple[int, int]:
 
 @functools.cache
 def _parameters(
-  config: T5Config, placements: tuple[Placement, ...]
+  config: Config, placements: tuple[Placement, ...]
 ) -> dict[str, int]:
   """Sizes by path, where layer 0 stands for all of its stack."""
-  one = dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1)
-  params = network.parameters(network.Transformer(one, placements))
+  one = network.Transformer(config.with_depth(1, 1), placements)
+  params = network.parameters(one)
   layers = {
     'encoder/layers_0/': config.num_encoder_layers,
     'decoder/layers_0/': config.num_decoder_layers,

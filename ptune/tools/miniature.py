@@ -281,7 +281,7 @@ def initial(
   added = prompt_init.initialize_adapters(
     plan,
     prompt_init.Base(
-      embedding=functools.partial(parameters.embedding_rows, base),
+      embedding=functools.partial(parameters.embedding_rows, plan, base),
       vocabulary=lambda: pieces,
       labels=lambda: labels,
     ),

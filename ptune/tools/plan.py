@@ -45,7 +45,7 @@ from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config
 from ptune.training import state as state_lib
 
 GIB = 2**30
@@ -90,7 +90,7 @@ TOPOLOGIES: Mapping[str, Mapping[int, str]] = {
 class Run:
   """What decides the memory of a training run; see `train`."""
 
-  config: T5Config
+  config: Config
   method: Method
   optimizer: Callable[..., optax.GradientTransformation]
   model: Callable[..., EncoderDecoderModel]
@@ -289,7 +289,7 @@ def measure(
   if devices[0].platform == 'cpu':
     compiled = dataclasses.replace(run.config, dtype='float32')
   shallow = [
-    parameters.plan(_with_depth(compiled, depth), run.method, one)
+    parameters.plan(compiled.with_depth(*depth), run.method, one)
     for depth in depths
   ]
   table: dict[int, Memory | str] = {}
@@ -315,12 +315,6 @@ def measure(
 
 def _depth(run: Run) -> tuple[int, int]:
   return run.config.num_encoder_layers, run.config.num_decoder_layers
-
-
-def _with_depth(config, depth: tuple[int, int]) -> T5Config:
-  return dataclasses.replace(
-    config, num_encoder_layers=depth[0], num_decoder_layers=depth[1]
-  )
 
 
 def _depths(config, method: Method) -> list[tuple[int, int]]:

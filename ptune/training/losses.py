@@ -69,6 +69,7 @@ def wayward(
     text = table['embedding'][rows].astype(jnp.float32)
     if 'embedding_scale' in table:  # Of int8; see `parameters.hold`.
       text *= table['embedding_scale'][rows][:, None]
+    text *= model.network.config.embedding_scale
     text = jax.lax.stop_gradient(text)
     distance = jnp.sum(jnp.square(prompt - text)) / prompt.shape[0]
     loss, sums = model.cross_entropy(params, batch, dropout_rng)

@@ -1,0 +1,378 @@
+"""Hugging Face's T5Gemma and T5Gemma 2: configuration, names of parameters.
+
+Norms need no arithmetic: they are stored as their distance from 1 here, too.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from ptune.convert.source import EMBEDDING, LOGITS, Shape
+from ptune.errors import UserError
+from ptune.model.config import TokenIds
+from ptune.model.t5gemma_sizes import Stack, T5GemmaConfig
+
+# model_type -> T5GemmaConfig.version.
+MODEL_TYPES = {'t5gemma': 1, 't5gemma2': 2}
+HEAD = 'lm_head.out_proj.weight'
+DECODER_EMBEDDING = 'decoder_token_embedder/embedding'
+# Parts of T5Gemma 2 that read images.
+VISION = ('model.encoder.vision_tower.', 'model.encoder.multi_modal_projector.')
+
+_ATTENTION = {
+  'query': 'q_proj',
+  'key': 'k_proj',
+  'value': 'v_proj',
+  'out': 'o_proj',
+}
+_MLP = {'wi_0': 'gate_proj', 'wi_1': 'up_proj', 'wo': 'down_proj'}
+# Of a layer: our module and its norms, their module and norms, the kernels.
+_SUBLAYERS = {
+  'encoder': (
+    ('attention', 'attention', 'self_attn', 'self_attn', _ATTENTION),
+    ('mlp', 'mlp', 'mlp', 'feedforward', _MLP),
+  ),
+  'decoder': (
+    ('self_attention', 'self_attention', 'self_attn', 'self_attn', _ATTENTION),
+    (
+      'encoder_decoder_attention',
+      'cross_attention',
+      'cross_attn',
+      'cross_attn',
+      _ATTENTION,
+    ),
+    ('mlp', 'mlp', 'mlp', 'feedforward', _MLP),
+  ),
+}
+# Stack's name for a size, and config.json's.
+_SIZES = {
+  'num_layers': 'num_hidden_layers',
+  'emb_dim': 'hidden_size',
+  'mlp_dim': 'intermediate_size',
+  'num_heads': 'num_attention_heads',
+  'num_kv_heads': 'num_key_value_heads',
+  'head_dim': 'head_dim',
+  'window': 'sliding_window',
+}
+# What has one value in all published models: a network with another one is
+# not there. Their names in the configuration of a stack, and the value.
+_FIXED = {
+  'hidden_activation': 'gelu_pytorch_tanh',
+  'rms_norm_eps': 1e-6,
+  'attention_bias': False,
+}
+_LOCAL, _GLOBAL = 'sliding_attention', 'full_attention'
+
+
+def layout(config: T5GemmaConfig) -> dict[str, tuple[str, bool]]:
+  """Maps our parameters to (Hugging Face name, transposed).
+
+  'encoder/layers_0/mlp/wo/kernel' ->
+  ('model.encoder.layers.0.mlp.down_proj.weight', True)
+  """
+  roots = {
+    'encoder': 'model.encoder' + '.text_model' * (config.version == 2),
+    'decoder': 'model.decoder',
+  }
+  table = {EMBEDDING: (f'{roots["encoder"]}.embed_tokens.weight', False)}
+  if not config.shared_embedding:
+    name = f'{roots["decoder"]}.embed_tokens.weight'
+    table[DECODER_EMBEDDING] = (name, False)
+  if config.version == 2:
+    for path, (name, _) in list(table.items()):
+      table[f'{path.removesuffix("embedding")}eoi_embedding'] = (
+        f'{name.removesuffix("weight")}eoi_embedding',
+        False,
+      )
+  if not config.logits_via_embedding:
+    table[LOGITS] = (HEAD, True)
+  for stack, root in roots.items():
+    table[f'{stack}/{stack}_norm/scale'] = (f'{root}.norm.weight', False)
+    layers = getattr(config, stack).num_layers
+    for i in range(layers):
+      ours, theirs = f'{stack}/layers_{i}', f'{root}.layers.{i}'
+      for module, norm, their_module, their_norm, kernels in _SUBLAYERS[stack]:
+        if config.version == 2 and module == 'encoder_decoder_attention':
+          continue
+        for place in ('pre', 'post'):
+          table[f'{ours}/{place}_{norm}_layer_norm/scale'] = (
+            f'{theirs}.{place}_{their_norm}_layernorm.weight',
+            False,
+          )
+        for kernel, name in kernels.items():
+          weight = f'{theirs}.{their_module}.{name}.weight'
+          table[f'{ours}/{module}/{kernel}/kernel'] = (weight, True)
+        if config.version == 2 and kernels is _ATTENTION:
+          for kernel, name in (('query', 'q_norm'), ('key', 'k_norm')):
+            weight = f'{theirs}.{their_module}.{name}.weight'
+            table[f'{ours}/{module}/{kernel}_norm/scale'] = (weight, False)
+  return table
+
+
+def shapes(config: T5GemmaConfig) -> dict[str, Shape]:
+  """What `network.parameters` says of a model, without tracing it."""
+  found: dict[str, Shape] = {}
+  for path in layout(config):
+    stack = config.decoder if path.startswith('decoder') else config.encoder
+    queries = stack.num_heads * stack.head_dim
+    *_, module, name = path.split('/')
+    shape = {
+      'embedding': (config.vocab_size, stack.emb_dim),
+      'eoi_embedding': (stack.emb_dim,),
+      'scale': (stack.emb_dim,),
+      'query': (stack.emb_dim, queries),
+      'out': (queries, stack.emb_dim),
+      'wo': (stack.mlp_dim, stack.emb_dim),
+      'logits_dense': (stack.emb_dim, config.vocab_size),
+      **dict.fromkeys(('query_norm', 'key_norm'), (stack.head_dim,)),
+      **dict.fromkeys(('wi_0', 'wi_1'), (stack.emb_dim, stack.mlp_dim)),
+    }
+    # Keys and values are made of what is attended to.
+    seen = config.encoder if '/encoder_decoder_' in path else stack
+    for site in ('key', 'value'):
+      shape[site] = (seen.emb_dim, stack.num_kv_heads * stack.head_dim)
+    found[path] = shape[module if module in shape else name]
+  return found
+
+
+def read_config(said: Mapping[str, Any], file: epath.Path) -> T5GemmaConfig:
+  """The model that a config.json describes.
+
+  Raises:
+    ValueError: It is a network that ptune has not; all that differs is listed.
+  """
+  version = MODEL_TYPES[said['model_type']]
+  stacks = {name: _dict(said.get(name)) for name in ('encoder', 'decoder')}
+  if version == 2:
+    stacks['encoder'] = _dict(stacks['encoder'].get('text_config'))
+  wrong = [
+    f'{stack}: {line}'
+    for stack, values in stacks.items()
+    for line in _unknown(values, version)
+  ]
+  if wrong:
+    raise _refusal(file, wrong)
+  # What our network has one of, and their configuration two.
+  common = {name: _common(values, version) for name, values in stacks.items()}
+  wrong = [
+    f'{key} is {value!r} in the encoder and {common["decoder"][key]!r} in the'
+    ' decoder: expected one value'
+    for key, value in common['encoder'].items()
+    if value != common['decoder'][key]
+  ]
+  pattern = _pattern(
+    [_layer_types(values) for values in stacks.values()], version
+  )
+  if pattern is None:
+    wrong.append(
+      'layer_types: expected every n-th layer to be full_attention and the'
+      ' others sliding_attention'
+    )
+  if wrong:
+    raise _refusal(file, wrong)
+  values = common['decoder']
+  decoder = stacks['decoder']
+  ids = {
+    name: said.get(key, decoder.get(key, default))
+    for name, key, default in (
+      ('pad', 'pad_token_id', 0),
+      ('eos', 'eos_token_id', 1),
+      ('start', 'bos_token_id', 2),
+    )
+  }
+  if isinstance(ids['eos'], list):
+    ids['eos'] = ids['eos'][0]
+  return T5GemmaConfig(
+    encoder=_stack(stacks['encoder']),
+    decoder=_stack(decoder),
+    vocab_size=values['vocab_size'],
+    version=version,
+    logits_via_embedding=bool(said.get('tie_word_embeddings', True)),
+    window_pattern=pattern,
+    query_scalar=values['query_pre_attn_scalar'],
+    attention_cap=values['attn_logit_softcapping'],
+    logits_cap=values['final_logit_softcapping'],
+    theta=values['rope_theta'],
+    local_theta=values['local rope_theta'],
+    rope_factor=values['rope factor'],
+    eoi_id=_dict(said.get('encoder')).get('eoi_token_index', 256_000),
+    ids=TokenIds(unk=3, **ids),
+  )
+
+
+def _dict(value: Any) -> Mapping[str, Any]:
+  return value if isinstance(value, Mapping) else {}
+
+
+def _refusal(file: epath.Path, wrong: list[str]) -> UserError:
+  return UserError(
+    f'{file} describes a network that ptune does not have:\n'
+    + '\n'.join(f'  {line}' for line in wrong)
+  )
+
+
+def _unknown(values: Mapping[str, Any], version: int) -> list[str]:
+  """What a stack has that our network has not."""
+  wrong = [
+    f'{key} {values[key]!r}: expected {value!r}'
+    for key, value in _FIXED.items()
+    if values.get(key, value) != value
+  ]
+  wrong += [
+    f'{key} is missing' for key in _SIZES.values() if not values.get(key)
+  ]
+  if version == 2 and values.get('attn_logit_softcapping') is not None:
+    wrong.append(
+      f'attn_logit_softcapping {values["attn_logit_softcapping"]}: expected'
+      ' none, which is how transformers computes a t5gemma2 in any case'
+    )
+  types = set(_layer_types(values)) - {_LOCAL, _GLOBAL}
+  if types:
+    wrong.append(f'layer_types {sorted(types)}: expected {_LOCAL}, {_GLOBAL}')
+  for kind, rope in _ropes(values, version).items():
+    known = (
+      ('default',)
+      if kind == _LOCAL or version == 1
+      else (
+        'default',
+        'linear',
+      )
+    )
+    if rope['rope_type'] not in known:
+      wrong.append(
+        f'rope_type {rope["rope_type"]!r} of {kind}: expected one of {known}'
+      )
+  return wrong
+
+
+def _ropes(
+  values: Mapping[str, Any], version: int
+) -> dict[str, dict[str, Any]]:
+  """rope_type, rope_theta and factor of local and of global layers.
+
+  Files of transformers 4 have rope_theta, rope_local_base_freq and
+  rope_scaling; those of 5 have rope_parameters, in version 2 by layer type.
+  """
+  given = _dict(values.get('rope_parameters'))
+  scaling = _dict(values.get('rope_scaling'))
+  old = {
+    _GLOBAL: {
+      'rope_theta': values.get('rope_theta', (0, 1e4, 1e6)[version]),
+      **scaling,
+    },
+    _LOCAL: {'rope_theta': values.get('rope_local_base_freq', 1e4)},
+  }
+  if version == 1:
+    # One for all layers.
+    old[_LOCAL] = old[_GLOBAL]
+    given = {_GLOBAL: given, _LOCAL: given}
+  ropes = {}
+  for kind, before in old.items():
+    rope = {'factor': 1.0, **before, **_dict(given.get(kind))}
+    kinds = (rope.get('rope_type'), rope.get('type'), 'default')
+    ropes[kind] = rope | {'rope_type': next(filter(None, kinds))}
+  return ropes
+
+
+def _layer_types(values: Mapping[str, Any]) -> list[str]:
+  types = values.get('layer_types')
+  return [str(x) for x in types] if isinstance(types, list) else []
+
+
+def _pattern(types: list[list[str]], version: int) -> int | None:
+  """The window_pattern that all of these layer types follow.
+
+  Where several do, in a model of few layers, the published one.
+  """
+  published = {1: 2, 2: 6}[version]
+  longest = max(map(len, types))
+  for n in (published, *range(1, longest + 2)):
+    if all(
+      given == [_LOCAL if (i + 1) % n else _GLOBAL for i in range(len(given))]
+      for given in types
+    ):
+      return n
+  return None
+
+
+def _common(values: Mapping[str, Any], version: int) -> dict[str, Any]:
+  """What both stacks must agree on."""
+  ropes = _ropes(values, version)
+  caps = (50.0, 30.0) if version == 1 else (None, None)
+  scalar = values.get('query_pre_attn_scalar', 256)
+  return {
+    'vocab_size': values.get('vocab_size', (0, 256_000, 262_208)[version]),
+    'query_pre_attn_scalar': None if scalar == values['head_dim'] else scalar,
+    'attn_logit_softcapping': values.get('attn_logit_softcapping', caps[0]),
+    'final_logit_softcapping': values.get('final_logit_softcapping', caps[1]),
+    'rope_theta': float(ropes[_GLOBAL]['rope_theta']),
+    'local rope_theta': float(ropes[_LOCAL]['rope_theta']),
+    'rope factor': float(ropes[_GLOBAL]['factor']),
+  }
+
+
+def _stack(values: Mapping[str, Any]) -> Stack:
+  return Stack(**{ours: values[theirs] for ours, theirs in _SIZES.items()})
+
+
+def config_json(config: T5GemmaConfig) -> dict[str, Any]:
+  """The config.json that `read_config` reads as `config`."""
+  kind = {version: name for name, version in MODEL_TYPES.items()}[
+    config.version
+  ]
+  special = {
+    'pad_token_id': config.ids.pad,
+    'eos_token_id': config.ids.eos,
+    'bos_token_id': config.ids.start,
+  }
+
+  def stack(name: str) -> dict[str, Any]:
+    sizes = getattr(config, name)
+    count, n = sizes.num_layers, config.window_pattern
+    if config.version == 1:
+      rope = {'rope_type': 'default', 'rope_theta': config.theta}
+    else:
+      rope = {
+        _LOCAL: {'rope_type': 'default', 'rope_theta': config.local_theta},
+        _GLOBAL: {'rope_type': 'default', 'rope_theta': config.theta},
+      }
+      if config.rope_factor != 1:
+        rope[_GLOBAL] |= {'rope_type': 'linear', 'factor': config.rope_factor}
+    return {
+      **{theirs: getattr(sizes, ours) for ours, theirs in _SIZES.items()},
+      **_FIXED,
+      **special,
+      'model_type': {
+        (1, 'encoder'): 't5_gemma_module',
+        (1, 'decoder'): 't5_gemma_module',
+        (2, 'encoder'): 't5gemma2_text',
+        (2, 'decoder'): 't5gemma2_decoder',
+      }[config.version, name],
+      'vocab_size': config.vocab_size,
+      'query_pre_attn_scalar': config.query_scalar or sizes.head_dim,
+      'attn_logit_softcapping': config.attention_cap,
+      'final_logit_softcapping': config.logits_cap,
+      'layer_types': [_LOCAL if (i + 1) % n else _GLOBAL for i in range(count)],
+      'rope_parameters': rope,
+      'tie_word_embeddings': config.logits_via_embedding,
+    }
+
+  encoder = stack('encoder')
+  if config.version == 2:
+    encoder = {
+      'model_type': 't5gemma2_encoder',
+      'text_config': encoder,
+      'eoi_token_index': config.eoi_id,
+    }
+  name = 'T5Gemma' if config.version == 1 else 'T5Gemma2'
+  return {
+    **special,
+    'architectures': [f'{name}ForConditionalGeneration'],
+    'decoder': stack('decoder'),
+    'encoder': encoder,
+    'is_encoder_decoder': True,
+    'model_type': kind,
+    'tie_word_embeddings': config.logits_via_embedding,
+    'vocab_size': config.vocab_size,
+  }

@@ -1,0 +1,104 @@
+"""What the configuration of every network has, whatever its sizes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ptune import annotations
+from ptune.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIds:
+  """The ids of the tokens that a model treats specially; T5's by default.
+
+  Attributes:
+    pad: Fills rows up. It is masked, and has no part in the loss.
+    eos: Ends inputs and targets; -1 if nothing ends an answer.
+    start: The first token that the decoder reads.
+  """
+
+  pad: int = 0
+  eos: int = 1
+  start: int = 0
+
+  def __str__(self) -> str:
+    return ', '.join(f'{k} {v}' for k, v in dataclasses.asdict(self).items())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """The special tokens of a model, and how its network is computed.
+
+  Attributes:
+    vocab_size: Rows of the embedding.
+    ids: The model's special tokens. Gin files may give them as a dict:
+      {'pad': 1, 'eos': 2, 'start': 0}.
+    dropout_rate: In training, on inputs, sublayers and attention weights.
+    dtype: 'float32' or 'bfloat16': what activations are computed in.
+    frozen_dtype: What frozen matrices are kept in: 'float32', 'bfloat16', or
+      'int8' with a scale for each output channel; `dtype` if not given.
+    fsdp: Whether frozen matrices lie split over all devices, `data` included,
+      and are gathered where they are used.
+    remat: Whether the backward pass computes each layer again, and only what
+      goes into it is kept.
+    fused_attention: Whether attention is computed by an accelerator's fused
+      kernel, where `fused` has one that fits; None does so on TPUs.
+    scan: Whether the layers of a stack are one program, run in a loop over
+      their parameters (see `scan`). Quicker to compile, and, with remat, in
+      less memory; without remat in more, since a loop keeps all that the
+      backward pass may want.
+  """
+
+  vocab_size: int
+  ids: TokenIds = TokenIds()
+  dropout_rate: float = 0.0
+  dtype: str = 'float32'
+  frozen_dtype: str | None = None
+  fsdp: bool = False
+  remat: bool = False
+  fused_attention: bool | None = None
+  scan: bool = False
+
+  def __post_init__(self):
+    if isinstance(self.ids, Mapping):
+      object.__setattr__(self, 'ids', _ids(self.ids))
+    annotations.check_fields(self)
+    outside = {
+      name: value
+      for name, value in dataclasses.asdict(self.ids).items()
+      if not (-1 if name == 'eos' else 0) <= value < self.vocab_size
+    }
+    if outside:
+      raise UserError(
+        f'ids has {outside}; they must be rows of the embedding, from 0 to'
+        f' {self.vocab_size - 1}'
+      )
+    if self.dtype not in ('float32', 'bfloat16'):
+      raise UserError(
+        f"dtype is {self.dtype!r}; it must be 'float32' or 'bfloat16'"
+      )
+    if self.frozen_dtype not in (None, 'float32', 'bfloat16', 'int8'):
+      raise UserError(
+        f'FROZEN_DTYPE is {self.frozen_dtype!r}; it must be None (as DTYPE),'
+        " 'float32', 'bfloat16' or 'int8'"
+      )
+    if not 0 <= self.dropout_rate < 1:
+      raise UserError(
+        f'DROPOUT_RATE is {self.dropout_rate}; it must be in [0, 1)'
+      )
+
+
+def _ids(given: Mapping[str, Any]) -> TokenIds:
+  """TokenIds from what a gin file gives."""
+  known = [field.name for field in dataclasses.fields(TokenIds)]
+  wrong = {
+    name: value
+    for name, value in given.items()
+    if name not in known
+    or not isinstance(value, int)
+    or isinstance(value, bool)
+  }
+  if wrong:
+    raise UserError(f'ids has {wrong}; it must give whole numbers for {known}')
+  return TokenIds(**given)

@@ -1,0 +1,192 @@
+"""The sizes of a T5Gemma, and a table of the published ones."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from ptune.errors import UserError
+from ptune.model.config import ModelConfig, TokenIds
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """The sizes of T5Gemma's encoder, or of its decoder.
+
+  Attributes:
+    num_layers: Layers.
+    emb_dim: Width of the residual stream.
+    mlp_dim: Width of the MLP.
+    num_heads: Heads of the queries.
+    num_kv_heads: Heads of the keys and values, each for as many query heads.
+    head_dim: Size of one head.
+    window: How far a local layer sees, in positions. See `t5gemma.near`.
+  """
+
+  num_layers: int
+  emb_dim: int
+  mlp_dim: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  window: int = 4096
+
+  def __post_init__(self):
+    if self.num_heads % self.num_kv_heads:
+      raise UserError(
+        f'num_heads is {self.num_heads}; it must be a multiple of num_kv_heads,'
+        f' {self.num_kv_heads}'
+      )
+    if self.head_dim % 2:
+      raise UserError(f'head_dim is {self.head_dim}; it must be even')
+
+
+@dataclasses.dataclass(frozen=True)
+class T5GemmaConfig(ModelConfig):
+  """A T5Gemma or a T5Gemma 2.
+
+  Attributes:
+    encoder: Sizes of the encoder.
+    decoder: Sizes of the decoder.
+    version: 1 or 2. In version 2, the decoder's self-attention attends to the
+      encoder too, queries and keys are normed, encoder and decoder share their
+      embedding, and its rows are multiplied by sqrt(d) in the lookup.
+    logits_via_embedding: Whether the decoder's embedding makes the logits;
+      otherwise they have a kernel of their own. An untied version 2 has an
+      embedding for each stack.
+    window_pattern: Each layer of this multiple (counted from 1) sees all
+      positions; the others see those of a window.
+    query_scalar: The logits are divided by its square root; the head size if
+      not given.
+    attention_cap: Where tanh caps the attention's logits; None for nowhere.
+    logits_cap: The same for the logits of the vocabulary.
+    theta: Base of the rotary frequencies where all positions are seen.
+    local_theta: The same within windows.
+    rope_factor: What positions are divided by where all of them are seen.
+    eoi_id: The token, end of an image, that has an embedding of its own in
+      version 2.
+  """
+
+  encoder: Stack
+  decoder: Stack
+  version: int = 1
+  logits_via_embedding: bool = True
+  window_pattern: int = 2
+  query_scalar: int | None = None
+  attention_cap: float | None = 50.0
+  logits_cap: float | None = 30.0
+  theta: float = 10_000.0
+  local_theta: float = 10_000.0
+  rope_factor: float = 1.0
+  eoi_id: int = 256_000
+  ids: TokenIds = dataclasses.field(
+    default=TokenIds(pad=0, eos=1, start=2), kw_only=True
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.version not in (1, 2):
+      raise UserError(f'version is {self.version}; T5Gemma has 1 and 2')
+    if self.version == 2 and self.encoder.emb_dim != self.decoder.emb_dim:
+      raise UserError(
+        'the stacks of T5Gemma 2 share their embedding, so they must be of one'
+        f' width; got {self.encoder.emb_dim} and {self.decoder.emb_dim}'
+      )
+
+  @property
+  def decoder_only(self) -> bool:
+    """Always false; see `T5Config.decoder_only`."""
+    return False
+
+  @property
+  def num_encoder_layers(self) -> int:
+    return self.encoder.num_layers
+
+  @property
+  def num_decoder_layers(self) -> int:
+    return self.decoder.num_layers
+
+  @property
+  def emb_dim(self) -> int:
+    """The width of the encoder, and so of a prompt before its input."""
+    return self.encoder.emb_dim
+
+  @property
+  def decoder_embedding(self) -> bool:
+    """Whether the decoder embeds its tokens with a table of its own."""
+    return self.version == 1 or not self.logits_via_embedding
+
+  @property
+  def embedding_scale(self) -> float:
+    """What the lookup multiplies a row of the embedding by."""
+    return self.emb_dim**0.5 if self.version == 2 else 1.0
+
+  @property
+  def whole(self) -> 'T5GemmaConfig':
+    """The same model with every site: version 1 has attention to the encoder.
+
+    What a method does there is left out in version 2.
+    """
+    return dataclasses.replace(self, version=1)
+
+  def with_depth(self, encoder: int, decoder: int) -> 'T5GemmaConfig':
+    """The same model with other numbers of layers."""
+    return dataclasses.replace(
+      self,
+      encoder=dataclasses.replace(self.encoder, num_layers=encoder),
+      decoder=dataclasses.replace(self.decoder, num_layers=decoder),
+    )
+
+  def axis_sizes(self) -> dict[str, tuple[int, ...]]:
+    """Sizes of the arrays along each logical axis that may be split."""
+    stacks = (self.encoder, self.decoder)
+    queries = tuple(s.num_heads * s.head_dim for s in stacks)
+    keys = tuple(s.num_kv_heads * s.head_dim for s in stacks)
+    return {
+      'embed': tuple(s.emb_dim for s in stacks),
+      'vocab': (self.vocab_size,),
+      'mlp': tuple(s.mlp_dim for s in stacks),
+      'heads': tuple(s.num_heads for s in stacks),
+      'kv_heads': tuple(s.num_kv_heads for s in stacks),
+      'joined_kv': queries + keys,
+    }
+
+
+def _sizes() -> dict[str, T5GemmaConfig]:
+  """The published models: t5gemma_ENCODER_DECODER and t5gemma_2_..."""
+  # Layers, width, MLP, heads, heads of keys and values, head size.
+  gemma_2 = {
+    's': Stack(8, 512, 1024, 8, 8, 64),
+    'b': Stack(12, 768, 2048, 12, 12, 64),
+    'l': Stack(24, 1024, 2816, 16, 16, 64),
+    'ml': Stack(26, 1152, 6912, 4, 4, 256),
+    'xl': Stack(24, 2048, 5120, 32, 32, 64),
+    '2b': Stack(26, 2304, 9216, 8, 4, 256),
+    '9b': Stack(42, 3584, 14336, 16, 8, 256),
+  }
+  table = {
+    f'{size}_{size}': T5GemmaConfig(stack, stack, vocab_size=256_000)
+    for size, stack in gemma_2.items()
+  }
+  table['9b_2b'] = T5GemmaConfig(
+    gemma_2['9b'], gemma_2['2b'], vocab_size=256_000
+  )
+  gemma_3 = {
+    '270m': Stack(18, 640, 2048, 4, 1, 256, window=512),
+    '1b': Stack(26, 1152, 6912, 4, 1, 256, window=512),
+    '4b': Stack(34, 2560, 10240, 8, 4, 256, window=1024),
+  }
+  for size, stack in gemma_3.items():
+    table[f'2_{size}_{size}'] = T5GemmaConfig(
+      stack,
+      stack,
+      vocab_size=262_208,
+      version=2,
+      window_pattern=6,
+      attention_cap=None,
+      logits_cap=None,
+      theta=1_000_000.0,
+      rope_factor=8.0 if size == '4b' else 1.0,
+    )
+  return {f't5gemma_{name}': config for name, config in table.items()}
+
+
+SIZES: Mapping[str, T5GemmaConfig] = _sizes()

@@ -1,0 +1,361 @@
+"""T5Gemma and T5Gemma 2 answer as transformers' do, however they are computed.
+
+The models are small, and have every feature: fewer heads of keys and values,
+capped logits, windows shorter than the inputs, encoder and decoder of different
+sizes.
+"""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ptune.convert import t5gemma as files
+from ptune.methods import decoder_prompt, prompt
+from ptune.model import decoding, models, network, parameters, partitioning
+from ptune.model.adapters import combine
+from ptune.model.t5gemma_sizes import Stack, T5GemmaConfig
+from tests.network_test import make_batch
+
+WHY = "not installed; pip install -e '.[test,interop]' brings it"
+torch = pytest.importorskip('torch', reason=f'torch is {WHY}')
+transformers = pytest.importorskip(
+  'transformers', reason=f'transformers is {WHY}'
+)
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+ONE = T5GemmaConfig(
+  Stack(3, 24, 32, 4, 2, 8, window=3),
+  Stack(2, 18, 40, 6, 2, 4, window=3),
+  vocab_size=96,
+  query_scalar=5,
+  attention_cap=2.0,
+  logits_cap=3.0,
+)
+TWO = T5GemmaConfig(
+  Stack(3, 24, 32, 4, 2, 8, window=4),
+  Stack(2, 24, 40, 6, 2, 4, window=3),
+  vocab_size=96,
+  version=2,
+  query_scalar=5,
+  attention_cap=None,
+  logits_cap=3.0,
+  theta=1e6,
+  rope_factor=4.0,
+  eoi_id=40,
+)
+MODELS = {
+  'one': ONE,
+  'one_untied': dataclasses.replace(ONE, logits_via_embedding=False),
+  'two': TWO,
+  'two_untied': dataclasses.replace(TWO, logits_via_embedding=False),
+}
+every = pytest.mark.parametrize('name', MODELS)
+both = pytest.mark.parametrize('name', ['one', 'two'])
+PROMPT = 5
+DECODED = 8
+# Filled up by padding, and longer than the windows.
+INPUTS, TARGETS = [11, 7, 3, 11], [9, 4, 1, 9]
+
+
+def _vision(said):
+  """Gives a T5Gemma 2 an image tower, as all that are published have."""
+  if said['model_type'] == 't5gemma2':
+    said['encoder'] |= {
+      'mm_tokens_per_image': 4,
+      'vision_config': {
+        'model_type': 'siglip_vision_model',
+        'hidden_size': 8,
+        'intermediate_size': 8,
+        'num_hidden_layers': 1,
+        'num_attention_heads': 2,
+        'image_size': 28,
+        'patch_size': 14,
+      },
+    }
+  return said
+
+
+@functools.cache
+def reference(name):
+  """transformers' model, with random weights."""
+  said = _vision(files.config_json(MODELS[name]))
+  kind = getattr(transformers, said['architectures'][0])
+  config = kind.config_class.from_dict(said)
+  config._attn_implementation = 'eager'
+  torch.manual_seed(0)
+  torch.set_num_threads(1)
+  model = kind(config).eval()
+  with torch.no_grad():
+    for path, value in model.named_parameters():
+      # Tables larger, so that answers differ from token to token.
+      size = 1.0 if 'embed_tokens.weight' in path else 0.3
+      value.copy_(torch.randn_like(value) * size)
+  return model
+
+
+@functools.cache
+def values(name):
+  """The same weights, by our names."""
+  state = reference(name).state_dict()
+  return {
+    ours: state[theirs].numpy().T if transposed else state[theirs].numpy()
+    for ours, (theirs, transposed) in files.layout(MODELS[name]).items()
+  }
+
+
+@functools.cache
+def prompt_of(name):
+  rng = np.random.default_rng(1)
+  return rng.normal(size=(PROMPT, MODELS[name].emb_dim)).astype(np.float32)
+
+
+@functools.cache
+def batch_of(name):
+  batch = make_batch(INPUTS, TARGETS, encoder_length=11)
+  batch = {key: np.array(x) for key, x in batch.items()}
+  batch['decoder_input_tokens'][:, 0] = MODELS[name].ids.start
+  batch['encoder_input_tokens'][0, 3] = 40  # A token with a vector of its own.
+  return batch
+
+
+def with_prompt(name, **changes):
+  config = dataclasses.replace(MODELS[name], **changes)
+  return network.Transformer(config, prompt.prompt(PROMPT).placements)
+
+
+def params_of(name):
+  return parameters.unflatten(values(name) | {prompt.PATH: prompt_of(name)})
+
+
+@functools.cache
+def answers(name):
+  """Our logits, loss and the gradient of the prompt."""
+  model = models.EncoderDecoderModel(with_prompt(name), z_loss=0.0)
+
+  def loss(rows):
+    params = parameters.merge(
+      parameters.unflatten(values(name)),
+      parameters.unflatten({prompt.PATH: rows}),
+    )
+    return model.loss(params, batch_of(name))[0]
+
+  logits = jax.jit(model.logits)(params_of(name), batch_of(name))
+  value, gradient = jax.jit(jax.value_and_grad(loss))(prompt_of(name))
+  return types.SimpleNamespace(logits=logits, loss=value, gradient=gradient)
+
+
+def prompted(name, rows):
+  """What transformers' model reads: the prompt before the embedded tokens."""
+  model = reference(name)
+  tokens = torch.tensor(batch_of(name)['encoder_input_tokens']).long()
+  embedded = model.get_input_embeddings()(tokens)
+  rows = rows[None].expand(len(tokens), -1, -1)
+  seen = torch.nn.functional.pad(tokens != 0, (PROMPT, 0), value=True)
+  return {
+    'inputs_embeds': torch.cat([rows, embedded], dim=1),
+    'attention_mask': seen.long(),
+  }
+
+
+@every
+def test_logits_loss_and_gradient_are_those_of_transformers(name):
+  batch, got = batch_of(name), answers(name)
+  rows = torch.tensor(prompt_of(name), requires_grad=True)
+  logits = reference(name)(
+    **prompted(name, rows),
+    decoder_input_ids=torch.tensor(batch['decoder_input_tokens']).long(),
+  ).logits
+  loss = torch.nn.functional.cross_entropy(
+    logits.transpose(1, 2),
+    torch.tensor(batch['decoder_target_tokens']).long(),
+    ignore_index=0,
+    reduction='sum',
+  )
+  loss.backward()
+  real = batch['decoder_target_tokens'] > 0
+  np.testing.assert_allclose(
+    np.asarray(got.logits)[real], logits.detach().numpy()[real], atol=1e-4
+  )
+  np.testing.assert_allclose(got.loss, loss.item(), rtol=1e-5)
+  scale = float(rows.grad.abs().max())
+  assert scale > 1e-3
+  np.testing.assert_allclose(
+    got.gradient / scale, rows.grad.numpy() / scale, atol=1e-4
+  )
+
+
+@pytest.mark.parametrize('name', ['one_untied', 'two_untied'])
+def test_greedy_answers_are_those_of_transformers(name):
+  got = predict(name, models.Decoding())
+  with torch.no_grad():
+    want = reference(name).generate(
+      **prompted(name, torch.tensor(prompt_of(name))),
+      decoder_start_token_id=MODELS[name].ids.start,
+      pad_token_id=0,
+      max_new_tokens=DECODED,
+      do_sample=False,
+      num_beams=1,
+    )
+  want = want[:, 1:].numpy()
+  want = np.pad(want, ((0, 0), (0, DECODED - want.shape[1])))
+  np.testing.assert_array_equal(got, want)
+  assert len(np.unique(want)) > 3, 'the model says the same in any case'
+
+
+@pytest.mark.parametrize('name', ['one_untied', 'two_untied'])
+def test_beams_find_what_they_find_in_the_logits_of_transformers(name):
+  rows, beams = len(INPUTS), 3
+  read = prompted(name, torch.tensor(prompt_of(name)))
+  read = {key: x.repeat_interleave(beams, dim=0) for key, x in read.items()}
+
+  def logits(tokens):
+    with torch.no_grad():
+      out = reference(name)(
+        **read, decoder_input_ids=torch.tensor(np.asarray(tokens)).long()
+      )
+    return out.logits.numpy()
+
+  def step(tokens, cache):
+    so_far, i = cache['tokens'], cache['cache_index']
+    so_far = jax.lax.dynamic_update_slice(so_far, tokens, (0, i))
+    shape = (*so_far.shape, MODELS[name].vocab_size)
+    found = jax.pure_callback(
+      logits, jax.ShapeDtypeStruct(shape, np.float32), so_far
+    )
+    found = jax.lax.dynamic_slice_in_dim(found, i, 1, axis=1)
+    return found, {'tokens': so_far, 'cache_index': i + 1}
+
+  start = {'tokens': np.full((rows, DECODED), 2), 'cache_index': 0}
+  want, _ = decoding.beam_search(
+    step, jax.tree.map(jnp.int32, start), rows, DECODED, num_beams=3, start_id=2
+  )
+  got = predict(name, models.Decoding(num_beams=beams))
+  np.testing.assert_array_equal(got, want[:, -1])
+
+
+def predict(name, how):
+  model = models.EncoderDecoderModel(with_prompt(name))
+  tokens, _ = jax.jit(model.predict, static_argnums=(2, 3))(
+    params_of(name), batch_of(name)['encoder_input_tokens'], DECODED, how
+  )
+  return tokens
+
+
+@both
+def test_cached_decoding_gives_the_logits_of_one_call(name):
+  method = combine([prompt.prompt(PROMPT), decoder_prompt.decoder_prompt(2)])
+  net = network.Transformer(MODELS[name], method.placements)
+  batch, width = batch_of(name), MODELS[name].decoder.emb_dim
+  rows = np.random.default_rng(2).normal(size=(2, width)).astype(np.float32)
+  params = parameters.merge(
+    params_of(name), parameters.unflatten({decoder_prompt.PATH: rows})
+  )
+  inputs, tokens = batch['encoder_input_tokens'], batch['decoder_input_tokens']
+  apply = functools.partial(net.apply, {'params': params}, enable_dropout=False)
+  want = jax.jit(apply)(inputs, tokens, np.ones_like(tokens))
+  encoded = jax.jit(functools.partial(apply, method='encode'))(inputs)
+
+  @jax.jit
+  def decode(tokens, cache):
+    return net.apply(
+      {'params': params, **cache},
+      encoded,
+      inputs,
+      tokens,
+      tokens,
+      enable_dropout=False,
+      decode=True,
+      mutable=['cache'],
+      method='decode',
+    )
+
+  _, cache = decode(np.ones_like(tokens), {})
+  for i in range(tokens.shape[1]):
+    logits, cache = decode(tokens[:, i : i + 1], cache)
+    np.testing.assert_allclose(logits[:, 0], want[:, i], atol=1e-4)
+
+
+@both
+def test_padding_changes_nothing(name):
+  batch = {
+    key: np.pad(x, ((0, 0), (0, 6))) for key, x in batch_of(name).items()
+  }
+  model = models.EncoderDecoderModel(with_prompt(name))
+  got = jax.jit(model.logits)(params_of(name), batch)
+  real = batch['decoder_target_tokens'] > 0
+  want = np.asarray(answers(name).logits)
+  np.testing.assert_allclose(
+    got[real], want[real[:, : want.shape[1]]], atol=1e-5
+  )
+
+
+# ------------------------------------------------- however it is computed
+
+
+def logits_on(name, rows=1, parts=1, **changes):
+  """Logits on a mesh of rows x parts devices."""
+  config = dataclasses.replace(MODELS[name], **changes)
+  mesh = partitioning.make_mesh(parts, jax.devices()[: rows * parts])
+  plan = parameters.plan(config, prompt.prompt(PROMPT), mesh)
+  host = values(name) | {prompt.PATH: prompt_of(name)}
+  placed = {p: parameters.place(host[p], x) for p, x in plan.params.items()}
+  trained = {prompt.PATH: placed.pop(prompt.PATH)}
+  frozen = parameters.hold(plan, placed)
+  model = models.EncoderDecoderModel(plan.network)
+  params = parameters.merge(
+    parameters.unflatten(trained), parameters.unflatten(frozen)
+  )
+  with plan.scope():
+    logits = jax.jit(model.logits)(params, batch_of(name))
+  return np.asarray(logits), frozen
+
+
+@both
+@pytest.mark.parametrize(
+  'mesh', [{'rows': 4, 'parts': 2}, {'rows': 2, 'parts': 4, 'fsdp': True}]
+)
+def test_eight_devices_answer_as_one(name, mesh):
+  got, frozen = logits_on(name, **mesh)
+  np.testing.assert_allclose(got, answers(name).logits, atol=1e-4)
+  kernel = frozen['encoder/layers_0/attention/key/kernel']
+  assert kernel.addressable_shards[0].data.size < kernel.size
+
+
+@both
+def test_a_loop_over_alternating_layers_answers_the_same(name):
+  model = models.EncoderDecoderModel(
+    with_prompt(name, scan=True, remat=True), z_loss=0.0
+  )
+
+  def loss(rows):
+    params = parameters.merge(
+      parameters.unflatten(values(name)),
+      parameters.unflatten({prompt.PATH: rows}),
+    )
+    return model.loss(params, batch_of(name))[0]
+
+  value, gradient = jax.jit(jax.value_and_grad(loss))(prompt_of(name))
+  want = answers(name)
+  np.testing.assert_allclose(value, want.loss, rtol=1e-5)
+  np.testing.assert_allclose(gradient, want.gradient, atol=1e-4)
+
+
+@both
+@pytest.mark.parametrize(
+  'how',
+  [
+    {'dtype': 'bfloat16'},
+    {'frozen_dtype': 'int8'},
+    {'frozen_dtype': 'bfloat16'},
+  ],
+)
+def test_rounded_weights_answer_nearly_the_same(name, how):
+  got, _ = logits_on(name, **how)
+  want = np.asarray(answers(name).logits)
+  assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.98
+  assert np.abs(got - want).max() > 1e-4, 'nothing was rounded'
