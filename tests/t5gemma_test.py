@@ -5,18 +5,37 @@ capped logits, windows shorter than the inputs, encoder and decoder of different
 sizes.
 """
 
+import atexit
 import dataclasses
 import functools
+import json
+import pathlib
+import re
+import shutil
+import tempfile
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ptune import methods
+from ptune.convert import identity, inspection, open_checkpoint, prompts
 from ptune.convert import t5gemma as files
+from ptune.convert.conversion import convert
+from ptune.convert.export import export
+from ptune.errors import UserError
 from ptune.methods import decoder_prompt, prompt
-from ptune.model import decoding, models, network, parameters, partitioning
+from ptune.model import (
+  decoding,
+  models,
+  network,
+  parameters,
+  partitioning,
+  sizes,
+)
 from ptune.model.adapters import combine
 from ptune.model.t5gemma_sizes import Stack, T5GemmaConfig
 from tests.network_test import make_batch
@@ -26,6 +45,10 @@ torch = pytest.importorskip('torch', reason=f'torch is {WHY}')
 transformers = pytest.importorskip(
   'transformers', reason=f'transformers is {WHY}'
 )
+with warnings.catch_warnings():
+  warnings.simplefilter('ignore')
+  peft = pytest.importorskip('peft', reason=f'peft is {WHY}')
+
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 ONE = T5GemmaConfig(
@@ -101,7 +124,10 @@ def reference(name):
 @functools.cache
 def values(name):
   """The same weights, by our names."""
-  state = reference(name).state_dict()
+  state = {
+    path.replace('.text_model.', '.'): value
+    for path, value in reference(name).state_dict().items()
+  }
   return {
     ours: state[theirs].numpy().T if transposed else state[theirs].numpy()
     for ours, (theirs, transposed) in files.layout(MODELS[name]).items()
@@ -359,3 +385,152 @@ def test_rounded_weights_answer_nearly_the_same(name, how):
   want = np.asarray(answers(name).logits)
   assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.98
   assert np.abs(got - want).max() > 1e-4, 'nothing was rounded'
+
+
+# ------------------------------------------------------------- as files
+
+
+@functools.cache
+def directory(name):
+  """Where transformers has saved its model."""
+  path = pathlib.Path(tempfile.mkdtemp(prefix='ptune-t5gemma-'))
+  atexit.register(shutil.rmtree, path, ignore_errors=True)
+  reference(name).save_pretrained(path)
+  return path
+
+
+@every
+def test_a_model_of_transformers_opens_and_is_written_as_it_was(name, tmp_path):
+  source = open_checkpoint(directory(name))
+  assert source.config == MODELS[name]
+  assert identity.config(source, dtype='bfloat16').dtype == 'bfloat16'
+  assert source.shapes.keys() == values(name).keys()
+  assert bool(source.ignored) == (
+    MODELS[name].version == 2
+  )  # What sees images.
+  for path, leaf in source.leaves.items():
+    np.testing.assert_array_equal(leaf.read(), values(name)[path], path)
+  identity.check_config(source, MODELS[name])
+  identity.check_whole(source, MODELS[name])
+
+  convert(directory(name), 'huggingface', tmp_path / 'out')
+  kind = type(reference(name))
+  said = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  (tmp_path / 'out' / 'config.json').write_text(json.dumps(_vision(said)))
+  again = kind.from_pretrained(tmp_path / 'out').state_dict()
+  for path, value in reference(name).state_dict().items():
+    if not path.startswith(files.VISION):
+      np.testing.assert_array_equal(again[path], value, path)
+
+
+def test_what_a_t5gemma_is_can_be_inspected():
+  found = inspection.inspect(directory('two'))
+  assert found['config']['encoder.window'] == 4
+  assert found['parameters'] == sum(x.size for x in values('two').values())
+  assert json.loads(json.dumps(found)) == found
+
+
+def test_another_size_is_refused_with_both():
+  source = open_checkpoint(directory('one'))
+  with pytest.raises(UserError, match=r'encoder.num_layers +3 +8'):
+    identity.check_config(source, sizes.t5('t5gemma_s_s'))
+  with pytest.raises(UserError, match='checkpoint: no published size'):
+    identity.check_config(source, sizes.t5('t5_1_1_small'))
+  with pytest.raises(UserError, match='it is a T5Gemma'):
+    convert(directory('one'), 't5x', directory('one') / 't5x')
+
+
+@pytest.mark.parametrize(
+  ('name', 'changes', 'message'),
+  [
+    ('one', {'hidden_activation': 'silu'}, "hidden_activation 'silu'"),
+    ('one', {'attention_bias': True}, 'attention_bias True'),
+    ('one', {'layer_types': ['chunked_attention'] * 2}, 'chunked_attention'),
+    ('one', {'rope_scaling': {'rope_type': 'yarn'}}, "rope_type 'yarn'"),
+    ('one', {'attn_logit_softcapping': 9.0}, 'attn_logit_softcapping is 2.0'),
+    ('two', {'attn_logit_softcapping': 9.0}, 'attn_logit_softcapping 9.0'),
+    (
+      'two',
+      {'rope_parameters': {'sliding_attention': {'rope_type': 'linear'}}},
+      "rope_type 'linear' of sliding_attention",
+    ),
+  ],
+)
+def test_other_networks_are_refused_before_weights_are_read(
+  name, changes, message, tmp_path
+):
+  said = files.config_json(MODELS[name])
+  said['decoder'] |= changes
+  (tmp_path / 'config.json').write_text(json.dumps(said))
+  (tmp_path / 'model.safetensors').write_text('no weights')
+  with pytest.raises(UserError, match=re.escape(message)):
+    open_checkpoint(tmp_path)
+
+
+@both
+def test_a_prompt_answers_the_same_in_peft(name, tmp_path):
+  np.save(tmp_path / 'prompt.npy', prompt_of(name))
+  exported = prompts.read_prompt(tmp_path / 'prompt.npy')
+  export(exported, 'peft', tmp_path / 'peft', base=str(directory(name)))
+  kind = type(reference(name))
+  model = peft.PeftModel.from_pretrained(
+    kind.from_pretrained(directory(name), attn_implementation='eager').eval(),
+    tmp_path / 'peft',
+  )
+  batch = batch_of(name)
+  tokens = torch.tensor(batch['encoder_input_tokens']).long()
+  with torch.no_grad():
+    got = model(
+      input_ids=tokens,
+      attention_mask=(tokens != 0).long(),
+      decoder_input_ids=torch.tensor(batch['decoder_input_tokens']).long(),
+    ).logits.numpy()
+  real = batch['decoder_target_tokens'] > 0
+  want = np.asarray(answers(name).logits)
+  np.testing.assert_allclose(got[real], want[real], atol=1e-4)
+  back = prompts.read_prompt(tmp_path / 'peft')
+  np.testing.assert_array_equal(back.array, prompt_of(name))
+
+
+# ------------------------------------------------------------- methods
+
+
+# Arguments of methods whose defaults are too large for 96 tokens.
+SMALL = {'superpos': {'tokens': 8, 'population': 90}}
+METHODS = sorted(methods.functions())
+
+
+@pytest.mark.parametrize(
+  'method',
+  [
+    m
+    if m in ('lora', 'bottleneck')
+    else pytest.param(m, marks=pytest.mark.slow)
+    for m in METHODS
+  ],
+)
+@both
+def test_every_method_learns(name, method):
+  how = methods.functions()[method](**SMALL.get(method, {}))
+  net = network.Transformer(MODELS[name], how.placements)
+  rng = np.random.default_rng(3)
+  params = {
+    path: rng.normal(size=x.shape, scale=0.2).astype(np.float32)
+    for path, x in network.parameters(net).items()
+  } | values(name)
+  trained = {path: params.pop(path) for path in [*params] if how.trains(path)}
+  model = models.EncoderDecoderModel(net)
+
+  def loss(trained):
+    whole = parameters.merge(
+      parameters.unflatten(params), parameters.unflatten(trained)
+    )
+    return model.loss(whole, batch_of(name))[0]
+
+  gradients = jax.jit(jax.grad(loss))(trained)
+  assert trained
+  for path, x in gradients.items():
+    assert np.isfinite(x).all(), path
+  # The first layer's prompt of `replace` and the like may have no effect.
+  moved = [path for path, x in gradients.items() if np.abs(x).max() > 0]
+  assert len(moved) > len(trained) // 2

@@ -8,7 +8,8 @@ from etils import epath
 from ptune.convert import identity, open_checkpoint, output
 from ptune.convert.source import Source
 from ptune.errors import UserError
-from ptune.model.sizes import T5Config, TokenIds
+from ptune.model.sizes import Config, T5Config, TokenIds
+from ptune.model.t5gemma_sizes import T5GemmaConfig
 
 # What a directory must hold one of, to be replaced as an earlier output.
 MARKS = {'t5x': ('checkpoint',), 'huggingface': ('config.json',)}
@@ -82,7 +83,8 @@ def convert(
     written = open_checkpoint(temporary)
     assert written.shapes == {name: x.shape for name, x in leaves.items()}
   lines = [f'read {source.describe()}', f'base {checksums.digest()}']
-  if layout == 'huggingface' and source.activations is None:
+  told = source.activations or source.config
+  if layout == 'huggingface' and told is None:
     lines.append(
       f'mlp_activations {config.mlp_activations} were taken: what was read '
       'does not say them; --activations sets others'
@@ -97,12 +99,16 @@ def convert(
   return [*lines, f'wrote {target}']
 
 
-def _check_t5x(source: Source, config: T5Config) -> None:
+def _check_t5x(source: Source, config: Config) -> None:
   """Raises a UserError if T5X has no such network."""
   wrong = []
-  if config.decoder_embedding:
+  if isinstance(config, T5GemmaConfig):
+    wrong.append('it is a T5Gemma')
+  elif config.decoder_embedding:
     wrong.append('its decoder has an embedding of its own')
-  if config.scales_outputs != config.logits_via_embedding:
+  if isinstance(config, T5Config) and (
+    config.scales_outputs != config.logits_via_embedding
+  ):
     scaled = 'are' if config.scales_outputs else 'are not'
     tied = 'tied to the embedding' if source.tied else 'not tied'
     wrong.append(f'its logits {scaled} scaled, and {tied}')

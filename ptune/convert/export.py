@@ -25,7 +25,7 @@ from ptune.convert import (
 from ptune.convert.hub import SCHEME
 from ptune.convert.huggingface import read_json
 from ptune.convert.prompts import FACTS, PATH, Prompt
-from ptune.convert.source import Leaf, Source
+from ptune.convert.source import Leaf, Source, sizes
 from ptune.errors import UserError
 
 # Methods whose prompts stand before the first token, and are all there is.
@@ -161,9 +161,9 @@ def _export_peft(
   name: str | None,
 ) -> list[str]:
   lines = []
-  sizes: dict[str, Any] = {}
+  model: dict[str, Any] = {}
   if source is not None:
-    sizes = identity.facts(source)
+    model = sizes(source.shapes) | identity.facts(source)
     known = 'base' in prompt.facts
     fingerprint = identity.fingerprint(source) if known else ''
     lines.append(check_base(prompt.path, prompt.facts, source, fingerprint))
@@ -178,7 +178,7 @@ def _export_peft(
       'model, path); --base_name=org/name sets one'
     )
   with output.new_directory(target) as temporary:
-    peft.write_peft(temporary, prompt.array, _facts(prompt), sizes, name)
+    peft.write_peft(temporary, prompt.array, _facts(prompt), model, name)
   return [*lines, f'wrote {target}: {_text(prompt)}']
 
 
@@ -239,7 +239,7 @@ def check_base(
 
 
 def check_width(prompt: Prompt, source: Source) -> None:
-  width = identity.facts(source).get('emb_dim')
+  width = sizes(source.shapes).get('emb_dim')
   if width != prompt.array.shape[1]:
     raise UserError(
       f'{prompt.path} is {list(prompt.array.shape)} [prompt, embed], but embed '

@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 
 from ptune import paths
-from ptune.convert import safetensors_files, torch_files
+from ptune.convert import safetensors_files, t5gemma, torch_files
 from ptune.convert.layout import EMBEDDINGS, HEAD, STRAY, layout
 from ptune.convert.source import (
   EMBEDDING,
@@ -26,7 +26,8 @@ from ptune.convert.source import (
   sizes,
 )
 from ptune.errors import UserError
-from ptune.model.sizes import T5Config, TokenIds
+from ptune.model.sizes import Config, T5Config, TokenIds
+from ptune.model.t5gemma_sizes import T5GemmaConfig
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
@@ -79,6 +80,8 @@ def open_huggingface(path: epath.Path) -> Source:
       disagrees with the tensors, or the network is one that ptune has not.
   """
   config = read_json(path / CONFIG)
+  if config.get('model_type') in t5gemma.MODEL_TYPES:
+    return _open_t5gemma(path, config)
   activations = _activations(config, path / CONFIG)
   ids = _token_ids(config, path)
   tensors, metadata = _tensors(path)
@@ -130,10 +133,62 @@ def open_huggingface(path: epath.Path) -> Source:
   return source
 
 
+def _open_t5gemma(path: epath.Path, said: Mapping[str, Any]) -> Source:
+  """The same of T5Gemma and T5Gemma 2; what reads images is left out."""
+  ids = _token_ids(t5gemma.token_ids(said), path)
+  config = t5gemma.read_config(said, ids, path / CONFIG)
+  tensors, metadata = _tensors(path)
+  # transformers has this name in memory, and the shorter one in files.
+  tensors = {k.replace('.text_model.', '.'): x for k, x in tensors.items()}
+  leaves, used = {}, set()
+  for ours, (theirs, transposed) in t5gemma.layout(config).items():
+    # torch saves whichever of a shared tensor's names it likes.
+    names = [theirs, *t5gemma.copies(config, ours)]
+    found = [name for name in names if name in tensors]
+    if found:
+      leaf = tensors[found[0]]
+      leaves[ours] = _transposed(leaf) if transposed else leaf
+      used.update(found)
+    if any(not _equal(tensors[found[0]], tensors[x]) for x in found[1:]):
+      raise UserError(
+        f'{path}: {CONFIG} says that {", ".join(found)} are one tensor'
+        ' (tie_word_embeddings), but they differ'
+      )
+  left = set(tensors) - used
+  vision = {name for name in left if name.startswith(t5gemma.VISION)}
+  _refuse_unknown(path, left - vision)
+  if vision:
+    logging.info(
+      '%s: %d tensors of the part that reads images are left out; text is read',
+      path,
+      len(vision),
+    )
+  expected = t5gemma.shapes(config)
+  wrong = [
+    f'  {ours} {list(leaf.shape)}, by {CONFIG} {list(expected[ours])}'
+    for ours, leaf in leaves.items()
+    if leaf.shape != expected[ours]
+  ]
+  if wrong:
+    raise UserError(
+      f'{path}: {CONFIG} does not describe these tensors:\n'
+      + '\n'.join(wrong)
+      + '\nThe files do not belong together; download them again.'
+    )
+  return Source(
+    path=str(path),
+    kind='huggingface',
+    step=_step(metadata),
+    leaves=leaves,
+    config=config,
+    ignored={name: nbytes(tensors[name]) for name in sorted(vision)},
+  )
+
+
 def write_huggingface(
   directory: epath.Path,
   leaves: Mapping[str, Leaf],
-  config: T5Config,
+  config: Config,
   step: int | None = None,
 ) -> None:
   """Writes config.json, as published models have it, and model.safetensors.
@@ -149,6 +204,28 @@ def write_huggingface(
   Raises:
     ValueError: Hugging Face has no name for the activation, or no such model.
   """
+  if isinstance(config, T5GemmaConfig):
+    said, table = t5gemma.config_json(config), t5gemma.layout(config)
+  else:
+    said = _config_json(config)
+    table = layout(
+      range(config.num_encoder_layers),
+      range(config.num_decoder_layers),
+      config.relative_attention_per_layer,
+      config.decoder_embedding,
+    )
+  text = json.dumps(said, indent=2, sort_keys=True)
+  (directory / CONFIG).write_text(text + '\n')
+  tensors = {}
+  for ours, leaf in leaves.items():
+    theirs, transposed = table[ours]
+    tensors[theirs] = _transposed(leaf) if transposed else leaf
+  metadata = {} if step is None else {STEP: str(step)}
+  safetensors_files.write_file(directory / WEIGHTS, tensors, metadata)
+
+
+def _config_json(config: T5Config) -> dict[str, Any]:
+  """The config.json of a T5, as published models have it."""
   if config.decoder_only:
     raise UserError(
       'a decoder alone is no model of Hugging Face; use --format=t5x'
@@ -190,20 +267,7 @@ def write_huggingface(
     said['scale_decoder_outputs'] = scaled
   if config.vocab_size == BYT5:
     said['tokenizer_class'] = 'ByT5Tokenizer'
-  text = json.dumps(said, indent=2, sort_keys=True)
-  (directory / CONFIG).write_text(text + '\n')
-  table = layout(
-    range(config.num_encoder_layers),
-    range(config.num_decoder_layers),
-    config.relative_attention_per_layer,
-    config.decoder_embedding,
-  )
-  tensors = {}
-  for ours, leaf in leaves.items():
-    theirs, transposed = table[ours]
-    tensors[theirs] = _transposed(leaf) if transposed else leaf
-  metadata = {} if step is None else {STEP: str(step)}
-  safetensors_files.write_file(directory / WEIGHTS, tensors, metadata)
+  return said
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:

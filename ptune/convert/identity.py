@@ -1,5 +1,6 @@
 """Which model a checkpoint holds: by name, by its sizes, by its weights."""
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ptune.convert import t5gemma
 from ptune.convert.layout import layout, shapes
 from ptune.convert.source import (
   Index,
@@ -18,7 +20,8 @@ from ptune.convert.source import (
   sizes,
 )
 from ptune.errors import UserError
-from ptune.model.sizes import SIZES, T5Config
+from ptune.model.sizes import SIZES, Config, T5Config
+from ptune.model.t5gemma_sizes import T5GemmaConfig
 
 # The fields of T5Config that tell one model from another; the rest (dropout,
 # dtype) is free.
@@ -45,11 +48,15 @@ UNTOLD = {'scale_decoder_outputs', 'ids'}
 
 
 def facts(source: Source) -> dict[str, Any]:
-  """The fields of T5Config that a checkpoint tells.
+  """The fields of T5Config, or of T5GemmaConfig, that a checkpoint tells.
 
   T5X's files do not name the activation: there, mlp_activations has '?' for
   it, and tells only whether the MLP is gated.
   """
+  if source.config is not None:
+    return t5gemma.told(source.config)
+  if t5gemma.is_t5gemma(source.shapes):
+    return t5gemma.facts(source.shapes)
   found = sizes(source.shapes)
   gated = found.pop('gated', None)
   if source.activations is not None:
@@ -67,14 +74,15 @@ def names(found: Mapping[str, Any]) -> list[str]:
 
   Several where one network has several names, none where a fact is missing.
   """
-  if set(FIELDS) - set(found) - UNTOLD:
-    return []
   return [
-    name for name, config in SIZES.items() if not _differing(found, config)
+    name
+    for name, config in SIZES.items()
+    if set(_all(config)) - set(found) <= UNTOLD
+    and not _differing(found, config)
   ]
 
 
-def config(source: Source, **changes: Any) -> T5Config:
+def config(source: Source, **changes: Any) -> Config:
   """The configuration of a whole model that lies in a checkpoint.
 
   Args:
@@ -85,6 +93,8 @@ def config(source: Source, **changes: Any) -> T5Config:
   Raises:
     ValueError: it holds no whole model.
   """
+  if source.config is not None:
+    return dataclasses.replace(source.config, **changes)
   found = facts(source)
   missing = sorted(set(FIELDS) - set(found) - UNTOLD)
   if missing:
@@ -99,7 +109,7 @@ def config(source: Source, **changes: Any) -> T5Config:
   return T5Config(**{**found, **changes})
 
 
-def from_checkpoint(path: str | None = None) -> T5Config:
+def from_checkpoint(path: str | None = None) -> Config:
   """The configuration of the model in a checkpoint, which is not read further.
 
   Args:
@@ -121,9 +131,10 @@ def from_checkpoint(path: str | None = None) -> T5Config:
   return config(open_checkpoint(path))
 
 
-def check_whole(source: Source, config: T5Config) -> None:
+def check_whole(source: Source, config: Config) -> None:
   """Raises ValueError where parameters of a model are missing or misshapen."""
-  expected = shapes(config)
+  gemma = isinstance(config, T5GemmaConfig)
+  expected = t5gemma.shapes(config) if gemma else shapes(config)
   got = {path: leaf.shape for path, leaf in base_leaves(source).items()}
   wrong = misshapen(got, expected)
   if wrong:
@@ -144,7 +155,7 @@ def misshapen(
   ]
 
 
-def check_config(source: Source, config: T5Config) -> None:
+def check_config(source: Source, config: Config) -> None:
   """Raises ValueError where a checkpoint holds another model than configured.
 
   Its text shows both, and names the gin file to take. What the shapes of the
@@ -157,7 +168,7 @@ def check_config(source: Source, config: T5Config) -> None:
   theirs = names(found)
   ours = [name for name in SIZES if not _differing(_all(config), SIZES[name])]
   rows = [('', 'checkpoint', 'model')]
-  rows += [(f, str(found[f]), str(_value(config, f))) for f in differing]
+  rows += [(f, str(found[f]), str(_all(config).get(f, '-'))) for f in differing]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   table = '\n'.join(
     '  ' + '  '.join(map(str.ljust, row, widths)).rstrip() for row in rows
@@ -174,30 +185,32 @@ def check_config(source: Source, config: T5Config) -> None:
   )
 
 
-def _all(config: T5Config) -> dict[str, Any]:
-  return {field: _value(config, field) for field in FIELDS}
+def _all(config: Config) -> dict[str, Any]:
+  if isinstance(config, T5GemmaConfig):
+    return t5gemma.told(config)
+  found = {field: getattr(config, field) for field in FIELDS}
+  return found | {'scale_decoder_outputs': config.scales_outputs}
 
 
-def _value(config: T5Config, field: str) -> Any:
-  if field == 'scale_decoder_outputs':
-    return config.scales_outputs
-  return getattr(config, field)
+def _differing(found: Mapping[str, Any], config: Config) -> list[str]:
+  ours = _all(config)
 
-
-def _differing(found: Mapping[str, Any], config: T5Config) -> list[str]:
   def same(field: str) -> bool:
-    got, expected = found[field], _value(config, field)
+    got, expected = found[field], ours[field]
     if field != 'mlp_activations':
       return got == expected
     return len(got) == len(expected) and all(
       a in ('?', b) for a, b in zip(got, expected, strict=True)
     )
 
-  return [field for field in FIELDS if field in found and not same(field)]
+  return [field for field in found if field not in ours or not same(field)]
 
 
 def base_leaves(source: Source) -> dict[str, Leaf]:
   """The parameters of the model itself, without prompts and other adapters."""
+  if t5gemma.is_t5gemma(source.shapes):
+    kept = t5gemma.paths(source.shapes)
+    return {path: leaf for path, leaf in source.leaves.items() if path in kept}
   found = sizes(source.shapes)
   table = layout(
     range(found.get('num_encoder_layers', 0)),

@@ -1,5 +1,6 @@
 """`ptune inspect`: what a file or directory is, in a few lines or as JSON."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -148,9 +149,7 @@ def _model(source: Source, fingerprint: bool) -> dict[str, Any]:
     found['step'] = source.step
   if base:
     found['model'] = identity.names(facts)
-    found['config'] = {
-      k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()
-    }
+    found['config'] = {k: _plain(v) for k, v in facts.items()}
   found |= _tensors(base or source.leaves)
   beyond = {k: v for k, v in source.leaves.items() if base and k not in base}
   if prompts.PATH in source.leaves:
@@ -164,6 +163,13 @@ def _model(source: Source, fingerprint: bool) -> dict[str, Any]:
   if fingerprint and base:
     found['base'] = identity.fingerprint(source)
   return found
+
+
+def _plain(value: Any) -> Any:
+  """A fact as JSON has it."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return dataclasses.asdict(value)
+  return list(value) if isinstance(value, tuple) else value
 
 
 def _tensors(leaves: Mapping[str, Leaf]) -> dict[str, Any]:

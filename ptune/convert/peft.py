@@ -179,7 +179,9 @@ def write_peft(
     'base_model_name_or_path': base_name,
     'inference_mode': True,
     'modules_to_save': None,
-    'num_attention_heads': sizes.get('num_heads'),
+    'num_attention_heads': sizes.get(
+      'num_heads', sizes.get('encoder.num_heads')
+    ),
     'num_layers': sizes.get('num_encoder_layers'),
     # 1, not PEFT's 2: see `_encoder_rows`.
     'num_transformer_submodules': 1,

@@ -21,6 +21,7 @@ import numpy as np
 from ptune.errors import UserError
 from ptune.model import parameters, scan
 from ptune.model.sizes import TokenIds
+from ptune.model.t5gemma_sizes import T5GemmaConfig
 
 Index = tuple[slice, ...]
 Shape = tuple[int, ...]
@@ -76,6 +77,7 @@ class Source:
     scaled: Whether the output layer's input is scaled; None where the files
       do not say.
     ids: The special tokens; None where the files do not say.
+    config: The whole configuration, of a T5Gemma whose files say it.
     ignored: What lies beside the parameters and is never read, by name:
       optimizer state, second copies. With their bytes, None where the files
       do not say.
@@ -88,6 +90,7 @@ class Source:
   activations: tuple[str, ...] | None = None
   scaled: bool | None = None
   ids: TokenIds | None = None
+  config: T5GemmaConfig | None = None
   ignored: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
 
   @property

@@ -3,6 +3,7 @@
 Norms need no arithmetic: they are stored as their distance from 1 here, too.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +11,14 @@ from etils import epath
 
 from ptune.convert.source import EMBEDDING, LOGITS, Shape
 from ptune.errors import UserError
-from ptune.model.config import TokenIds
+from ptune.model.config import ModelConfig, TokenIds
 from ptune.model.t5gemma_sizes import Stack, T5GemmaConfig
 
 # model_type -> T5GemmaConfig.version.
 MODEL_TYPES = {'t5gemma': 1, 't5gemma2': 2}
 HEAD = 'lm_head.out_proj.weight'
-DECODER_EMBEDDING = 'decoder_token_embedder/embedding'
+# The decoder's own embedding.
+_OWN = 'decoder_token_embedder/'
 # Parts of T5Gemma 2 that read images.
 VISION = ('model.encoder.vision_tower.', 'model.encoder.multi_modal_projector.')
 
@@ -71,29 +73,56 @@ def layout(config: T5GemmaConfig) -> dict[str, tuple[str, bool]]:
   'encoder/layers_0/mlp/wo/kernel' ->
   ('model.encoder.layers.0.mlp.down_proj.weight', True)
   """
-  roots = {
-    'encoder': 'model.encoder' + '.text_model' * (config.version == 2),
-    'decoder': 'model.decoder',
-  }
-  table = {EMBEDDING: (f'{roots["encoder"]}.embed_tokens.weight', False)}
-  if not config.shared_embedding:
-    name = f'{roots["decoder"]}.embed_tokens.weight'
-    table[DECODER_EMBEDDING] = (name, False)
-  if config.version == 2:
-    for path, (name, _) in list(table.items()):
-      table[f'{path.removesuffix("embedding")}eoi_embedding'] = (
-        f'{name.removesuffix("weight")}eoi_embedding',
-        False,
-      )
-  if not config.logits_via_embedding:
-    table[LOGITS] = (HEAD, True)
+  table = _layout(
+    config.version, config.num_encoder_layers, config.num_decoder_layers
+  )
+  if not config.decoder_embedding:
+    table = {k: v for k, v in table.items() if not k.startswith(_OWN)}
+  if config.logits_via_embedding:
+    del table[LOGITS]
+  return table
+
+
+def copies(config: T5GemmaConfig, path: str) -> list[str]:
+  """Other names of the tensor that a parameter is tied to."""
+  ends = {'embedding': 'weight', 'eoi_embedding': 'eoi_embedding'}
+  embedder, _, name = path.rpartition('/')
+  if name not in ends or not config.logits_via_embedding:
+    return []
+  theirs = [f'model.decoder.embed_tokens.{ends[name]}']
+  if embedder == 'token_embedder' and config.decoder_embedding:
+    return []
+  return theirs + ([HEAD] if name == 'embedding' else [])
+
+
+def paths(shapes: Mapping[str, Shape]) -> set[str]:
+  """Those of the parameters that are a T5Gemma's, and no adapter's."""
+  known = facts(shapes)
+  layers = (
+    known.get('encoder.num_layers', 0),
+    known.get('decoder.num_layers', 0),
+  )
+  return set(_layout(known.get('version', 1), *layers)) & set(shapes)
+
+
+def _layout(
+  version: int, encoder_layers: int, decoder_layers: int
+) -> dict[str, tuple[str, bool]]:
+  """The table with all that an untied model has."""
+  roots = {'encoder': 'model.encoder', 'decoder': 'model.decoder'}
+  table = {LOGITS: (HEAD, True)}
+  for stack, embedder in (('encoder', 'token_embedder/'), ('decoder', _OWN)):
+    theirs = f'{roots[stack]}.embed_tokens'
+    table[f'{embedder}embedding'] = (f'{theirs}.weight', False)
+    if version == 2:
+      table[f'{embedder}eoi_embedding'] = (f'{theirs}.eoi_embedding', False)
+  counts = {'encoder': encoder_layers, 'decoder': decoder_layers}
   for stack, root in roots.items():
     table[f'{stack}/{stack}_norm/scale'] = (f'{root}.norm.weight', False)
-    layers = getattr(config, stack).num_layers
-    for i in range(layers):
+    for i in range(counts[stack]):
       ours, theirs = f'{stack}/layers_{i}', f'{root}.layers.{i}'
       for module, norm, their_module, their_norm, kernels in _SUBLAYERS[stack]:
-        if config.version == 2 and module == 'encoder_decoder_attention':
+        if version == 2 and module == 'encoder_decoder_attention':
           continue
         for place in ('pre', 'post'):
           table[f'{ours}/{place}_{norm}_layer_norm/scale'] = (
@@ -103,11 +132,51 @@ def layout(config: T5GemmaConfig) -> dict[str, tuple[str, bool]]:
         for kernel, name in kernels.items():
           weight = f'{theirs}.{their_module}.{name}.weight'
           table[f'{ours}/{module}/{kernel}/kernel'] = (weight, True)
-        if config.version == 2 and kernels is _ATTENTION:
+        if version == 2 and kernels is _ATTENTION:
           for kernel, name in (('query', 'q_norm'), ('key', 'k_norm')):
             weight = f'{theirs}.{their_module}.{name}.weight'
             table[f'{ours}/{module}/{kernel}_norm/scale'] = (weight, False)
   return table
+
+
+def is_t5gemma(shapes: Mapping[str, Shape]) -> bool:
+  """Whether parameters are those of a T5Gemma: it alone has these norms."""
+  return 'encoder/layers_0/post_mlp_layer_norm/scale' in shapes
+
+
+def facts(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+  """What the shapes tell, by the names that `told` has."""
+  found: dict[str, Any] = {
+    'version': 2
+    if 'encoder/layers_0/attention/query_norm/scale' in shapes
+    else 1,
+    'logits_via_embedding': LOGITS not in shapes,
+  }
+  if EMBEDDING in shapes:
+    found['vocab_size'] = shapes[EMBEDDING][0]
+  for stack in ('encoder', 'decoder'):
+    layers = {
+      p.split('/')[1] for p in shapes if p.startswith(f'{stack}/layers_')
+    }
+    found[f'{stack}.num_layers'] = len(layers)
+    mlp = shapes.get(f'{stack}/layers_0/mlp/wi_0/kernel')
+    if mlp is not None:
+      found[f'{stack}.emb_dim'], found[f'{stack}.mlp_dim'] = mlp
+  return found
+
+
+def told(config: T5GemmaConfig) -> dict[str, Any]:
+  """What tells one model from another: {'encoder.emb_dim': 512, ...}."""
+  free = {field.name for field in dataclasses.fields(ModelConfig)}
+  found: dict[str, Any] = {'vocab_size': config.vocab_size, 'ids': config.ids}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if isinstance(value, Stack):
+      sizes = dataclasses.asdict(value).items()
+      found |= {f'{field.name}.{size}': number for size, number in sizes}
+    elif field.name not in free:
+      found[field.name] = value
+  return found
 
 
 def shapes(config: T5GemmaConfig) -> dict[str, Shape]:
@@ -136,8 +205,15 @@ def shapes(config: T5GemmaConfig) -> dict[str, Shape]:
   return found
 
 
-def read_config(said: Mapping[str, Any], file: epath.Path) -> T5GemmaConfig:
+def read_config(
+  said: Mapping[str, Any], ids: TokenIds, file: epath.Path
+) -> T5GemmaConfig:
   """The model that a config.json describes.
+
+  Args:
+    said: Its values.
+    ids: The special tokens.
+    file: Where it lies, for messages.
 
   Raises:
     ValueError: It is a network that ptune has not; all that differs is listed.
@@ -172,20 +248,9 @@ def read_config(said: Mapping[str, Any], file: epath.Path) -> T5GemmaConfig:
   if wrong:
     raise _refusal(file, wrong)
   values = common['decoder']
-  decoder = stacks['decoder']
-  ids = {
-    name: said.get(key, decoder.get(key, default))
-    for name, key, default in (
-      ('pad', 'pad_token_id', 0),
-      ('eos', 'eos_token_id', 1),
-      ('start', 'bos_token_id', 2),
-    )
-  }
-  if isinstance(ids['eos'], list):
-    ids['eos'] = ids['eos'][0]
   return T5GemmaConfig(
     encoder=_stack(stacks['encoder']),
-    decoder=_stack(decoder),
+    decoder=_stack(stacks['decoder']),
     vocab_size=values['vocab_size'],
     version=version,
     logits_via_embedding=bool(said.get('tie_word_embeddings', True)),
@@ -197,8 +262,18 @@ def read_config(said: Mapping[str, Any], file: epath.Path) -> T5GemmaConfig:
     local_theta=values['local rope_theta'],
     rope_factor=values['rope factor'],
     eoi_id=_dict(said.get('encoder')).get('eoi_token_index', 256_000),
-    ids=TokenIds(unk=3, **ids),
+    ids=ids,
   )
+
+
+def token_ids(said: Mapping[str, Any]) -> dict[str, Any]:
+  """The special tokens by the keys that a T5's config.json has for them."""
+  values = {**_dict(said.get('decoder')), **said}
+  return {
+    'pad_token_id': values.get('pad_token_id', 0),
+    'eos_token_id': values.get('eos_token_id', 1),
+    'decoder_start_token_id': values.get('bos_token_id', 2),
+  }
 
 
 def _dict(value: Any) -> Mapping[str, Any]:
@@ -256,21 +331,18 @@ def _ropes(
   """
   given = _dict(values.get('rope_parameters'))
   scaling = _dict(values.get('rope_scaling'))
-  old = {
-    _GLOBAL: {
-      'rope_theta': values.get('rope_theta', (0, 1e4, 1e6)[version]),
-      **scaling,
-    },
-    _LOCAL: {'rope_theta': values.get('rope_local_base_freq', 1e4)},
-  }
+  theta = {_GLOBAL: values.get('rope_theta', (0, 1e4, 1e6)[version])}
+  theta[_LOCAL] = values.get('rope_local_base_freq', 1e4)
   if version == 1:
     # One for all layers.
-    old[_LOCAL] = old[_GLOBAL]
+    theta[_LOCAL] = theta[_GLOBAL]
     given = {_GLOBAL: given, _LOCAL: given}
   ropes = {}
-  for kind, before in old.items():
-    rope = {'factor': 1.0, **before, **_dict(given.get(kind))}
-    kinds = (rope.get('rope_type'), rope.get('type'), 'default')
+  for kind in (_GLOBAL, _LOCAL):
+    rope = {'factor': 1.0, 'rope_theta': theta[kind], **_dict(given.get(kind))}
+    if kind == _GLOBAL or version == 1:
+      rope |= scaling
+    kinds = (scaling.get('type'), rope.get('rope_type'), 'default')
     ropes[kind] = rope | {'rope_type': next(filter(None, kinds))}
   return ropes
 

@@ -86,6 +86,8 @@ def rules(
   sizes = config.axis_sizes()
   kept = []
   for axis, over in (dict(LOGICAL_AXIS_RULES) | dict(changes or {})).items():
+    if over == 'model' and axis not in sizes:
+      continue  # Another family's.
     if over and any(n % mesh.shape[over] for n in sizes.get(axis, ())):
       logging.info(
         '%s (%s) is not split over the %d devices of axis %r',

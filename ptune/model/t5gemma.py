@@ -70,9 +70,9 @@ class ImageAwareEmbed(Embed):
     )
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Looks up rows: [batch, length] -> [batch, length, embed]."""
+    """Looks up rows: [...] -> [..., embed]."""
     x = _times_root(super().__call__(tokens), self.features)
-    own = self.eoi_embedding.astype(x.dtype)[None, None]
+    own = self.eoi_embedding.astype(x.dtype).reshape((1,) * tokens.ndim + (-1,))
     return jnp.where((tokens == self.eoi_id)[..., None], own, x)
 
 
