@@ -9,6 +9,7 @@ import atexit
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -80,6 +81,7 @@ MODELS = {
 every = pytest.mark.parametrize('name', MODELS)
 both = pytest.mark.parametrize('name', ['one', 'two'])
 PROMPT = 5
+TABLE = parameters.EMBEDDING
 DECODED = 8
 # Filled up by padding, and longer than the windows.
 INPUTS, TARGETS = [11, 7, 3, 11], [9, 4, 1, 9]
@@ -495,6 +497,76 @@ def test_a_prompt_answers_the_same_in_peft(name, tmp_path):
 # ------------------------------------------------------------- methods
 
 
+def logits_of(net, params, batch):
+  model = models.EncoderDecoderModel(net)
+  return np.asarray(jax.jit(model.logits)(params, batch))
+
+
+@both
+def test_packed_examples_answer_as_alone(name):
+  batch, rows = batch_of(name), (1, 3)
+  method = prompt.prompt(PROMPT)
+  assert method.packed is not None
+  insert = method.packed.insert['encoder'][1]
+
+  def joined(key):
+    encoder = key == 'encoder_input_tokens'
+    real = batch[key if encoder else 'decoder_target_tokens'] > 0
+    parts = [batch[key][row][real[row]] for row in rows]
+    if encoder:
+      parts = [insert(part) for part in parts]
+    segments = [[i + 1] * len(part) for i, part in enumerate(parts)]
+    return np.concatenate(parts)[None], np.concatenate(segments)[None]
+
+  packed = {}
+  packed['encoder_input_tokens'], packed['encoder_segment_ids'] = joined(
+    'encoder_input_tokens'
+  )
+  for key in ('decoder_input_tokens', 'decoder_target_tokens'):
+    packed[key], packed['decoder_segment_ids'] = joined(key)
+  net = network.Transformer(MODELS[name], method.packed.placements)
+  got = logits_of(net, params_of(name), packed)[0]
+  real = batch['decoder_target_tokens'] > 0
+  want = np.asarray(answers(name).logits)
+  want = np.concatenate([want[row][real[row]] for row in rows])
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@both
+def test_a_row_of_a_bank_answers_as_with_its_prompt_alone(name):
+  batch, short = batch_of(name), 2
+  prompts = np.stack([prompt_of(name)] * len(INPUTS))
+  lengths = np.full(len(INPUTS), PROMPT, np.int32)
+  prompts[1, : PROMPT - short] = 7  # Padding, which nobody reads.
+  lengths[1] = short
+  net = network.Transformer(MODELS[name], prompt.per_row())
+  params = parameters.merge(
+    parameters.unflatten(values(name)),
+    parameters.unflatten(prompt.row_parameters(prompts, lengths)),
+  )
+  got = logits_of(net, params, batch)
+  single = network.Transformer(MODELS[name], prompt.prompt(short).placements)
+  alone = parameters.unflatten(
+    values(name) | {prompt.PATH: prompt_of(name)[PROMPT - short :]}
+  )
+  want = np.array(answers(name).logits)
+  want[1] = logits_of(single, alone, batch)[1]
+  real = batch['decoder_target_tokens'] > 0
+  np.testing.assert_allclose(got[real], want[real], atol=1e-4)
+
+
+@both
+def test_a_prompt_starts_at_the_embeddings_that_the_encoder_reads(name):
+  mesh = partitioning.make_mesh(1, jax.devices()[:1])
+  plan = parameters.plan(MODELS[name], prompt.prompt(PROMPT), mesh)
+  table = parameters.place(values(name)[TABLE], plan.params[TABLE])
+  ids = np.array([7, 95])
+  got = parameters.embedding_rows(plan, {TABLE: table}, ids)
+  with torch.no_grad():
+    want = reference(name).get_input_embeddings()(torch.tensor(ids))
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 # Arguments of methods whose defaults are too large for 96 tokens.
 SMALL = {'superpos': {'tokens': 8, 'population': 90}}
 METHODS = sorted(methods.functions())
@@ -534,3 +606,49 @@ def test_every_method_learns(name, method):
   # The first layer's prompt of `replace` and the like may have no effect.
   moved = [path for path, x in gradients.items() if np.abs(x).max() > 0]
   assert len(moved) > len(trained) // 2
+
+
+# ------------------------------------------------------------- at full size
+
+
+# By transformers, of models on its meta device; the cards' where they say it.
+PARAMETERS = {
+  't5gemma_s_s': 312_517_632,
+  't5gemma_b_b': 591_490_560,
+  't5gemma_l_l': 1_241_761_792,
+  't5gemma_ml_ml': 2_200_345_344,
+  't5gemma_xl_xl': 3_766_980_608,
+  't5gemma_2b_2b': 5_596_853_760,
+  't5gemma_9b_9b': 20_333_401_088,
+  't5gemma_9b_2b': 12_292_375_296,
+  't5gemma_2_270m_270m': 368_465_792,
+  't5gemma_2_1b_1b': 1_697_856_896,
+  't5gemma_2_4b_4b': 7_089_276_416,
+}
+
+
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_published_sizes_have_as_many_parameters(name):
+  config = sizes.t5(name)
+  shapes = files.shapes(config)
+  assert sum(map(math.prod, shapes.values())) == PARAMETERS[name]
+  # That these are the network's own shapes is shown where it is shallow.
+  shallow = config.with_depth(1, 1)
+  found = network.parameters(network.Transformer(shallow))
+  assert files.shapes(shallow) == {path: x.shape for path, x in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_transformers_counts_the_same(name):
+  said = _vision(files.config_json(sizes.t5(name)))
+  kind = getattr(transformers, said['architectures'][0])
+  with torch.device('meta'):
+    model = kind(kind.config_class.from_dict(said))
+  model.tie_weights()
+  text = (
+    value.numel()
+    for path, value in model.named_parameters()
+    if not path.replace('.text_model.', '.').startswith(files.VISION)
+  )
+  assert sum(text) == PARAMETERS[name]
