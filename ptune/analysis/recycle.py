@@ -237,13 +237,17 @@ def shared_tokens(
 
 
 def embeddings(source: Source, ids: np.ndarray) -> np.ndarray:
-  """Rows of a model's embedding, [n, embed] float32, read block by block."""
+  """Tokens as a model's encoder embeds them, [n, embed] float32.
+
+  The table is read block by block.
+  """
   leaf = source.leaves[EMBEDDING]
+  scale = source.config.embedding_scale if source.config else 1.0
   found = np.empty((len(ids), leaf.shape[1]), np.float32)
   start = 0
   for block in blocks_of(leaf):
     here = (start <= ids) & (ids < start + len(block))
-    found[here] = block[ids[here] - start]
+    found[here] = block[ids[here] - start] * scale
     start += len(block)
   return found
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ptune.errors import UserError, check_counts
 from ptune.model import t5gemma_sizes
-from ptune.model.config import ModelConfig, TokenIds  # noqa: F401
+from ptune.model.config import ModelConfig, TokenIds
 from ptune.model.layers import ACTIVATIONS
 from ptune.model.t5gemma_sizes import T5GemmaConfig
 
