@@ -457,6 +457,31 @@ def test_a_task_that_ends_its_targets_is_not_warned_of(caplog):
   assert 'append_eos' not in caplog.text
 
 
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_rows_without_a_label_are_left_out(in_memory, caplog):
+  lengths = {**LENGTHS, 'targets': 12}
+  rows = rows_of_text(30)
+  for row in rows[::3]:
+    row['targets'] = '<unk>'  # What the tasks of ptune.tasks have there.
+  how = {'seed': 2, 'in_memory': in_memory, 'window': 2}
+  with caplog.at_level('WARNING', logger='absl'):
+    batches = data.Batches(make_task(rows), lengths, 10, **how)
+  found = {
+    int(bytes(byte - 3 for byte in key[:3]))
+    for step in range(20)
+    for key in keys(batches(step))
+  }
+  assert found == {i for i in range(30) if i % 3}
+  if in_memory:
+    labelled = [row for i, row in enumerate(rows) if i % 3]
+    only = data.Batches(make_task(labelled), lengths, 10, **how)
+    assert '10 rows have no label, and are not trained on' in caplog.text
+    assert batches.num_examples == 20
+    assert_same(batches(3), only(3))
+  task = make_task(rows)
+  assert '<unk>' not in seqio_task.distinct_targets(task, lengths)
+
+
 def test_eos_survives_trimming():
   rows = [{'inputs': 'x' * 100, 'targets': 'y' * 100}]
   batch = data.Batches(make_task(rows), LENGTHS, 1)(0)

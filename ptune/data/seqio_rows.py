@@ -10,10 +10,11 @@ import functools
 import importlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 # TensorFlow is loud. Importing jax sets the level to 1; another is the user's.
 if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
@@ -24,6 +25,7 @@ import tensorflow as tf
 
 from ptune.errors import UserError
 from ptune.model.sizes import TokenIds
+from ptune.tasks.metrics import UNLABELLED
 
 # The accelerators are JAX's: TensorFlow would take all of a GPU's memory.
 tf.config.set_visible_devices([], 'GPU')
@@ -194,6 +196,16 @@ def _marked(task: Provider) -> Provider:
   return marked
 
 
+def _is_row(
+  tokens: np.ndarray, lengths: np.ndarray, wanted: Sequence[int]
+) -> np.ndarray:
+  """Which of some padded rows [rows, longest] are one row of tokens."""
+  size = len(wanted)
+  if not size or tokens.shape[1] < size:
+    return np.zeros(len(tokens), bool)
+  return (lengths == size) & np.all(tokens[:, :size] == wanted, axis=1)
+
+
 class SeqioRows:
   """The training rows of a SeqIO task, as token ids."""
 
@@ -234,11 +246,30 @@ class SeqioRows:
 
     Returns:
       For each feature f the trimmed tokens f [rows, longest], their number
-      f_length [rows], and whether they were more, f_trimmed [rows].
+      f_length [rows], and whether they were more, f_trimmed [rows]. Rows
+      without a label are left out, and counted in the log.
     """
+    left_out, none = 0, self._no_label()
+    for block in self._dataset(rows, False, 1).as_numpy_iterator():
+      without = _is_row(block['targets'], block['targets_length'], none)
+      left_out += int(without.sum())
+      yield {name: values[~without] for name, values in block.items()}
+    if left_out:
+      logging.warning(
+        '%s:%s: %d rows have no label, and are not trained on.',
+        self._task.name,
+        self._split,
+        left_out,
+      )
 
-    dataset = self._dataset(rows, shuffle=False, num_epochs=1)
-    return dataset.as_numpy_iterator()
+  def _no_label(self) -> list[int]:
+    """The tokens of targets that stand for no label, [] if there are none."""
+    feature = self._task.output_features['targets']
+    ids = list(feature.vocabulary.encode(UNLABELLED))
+    if not all(isinstance(i, int) for i in ids):  # Of no text.
+      return []
+    ids += [feature.vocabulary.eos_id] * int(feature.add_eos)
+    return ids if len(ids) <= self._lengths['targets'] else []
 
   def versions(self) -> dict[str, str]:
     """What the position of a stream depends on, beside the task."""
@@ -246,9 +277,23 @@ class SeqioRows:
 
   def stream(self, rows: int) -> 'Stream':
     """Reads the task without an end, shuffled, in blocks of `rows` rows."""
-    return Stream(self._dataset(rows, shuffle=True, num_epochs=None))
+    none = self._no_label()
 
-  def _dataset(self, rows: int, shuffle: bool, num_epochs: int | None):
+    def has_label(row):
+      if not none:
+        return True
+      targets = row['targets']
+      return tf.size(targets) != len(none) or tf.reduce_any(targets != none)
+
+    return Stream(self._dataset(rows, True, None, has_label))
+
+  def _dataset(
+    self,
+    rows: int,
+    shuffle: bool,
+    num_epochs: int | None,
+    wanted: Callable[[Any], Any] | None = None,
+  ) -> tf.data.Dataset:
     def trim(example):
       row = {}
       for name in FEATURES:
@@ -268,6 +313,8 @@ class SeqioRows:
       num_epochs=num_epochs,
     )
     dataset = dataset.map(trim, num_parallel_calls=tf.data.AUTOTUNE)
+    if wanted is not None:
+      dataset = dataset.filter(wanted)
     options = tf.data.Options()
     options.deterministic = True
     return dataset.padded_batch(rows).with_options(options).prefetch(2)

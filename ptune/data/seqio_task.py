@@ -19,6 +19,7 @@ from ptune.errors import UserError
 from ptune.model.sizes import TokenIds
 from ptune.quiet import quiet_stderr
 from ptune.tasks import labels as labels_lib
+from ptune.tasks.metrics import UNLABELLED
 from ptune.tasks.texts import TextTask
 
 if TYPE_CHECKING:
@@ -348,7 +349,8 @@ def distinct_targets(
   found: set[str] = set()
   rows = examples(task, feature_lengths, 'train', use_cached)
   for texts, _ in itertools.islice(rows, LABELLED_ROWS):
-    found.add(texts['targets'])
+    if texts['targets'] != UNLABELLED:
+      found.add(texts['targets'])
     if len(found) > most:
       raise UserError(
         f'Task {task.name!r} has more than {most} distinct targets, such as '
