@@ -13,7 +13,7 @@ from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config
 from ptune.serving import bank as bank_lib
 from ptune.serving import classes, ensemble, predictor
 from ptune.serving.evaluation import Scores, evaluation_of
@@ -24,7 +24,7 @@ from ptune.training import settings
 def evaluate(
   *,
   data: settings.Data,
-  config: T5Config,
+  config: Config,
   method: Method,
   trained: settings.Trained,
   evaluation: settings.Evaluation = settings.Evaluation(),

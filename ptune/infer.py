@@ -17,7 +17,7 @@ from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Decoding, EncoderDecoderModel
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config
 from ptune.serving import answers, predictor
 from ptune.serving.bank import unknown
 from ptune.training import settings
@@ -31,7 +31,7 @@ CHUNK = 64
 def infer(
   *,
   data: settings.Data,
-  config: T5Config,
+  config: Config,
   method: Method,
   trained: settings.Trained,
   model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,

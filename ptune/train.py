@@ -40,7 +40,7 @@ from ptune.methods import prompt_init
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config
 from ptune.serving.evaluation import Stopped, evaluation_of
 from ptune.training import (
   checkpoints,
@@ -63,7 +63,7 @@ def train(
   model_dir: str,
   train_steps: int,
   data: settings.Data,
-  config: T5Config,
+  config: Config,
   method: Method,
   initial_checkpoint_path: str | None,
   model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,

@@ -41,7 +41,7 @@ from ptune.data import seqio_task
 from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config
 from ptune.serving.evaluation import Stopped, evaluation_of
 from ptune.training import (
   checkpoints,
@@ -66,7 +66,7 @@ def train_many(
   model_dir: str,
   train_steps: int,
   data: settings.Data,
-  config: T5Config,
+  config: Config,
   initial_checkpoint_path: str,
   model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,
   optimizer: many.Optimizer = optim.adafactor,

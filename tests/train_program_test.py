@@ -419,7 +419,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_fits(tmp_path):
 
 
 def test_a_base_that_does_not_fit_is_refused_with_all_that_differs(tmp_path):
-  config = train.T5Config(**{**vars(tiny.CONFIG), 'num_encoder_layers': 2})
+  config = type(tiny.CONFIG)(**{**vars(tiny.CONFIG), 'num_encoder_layers': 2})
   with pytest.raises(ValueError, match=r'num_encoder_layers +1 +2'):
     tiny.run(tmp_path, config=config)
   assert not tiny.files(tmp_path)

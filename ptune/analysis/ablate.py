@@ -45,7 +45,7 @@ from ptune.methods import prompt as prompt_lib
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config
 from ptune.serving import predictor
 from ptune.serving.evaluation import Evaluation, Scores, evaluation_of
 from ptune.training import report, selection, settings
@@ -77,7 +77,7 @@ class Pruning:
 def ablate(
   *,
   data: settings.Data,
-  config: T5Config,
+  config: Config,
   method: Method,
   trained: settings.Trained,
   evaluation: settings.Evaluation = settings.Evaluation(best_metric='-loss'),

@@ -10,7 +10,7 @@ from ptune.convert import identity, open_checkpoint
 from ptune.convert.pieces import Vocabulary
 from ptune.convert.vocabulary import open_vocabulary
 from ptune.errors import UserError
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config
 from ptune.serving import predictor
 from ptune.training import checkpoints, cpu
 
@@ -34,7 +34,7 @@ class Base:
     cpu.keep_compiled()
     cpu.configure()
     self.path = str(path)
-    self.config: T5Config = identity.config(open_checkpoint(path), dtype=dtype)
+    self.config: Config = identity.config(open_checkpoint(path), dtype=dtype)
     self.vocabulary_path = str(vocabulary or path)
 
   def __repr__(self) -> str:

@@ -23,7 +23,7 @@ from ptune.methods import prompt as prompt_method
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Decoding, EncoderDecoderModel
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config
 from ptune.serving import answers, predictor
 from ptune.serving.bank import OTHER_METHODS
 from ptune.serving.evaluation import Evaluation
@@ -43,7 +43,7 @@ LENGTHS = {'inputs': 256, 'targets': 32}
 class _Settings:
   """What a run recorded of the model and the task."""
 
-  config: T5Config
+  config: Config
   method: Method
   task: Any  # A TextTask, or the name of a SeqIO task.
   module: Any

@@ -31,7 +31,7 @@ from ptune.methods.prompt import ROWS, per_row, row_parameters
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Batch, Decoding, EncoderDecoderModel
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config
 from ptune.serving.answers import Predictor, Trees
 
 METHOD = Method('row_prompts', per_row(), trainable=(ROWS,))
@@ -53,7 +53,7 @@ class PromptBank:
 
   def __init__(
     self,
-    config: T5Config,
+    config: Config,
     base: Mapping[str, Any],
     max_decode_length: int,
     *,

@@ -17,7 +17,7 @@ from ptune.errors import UserError
 from ptune.methods import prompt_init
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config
 from ptune.serving.bank import OTHER_METHODS, PromptBank, parse
 from ptune.training import checkpoints
 from ptune.training.settings import PathLike, Trained
@@ -238,7 +238,7 @@ def named_prompts(trained: Trained, method: Method) -> dict[str, str]:
 
 
 def load_bank(
-  config: T5Config,
+  config: Config,
   checkpoint_path: PathLike | None,
   max_decode_length: int,
   prompts: Mapping[str, PathLike],
@@ -272,7 +272,7 @@ def load_bank(
 
 
 def load_base(
-  config: T5Config, checkpoint_path: PathLike | None, mesh: Mesh | None = None
+  config: Config, checkpoint_path: PathLike | None, mesh: Mesh | None = None
 ) -> dict[str, jax.Array]:
   """Restores every parameter of a base model, by path.
 

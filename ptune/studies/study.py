@@ -73,7 +73,7 @@ class Base:
   """
 
   checkpoint: str
-  config: sizes.T5Config | None = None
+  config: sizes.Config | None = None
   make: tuple[str, ...] | None = None
 
 
@@ -177,7 +177,7 @@ def study(
     eval_steps: Batches of an evaluation; the whole split if not given.
     best_metric: What the score is, see `train.train`.
     model_parallel: Devices that one copy of the weights is split over.
-    **how: Of `sizes.T5Config`: how models are computed, such as `dtype`.
+    **how: Of `sizes.Config`: how models are computed, such as `dtype`.
   """
   check_counts(SEEDS=seeds, TOGETHER=together)
   directory = checkpoints.run_directory(model_dir)
@@ -404,7 +404,7 @@ class Runner:
     text = tables.dump(self._results)
     report.write_atomically(self._directory / 'results.csv', text)
 
-  def _base(self, name: str) -> tuple[str, sizes.T5Config]:
+  def _base(self, name: str) -> tuple[str, sizes.Config]:
     """The checkpoint of a base, made if it is not there; and its sizes."""
     base = self._study.bases[name]
     checkpoint = base.checkpoint

@@ -25,7 +25,7 @@ from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config
 from ptune.training import optim
 from ptune.training import state as state_lib
 from ptune.training.state import TrainState
@@ -70,7 +70,7 @@ class Group:
 
 
 def group(
-  runs: Mapping[str, Run], config: T5Config, mesh: jax.sharding.Mesh
+  runs: Mapping[str, Run], config: Config, mesh: jax.sharding.Mesh
 ) -> dict[str, Group]:
   """Puts runs together that one mapped update can train.
 
