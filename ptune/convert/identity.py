@@ -101,6 +101,13 @@ def config(source: Source, **changes: Any) -> Config:
     raise UserError(
       f'The {source.describe()} is no whole model: it does not tell {missing}.'
     )
+  # The published models of these sizes say what T5X's files do not.
+  published = {
+    (SIZES[name].mlp_activations, SIZES[name].ids) for name in names(found)
+  }
+  if len(published) == 1:
+    activations, ids = published.pop()
+    found = {'ids': ids, **found, 'mlp_activations': activations}
   if '?' in found['mlp_activations']:
     gated = len(found['mlp_activations']) == 2
     found['mlp_activations'] = ('gelu', 'linear') if gated else ('relu',)
