@@ -71,6 +71,10 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
       help='of the MLP, such as gelu,linear; T5X does not say them',
     )
     parser.add_argument(
+      '--vocabulary',
+      help="what transformers shall tokenise with; the model's if not given",
+    )
+    parser.add_argument(
       '--base_only',
       action='store_true',
       help='leave out prompts and other adapters',
@@ -129,6 +133,7 @@ def run(args: argparse.Namespace) -> None:
       step=args.step,
       activations=args.activations,
       base_only=args.base_only,
+      vocabulary=args.vocabulary,
       overwrite=args.overwrite,
     )
     print('\n'.join(lines))

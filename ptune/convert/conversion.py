@@ -7,6 +7,7 @@ from etils import epath
 
 from ptune.convert import identity, open_checkpoint, output
 from ptune.convert.source import Source
+from ptune.convert.tokenizer_files import write_vocabulary
 from ptune.errors import UserError
 from ptune.model.sizes import Config, T5Config, TokenIds
 from ptune.model.t5gemma_sizes import T5GemmaConfig
@@ -24,6 +25,7 @@ def convert(
   activations: tuple[str, ...] | None = None,
   base_only: bool = False,
   overwrite: bool = False,
+  vocabulary: epath.PathLike | None = None,
 ) -> list[str]:
   """Writes a model in another layout; holds one array at a time.
 
@@ -38,6 +40,8 @@ def convert(
       of the published models.
     base_only: Leaves out prompts and other adapters.
     overwrite: Replaces an earlier output.
+    vocabulary: What is written for transformers to tokenise with; what lies
+      with the model if not given.
 
   Returns:
     Lines that say what was done.
@@ -70,6 +74,7 @@ def convert(
   step = source.step if step is None else step
   checksums = identity.Checksums()
   read = {name: checksums.reading(name, x) for name, x in leaves.items()}
+  written_vocabulary: list[str] = []
   with output.new_directory(target) as temporary:
     if layout == 't5x':
       from ptune.convert.t5x import write_t5x
@@ -79,6 +84,9 @@ def convert(
       from ptune.convert.huggingface import write_huggingface
 
       write_huggingface(temporary, read, config, step)
+      written_vocabulary = write_vocabulary(
+        temporary, vocabulary or path, config.vocab_size, config.ids.pad
+      )
     # Reads its own names and shapes again, before anything is replaced.
     written = open_checkpoint(temporary)
     assert written.shapes == {name: x.shape for name, x in leaves.items()}
@@ -96,7 +104,7 @@ def convert(
     )
   if layout == 't5x' and step is None:
     lines.append('the step was taken as 0: --step=N sets another')
-  return [*lines, f'wrote {target}']
+  return [*lines, *written_vocabulary, f'wrote {target}']
 
 
 def _check_t5x(source: Source, config: Config) -> None:

@@ -26,6 +26,7 @@ from ptune.convert.hub import SCHEME
 from ptune.convert.huggingface import read_json
 from ptune.convert.prompts import FACTS, PATH, Prompt
 from ptune.convert.source import Leaf, Source, sizes
+from ptune.convert.tokenizer_files import write_vocabulary
 from ptune.errors import UserError
 
 # Methods whose prompts stand before the first token, and are all there is.
@@ -179,6 +180,9 @@ def _export_peft(
     )
   with output.new_directory(target) as temporary:
     peft.write_peft(temporary, prompt.array, _facts(prompt), model, name)
+    if source is not None and base is not None and 'vocab_size' in model:
+      pad = source.ids.pad if source.ids else 0
+      lines += write_vocabulary(temporary, base, model['vocab_size'], pad)
   return [*lines, f'wrote {target}: {_text(prompt)}']
 
 

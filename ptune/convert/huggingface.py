@@ -216,6 +216,13 @@ def write_huggingface(
     )
   text = json.dumps(said, indent=2, sort_keys=True)
   (directory / CONFIG).write_text(text + '\n')
+  generation = {
+    'decoder_start_token_id': config.ids.start,
+    'eos_token_id': config.ids.eos,
+    'pad_token_id': config.ids.pad,
+  }
+  text = json.dumps(generation, indent=2, sort_keys=True)
+  (directory / GENERATION).write_text(text + '\n')
   tensors = {}
   for ours, leaf in leaves.items():
     theirs, transposed = table[ours]

@@ -18,6 +18,7 @@ from ptune.convert.export import check_base, recorded_base, step_after
 from ptune.convert.prompts import ONE, SEVERAL
 from ptune.convert.safetensors_files import open_file
 from ptune.convert.source import Index, Leaf, Source
+from ptune.convert.tokenizer_files import write_vocabulary
 from ptune.convert.trained import SUFFIX, open_trained
 from ptune.errors import UserError
 from ptune.model import network
@@ -92,6 +93,7 @@ def export_merged(
   }
   if step is None:
     step = step_after(facts, source)
+  vocabulary: list[str] = []
   with output.new_directory(target) as temporary:
     if layout == 't5x':
       from ptune.convert.t5x import write_t5x
@@ -101,10 +103,14 @@ def export_merged(
       from ptune.convert.huggingface import write_huggingface
 
       write_huggingface(temporary, merged, config, step)
+      vocabulary = write_vocabulary(
+        temporary, base, config.vocab_size, config.ids.pad
+      )
     line = check_base(file, facts, source, checksums.digest())
   return [
     f'base {source.describe()}',
     line,
+    *vocabulary,
     f'wrote {target}: step {step}, {method.name} of {file} merged',
   ]
 

@@ -10,7 +10,6 @@ there too. EOS is left to the features of a task, as with every vocabulary.
 """
 
 import functools
-import json
 import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -166,9 +165,14 @@ def _byte_level(directory: epath.Path) -> 'tokenizers.Tokenizer':
   return made
 
 
+def sentencepiece_of(directory: epath.Path) -> epath.Path:
+  """The SentencePiece file of a directory that has one."""
+  return next(f for n in SENTENCEPIECE if (f := directory / n).exists())
+
+
 def _sentencepiece(directory: epath.Path) -> 'tokenizers.Tokenizer':
   """A SentencePiece model; tokens that were added come behind its sentinels."""
-  file = next(f for n in SENTENCEPIECE if (f := directory / n).exists())
+  file = sentencepiece_of(directory)
   pieces = load_sentencepiece(file)
   size = pieces.vocab_size()
   room = [
@@ -266,8 +270,3 @@ def special_ids(
       f' name it as eos_token in {CONFIG}'
     )
   return found
-
-
-def dump(value: Any) -> str:
-  """JSON as Hugging Face writes it."""
-  return json.dumps(value, indent=2, ensure_ascii=False) + '\n'

@@ -30,7 +30,13 @@ def tokenizer_of(
   Raises:
     UserError: The model is no unigram model.
   """
-  import tokenizers
+  try:
+    import tokenizers
+  except ImportError as error:
+    raise UserError(
+      'tokenizer.json, which transformers reads, is written by the library'
+      ' tokenizers: pip install "ptune[tokenizers]"'
+    ) from error
   from sentencepiece import sentencepiece_model_pb2 as proto
   from tokenizers import (
     Regex,

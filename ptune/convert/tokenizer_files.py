@@ -1,0 +1,135 @@
+"""The vocabulary of a model, written so that transformers tokenises alike.
+
+    tokenizer.json         what transformers reads
+    tokenizer_config.json  its special tokens
+    spiece.model           the SentencePiece model, where there is one
+
+Files of transformers are copied as they are; those that are missing are made
+of the SentencePiece model.
+"""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from ptune.convert import tokenizer_json, unigram
+from ptune.convert.pieces import load_sentencepiece, sentinels
+from ptune.convert.storage import read_bytes
+from ptune.convert.vocabulary import Found, look
+from ptune.errors import UserError
+
+SPIECE = 'spiece.model'
+COPIED = (
+  tokenizer_json.TOKENIZER,
+  tokenizer_json.CONFIG,
+  tokenizer_json.SPECIAL,
+  tokenizer_json.ADDED,
+  *tokenizer_json.BPE,
+)
+
+
+def write_vocabulary(
+  directory: epath.Path, vocabulary: epath.PathLike, rows: int, pad: int = 0
+) -> list[str]:
+  """Writes the files of a vocabulary beside a model or an adapter.
+
+  Args:
+    directory: Where to.
+    vocabulary: As `vocabulary.vocabulary_of` takes it: a model's directory, or
+      a SentencePiece file.
+    rows: Of the model's embedding.
+    pad: The id of its padding.
+
+  Returns:
+    A line that says what was written, or why nothing was.
+  """
+  try:
+    found = look(vocabulary)
+  except (FileNotFoundError, UserError):
+    return [
+      f'no vocabulary lies with {vocabulary}, so that none was written;'
+      ' transformers needs one beside the model: --vocabulary=PATH names it'
+    ]
+  files = _copied(found, vocabulary)
+  if found.file is None and found.directory is None:
+    files |= _of_bytes(rows)
+  if found.file is not None:
+    files = {SPIECE: read_bytes(found.file, 'VOCABULARY')} | files
+  pieces = any(name in files for name in tokenizer_json.SENTENCEPIECE)
+  if pieces and tokenizer_json.TOKENIZER not in files:
+    try:
+      files |= _of_sentencepiece(found, rows, pad)
+    except UserError as error:
+      return [*_write(directory, files), str(error)]
+  return _write(directory, files)
+
+
+def _write(directory: epath.Path, files: dict[str, bytes]) -> list[str]:
+  for name, contents in files.items():
+    (directory / name).write_bytes(contents)
+  return [f'vocabulary: {", ".join(sorted(files))}']
+
+
+def _copied(found: Found, vocabulary: epath.PathLike) -> dict[str, bytes]:
+  """What transformers wrote of it."""
+  directory = found.directory
+  if directory is None and found.file is not None:
+    directory = found.file.parent
+  if directory is None or str(vocabulary).endswith('.model'):
+    return {}
+  names = {child.name for child in directory.iterdir()}
+  spieces = [n for n in tokenizer_json.SENTENCEPIECE if n in names]
+  return {
+    name: (directory / name).read_bytes()
+    for name in (*COPIED, *spieces[:1])
+    if name in names
+  }
+
+
+def _of_bytes(rows: int) -> dict[str, bytes]:
+  """transformers knows ByT5's vocabulary by its name."""
+  said = {
+    'tokenizer_class': 'ByT5Tokenizer',
+    'extra_ids': max(0, min(125, rows - 256 - 3)),
+    'eos_token': '</s>',
+    'pad_token': '<pad>',
+    'unk_token': '<unk>',
+  }
+  return {tokenizer_json.CONFIG: _json(said)}
+
+
+def _of_sentencepiece(found: Found, rows: int, pad: int) -> dict[str, bytes]:
+  """A tokenizer.json of the pieces, their sentinels and added tokens."""
+  file = found.file
+  if file is not None:
+    pieces = load_sentencepiece(file)
+    made = unigram.tokenizer_of(file, sentinels(pieces, rows))
+  else:
+    assert found.directory is not None
+    file = tokenizer_json.sentencepiece_of(found.directory)
+    pieces = load_sentencepiece(file)
+    made = tokenizer_json.load(found.directory)
+  names = made.get_vocab(with_added_tokens=True)
+  said: dict[str, Any] = {
+    # Not T5Tokenizer, which takes the pieces and forgets the rest: bytes for
+    # what no piece has.
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'clean_up_tokenization_spaces': False,
+    'model_input_names': ['input_ids', 'attention_mask'],
+    'eos_token': pieces.IdToPiece(pieces.eos_id()),
+    'unk_token': pieces.IdToPiece(pieces.unk_id()),
+    'pad_token': pieces.IdToPiece(pad),
+    'additional_special_tokens': sorted(
+      name for name in names if name.startswith('<extra_id_')
+    ),
+  }
+  return {
+    tokenizer_json.TOKENIZER: (made.to_str(pretty=True) + '\n').encode(),
+    tokenizer_json.CONFIG: _json(said),
+  }
+
+
+def _json(value: dict[str, Any]) -> bytes:
+  text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True)
+  return f'{text}\n'.encode()
