@@ -52,13 +52,14 @@ from ptune.convert import open_checkpoint, restore
 from ptune.convert.trained import dump as dump_trained
 from ptune.data import seqio_task
 from ptune.errors import UserError
+from ptune.files import write_atomically
 from ptune.methods import prompt_init
 from ptune.model import models as models_lib
 from ptune.model import network as network_lib
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.adapters import Method
 from ptune.serving import predictor
-from ptune.training import optim, report, settings
+from ptune.training import optim, settings
 
 Rules = list[tuple[str, str | None]]
 
@@ -494,16 +495,14 @@ def save_adapter(
     buffer = io.BytesIO()
     np.save(buffer, trained[method.prompt])
     file = directory / method.prompt.replace('/', '.')
-    report.write_atomically(file, buffer.getvalue())
+    write_atomically(file, buffer.getvalue())
   else:
     facts = {'step': step, 'method': method.name}
     facts['settings'] = dict(method.settings)
-    report.write_atomically(
+    write_atomically(
       directory / 'adapter.json', json.dumps(facts, indent=2) + '\n'
     )
-    report.write_atomically(
-      directory / 'adapter.safetensors', dump_trained(trained)
-    )
+    write_atomically(directory / 'adapter.safetensors', dump_trained(trained))
   return state_dict, parameter_infos
 
 

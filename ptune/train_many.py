@@ -21,52 +21,30 @@ Whatever adds parameters to the model and trains only those can be a run.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from ptune import train
-from ptune.convert import (
-  account,
-  check_config,
-  open_checkpoint,
-  restore,
-  with_rows,
-)
-from ptune.data import batches as batches_lib
-from ptune.data import seqio_task
+from ptune.convert import check_config, open_checkpoint, with_rows
+from ptune.data import batches
 from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
-from ptune.model.sizes import Config
-from ptune.serving.evaluation import Stopped, evaluation_of
-from ptune.training import (
-  checkpoints,
-  lock,
-  many,
-  optim,
-  selection,
-  settings,
-  stopping,
-)
-from ptune.training import report as report_lib
-from ptune.training.checkpoints import Checkpoints
-from ptune.training.many import Run
-from ptune.training.state import TrainState
-
-Sums = dict[str, dict[str, float]]
+from ptune.model.config import ModelConfig
+from ptune.serving.evaluation import evaluation_of
+from ptune.training import checkpoints, loop, many, optim, run_file, settings
+from ptune.training.run import Member, Run
 
 
 def train_many(
-  runs: Mapping[str, Run],
+  runs: Mapping[str, many.Run],
   *,
   model_dir: str,
   train_steps: int,
   data: settings.Data,
-  config: Config,
+  config: ModelConfig,
   initial_checkpoint_path: str,
   model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,
   optimizer: many.Optimizer = optim.adafactor,
@@ -96,24 +74,20 @@ def train_many(
     for name, run in runs.items()
   }
   _check_names(runs)
-  directory = checkpoints.run_directory(model_dir)
+  if data.pack:
+    raise UserError(f'PACK is {data.pack}; only ptune train packs rows')
   tasks, evaluated = {}, {}
-  for run in runs.values():
-    task = seqio_task.load(run.task, data.module)
-    seqio_task.check(task, data.feature_lengths, 'train', data.use_cached)
-    seqio_task.check_vocabulary(
-      task, config.vocab_size, config.ids, initial_checkpoint_path
+  for one in runs.values():
+    tasks[one.task] = train.open_task(
+      one.task, data, config, initial_checkpoint_path
     )
-    tasks[run.task] = task
-    evaluated[run.task] = train.check_evaluation(task, evaluation)
+    evaluated[one.task] = train.check_evaluation(tasks[one.task], evaluation)
   mesh = partitioning.make_mesh(model_parallel)
-  batches_lib.check_batch_size(data.batch_size, mesh, data.microbatches)
-  batches_lib.check_batch_size(evaluation.batch_size or data.batch_size, mesh)
+  train.check_batch_sizes(data, evaluation, mesh)
   groups = many.group(runs, config, mesh)
   order = [name for members in groups.values() for name in members.runs]
-  checkpoints.check_writable('MODEL_DIR', directory)
-  with lock.held(directory), contextlib.ExitStack() as stack:
-    # --------------------------------------------------- what is there already
+  with Run(model_dir, initial_checkpoint_path, order) as run:
+    # -------------------------------------------- where an earlier start was
     source = open_checkpoint(initial_checkpoint_path)
     check_config(source, config)
     places = {
@@ -121,64 +95,33 @@ def train_many(
       for key, members in groups.items()
       for name in members.runs
     }
-    present = checkpoints.read_run(directory)
-    checkpoints.compare(directory, present, whole := {'runs': order})
     facts = {
-      name: {
-        **parameters.identity(places[name][1]),
-        'task': tasks[run.task].name,
-        'task_feature_lengths': dict(data.feature_lengths),
-        'batch_size': data.batch_size,
-        'bucket_multiple': data.bucket_multiple,
-        'seed': run.seed,
-        'learning_rate': (
-          'schedule' if callable(run.learning_rate) else run.learning_rate
-        ),
-        'optimizer': getattr(optimizer, '__name__', type(optimizer).__name__),
-        'initial_step': source.step or 0,
-      }
-      for name, run in runs.items()
+      name: facts_of(
+        one,
+        places[name][1],
+        tasks[one.task].name,
+        data,
+        optimizer,
+        source.step or 0,
+      )
+      for name, one in runs.items()
     }
-    present = {name: checkpoints.read_run(directory / name) for name in runs}
-    for name in runs:
-      checkpoints.compare(directory / name, present[name], facts[name])
+    run.compare(facts)
     tx = optimizer(initial_step=source.step or 0, learning_rate=0.0)
-    like = many.abstract_state(tx, groups)
-    state, sums = checkpoints.restore(directory / 'checkpoints', like) or (
-      None,
-      {},
-    )
-    start = 0 if state is None else int(state.step)
-    if start > train_steps:
+    state = run.restore(many.abstract_state(tx, groups))
+    if run.start > train_steps:
       raise UserError(
-        f'the runs in {directory} are at step {start}, beyond TRAIN_STEPS'
-        f' {train_steps}; raise it, or choose another MODEL_DIR'
+        f'the runs in {run.directory} are at step {run.start}, beyond'
+        f' TRAIN_STEPS {train_steps}; raise it, or choose another MODEL_DIR'
       )
 
-    # ------------------------------------------------------------------- data
+    # ------------------------------------------------------------------ data
     @functools.cache  # Runs of one task and seed share its rows.
-    def batches_of(task, seed):
-      return batches_lib.Batches(
-        tasks[task],
-        data.feature_lengths,
-        data.batch_size,
-        seed=seed,
-        bucket_multiple=data.bucket_multiple,
-        use_cached=data.use_cached,
-        in_memory=data.in_memory,
-        ids=config.ids,
-        embedding_rows=config.vocab_size,
-        positions=directory / 'stream' / f'{tasks[task].name}-{seed}',
-      )
+    def rows_of(task, seed):
+      place = run.directory / 'stream' / f'{tasks[task].name}-{seed}'
+      return train.rows_of(tasks[task], data, config, None, seed, place)
 
-    streams = [batches_of(runs[name].task, runs[name].seed) for name in order]
-
-    def check(tokens):
-      first = 0
-      for group in groups.values():
-        rows = slice(first, first := first + len(group.runs) * data.batch_size)
-        if group.plan.method.check:
-          group.plan.method.check(tokens[rows])
+    rows = [rows_of(runs[name].task, runs[name].seed) for name in order]
 
     @functools.cache  # Runs of one task and group share a compiled program.
     def evaluation_for(task, key):
@@ -187,183 +130,99 @@ def train_many(
         tasks[task], plan, model(plan.network), data, evaluation
       )
 
-    # ------------------------------------------------------------- parameters
+    evaluate = {
+      name: evaluation_for(one.task, places[name][0])
+      if evaluated[one.task]
+      else None
+      for name, one in runs.items()
+    }
+
+    # ------------------------------------------------------------ parameters
     plan = next(iter(groups.values())).plan
-    base = restore(
-      source, plan.select(plan.base), ignore=plan.params.__contains__
-    )
-    logging.info('%s', account(source, base))
+    base = train.initial_base(plan, source, plan.base, False, 0)
     fingerprint = checkpoints.fingerprint(base)
     for name in runs:
       facts[name]['base'] = fingerprint
-      checkpoints.compare(directory / name, present[name], facts[name])
+    run.compare(facts)
     if state is None:
-      state = many.first_state(
-        tx,
-        {
-          name: parameters.unflatten(
-            train.first_adapters(
-              dataclasses.replace(places[name][1], method=run.method),
-              base,
-              tasks[run.task],
-              data,
-              run.seed,
-            )
+      trainable = {
+        name: parameters.unflatten(
+          train.first_adapters(
+            dataclasses.replace(places[name][1], method=one.method),
+            base,
+            tasks[one.task],
+            data,
+            one.seed,
           )
-          for name, run in runs.items()
-        },
-        groups,
-      )
+        )
+        for name, one in runs.items()
+      }
+      state = many.first_state(tx, trainable, groups)
     frozen = parameters.unflatten(parameters.hold(plan, base))
+
+    # ------------------------------------------------------------------ loop
     update = many.compile_step(
       model, optimizer, source.step or 0, runs, groups, data.microbatches
     )
-
-    # ------------------------------------------------------------------- loop
-    ahead = batches_lib.prefetch(
-      lambda step: many.joined(
-        [batches(step) for batches in streams], config.ids.pad
-      ),
-      start,
-      train_steps,
-      mesh,
-      check=check,
-    )
-    stack.enter_context(stopping.explained(directory))
-    asked = stack.enter_context(stopping.signals())
-    stack.enter_context(contextlib.closing(ahead))
-    saved = stack.enter_context(
-      Checkpoints(directory / 'checkpoints', start, saving.keep_checkpoints)
-    )
-    checkpoints.claim(directory, whole, {})
-    reports: dict[str, report_lib.Report] = {}
-    for name in order:
-      (directory / name).mkdir(parents=True, exist_ok=True)
-      checkpoints.claim(
-        directory / name,
+    trained = functools.partial(many.of_run, groups=groups)
+    members = [
+      Member(
+        name,
+        places[name][1],
         facts[name],
-        train.from_where(initial_checkpoint_path),
+        functools.partial(trained, run=name),
       )
-      reports[name] = stack.enter_context(
-        report_lib.Report(
-          directory / name,
-          start,
-          train_steps,
-          data.batch_size,
-          jax.process_index() == 0,
-          name,
-        )
+      for name in order
+    ]
+    with contextlib.closing(
+      batches.prefetch(
+        lambda step: many.joined(
+          [batch(step) for batch in rows], config.ids.pad
+        ),
+        run.start,
+        train_steps,
+        mesh,
+        check=functools.partial(_check_rows, groups, data.batch_size),
       )
-    sums, step, pending = {k: dict(v) for k, v in sums.items()}, start, None
-    while True:
-      stop, last = asked(step), step >= train_steps
-      log, keep, look = (
-        step > 0 and (last or step % period == 0)
-        for period in (
-          saving.log_period,
-          saving.checkpoint_period,
-          evaluation.period,
-        )
-      )
-      keep = keep or (step > 0 and (stop or step == start or saved.failed))
-      if pending is not None and (log or keep or look):
-        _add_sums(sums, order, pending, step, saved)
-        pending = None
-      if sums and (log or look):
-        for name, report in reports.items():
-          report.train(step, sums[name])
-        sums = {}
-      if keep:
-        train.save(saved, state, sums, wait=last or stop)
-      elif look:
-        train.check_finite(saved, state)
-      for name, report in reports.items() if keep or look else ():
-        run, (key, own) = runs[name], places[name]
-        one = TrainState(state.step, many.of_run(state, groups, name), {})
-        scores = report_lib.scores_at(report.records, step)
-        if look and not stop and not scores and evaluated[run.task]:
-          evaluate_one = evaluation_for(run.task, key)
-          try:
-            scores = evaluate_one((one.trainable, frozen), step, asked)
-          except Stopped:
-            stop = True
-            train.save(saved, state, sums, wait=True)
-            break
-          if selection.is_best(report.records, evaluation.best_metric, scores):
-            saved.wait()
-            checkpoints.save_best(directory / name / 'best', one)
-            train.write_prompt(
-              directory / name, 'best', own, one, scores, facts[name]
-            )
-          report.evaluate(step, evaluate_one.split, scores)
-        if keep:
-          train.write_prompt(
-            directory / name,
-            f'step_{step}',
-            own,
-            one,
-            scores,
-            facts[name],
-          )
-      if last or stop:
-        break
-      _, batch = next(ahead)
-      with plan.scope():
-        state, metrics = update(state, frozen, batch)
-      pending = metrics if pending is None else _add(pending, metrics)
-      step += 1
-    logging.info(
-      '%s at step %d: %s',
-      'finished' if last and not stop else 'stopped',
-      step,
-      directory,
-    )
-    return {
-      name: {
-        path: parameters.whole(x)
-        for path, x in parameters.flatten(
-          many.of_run(state, groups, name)
-        ).items()
-      }
-      for name in runs
-    }
+    ) as ahead:
+      following = loop.with_first(ahead)
+      run.begin(members, train_steps, data.batch_size, saving)
+      steps = loop.Loop(run, update, frozen, evaluate, evaluation)
+      state = steps(state, following)
+    return {member.name: member.trained(state) for member in members}
 
 
-def _check_names(runs: Mapping[str, Run]) -> None:
-  taken = ('', '.', '..', 'checkpoints', checkpoints.RUN_FILE)
+def facts_of(
+  run: many.Run,
+  plan: parameters.Plan,
+  task: str,
+  data: settings.Data,
+  optimizer: many.Optimizer,
+  initial_step: int,
+) -> dict[str, Any]:
+  """What one of the runs is, see `train.facts_of`."""
+  rate = run.learning_rate
+  return {
+    **train.facts_of(plan, task, data, run.seed, optimizer),
+    'learning_rate': 'schedule' if callable(rate) else rate,
+    'initial_step': initial_step,
+  }
+
+
+def _check_rows(groups: Mapping[str, many.Group], size: int, tokens) -> None:
+  """Asks each group's method about its own rows of a batch."""
+  first = 0
+  for group in groups.values():
+    rows = slice(first, first := first + len(group.runs) * size)
+    if group.plan.method.check:
+      group.plan.method.check(tokens[rows])
+
+
+def _check_names(runs: Mapping[str, many.Run]) -> None:
+  taken = ('', '.', '..', 'checkpoints', 'stream', run_file.FILE)
   wrong = [name for name in runs if name in taken or '/' in name]
   if wrong or not runs:
     raise UserError(
       f'the runs are {list(runs)}: there must be one at least, and a name is'
       f' that of a directory; choose others than {wrong}'
     )
-
-
-@jax.jit
-def _add(total: dict[str, jax.Array], more: dict[str, jax.Array]):
-  """Adds sums; of the gradient's norm, the newest is kept."""
-  norm = more['gradient_norm']
-  return jax.tree.map(jnp.add, total, more) | {'gradient_norm': norm}
-
-
-def _add_sums(
-  sums: Sums,
-  order: Sequence[str],
-  pending: Mapping[str, jax.Array],
-  step: int,
-  saved: Checkpoints,
-) -> None:
-  """Adds what the device has summed up; a loss must be finite."""
-  values = jax.device_get(dict(pending))
-  for i, name in enumerate(order):
-    if not np.isfinite(values['loss'][i]):
-      saved.wait()
-      raise FloatingPointError(
-        f'the loss of run {name!r} is {values["loss"][i]} up to step {step}.'
-        f' {saved.last_good()}. Lower its learning rate, or leave it out in'
-        ' another MODEL_DIR'
-      )
-    own = sums.setdefault(name, {})
-    for key, value in values.items():
-      own[key] = own.get(key, 0.0) + float(value[i])
-    own['gradient_norm'] = float(values['gradient_norm'][i])

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ptune.files import absolute
 from ptune.methods import prompt
 from ptune.model import parameters, partitioning, sizes
-from ptune.training import checkpoints, optim
+from ptune.training import checkpoints, optim, run_file
 from ptune.training import state as state_lib
 from tests import tiny
 
@@ -185,35 +186,34 @@ def test_the_best_state_replaces_the_one_before(tmp_path):
 
 
 def test_a_run_is_known_by_its_facts(tmp_path):
-  assert checkpoints.read_run(tmp_path) == {}
+  assert run_file.read(tmp_path) == {}
   run = {'method': 'prompt', 'seed': 1}
-  checkpoints.claim(tmp_path, run, {'initial_checkpoint_path': '/base'})
-  checkpoints.claim(tmp_path, {'method': 'full'}, {})  # Is claimed already.
-  present = checkpoints.read_run(tmp_path)
+  run_file.claim(tmp_path, run, {'initial_checkpoint_path': '/base'})
+  run_file.claim(tmp_path, {'method': 'full'}, {})  # Is claimed already.
+  present = run_file.read(tmp_path)
   assert present == {**run, 'initial_checkpoint_path': '/base'}
-  checkpoints.compare(tmp_path, present, run)
+  run_file.compare(tmp_path, present, run)
   with pytest.raises(
     ValueError, match=r"'prompt' there, 'full' here\n.*2 here"
   ):
-    checkpoints.compare(tmp_path, present, {'method': 'full', 'seed': 2})
+    run_file.compare(tmp_path, present, {'method': 'full', 'seed': 2})
 
 
 def test_a_damaged_run_file_is_named(tmp_path):
   (tmp_path / 'run.json').write_text('{"method": ')
   with pytest.raises(ValueError, match=r'run\.json is damaged'):
-    checkpoints.read_run(tmp_path)
+    run_file.read(tmp_path)
 
 
 def test_directories_mean_the_same_everywhere(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('HOME', '/home/me')
-  absolute = checkpoints.absolute
   assert absolute('runs/a') == tmp_path / 'runs' / 'a'
   assert absolute('~/a') == pathlib.Path('/home/me/a')
   assert str(absolute('gs://bucket/a')) == 'gs://bucket/a'
   for wrong in ('', None, 3):
     with pytest.raises(ValueError, match='it must be a directory'):
-      checkpoints.run_directory(wrong)
+      run_file.run_directory(wrong)
 
 
 def base_params(mesh, dtype=jnp.float32):

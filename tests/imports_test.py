@@ -17,6 +17,7 @@ ROOMS = (
   'errors',
   'quiet',
   'paths',
+  'files',
   'macros',
   'annotations',
   'gin_source',

@@ -13,9 +13,10 @@ from ptune.convert.huggingface import read_json
 from ptune.convert.prompts import read_prompt
 from ptune.convert.trained import facts_beside
 from ptune.errors import UserError
+from ptune.files import absolute
 from ptune.methods import prompt_init
 from ptune.serving import serve
-from ptune.training import checkpoints
+from ptune.training import run_file
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def test_what_is_no_path_is_said_by_whoever_opens_it(path, message):
     open_checkpoint,
     read_prompt,
     prompt_init.read,
-    checkpoints.absolute,
+    absolute,
   ):
     with pytest.raises(UserError, match=message):
       opens(path)
@@ -45,7 +46,7 @@ def test_file_urls_are_local_files(tmp_path):
   url = f'file://{tmp_path}'
   assert prompt_init.read(f'{url}/p.npy').shape == (2, 3)
   assert read_prompt(f'{url}/p.npy').array.shape == (2, 3)
-  assert os.fspath(checkpoints.absolute(f'{url}/run')) == f'{tmp_path}/run'
+  assert os.fspath(absolute(f'{url}/run')) == f'{tmp_path}/run'
   assert os.fspath(locate(url)) == str(tmp_path)
   assert os.fspath(locate('gs://bucket/a')) == 'gs://bucket/a'
   assert paths.local('~/a') == os.path.expanduser('~/a')
@@ -77,7 +78,7 @@ def test_a_pipe_or_device_is_never_read(endless, tmp_path):
     lambda: read_json(tmp_path / 'config.json'),
     lambda: facts_beside(locate(tmp_path / 'x.npy')),
     lambda: open_checkpoint(t5x),
-    lambda: checkpoints.read_run(tmp_path),
+    lambda: run_file.read(tmp_path),
     lambda: storage.read_bytes(file, 'TASK_FILES'),
     lambda: serve._read_token(token.token_file),
   ):

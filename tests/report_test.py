@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 
+from ptune.files import write_atomically
 from ptune.training import report
 from tests import tiny
 
@@ -82,8 +83,8 @@ def test_time_that_is_left_out_does_not_count(tmp_path, monkeypatch):
 
 def test_a_file_is_whole_or_not_there(tmp_path):
   path = report.epath.Path(tmp_path / 'file')
-  report.write_atomically(path, 'old')
-  report.write_atomically(path, b'new')
+  write_atomically(path, 'old')
+  write_atomically(path, b'new')
   assert path.read_text() == 'new'
   assert [p.name for p in tmp_path.iterdir()] == ['file']
 

@@ -1,5 +1,6 @@
 """`ptune train` as a program: what it leaves, stopping, going on, refusing."""
 
+import functools
 import json
 import logging
 import os
@@ -16,7 +17,8 @@ from ptune import convert, train
 from ptune.data import batches
 from ptune.methods import full, prompt, prompt_init
 from ptune.serving import answers, evaluation
-from ptune.training import checkpoints, report, selection, stopping
+from ptune.training import checkpoints, loop, optim, report, selection, stopping
+from ptune.training.run import Run
 from ptune.training.settings import Data
 from tests import tiny
 
@@ -64,7 +66,7 @@ def test_steps_start_without_waiting_and_compile_once_for_each_shape(
   tmp_path, monkeypatch
 ):
   events, shapes, updates = [], set(), []
-  compile_step, add_sums = train.state_lib.compile_step, train._add_sums
+  compile_step, add_metrics = train.state_lib.compile_step, loop.add_metrics
 
   def watched(*args):
     update = compile_step(*args)
@@ -79,12 +81,12 @@ def test_steps_start_without_waiting_and_compile_once_for_each_shape(
     updates.append(update)
     return call
 
-  def fetched(sums, metrics, step, saved):
+  def fetched(this, metrics, step):
     events.append(step)
-    return add_sums(sums, metrics, step, saved)
+    return add_metrics(this, metrics, step)
 
   monkeypatch.setattr(train.state_lib, 'compile_step', watched)
-  monkeypatch.setattr(train, '_add_sums', fetched)
+  monkeypatch.setattr(loop, 'add_metrics', fetched)
   tiny.run(
     tmp_path,
     eval_split=None,
@@ -213,8 +215,8 @@ class Killed(BaseException):
     (checkpoints, 'save_best', 1, True),
     (report.Report, 'evaluate', 1, True),
     (checkpoints.Checkpoints, 'save', 3, False),
-    (train, 'write_prompt', 3, False),
-    (train, '_add_sums', 11, True),
+    (Run, 'write_prompt', 3, False),
+    (loop, 'add_metrics', 11, True),
   ],
 )
 def test_a_run_cut_short_anywhere_ends_with_the_same_bits(
@@ -468,3 +470,89 @@ def test_a_wrong_best_metric_costs_no_steps(tmp_path):
     tiny.run(tmp_path, best_metric='f1')
   assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [4, 5]
   tiny.run(tmp_path, best_metric='-loss')
+
+
+# ------------------------------------------- what an earlier start has left
+
+
+def killed_at(tmp_path, monkeypatch, evaluations, **changes):
+  """A run that ends where it stands, after so many evaluations."""
+  original, calls = report.Report.evaluate, 0
+
+  def cut(self, *args):
+    nonlocal calls
+    original(self, *args)
+    calls += 1
+    if calls == evaluations:
+      raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(report.Report, 'evaluate', cut)
+    with pytest.raises(Killed):
+      tiny.run(tmp_path, **changes)
+
+
+def best_of(model_dir):
+  """The steps and the prompt of best/, prompts/best.npy and its facts."""
+  [step] = checkpoints.finished_steps(model_dir / 'best')
+  source = convert.open_checkpoint(model_dir / 'best' / str(step))
+  file = model_dir / 'prompts' / 'best.npy'
+  facts = json.loads(file.with_suffix('.json').read_text())
+  return step, source.leaves[prompt.PATH].read(), np.load(file), facts
+
+
+@pytest.mark.parametrize('steps', [3, 9])
+def test_a_best_prompt_of_steps_that_are_taken_again_is_dropped(
+  tmp_path, monkeypatch, steps
+):
+  # Saved at 3; each evaluation, at 2, 4 and 6, is better than the one before.
+  how = {'checkpoint_period': 3, 'eval_period': 2, 'log_period': 2}
+  rising = iter(range(1, 100))
+  original = evaluation.Evaluation.__call__
+
+  def better(self, *args):
+    scores = original(self, *args)
+    return {name: {**own, 'good': next(rising)} for name, own in scores.items()}
+
+  monkeypatch.setattr(evaluation.Evaluation, '__call__', better)
+  killed_at(tmp_path, monkeypatch, 2, **how)
+  assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [3]
+  # Goes on from step 3 at another rate: what came after is no more.
+  slower = functools.wraps(optim.adafactor)(
+    lambda initial_step: optim.adafactor(initial_step, learning_rate=0.001)
+  )
+  tiny.run(tmp_path, train_steps=steps, optimizer=slower, **how)
+  step, held, written, facts = best_of(tmp_path)
+  np.testing.assert_array_equal(held, written)
+  assert facts['step'] == step == (2 if steps == 3 else 9)
+  records = tiny.records(tmp_path)
+  assert max(r['step'] for r in records) == (2 if steps == 3 else 9)
+  own = [r for r in records if r['step'] == step and 'task' in r]
+  assert facts['scores'] == {
+    r['task']: {k: v for k, v in r.items() if k in r and k not in NOT_SCORES}
+    for r in own
+  }
+  if steps == 9:
+    np.testing.assert_array_equal(written, final_prompt(tmp_path, 9))
+
+
+NOT_SCORES = ('step', 'split', 'task')
+
+
+def test_a_directory_that_was_replaced_is_not_written_to(tmp_path, monkeypatch):
+  path, moved = tmp_path / 'run', tmp_path / 'moved'
+  original = loop.add_metrics
+
+  def replaced(this, metrics, step):
+    if step == 5:
+      this.run.last_good()  # Waits until step 4 is saved.
+      path.rename(moved)
+      path.mkdir()
+      (path / 'run.lock').write_text('of another run')
+    return original(this, metrics, step)
+
+  monkeypatch.setattr(loop, 'add_metrics', replaced)
+  with pytest.raises(OSError, match='was deleted, renamed or replaced'):
+    tiny.run(path)
+  assert [file.name for file in path.iterdir()] == ['run.lock']
+  assert checkpoints.finished_steps(moved / 'checkpoints') == [4]

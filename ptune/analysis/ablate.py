@@ -41,6 +41,7 @@ from ptune.analysis import figures
 from ptune.convert.prompts import read_prompt
 from ptune.data import batches, seqio_task
 from ptune.errors import UserError
+from ptune.files import write_atomically
 from ptune.methods import prompt as prompt_lib
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
@@ -48,7 +49,7 @@ from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import Config
 from ptune.serving import predictor
 from ptune.serving.evaluation import Evaluation, Scores, evaluation_of
-from ptune.training import report, selection, settings
+from ptune.training import selection, settings
 
 LOSSES = ('-loss', 'loss', 'token_accuracy')  # Need no decoding.
 # Of so many rows of data, each with a prompt of its own, the loss is computed
@@ -402,7 +403,7 @@ def _write_table(
   writer = csv.DictWriter(text, list(table[0]), lineterminator='\n')
   writer.writeheader()
   writer.writerows(table)
-  report.write_atomically(directory / f'{name}.csv', text.getvalue())
+  write_atomically(directory / f'{name}.csv', text.getvalue())
 
 
 def draw(importance: np.ndarray, kept: np.ndarray | None, name: str):
@@ -456,10 +457,10 @@ def _write_prompt(
 ) -> None:
   buffer = io.BytesIO()
   np.save(buffer, array)
-  report.write_atomically(
+  write_atomically(
     directory / 'pruned.json', json.dumps(facts, indent=2) + '\n'
   )
-  report.write_atomically(directory / 'pruned.npy', buffer.getvalue())
+  write_atomically(directory / 'pruned.npy', buffer.getvalue())
 
 
 def _show(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from ptune.training import report
+from ptune.files import write_atomically
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -20,5 +20,5 @@ def save(figure: 'Figure', directory: epath.Path, name: str) -> list[str]:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=150, metadata=plain)
     files.append(f'{name}.{kind}')
-    report.write_atomically(directory / files[-1], buffer.getvalue())
+    write_atomically(directory / files[-1], buffer.getvalue())
   return files

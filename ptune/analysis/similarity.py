@@ -31,7 +31,7 @@ from ptune.analysis import figures
 from ptune.analysis.neighbours import normalised
 from ptune.convert.prompts import REFERENCE_FILE, find, name_of, read_prompt
 from ptune.errors import UserError
-from ptune.training import report
+from ptune.files import write_atomically
 
 MEASURES = ('average_tokens', 'per_token')
 
@@ -175,9 +175,9 @@ def write(
       for name, row in zip(named, matrix, strict=True)
     )
     files.append(f'{measure}.csv')
-    report.write_atomically(directory / files[-1], text.getvalue())
+    write_atomically(directory / files[-1], text.getvalue())
   files.append('similarity.json')
-  report.write_atomically(
+  write_atomically(
     directory / files[-1], json.dumps(as_json(named, matrices), indent=2) + '\n'
   )
   return files + figures.save(draw(named, matrices), directory, 'similarity')

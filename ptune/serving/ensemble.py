@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from ptune.files import write_atomically
 from ptune.serving.answers import fetched
 from ptune.serving.bank import PromptBank
-from ptune.training.report import write_atomically
 
 Scores = dict[str, dict[str, float]]
 # What the vote is called among the prompts.

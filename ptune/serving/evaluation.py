@@ -17,10 +17,7 @@ from ptune.serving import answers
 from ptune.serving.text_metrics import Examples, Scores, TextMetrics
 from ptune.tasks.texts import TextTask
 from ptune.training import settings
-
-
-class Stopped(Exception):
-  """An evaluation was given up because the program is asked to end."""
+from ptune.training.stopping import Stopped
 
 
 class Evaluation:

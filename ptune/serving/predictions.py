@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from ptune.files import write_atomically
 from ptune.serving import classes
 from ptune.tasks import metrics as task_metrics
 from ptune.training import report as report_lib
@@ -44,7 +45,5 @@ def write(
       if record['prediction'] in names:
         record['prediction_name'] = names[record['prediction']]
     lines.append(report_lib.to_json(record))
-  report_lib.write_atomically(
-    place / f'predictions-{step}.jsonl', '\n'.join([*lines, ''])
-  )
+  write_atomically(place / f'predictions-{step}.jsonl', '\n'.join([*lines, '']))
   classes.write(place, step, records)

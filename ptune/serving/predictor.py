@@ -14,12 +14,13 @@ from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.convert.prompts import find
 from ptune.convert.trained import facts_beside, open_trained
 from ptune.errors import UserError
+from ptune.files import absolute, check_writable
 from ptune.methods import prompt_init
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.sizes import Config
 from ptune.serving.bank import OTHER_METHODS, PromptBank, parse
-from ptune.training import checkpoints
+from ptune.training import checkpoints, run_file
 from ptune.training.settings import PathLike, Trained
 
 # The base alone.
@@ -47,9 +48,9 @@ def output_directory(
     )
   if output_dir is None:
     _check_run(model_dir)
-    output_dir = checkpoints.run_directory(model_dir) / below
-  directory = checkpoints.absolute(output_dir)
-  checkpoints.check_writable(name, directory)
+    output_dir = run_file.run_directory(model_dir) / below
+  directory = absolute(output_dir)
+  check_writable(name, directory)
   return directory
 
 
@@ -65,7 +66,7 @@ def check(plan: parameters.Plan, trained: Trained) -> None:
     if prompt_file is not None:
       raise UserError(f'set MODEL_DIR or PROMPT_FILE, not both; got {given}')
     run = _check_run(model_dir)
-    checkpoints.compare(model_dir, run, parameters.identity(plan))
+    run_file.compare(model_dir, run, parameters.identity(plan))
     return
   if prompt_file is not None and not plan.frozen:
     raise UserError(
@@ -91,12 +92,12 @@ def check(plan: parameters.Plan, trained: Trained) -> None:
 
 
 def _check_run(model_dir: PathLike | None) -> dict[str, Any]:
-  directory = checkpoints.run_directory(model_dir)
-  run = checkpoints.read_run(directory)
+  directory = run_file.run_directory(model_dir)
+  run = run_file.read(directory)
   if not run:
     raise UserError(
       f'MODEL_DIR {directory} holds no run of ptune train'
-      f' ({checkpoints.RUN_FILE} is not there)'
+      f' ({run_file.FILE} is not there)'
     )
   return run
 
@@ -130,8 +131,8 @@ def load(
     values, facts = read_prompt_file(plan, prompt_file)
     step = facts.get('step')
   elif model_dir is not None:
-    directory = checkpoints.run_directory(model_dir)
-    run = facts = checkpoints.read_run(directory)
+    directory = run_file.run_directory(model_dir)
+    run = facts = run_file.read(directory)
     checkpoint_path = checkpoint_path or run['initial_checkpoint_path']
     if (directory / 'best').exists() or (directory / 'checkpoints').exists():
       source = open_checkpoint(_best_or_newest(directory))
@@ -150,7 +151,7 @@ def load(
   if (model_dir or prompt_file) and plan.frozen:
     frozen = {path: values[path] for path in plan.frozen}
     fingerprint = checkpoints.fingerprint(frozen)
-    checkpoints.compare(model_dir or '', run, {'base': fingerprint})
+    run_file.compare(model_dir or '', run, {'base': fingerprint})
     if facts.get('base', fingerprint) != fingerprint:
       logging.warning(
         'prompt file %s was trained on another base model (fingerprint %s)'

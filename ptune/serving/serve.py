@@ -130,12 +130,12 @@ def take_from_runs(args: argparse.Namespace) -> None:
   Raises:
     ValueError: If there is no such run, or they have different bases.
   """
-  from ptune.training import checkpoints
+  from ptune.training import run_file
 
-  records = {run: checkpoints.read_run(run) for run in args.runs}
+  records = {run: run_file.read(run) for run in args.runs}
   if missing := [run for run, record in records.items() if not record]:
     raise UserError(
-      f'{", ".join(missing)}: no run of ptune train, {checkpoints.RUN_FILE} is'
+      f'{", ".join(missing)}: no run of ptune train, {run_file.FILE} is'
       ' not there. Prompts that are files are given by --prompts'
     )
   bases = {run: r['initial_checkpoint_path'] for run, r in records.items()}

@@ -41,6 +41,7 @@ from ptune import evaluate
 from ptune.analysis import figures
 from ptune.convert import identity, open_checkpoint
 from ptune.errors import UserError, check_counts
+from ptune.files import check_writable, write_atomically
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.adapters import Method
 from ptune.serving import ensemble
@@ -50,10 +51,10 @@ from ptune.studies.tables import Result
 from ptune.train import train
 from ptune.train_many import train_many
 from ptune.training import (
-  checkpoints,
   lock,
   optim,
   report,
+  run_file,
   selection,
   settings,
 )
@@ -180,8 +181,8 @@ def study(
     **how: Of `sizes.Config`: how models are computed, such as `dtype`.
   """
   check_counts(SEEDS=seeds, TOGETHER=together)
-  directory = checkpoints.run_directory(model_dir)
-  checkpoints.check_writable('MODEL_DIR', directory)
+  directory = run_file.run_directory(model_dir)
+  check_writable('MODEL_DIR', directory)
   with lock.held(directory):
     for one in studies:
       runner = Runner(
@@ -402,7 +403,7 @@ class Runner:
     """Adds results: all of one program at once, or none."""
     self._results.extend(found)
     text = tables.dump(self._results)
-    report.write_atomically(self._directory / 'results.csv', text)
+    write_atomically(self._directory / 'results.csv', text)
 
   def _base(self, name: str) -> tuple[str, sizes.Config]:
     """The checkpoint of a base, made if it is not there; and its sizes."""
@@ -496,7 +497,7 @@ class Runner:
     shown = self._shown()
     grid = tables.table(shown)
     text = f'{self._study.title}\n\n{tables.markdown(grid)}'
-    report.write_atomically(self._directory / 'table.md', text)
+    write_atomically(self._directory / 'table.md', text)
     sized = self._study.by_size and len(tables.columns(grid)) > 1
     x = {r.column: r.parameters for r in shown} if sized else None
     fig = tables.draw(grid, self._study.title, x)

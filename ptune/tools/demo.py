@@ -28,12 +28,12 @@ from etils import epath
 from ptune import pretrained
 from ptune.analysis import neighbours
 from ptune.errors import UserError
+from ptune.files import write_atomically
 from ptune.methods import full, prompt
 from ptune.model import parameters
 from ptune.tasks import generated_text
 from ptune.tools import miniature
 from ptune.tools.miniature import Row
-from ptune.training import report as report_lib
 
 MODEL = 'tiny'
 PROMPT_LENGTH = 20
@@ -301,17 +301,15 @@ def write(
   for name, values in prompts.items():
     buffer = io.BytesIO()
     np.save(buffer, values)
-    report_lib.write_atomically(folder / f'{name}.npy', buffer.getvalue())
+    write_atomically(folder / f'{name}.npy', buffer.getvalue())
   lines = [
     f'{name} {i}: {", ".join(row)}'
     for name, rows in words.items()
     for i, row in enumerate(rows)
   ]
-  report_lib.write_atomically(folder / 'words.txt', '\n'.join([*lines, '']))
-  report_lib.write_atomically(
-    folder / 'curves.png', draw(curves, summary['majority'])
-  )
-  report_lib.write_atomically(
+  write_atomically(folder / 'words.txt', '\n'.join([*lines, '']))
+  write_atomically(folder / 'curves.png', draw(curves, summary['majority']))
+  write_atomically(
     folder / 'summary.json', json.dumps(summary, indent=2) + '\n'
   )
 

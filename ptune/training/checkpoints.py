@@ -9,11 +9,9 @@ tells whether it is the same one.
 
 import contextlib
 import hashlib
-import json
 import os
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import flax
 import jax
@@ -24,69 +22,17 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ptune import paths
 from ptune.convert.identity import spread
 from ptune.errors import UserError
 from ptune.model import partitioning
-from ptune.training.report import write_atomically
 from ptune.training.state import TrainState
-
-RUN_FILE = 'run.json'
-# What facts are called in messages, where their name does not say it.
-_FACTS = {
-  'base': 'frozen weights, from INITIAL_CHECKPOINT_PATH (their fingerprint)',
-  'initial_step': 'step of INITIAL_CHECKPOINT_PATH',
-}
 
 # Seconds before a failed save is tried again: what is to be freed on a disk, or
 # to come back in a bucket, may take a moment.
 PAUSES = (1.0, 5.0, 25.0)
 
-# What an optimizer step leaves behind between two records of the log.
-Sums = Mapping[str, float]
-
-
-def run_directory(model_dir: os.PathLike[str] | str | None) -> epath.Path:
-  """MODEL_DIR as an absolute path: Orbax takes no other.
-
-  Raises:
-    ValueError: If it is empty.
-  """
-  if not model_dir or not isinstance(model_dir, str | os.PathLike):
-    raise UserError(
-      f'MODEL_DIR is {model_dir!r}; it must be a directory, for example'
-      ' --gin.MODEL_DIR="\'/runs/sst2\'"'
-    )
-  return absolute(model_dir)
-
-
-def absolute(path: os.PathLike[str] | str) -> epath.Path:
-  """A path that means the same in any working directory.
-
-  Raises:
-    UserError: If it is no path.
-  """
-  text = paths.local(path)
-  return epath.Path(text if '://' in text else os.path.abspath(text))
-
-
-def check_writable(name: str, directory: epath.Path) -> None:
-  """Makes a directory, and finds out whether results can be written there.
-
-  Raises:
-    ValueError: If not; `name` is what users call it.
-  """
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    probe = directory / f'.writable-{os.getpid()}'
-    # A full disk may still take a few bytes.
-    probe.write_bytes(bytes(65536))
-    probe.unlink()
-  except OSError as error:
-    raise UserError(
-      f'{name} {directory} cannot be written: {error.strerror or error}. Choose'
-      ' another, or free space'
-    ) from error
+# By member of a run: what steps add up to between two records of the log.
+Sums = Mapping[str, Mapping[str, float]]
 
 
 def restore(
@@ -297,6 +243,10 @@ class Checkpoints:
       ' command goes on from there'
     )
 
+  def newest(self) -> int:
+    """The newest step that is on disk, 0 if there is none."""
+    return max(finished_steps(self.directory), default=0)
+
   def wait(self) -> None:
     """Returns when everything is on disk; raises what went wrong."""
     if self._manager is not None:
@@ -373,80 +323,51 @@ def _set_aside(checkpoint: epath.Path) -> None:
   logging.warning('%s was set aside as %s', checkpoint, target.name)
 
 
-def save_best(directory: os.PathLike[str], state: TrainState) -> None:
-  """Makes a state the one that a directory holds."""
+def save_best(
+  directory: os.PathLike[str], state: TrainState, durable: int = 0
+) -> None:
+  """Makes a state the newest that a directory holds.
+
+  Args:
+    directory: MODEL_DIR/best.
+    state: The state.
+    durable: The step from which the run would go on now, see `prune_best`.
+  """
   directory, state = epath.Path(directory), _here(state)
-  manager = _manager(directory, keep=1)
-  if manager is None:
+  if jax.process_index() != 0:
     return
+  drop_after(directory, int(state.step))
+  manager = _manager(directory, keep=None)
+  assert manager is not None
   with manager:
-    # Newer ones are of an earlier start, which was stopped before its next
-    # checkpoint: those steps are taken again, and are scored again.
-    for step in manager.all_steps():
-      if step > int(state.step):
-        manager.delete(step)
     _save(manager, state, {})
+  prune_best(directory, durable)
 
 
-def read_run(model_dir: os.PathLike[str]) -> dict[str, Any]:
-  """What the run of a MODEL_DIR is, as `claim` wrote it, or {}."""
-  path = epath.Path(model_dir) / RUN_FILE
-  if not path.exists():
-    return {}
-  paths.check_file(path)
-  try:
-    return dict(json.loads(path.read_text()))
-  except (ValueError, TypeError, RecursionError) as error:
-    raise UserError(
-      f'{path} is damaged ({error}), so it cannot be told what run'
-      f' {path.parent} holds. Restore the file, or choose another MODEL_DIR'
-    ) from error
+def prune_best(directory: os.PathLike[str], durable: int) -> None:
+  """Removes the states that were the best once, and are of no more use.
 
-
-def claim(
-  model_dir: os.PathLike[str],
-  run: Mapping[str, Any],
-  notes: Mapping[str, Any],
-) -> None:
-  """Says what run a MODEL_DIR is for, where that is not said yet.
-
-  Args:
-    model_dir: The directory.
-    run: Facts that do not change while a run goes on, as JSON has them.
-    notes: Facts that are written beside them and may change.
+  Kept are the newest one, and the newest that a run needs which is killed now:
+  it goes on from step `durable`, so what is newer than that may be lost.
   """
-  path = epath.Path(model_dir) / RUN_FILE
-  if jax.process_index() == 0 and not path.exists():
-    write_atomically(path, json.dumps({**run, **notes}, indent=2) + '\n')
+  steps = finished_steps(directory)
+  if jax.process_index() != 0 or not steps:
+    return
+  old = [step for step in steps if step <= durable]
+  for step in set(steps) - {steps[-1], *old[-1:]}:
+    (epath.Path(directory) / str(step)).rmtree()
 
 
-def compare(
-  model_dir: os.PathLike[str] | str,
-  present: Mapping[str, Any],
-  run: Mapping[str, Any],
-) -> None:
-  """Checks that a run on disk, if there is one, is the given one.
-
-  Args:
-    model_dir: The directory, for the message.
-    present: From `read_run`.
-    run: Facts of the run at hand.
-
-  Raises:
-    ValueError: If they differ; all that differs is listed.
-  """
-  differing = [
-    f'  {_FACTS.get(key, key)}: {present[key]!r} there, {value!r} here'
-    for key, value in run.items()
-    if key in present and present[key] != value
-  ]
-  if differing:
-    raise UserError(
-      f'MODEL_DIR {os.fspath(model_dir)} holds a run that is not this one:\n'
-      + '\n'.join(differing)
-      + '\nNothing was changed. Give the settings of that run, or choose'
-      ' another MODEL_DIR'
-    )
+def drop_after(directory: os.PathLike[str], step: int) -> bool:
+  """Removes the states after a step; returns whether there were any."""
+  directory = epath.Path(directory)
+  steps = finished_steps(directory)
+  newer = [found for found in steps if found > step]
+  for found in newer:
+    (directory / str(found)).rmtree()
+  if newer == steps != []:
+    directory.rmtree()
+  return bool(newer)
 
 
 def fingerprint(params: Mapping[str, jax.Array]) -> str:

@@ -8,6 +8,7 @@ whether one comes, and takes over if none does.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -17,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -33,29 +34,50 @@ BEAT, LEASE, SETTLE = 15.0, 60.0, 3.0
 
 
 @contextlib.contextmanager
-def held(directory: os.PathLike[str] | str) -> Iterator[None]:
+def held(
+  directory: os.PathLike[str] | str,
+) -> Iterator[Callable[[], bool]]:
   """Holds a MODEL_DIR for this run; process 0 does it for all of them.
 
   Args:
     directory: MODEL_DIR; must exist.
 
+  Yields:
+    What tells whether the directory of that name, and the lock in it, are still
+    those that were opened here. A bucket has no such identity.
+
   Raises:
     ValueError: If another run holds it; says which.
   """
   if jax.process_index() != 0:
-    yield
+    yield lambda: True
     return
   path = epath.Path(directory) / FILE
   remote = '://' in os.fspath(path)
+  opened: dict[epath.Path, os.stat_result] = {}
   with contextlib.ExitStack() as stack:
+    if not remote:
+      opened[path.parent] = os.stat(path.parent)
     try:
-      stack.enter_context((_leased if remote else _locked)(path))
+      if remote:
+        stack.enter_context(_leased(path))
+      else:
+        opened[path] = stack.enter_context(_locked(path))
     except OSError as error:  # A file system without locks.
       if remote:
         raise
       logging.warning('%s cannot be locked (%s)', path, error)
       stack.enter_context(_leased(path))
-    yield
+    yield lambda: all(_is_same(place, opened[place]) for place in opened)
+
+
+def _is_same(path: epath.Path, before: os.stat_result) -> bool:
+  try:
+    return os.path.samestat(before, os.stat(path))
+  except OSError as error:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+      return False
+    raise
 
 
 def _owner() -> dict[str, Any]:
@@ -81,8 +103,8 @@ def _refusal(path: epath.Path, text: str, otherwise: str) -> ValueError:
 
 
 @contextlib.contextmanager
-def _locked(path: epath.Path) -> Iterator[None]:
-  """Holds a lock of the operating system."""
+def _locked(path: epath.Path) -> Iterator[os.stat_result]:
+  """Holds a lock of the operating system; yields which file has it."""
   while True:
     file = open(path, 'a+')  # To close it ends the lock.
     try:
@@ -108,10 +130,12 @@ def _locked(path: epath.Path) -> Iterator[None]:
     file.truncate(0)
     file.write(json.dumps(_owner()) + '\n')
     file.flush()
+    ours = os.fstat(file.fileno())
     try:
-      yield
+      yield ours
     finally:
-      path.unlink(missing_ok=True)
+      if _is_same(path, ours):  # And not that of a run in its place.
+        path.unlink()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from ptune.files import to_disk, write_atomically
 from ptune.training import events, progress
 
 Record = dict[str, Any]
@@ -61,22 +62,6 @@ def to_json(record: Mapping[str, Any]) -> str:
   return json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
 
 
-def write_atomically(path: epath.Path, data: bytes | str) -> None:
-  """Writes a file that is either there and whole, or not there."""
-  temporary = path.parent / f'.{path.name}.tmp'
-  with temporary.open('wb') as f:
-    f.write(data.encode() if isinstance(data, str) else data)
-    to_disk(f)
-  temporary.replace(path)
-
-
-def to_disk(file: Any) -> None:
-  """Waits until what was written lies on the disk: power may fail."""
-  file.flush()
-  if hasattr(file, 'fileno'):  # A bucket's file has none.
-    os.fsync(file.fileno())
-
-
 def numbers(scores: Mapping[str, Any]) -> dict[str, float]:
   """The scores that are plain numbers, as floats."""
   found = {}
@@ -110,6 +95,14 @@ def scores_at(
     for r in records
     if r['step'] == step and 'task' in r
   }
+
+
+def write_records(
+  model_dir: os.PathLike[str], records: Iterable[Record]
+) -> None:
+  """Makes metrics.jsonl hold these records and no others."""
+  text = ''.join(to_json(record) + '\n' for record in records)
+  write_atomically(epath.Path(model_dir) / 'metrics.jsonl', text)
 
 
 class Report:
@@ -148,8 +141,7 @@ class Report:
     ]
     self._writers: dict[str, Any] = {}
     if write:
-      text = ''.join(json.dumps(r) + '\n' for r in self.records)
-      write_atomically(self._dir / 'metrics.jsonl', text)
+      write_records(self._dir, self.records)
     self._time, self._step = time.monotonic(), start_step
     self._shown = ''
     # Several runs at once have no bar.

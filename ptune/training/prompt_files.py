@@ -1,0 +1,89 @@
+"""What a run leaves for other programs: the files in MODEL_DIR/prompts.
+
+step_N.npy           the prompt, [prompt, embed] float32
+step_N.safetensors   what another method trained, by path
+step_N.json          the facts: task, base, method, step, scores
+best.npy, ...        the same of the best step
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ptune.convert.trained import dump
+from ptune.files import write_atomically
+from ptune.model import parameters
+
+# What is known of a run and also of its prompt.
+_KNOWN = ('task', 'base', 'method', 'settings', 'seed', 'batch_size')
+
+
+def write(
+  model_dir: epath.Path,
+  name: str,
+  plan: parameters.Plan,
+  trained: Mapping[str, np.ndarray],
+  step: int,
+  scores: Mapping[str, Mapping[str, float]],
+  run: Mapping[str, Any],
+) -> None:
+  """Writes what is trained, and what it was trained on.
+
+  Args:
+    model_dir: The run's directory.
+    name: 'step_N' or 'best'.
+    plan: The parameters.
+    trained: The trained parameters, by path.
+    step: The step that they are of.
+    scores: Its scores, by task.
+    run: The facts of the run, as `Run` has them.
+  """
+  method = plan.method
+  if not plan.frozen:
+    return  # The checkpoints are the whole model.
+  if method.fold:
+    assert plan.rows is not None
+    trained = method.fold(trained, plan.rows)
+  facts = {
+    'step': step,
+    'scores': scores,
+    **{k: run[k] for k in _KNOWN if k in run},
+  }
+  folder = model_dir / 'prompts'
+  folder.mkdir(parents=True, exist_ok=True)
+  if method.prompt is None:
+    write_atomically(folder / f'{name}.safetensors', dump(trained))
+    write_facts(folder / f'{name}.json', facts)
+  else:
+    prompt = np.asarray(trained[method.prompt], np.float32)
+    write_prompt(folder, name, prompt, facts)
+
+
+def write_prompt(
+  folder: epath.Path, name: str, prompt: np.ndarray, facts: Mapping[str, Any]
+) -> None:
+  """Writes NAME.npy and NAME.json; each is whole or not there.
+
+  The .npy comes first: a program that finds the facts finds their prompt.
+  """
+  buffer = io.BytesIO()
+  np.save(buffer, prompt)
+  write_atomically(folder / f'{name}.npy', buffer.getvalue())
+  write_facts(
+    folder / f'{name}.json', {**facts, 'prompt_length': prompt.shape[0]}
+  )
+
+
+def write_facts(file: epath.Path, facts: Mapping[str, Any]) -> None:
+  """Writes the .json beside a prompt."""
+  write_atomically(file, json.dumps(facts, indent=2) + '\n')
+
+
+def remove(model_dir: epath.Path, name: str) -> None:
+  """Removes the files of a name, those that are there."""
+  for suffix in ('json', 'npy', 'safetensors'):
+    (model_dir / 'prompts' / f'{name}.{suffix}').unlink(missing_ok=True)

@@ -1,0 +1,102 @@
+"""run.json: what run a MODEL_DIR holds."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from ptune import paths
+from ptune.errors import UserError
+from ptune.files import absolute, write_atomically
+
+FILE = 'run.json'
+# What facts are called in messages, where their name does not say it.
+_FACTS = {
+  'base': 'frozen weights, from INITIAL_CHECKPOINT_PATH (their fingerprint)',
+  'initial_step': 'step of INITIAL_CHECKPOINT_PATH',
+}
+
+
+def run_directory(model_dir: os.PathLike[str] | str | None) -> epath.Path:
+  """MODEL_DIR as an absolute path: Orbax takes no other.
+
+  Raises:
+    ValueError: If it is empty.
+  """
+  if not model_dir or not isinstance(model_dir, str | os.PathLike):
+    raise UserError(
+      f'MODEL_DIR is {model_dir!r}; it must be a directory, for example'
+      ' --gin.MODEL_DIR="\'/runs/sst2\'"'
+    )
+  return absolute(model_dir)
+
+
+def read(model_dir: os.PathLike[str]) -> dict[str, Any]:
+  """What the run of a MODEL_DIR is, as `claim` wrote it, or {}."""
+  path = epath.Path(model_dir) / FILE
+  if not path.exists():
+    return {}
+  paths.check_file(path)
+  try:
+    return dict(json.loads(path.read_text()))
+  except (ValueError, TypeError, RecursionError) as error:
+    raise UserError(
+      f'{path} is damaged ({error}), so it cannot be told what run'
+      f' {path.parent} holds. Restore the file, or choose another MODEL_DIR'
+    ) from error
+
+
+def claim(
+  model_dir: os.PathLike[str],
+  run: Mapping[str, Any],
+  notes: Mapping[str, Any],
+) -> None:
+  """Says what run a MODEL_DIR is for, where that is not said yet.
+
+  Args:
+    model_dir: The directory.
+    run: Facts that do not change while a run goes on, as JSON has them.
+    notes: Facts that are written beside them and may change.
+  """
+  path = epath.Path(model_dir) / FILE
+  if jax.process_index() == 0 and not path.exists():
+    write_atomically(path, json.dumps({**run, **notes}, indent=2) + '\n')
+
+
+def compare(
+  model_dir: os.PathLike[str] | str,
+  present: Mapping[str, Any],
+  run: Mapping[str, Any],
+) -> None:
+  """Checks that a run on disk, if there is one, is the given one.
+
+  Args:
+    model_dir: The directory, for the message.
+    present: From `read`.
+    run: Facts of the run at hand.
+
+  Raises:
+    ValueError: If they differ; all that differs is listed.
+  """
+  differing = [
+    f'  {_FACTS.get(key, key)}: {present[key]!r} there, {value!r} here'
+    for key, value in run.items()
+    if key in present and present[key] != value
+  ]
+  if differing:
+    raise UserError(
+      f'MODEL_DIR {os.fspath(model_dir)} holds a run that is not this one:\n'
+      + '\n'.join(differing)
+      + '\nNothing was changed. Give the settings of that run, or choose'
+      ' another MODEL_DIR'
+    )
+
+
+def from_where(checkpoint: str | None) -> dict[str, str | None]:
+  """What a run records of its base: found from any directory."""
+  if checkpoint is not None and '://' not in checkpoint:
+    checkpoint = os.fspath(absolute(checkpoint))
+  return {'initial_checkpoint_path': checkpoint}
