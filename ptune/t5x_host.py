@@ -33,7 +33,6 @@ except ImportError as error:
 
 import dataclasses
 import functools
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -49,6 +48,7 @@ from flax.core import freeze, unfreeze
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ptune.convert import open_checkpoint, restore
+from ptune.convert.prompts import npy
 from ptune.convert.trained import dump as dump_trained
 from ptune.data import seqio_task
 from ptune.errors import UserError
@@ -492,10 +492,8 @@ def save_adapter(
   directory = epath.Path(model_dir, 'numpy_checkpoints', f'checkpoint_{step}')
   directory.mkdir(parents=True, exist_ok=True)
   if method.prompt is not None:
-    buffer = io.BytesIO()
-    np.save(buffer, trained[method.prompt])
     file = directory / method.prompt.replace('/', '.')
-    write_atomically(file, buffer.getvalue())
+    write_atomically(file, npy(trained[method.prompt]))
   else:
     facts = {'step': step, 'method': method.name}
     facts['settings'] = dict(method.settings)

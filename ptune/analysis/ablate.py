@@ -24,7 +24,6 @@ first started; prompts/from_file.gin trains it on from where it is.
 import csv
 import dataclasses
 import io
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -38,7 +37,7 @@ import rich.table
 from etils import epath
 
 from ptune.analysis import figures
-from ptune.convert.prompts import read_prompt
+from ptune.convert.prompts import read_prompt, write_prompt
 from ptune.data import batches, seqio_task
 from ptune.errors import UserError
 from ptune.files import write_atomically
@@ -201,7 +200,6 @@ def ablate(
         **{
           k: known[k] for k in ('step', 'task', 'base', 'method') if k in known
         },
-        'prompt_length': len(prompt),
         'importance': importance,
         'metric': best_metric,
         'scores_of_rows': scores,
@@ -210,7 +208,7 @@ def ablate(
         facts['kept_rows'] = kept.tolist()
       if kept_pieces is not None:
         facts |= {'kept_pieces': kept_pieces.tolist(), 'pieces': pieces}
-      _write_prompt(directory, prompt, facts)
+      write_prompt(directory / 'pruned.npy', prompt, facts)
     _show(found, kept, kept_pieces, scores, importance, best_metric)
     print(f'written to {directory}')
   return found
@@ -450,17 +448,6 @@ def draw_pieces(
   axes.set_title(f'{name.replace("_", " ")} (x: pruned)')
   fig.colorbar(image, label='importance')
   return fig
-
-
-def _write_prompt(
-  directory: epath.Path, array: np.ndarray, facts: Mapping[str, Any]
-) -> None:
-  buffer = io.BytesIO()
-  np.save(buffer, array)
-  write_atomically(
-    directory / 'pruned.json', json.dumps(facts, indent=2) + '\n'
-  )
-  write_atomically(directory / 'pruned.npy', buffer.getvalue())
 
 
 def _show(

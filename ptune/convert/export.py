@@ -6,13 +6,11 @@ peft         a directory that PeftModel.from_pretrained loads
 t5x          a whole checkpoint: the base model, and the prompt in it
 """
 
-import io
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from ptune.convert import (
@@ -24,7 +22,7 @@ from ptune.convert import (
 )
 from ptune.convert.hub import SCHEME
 from ptune.convert.huggingface import read_json
-from ptune.convert.prompts import FACTS, PATH, Prompt
+from ptune.convert.prompts import FACTS, PATH, Prompt, write_prompt
 from ptune.convert.source import Leaf, Source, sizes
 from ptune.convert.tokenizer_files import write_vocabulary
 from ptune.errors import UserError
@@ -136,12 +134,7 @@ def _export_npy(
 ) -> list[str]:
   beside = target.with_suffix('.json')
   output.check(beside, overwrite)
-  buffer = io.BytesIO()
-  np.save(buffer, prompt.array)
-  facts = json.dumps(_facts(prompt), indent=2) + '\n'
-  # First what is known of it: a prompt is never there without.
-  output.write_file(beside, facts.encode())
-  output.write_file(target, buffer.getvalue())
+  write_prompt(target, prompt.array, _facts(prompt))
   return [f'wrote {target}: {_text(prompt)}', f'wrote {beside}']
 
 

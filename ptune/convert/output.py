@@ -99,14 +99,6 @@ def new_file(path: epath.Path) -> Iterator[epath.Path]:
     _remove(temporary)
 
 
-def write_file(path: epath.Path, data: bytes) -> None:
-  """Writes a small file."""
-  with new_file(path) as temporary, open(temporary, 'wb') as f:
-    f.write(data)
-    f.flush()
-    os.fsync(f.fileno())
-
-
 def _beside(path: epath.Path, what: str) -> epath.Path:
   return path.parent / f'.{path.name}.{what}-{os.getpid()}'
 

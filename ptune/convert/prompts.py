@@ -1,4 +1,4 @@
-"""A prompt, wherever it lies: found, read, checked.
+"""A prompt file: found wherever it is, read, checked, written.
 
 MODEL_DIR of ptune, its prompts/, one .npy   the best, else the newest
 MODEL_DIR of the paper's implementation      numpy_checkpoints/checkpoint_N
@@ -8,8 +8,10 @@ a checkpoint of T5X or ptune                 encoder/prompt/prompt/prompt
 """
 
 import dataclasses
+import io
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from ptune.convert import open_checkpoint, peft, safetensors_files
 from ptune.convert.hub import locate
 from ptune.convert.trained import SUFFIX, facts_beside, open_trained
 from ptune.errors import UserError
+from ptune.files import write_atomically
 from ptune.methods import multitask, smop
 from ptune.methods.prompt import PATH
 from ptune.methods.prompt_init import read_array
@@ -91,6 +94,28 @@ def read_prompt(path: epath.PathLike, task: int | None = None) -> Prompt:
     kind, array, facts = 'npy', _of_npy(place), _beside(place)
   array = _checked(array, place)
   return Prompt(array, str(place), kind, facts, tuple(notes))
+
+
+def write_prompt(
+  file: epath.Path, array: np.ndarray, facts: Mapping[str, Any]
+) -> None:
+  """Writes NAME.npy, and NAME.json with what is known of it.
+
+  Each is whole or not there. The facts come first, so that a prompt is never
+  there without them.
+  """
+  facts = {**facts, 'prompt_length': array.shape[0]}
+  write_atomically(
+    file.with_suffix('.json'), json.dumps(facts, indent=2) + '\n'
+  )
+  write_atomically(file, npy(array))
+
+
+def npy(array: np.ndarray) -> bytes:
+  """An array as the contents of a .npy file."""
+  buffer = io.BytesIO()
+  np.save(buffer, array)
+  return buffer.getvalue()
 
 
 def find(path: epath.PathLike) -> epath.Path:
