@@ -44,7 +44,8 @@ from ptune.training import (
   settings,
 )
 from ptune.training import state as state_lib
-from ptune.training.run import Member, Run
+from ptune.training.loop import Member
+from ptune.training.run import Run
 
 Optimizer = Callable[..., optax.GradientTransformation]
 

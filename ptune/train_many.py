@@ -35,7 +35,8 @@ from ptune.model.models import EncoderDecoderModel
 from ptune.model.config import ModelConfig
 from ptune.serving.evaluation import evaluation_of
 from ptune.training import checkpoints, loop, many, optim, run_file, settings
-from ptune.training.run import Member, Run
+from ptune.training.loop import Member
+from ptune.training.run import Run
 
 
 def train_many(

@@ -16,7 +16,7 @@ from ptune.convert.hub import SCHEME, locate
 from ptune.convert.huggingface import read_json
 from ptune.errors import UserError, nearest
 from ptune.tasks.texts import TextTask
-from ptune.training import checkpoints
+from ptune.training import run_file
 
 # A prompt's own files; another file is none.
 SUFFIXES = ('.npy', '.safetensors')
@@ -58,8 +58,8 @@ def load(
     return Base(base, vocabulary, dtype)
 
   place = locate(path)
-  if (place / checkpoints.RUN_FILE).is_file():
-    record = json.loads((place / checkpoints.RUN_FILE).read_text())
+  if (place / run_file.FILE).is_file():
+    record = json.loads((place / run_file.FILE).read_text())
     recorded = record['initial_checkpoint_path']
     if recorded is None and base is None:
       raise UserError(

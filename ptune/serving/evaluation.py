@@ -17,7 +17,7 @@ from ptune.serving import answers
 from ptune.serving.text_metrics import Examples, Scores, TextMetrics
 from ptune.tasks.texts import TextTask
 from ptune.training import settings
-from ptune.training.stopping import Stopped
+from ptune.training.loop import Stopped
 
 
 class Evaluation:

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import numpy as np
-from absl import logging
 
+from ptune.model import parameters
 from ptune.training import report, selection, settings
 from ptune.training.state import TrainState
-from ptune.training.stopping import Stopped
 
 if TYPE_CHECKING:  # A demonstration loads neither Orbax nor anything heavy.
-  from ptune.training.run import Member, Run
+  from ptune.training.run import Run
 
 # Steps that the device is ahead of the metrics that are read, so that it never
 # waits for the host.
@@ -30,14 +29,40 @@ Batch = Mapping[str, jax.Array]
 Update = Callable[..., tuple[TrainState, Mapping[str, jax.Array]]]
 
 
+class Stopped(Exception):
+  """An evaluation was given up because the program is asked to end."""
+
+
 class Evaluate(Protocol):
-  """Gives scores by task; raises `stopping.Stopped` if asked to stop."""
+  """Gives scores by task; raises `Stopped` if asked to stop."""
 
   split: str
 
   def __call__(
     self, trees: tuple[Any, ...], step: int, asked: Callable[[], bool], /
   ) -> dict[str, dict[str, float]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+  """One of the prompts that a run trains.
+
+  Attributes:
+    name: Its directory below MODEL_DIR; '' for the only one.
+    plan: The parameters.
+    facts: What it is, as run.json has it.
+    trainable: What it trains, taken from the state of the run.
+  """
+
+  name: str
+  plan: parameters.Plan
+  facts: Mapping[str, Any]
+  trainable: Callable[[TrainState], Any]
+
+  def trained(self, state: TrainState) -> dict[str, np.ndarray]:
+    """What it has trained, whole, by path; all processes must ask."""
+    flat = parameters.flatten(self.trainable(state))
+    return {path: parameters.whole(x) for path, x in flat.items()}
 
 
 @dataclasses.dataclass
@@ -114,15 +139,8 @@ class Loop:
       self._pending.append(metrics)
       step += 1
       following = next(batches, None)
-    if ended and (not evaluate or self._are_scored(step)):
-      logging.info('finished at step %d: %s', step, run.directory)
-    else:
-      logging.info(
-        'stopped at step %d, which is saved in %s; the same command goes on'
-        ' from there',
-        step,
-        run.directory,
-      )
+    scored = not evaluate or self._are_scored(step)
+    run.tell_end(step, finished=ended and scored)
     return state
 
   def _due(self, step: int, stop: bool) -> tuple[bool, bool, bool]:
@@ -141,7 +159,7 @@ class Loop:
     save = save or (step > 0 and (stop or restored or self.run.failed))
     return log, save, evaluate and any(map(self._evaluates, self.run.members))
 
-  def _evaluates(self, member: 'Member') -> bool:
+  def _evaluates(self, member: Member) -> bool:
     return self.evaluate[member.name] is not None
 
   def _read_metrics(self, step: int, ahead: int) -> None:
@@ -194,7 +212,7 @@ class Loop:
       )
     return False, all(over)
 
-  def _is_scored(self, member: 'Member', step: int) -> bool:
+  def _is_scored(self, member: Member, step: int) -> bool:
     return bool(report.scores_at(self.run.reports[member.name].records, step))
 
   def _are_scored(self, step: int) -> bool:

@@ -6,7 +6,6 @@ step_N.json          the facts: task, base, method, step, scores
 best.npy, ...        the same of the best step
 """
 
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from ptune.convert.prompts import write_prompt
 from ptune.convert.trained import dump
 from ptune.files import write_atomically
 from ptune.model import parameters
@@ -55,32 +55,12 @@ def write(
   }
   folder = model_dir / 'prompts'
   folder.mkdir(parents=True, exist_ok=True)
-  if method.prompt is None:
-    write_atomically(folder / f'{name}.safetensors', dump(trained))
-    write_facts(folder / f'{name}.json', facts)
-  else:
+  if method.prompt is not None:
     prompt = np.asarray(trained[method.prompt], np.float32)
-    write_prompt(folder, name, prompt, facts)
-
-
-def write_prompt(
-  folder: epath.Path, name: str, prompt: np.ndarray, facts: Mapping[str, Any]
-) -> None:
-  """Writes NAME.npy and NAME.json; each is whole or not there.
-
-  The .npy comes first: a program that finds the facts finds their prompt.
-  """
-  buffer = io.BytesIO()
-  np.save(buffer, prompt)
-  write_atomically(folder / f'{name}.npy', buffer.getvalue())
-  write_facts(
-    folder / f'{name}.json', {**facts, 'prompt_length': prompt.shape[0]}
-  )
-
-
-def write_facts(file: epath.Path, facts: Mapping[str, Any]) -> None:
-  """Writes the .json beside a prompt."""
-  write_atomically(file, json.dumps(facts, indent=2) + '\n')
+    write_prompt(folder / f'{name}.npy', prompt, facts)
+    return
+  write_atomically(folder / f'{name}.json', json.dumps(facts, indent=2) + '\n')
+  write_atomically(folder / f'{name}.safetensors', dump(trained))
 
 
 def remove(model_dir: epath.Path, name: str) -> None:

@@ -11,18 +11,16 @@ its name below it. Checkpoints are of all together.
 """
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from absl import logging
 from etils import epath
 
 from ptune.convert import open_checkpoint
 from ptune.files import check_writable, write_atomically
-from ptune.model import parameters
 from ptune.training import (
   checkpoints,
   lock,
@@ -33,33 +31,12 @@ from ptune.training import (
   settings,
   stopping,
 )
+from ptune.training.loop import Member
 from ptune.training.state import TrainState
 
 Scores = Mapping[str, Mapping[str, float]]
 # By the name of a member: what the steps since the last record add up to.
 Sums = dict[str, dict[str, float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-  """One of the prompts that a run trains.
-
-  Attributes:
-    name: Its directory below MODEL_DIR; '' for the only one.
-    plan: The parameters.
-    facts: What it is, as run.json has it.
-    trainable: What it trains, taken from the state of the run.
-  """
-
-  name: str
-  plan: parameters.Plan
-  facts: Mapping[str, Any]
-  trainable: Callable[[TrainState], Any]
-
-  def trained(self, state: TrainState) -> dict[str, np.ndarray]:
-    """What it has trained, whole, by path; all processes must ask."""
-    flat = parameters.flatten(self.trainable(state))
-    return {path: parameters.whole(x) for path, x in flat.items()}
 
 
 class Run(contextlib.AbstractContextManager['Run']):
@@ -313,6 +290,18 @@ class Run(contextlib.AbstractContextManager['Run']):
         int(state.step),
         scores,
         member.facts,
+      )
+
+  def tell_end(self, step: int, finished: bool) -> None:
+    """Says how the run has ended."""
+    if finished:
+      logging.info('finished at step %d: %s', step, self.directory)
+    else:
+      logging.info(
+        'stopped at step %d, which is saved in %s; the same command goes on'
+        ' from there',
+        step,
+        self.directory,
       )
 
   @contextlib.contextmanager

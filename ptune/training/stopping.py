@@ -18,10 +18,6 @@ from ptune.training import checkpoints
 ASK_EVERY = 5.0
 
 
-class Stopped(Exception):
-  """An evaluation was given up because the program is asked to end."""
-
-
 class Asked:
   """Whether to stop: every process of a run is told so, or none.
 
