@@ -9,17 +9,15 @@ Nothing heavy is imported before the command line has been read.
 """
 
 import argparse
-import importlib.util
-import logging as python_logging
+import importlib
 import os
 import pathlib
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from ptune import flags, gin_files
+from ptune import flags, gin_files, terminal
 from ptune.errors import UserError
 from ptune.quiet import quiet_stderr
 from ptune.training import processes
@@ -116,12 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   if given[:1] == ['tasks']:  # Has commands and gin flags of its own.
     from ptune.tools import list_tasks
 
-    _set_up_logging()
+    terminal.set_up_logging()
     return list_tasks.main(given[1:])
   args = _parse(given)
   if argv is None:
-    _leave_on_signals(args.program)
-  _set_up_logging()
+    terminal.leave_on_signals(args.program)
+  terminal.set_up_logging()
   try:
     # Before the imports, which take seconds.
     settings = None if args.program in TOOLS else _read(args)
@@ -283,79 +281,6 @@ def _is_for_users(error: Exception) -> bool:
 def _message(error: Exception) -> str:
   """An error's message, without what gin adds about its configurables."""
   return re.sub(r'\n\s*In call to configurable .*', '', str(error))
-
-
-def _leave_on_signals(program: str) -> None:
-  """Ends the process at Ctrl-C and SIGTERM, while there is nothing to save.
-
-  At once, and not by an exception: imports of C extensions, callbacks and
-  destructors would swallow that. While it trains, `train` has its own way.
-  """
-  if program == 'train':
-    message, status = 'MODEL_DIR is unchanged; the same command goes on', 0
-  else:
-    message, status = 'nothing was written', 130
-
-  stderr = os.dup(2)  # Which is closed for a while: see `quiet_stderr`.
-
-  def leave(number, frame):
-    del frame
-    name = signal.Signals(number).name
-    os.write(
-      stderr, f'ptune {program}: stopped by {name}; {message}\n'.encode()
-    )
-    processes.leave_early(status)
-    os._exit(status)
-
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, leave)
-
-
-def _set_up_logging() -> None:
-  """Plain lines on stderr: ours from INFO on, other packages' from ERROR."""
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-  from absl import flags, logging
-
-  flags.FLAGS.mark_as_parsed()  # Else absl complains; argparse has read them.
-  logging.use_absl_handler()
-  logging.set_verbosity(logging.INFO)
-  # `ptune.tasks` lies beside the package in a checkout, and in it elsewhere.
-  tasks = importlib.util.find_spec('ptune.tasks')
-  assert tasks is not None and tasks.origin is not None
-  ours = (
-    str(pathlib.Path(__file__).parent),
-    str(pathlib.Path(tasks.origin).parent),
-  )
-  handler = logging.get_absl_handler()
-
-  def shown(record):
-    # Orbax and its threads show tracebacks of what is raised too.
-    quiet = f'{os.sep}orbax{os.sep}' in record.pathname or (
-      record.name in ('asyncio', 'concurrent.futures')
-    )
-    loud = record.levelno >= python_logging.ERROR and not quiet
-    return loud or record.pathname.startswith(ours)
-
-  for old in list(handler.filters):
-    handler.removeFilter(old)
-  handler.addFilter(shown)
-  handler.setFormatter(
-    python_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S')
-  )
-  handler.python_handler.setStream(_Stderr())
-
-
-class _Stderr:
-  """What is stderr now: the progress bar puts itself in its place."""
-
-  def write(self, text: str) -> None:
-    sys.stderr.write(text)
-
-  def flush(self) -> None:
-    sys.stderr.flush()
-
-  def close(self) -> None:
-    """Absl closes what it writes to."""
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ptune.convert.prompts import read_prompt
-from ptune.methods import prompt
+from ptune.methods import prompt, row_prompts
 from ptune.model import network, parameters, partitioning
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.serving import bank as bank_lib
@@ -129,7 +129,7 @@ def test_gradients_of_the_prompts_are_those_of_single_runs():
     row[longest - LENGTHS[name] :] = PROMPTS[name]
 
   def loss(prompts):
-    own = prompt.row_parameters(prompts, lengths)
+    own = row_prompts.row_parameters(prompts, lengths)
     return model.loss(parameters.unflatten({**BASE, **own}), batch)[0]
 
   gradients = jax.jit(jax.grad(loss))(rows)
@@ -190,9 +190,9 @@ def test_a_table_holds_what_was_put_there_last():
     assert bank.lengths == {n: len(expected[n]) for n in sorted(expected)}
     for name, array in expected.items():
       own = parameters.flatten(bank.trees([name])[1])
-      length = int(own[prompt.LENGTHS[0]][0])
+      length = int(own[row_prompts.LENGTHS[0]][0])
       assert length == len(array)
-      np.testing.assert_array_equal(own[prompt.ROWS][0, -length:], array)
+      np.testing.assert_array_equal(own[row_prompts.ROWS][0, -length:], array)
 
 
 def test_what_is_no_prompt_is_refused_and_changes_nothing(tmp_path):

@@ -37,6 +37,7 @@ ROOMS = (
   'studies',
   't5x_host',
   'tools',
+  'terminal',
   'cli',
 )
 PROGRAMS = ('evaluate', 'infer', 'train', 'train_many')

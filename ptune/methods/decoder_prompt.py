@@ -18,7 +18,8 @@ Trained: P, as decoder/prompt/prompt/prompt.
 import functools
 
 from ptune.methods import prompt_init
-from ptune.methods.prompt import InsertPrompt, Prompt, check_length, packed
+from ptune.methods.packed_prompts import packed
+from ptune.methods.prompt import InsertPrompt, Prompt, check_length
 from ptune.model.adapters import Method, Placement
 
 PATH = 'decoder/prompt/prompt/prompt'

@@ -41,9 +41,9 @@ from flax.linen import partitioning
 
 from ptune.errors import UserError
 from ptune.methods import prompt_init
+from ptune.methods.packed_prompts import ReadPrompt
 from ptune.methods.prompt import (
   SCOPE,
-  ReadPrompt,
   causal_mask,
   check_length,
 )

@@ -27,7 +27,7 @@ from flax.linen import partitioning
 
 from ptune.errors import UserError
 from ptune.methods import prompt_init
-from ptune.methods.prompt import made_prompt
+from ptune.methods.made_prompts import made_prompt
 from ptune.model.adapters import Method
 from ptune.model.layers import Dense, kernel_init
 

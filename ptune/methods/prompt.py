@@ -10,41 +10,29 @@ Trained: P alone, prompt * embed numbers (51,200 for 100 tokens and T5 1.1
 small).
 
     --gin_file=methods/prompt.gin, or a file of prompts/ to initialise it
-
-Where the rows of a batch have prompts of their own (`per_row`), shorter ones
-are padded on the left, so that a row reads [padding; P; X] and distances are
-those of [P; X]; the padding is hidden from all that is read.
-
-Packed rows have the prompt before each example: [P; X1; P; X2] (`packed`).
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
 from ptune.errors import UserError
 from ptune.methods import prompt_init
+from ptune.methods.packed_prompts import packed
 from ptune.model.adapters import (
   PADDING,
   VIRTUAL,
   Method,
-  Packed,
   Placement,
-  Rows,
 )
 
 SCOPE = 'encoder/prompt/prompt'
 PATH = f'{SCOPE}/prompt'
 POSITIONS = ('start', 'after_first', 'before_eos')
-# Of `per_row`.
-ROWS = 'encoder/row_prompts/prompts'
-LENGTHS = ('encoder/row_lengths/lengths', 'decoder/row_lengths/lengths')
 
 
 class Prompt(nn.Module):
@@ -110,26 +98,6 @@ class InsertPrompt(nn.Module):
     return jnp.take_along_axis(both, source[..., None], axis=1)
 
 
-class ReadPrompt(nn.Module):
-  """Puts rows of a prompt where virtual tokens stand, see `adapters.Packed`.
-
-  Attributes:
-    source: The module that holds, or makes, the prompt, [..., embed].
-  """
-
-  source: Callable[..., nn.Module]
-
-  @nn.compact
-  def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-    """x [batch, length], y [batch, length, embed] -> the shape of y."""
-    prompt = self.source(name='prompt')(y.shape[-1])
-    prompt = prompt.reshape(-1, y.shape[-1])
-    # A product, not a gather, whose gradient would be summed in any order.
-    rows = jax.nn.one_hot(x - VIRTUAL, prompt.shape[0])
-    read = jnp.einsum('blp,pe->ble', rows, prompt, precision='highest')
-    return jnp.where((x >= VIRTUAL)[..., None], read.astype(y.dtype), y)
-
-
 class CausalPrompt(nn.Module):
   """Hides from each row of a prompt those behind it.
 
@@ -151,124 +119,6 @@ class CausalPrompt(nn.Module):
       prompt = (positions < self.length)[None]
     hidden = behind[None] & prompt[:, None, :]
     return y & ~hidden[:, None]
-
-
-class RowPrompts(nn.Module):
-  """Puts before the tokens of every row a prompt of its own.
-
-  The parameter is float32 [batch, prompt, embed], of any prompt length.
-  """
-
-  @nn.compact
-  def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-    """y [batch, length, embed] -> [batch, prompt + length, embed]."""
-    del x
-    rows, _, embed = y.shape
-    prompts = partitioning.param_with_axes(
-      'prompts',
-      nn.initializers.zeros,
-      (rows, _given(self, 'prompts', 1, axis=1), embed),
-      jnp.float32,
-      axes=('batch', 'prompt', 'prompt_embed'),
-    )
-    return jnp.concatenate([prompts.astype(y.dtype), y], axis=1)
-
-
-class RowLengths(nn.Module):
-  """Hides the padding before prompts that are shorter than others.
-
-  The parameter, int32 [batch], is how long each row's prompt is.
-  """
-
-  @nn.compact
-  def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Masks the first positions of the encoder.
-
-    Args:
-      x: [batch, length] the encoder's tokens; [batch * beams, length] in the
-        decoder of a beam search.
-      y: Which positions are seen, [batch, heads, q, k] or what broadcasts to
-        it; k is prompt + length.
-
-    Returns:
-      The same, [batch, heads, q, k] or what broadcasts to it.
-    """
-    rows = _given(self, 'lengths', x.shape[0], axis=0)
-    lengths = partitioning.param_with_axes(
-      'lengths', nn.initializers.ones, (rows,), jnp.int32, axes=('batch',)
-    )
-    lengths = jnp.repeat(lengths, x.shape[0] // rows)  # For every beam.
-    longest = y.shape[-1] - x.shape[1]
-    shown = jnp.arange(y.shape[-1])[None, :] >= (longest - lengths)[:, None]
-    return y & shown[:, None, None, :]
-
-
-def _given(module: nn.Module, name: str, default: int, axis: int) -> int:
-  """The size of a parameter that says its own."""
-  if not module.has_variable('params', name):
-    return default
-  return module.get_variable('params', name).shape[axis]
-
-
-def per_row() -> tuple[Placement, ...]:
-  """The adapters with which every row of a batch has a prompt of its own.
-
-  Their parameters, see `row_parameters`, are made for each batch.
-  """
-  return (
-    Placement('encoder/embed', 'row_prompts', RowPrompts),
-    Placement('encoder/mask', 'row_lengths', RowLengths),
-    Placement('decoder/encoder_mask', 'row_lengths', RowLengths),
-  )
-
-
-def row_parameters(
-  prompts: jax.Array, lengths: jax.Array
-) -> dict[str, jax.Array]:
-  """The parameters of `per_row`, by path.
-
-  Args:
-    prompts: [batch, prompt, embed] float32; those shorter than the longest
-      stand at its end.
-    lengths: [batch] int32, how long they are.
-  """
-  return {ROWS: prompts, **dict.fromkeys(LENGTHS, lengths)}
-
-
-def packed(
-  stack: str,
-  source: Callable[..., nn.Module],
-  length: int,
-  position: str = 'start',
-  causal: bool = False,
-) -> Packed:
-  """A prompt of `length` rows in packed examples, as `prompt` has it.
-
-  Args:
-    stack: 'encoder' or 'decoder'.
-    source: The module that holds, or makes, the prompt.
-    length: Rows of the prompt.
-    position: Where it stands among the tokens of an example.
-    causal: Whether its rows see only those before them.
-  """
-
-  def insert(tokens: np.ndarray) -> np.ndarray:
-    count = len(tokens)
-    before = {
-      'start': 0,
-      'after_first': min(1, count),
-      'before_eos': max(count - 1, 0),
-    }[position]
-    return np.insert(tokens, before, VIRTUAL + np.arange(length))
-
-  adapter = functools.partial(ReadPrompt, source=source)
-  return Packed(
-    placements=(
-      Placement(f'{stack}/embed', 'prompt', adapter),
-      *(causal_mask(None) if causal else ()),
-    ),
-    insert={stack: (length, insert)},
-  )
 
 
 def prompt(
@@ -309,54 +159,9 @@ def prompt(
     trainable=(PATH,),
     prompt=PATH,
     initial={PATH: init or prompt_init.random_uniform()},
-    packed=packed('encoder', source, length, position, causal),
-  )
-
-
-def made_prompt(
-  name: str,
-  length: int,
-  source: Callable[..., nn.Module],
-  fold: Callable[[Mapping[str, np.ndarray], Rows], Any],
-  initial: Mapping[str, prompt_init.Initializer] | None = None,
-  settings: Mapping[str, Any] | None = None,
-) -> Method:
-  """A prompt that a module makes of what is trained, and that is saved alone.
-
-  Args:
-    name: Of the method.
-    length: Rows of the prompt (PROMPT_LENGTH).
-    source: The module, in place of `Prompt`.
-    fold: What the module makes, [prompt, embed], of its parameters by name
-      (float32, NumPy) and of rows of the base's embedding.
-    initial: `Method.initial`, by the name of the parameter.
-    settings: `Method.settings`.
-
-  Raises:
-    ValueError: If the length is below 1.
-  """
-  check_length(length)
-
-  def fold_all(trained, rows):
-    # On the host: one process alone may ask for it.
-    own = {k.removeprefix(f'{SCOPE}/'): np.array(x) for k, x in trained.items()}
-    return {PATH: np.asarray(fold(own, rows), np.float32)}
-
-  return Method(
-    name=name,
-    placements=(
-      Placement(
-        'encoder/embed',
-        'prompt',
-        functools.partial(InsertPrompt, length=length, source=source),
-      ),
+    packed=packed(
+      'encoder', source, length, position, causal_mask(None) if causal else ()
     ),
-    trainable=(f'{SCOPE}/*',),
-    prompt=PATH,
-    fold=fold_all,
-    settings=dict(settings or {}),
-    initial={f'{SCOPE}/{k}': init for k, init in (initial or {}).items()},
-    packed=packed('encoder', functools.partial(source, length=length), length),
   )
 
 

@@ -25,8 +25,8 @@ from flax.linen import partitioning
 
 from ptune.errors import UserError
 from ptune.methods import prompt_init
+from ptune.methods.made_prompts import made_prompt
 from ptune.methods.p_tuning import AXES
-from ptune.methods.prompt import made_prompt
 from ptune.model.adapters import Method
 
 

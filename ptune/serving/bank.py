@@ -6,7 +6,7 @@
     tokens, scores = bank.predict(['sst2', 'rte'], encoder_input_tokens)
 
 The base lies on the devices once. The prompts lie beside it in one table, from
-which each batch takes its own, see `methods.prompt.per_row`: a program is
+which each batch takes its own, see `row_prompts.per_row`: a program is
 compiled for a shape of batch and of table, and stays as prompts come and go.
 """
 
@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from ptune.convert.prompts import is_of_a_run, name_of, read_prompt
 from ptune.errors import UserError
-from ptune.methods.prompt import ROWS, per_row, row_parameters
+from ptune.methods.row_prompts import ROWS, per_row, row_parameters
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Batch, Decoding, EncoderDecoderModel

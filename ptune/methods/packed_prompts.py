@@ -1,0 +1,70 @@
+"""Prompts in packed rows: each example has its own before it.
+
+A row of two examples X1 and X2 reads [P; X1; P; X2], see `data.packing`.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ptune.model.adapters import VIRTUAL, Packed, Placement
+
+
+class ReadPrompt(nn.Module):
+  """Puts rows of a prompt where virtual tokens stand, see `adapters.Packed`.
+
+  Attributes:
+    source: The module that holds, or makes, the prompt, [..., embed].
+  """
+
+  source: Callable[..., nn.Module]
+
+  @nn.compact
+  def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    """x [batch, length], y [batch, length, embed] -> the shape of y."""
+    prompt = self.source(name='prompt')(y.shape[-1])
+    prompt = prompt.reshape(-1, y.shape[-1])
+    # A product, not a gather, whose gradient would be summed in any order.
+    rows = jax.nn.one_hot(x - VIRTUAL, prompt.shape[0])
+    read = jnp.einsum('blp,pe->ble', rows, prompt, precision='highest')
+    return jnp.where((x >= VIRTUAL)[..., None], read.astype(y.dtype), y)
+
+
+def packed(
+  stack: str,
+  source: Callable[..., nn.Module],
+  length: int,
+  position: str = 'start',
+  others: tuple[Placement, ...] = (),
+) -> Packed:
+  """A prompt of `length` rows in packed examples, as `prompt` has it.
+
+  Args:
+    stack: 'encoder' or 'decoder'.
+    source: The module that holds, or makes, the prompt.
+    length: Rows of the prompt.
+    position: Where it stands among the tokens of an example.
+    others: Placements that it needs besides.
+  """
+
+  def insert(tokens: np.ndarray) -> np.ndarray:
+    count = len(tokens)
+    before = {
+      'start': 0,
+      'after_first': min(1, count),
+      'before_eos': max(count - 1, 0),
+    }[position]
+    return np.insert(tokens, before, VIRTUAL + np.arange(length))
+
+  adapter = functools.partial(ReadPrompt, source=source)
+  return Packed(
+    placements=(
+      Placement(f'{stack}/embed', 'prompt', adapter),
+      *others,
+    ),
+    insert={stack: (length, insert)},
+  )
