@@ -26,6 +26,7 @@ from ptune.convert import (
   restore,
   with_rows,
 )
+from ptune.convert.fingerprint import of_params
 from ptune.convert.source import Source
 from ptune.data import batches, packing, seqio_task
 from ptune.errors import UserError
@@ -36,7 +37,6 @@ from ptune.model.models import EncoderDecoderModel
 from ptune.model.config import ModelConfig
 from ptune.serving.evaluation import evaluation_of
 from ptune.training import (
-  checkpoints,
   loop,
   optim,
   report,
@@ -135,7 +135,7 @@ def train(
     needed = plan.base if state is None else plan.frozen
     base = initial_base(plan, source, needed, state is None, seed)
     frozen = {path: base[path] for path in plan.frozen}
-    facts['base'] = checkpoints.fingerprint(frozen) if frozen else None
+    facts['base'] = of_params(frozen) if frozen else None
     run.compare({'': facts})
     if state is None:
       trainable = {path: base[path] for path in plan.trainable & plan.base}

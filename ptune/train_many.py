@@ -28,13 +28,14 @@ import numpy as np
 
 from ptune import train
 from ptune.convert import check_config, open_checkpoint, with_rows
+from ptune.convert.fingerprint import of_params
 from ptune.data import batches
 from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.config import ModelConfig
 from ptune.serving.evaluation import evaluation_of
-from ptune.training import checkpoints, loop, many, optim, run_file, settings
+from ptune.training import loop, many, optim, run_file, settings
 from ptune.training.loop import Member
 from ptune.training.run import Run
 
@@ -141,7 +142,7 @@ def train_many(
     # ------------------------------------------------------------ parameters
     plan = next(iter(groups.values())).plan
     base = train.initial_base(plan, source, plan.base, False, 0)
-    fingerprint = checkpoints.fingerprint(base)
+    fingerprint = of_params(base)
     for name in runs:
       facts[name]['base'] = fingerprint
     run.compare(facts)

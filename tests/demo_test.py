@@ -13,11 +13,11 @@ import rich.console
 
 from ptune import pretrained
 from ptune.convert import open_checkpoint, restore
+from ptune.convert.fingerprint import of_params
 from ptune.methods import full
 from ptune.model import parameters
 from ptune.tasks import generated_text
 from ptune.tools import demo, miniature
-from ptune.training import checkpoints
 
 
 @pytest.fixture(scope='module')
@@ -175,7 +175,7 @@ def test_a_shipped_model_loads_strictly_and_is_what_its_card_says(name):
   card = (pretrained.DIRECTORY / 'README.md').read_text()
   found = re.search(rf'\| `{name}` \|.*\| `([0-9a-f]{{16}})` \|', card)
   assert found, f'README.md has no row for {name}'
-  assert checkpoints.fingerprint(values) == found[1]
+  assert of_params(values) == found[1]
   count = sum(x.size for x in values.values())
   assert f'{count:,}' in card
 

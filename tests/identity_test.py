@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from ptune.convert import check_config, identity, open_checkpoint
+from ptune.convert.fingerprint import of_params
 from ptune.convert.layout import shapes
 from ptune.convert.source import Leaf, Source
 from ptune.model import network, sizes
-from ptune.training import checkpoints
 from tests import layouts
 
 
@@ -112,11 +112,11 @@ def test_a_prompt_alone_contradicts_no_model():
 def test_fingerprint_is_that_of_a_run(numerics, path):
   """Else the prompt of a run would be refused on its own base."""
   _, arrays = layouts.restored(numerics / path)
-  expected = checkpoints.fingerprint(arrays)
+  expected = of_params(arrays)
   source = open_checkpoint(numerics / path)
   assert identity.fingerprint(source) == expected
   half = {k: v.astype(jnp.bfloat16) for k, v in arrays.items()}
-  assert checkpoints.fingerprint(half) == expected
+  assert of_params(half) == expected
 
 
 @pytest.mark.parametrize('dtype', [np.float32, np.float16, jnp.bfloat16])
@@ -128,7 +128,7 @@ def test_fingerprint_of_any_rank_in_any_number_of_parts(monkeypatch, dtype):
     'b/d': rng.standard_normal((3, 4, 5)).astype(dtype),
   }
   on_devices = {k: jnp.asarray(v, jnp.float32) for k, v in arrays.items()}
-  expected = checkpoints.fingerprint(jax.device_put(on_devices))
+  expected = of_params(jax.device_put(on_devices))
   for part in (1 << 22, 8, 1):
     monkeypatch.setattr('ptune.convert.source._PART', part)
     checksums = identity.Checksums()

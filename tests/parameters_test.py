@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from ptune.convert.fingerprint import of_params
 from ptune.methods import full, prompt, prompt_init
 from ptune.model import network, parameters, partitioning, sizes
 from ptune.model.adapters import Method, Placement
-from ptune.training import checkpoints
 from tests.network_test import SHALLOW, TINY, load
 
 ONE = partitioning.make_mesh(devices=jax.devices()[:1])
@@ -282,7 +282,7 @@ def shallow_plan(model_parallel=None, dtype='float32'):
 
 def fingerprint(values, *where):
   structs = shallow_plan(*where).params
-  return checkpoints.fingerprint(
+  return of_params(
     {path: parameters.place(v, structs[path]) for path, v in values.items()}
   )
 

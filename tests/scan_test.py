@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from ptune.convert.fingerprint import of_params
 from ptune.data import batches as data
 from ptune.methods import decoder_prompt, full, ia3, lora, per_layer, prompt
 from ptune.methods import prefix as prefix_lib
@@ -19,7 +20,7 @@ from ptune.model import (
   scan,
   sizes,
 )
-from ptune.training import checkpoints, optim
+from ptune.training import optim
 from ptune.training import state as state_lib
 from tests import tiny
 from tests.network_test import make_batch, random_params
@@ -251,8 +252,8 @@ def test_held_weights_are_stacked_and_take_no_more_room(frozen_dtype):
     path: parameters.place(values('lora')[path], x)
     for path, x in plan.select(plan.frozen).items()
   }
-  print_of = checkpoints.fingerprint(placed)
-  assert print_of == checkpoints.fingerprint(
+  print_of = of_params(placed)
+  assert print_of == of_params(
     {
       path: parameters.place(values('lora')[path], x)
       for path, x in plain.select(plain.frozen).items()

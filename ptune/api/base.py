@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import jax
 
 from ptune.convert import identity, open_checkpoint
+from ptune.convert.fingerprint import of_params
 from ptune.convert.pieces import Vocabulary
 from ptune.convert.vocabulary import open_vocabulary
 from ptune.errors import UserError
 from ptune.model.sizes import Config
 from ptune.serving import predictor
-from ptune.training import checkpoints, cpu
+from ptune.training import cpu
 
 
 class Base:
@@ -71,7 +72,7 @@ class Base:
   @functools.cached_property
   def fingerprint(self) -> str:
     """16 hexadecimal digits by which runs and prompts name their base."""
-    return checkpoints.fingerprint(self.weights)
+    return of_params(self.weights)
 
 
 def as_base(base: 'Base | str | os.PathLike[str]') -> Base:

@@ -229,7 +229,7 @@ def base_leaves(source: Source) -> dict[str, Leaf]:
 
 
 def fingerprint(source: Source) -> str:
-  """What `checkpoints.fingerprint` gives of the base; holds a leaf at a time.
+  """What `fingerprint.of_params` gives of the base; holds a leaf at a time.
 
   Raises:
     ValueError: a value is NaN or infinite.
@@ -243,7 +243,7 @@ def fingerprint(source: Source) -> str:
 class Checksums:
   """The fingerprint of parameters that are read for another end as well.
 
-  The sums of `checkpoints.fingerprint`, by NumPy and block by block: no device
+  The sums of `fingerprint.of_params`, by NumPy and block by block: no device
   is needed, nor the whole model.
   """
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from ptune import paths
 from ptune.convert import account, check_config, open_checkpoint, restore
+from ptune.convert.fingerprint import of_params
 from ptune.convert.prompts import find
 from ptune.convert.trained import facts_beside, open_trained
 from ptune.errors import UserError
@@ -150,7 +151,7 @@ def load(
     values |= restored
   if (model_dir or prompt_file) and plan.frozen:
     frozen = {path: values[path] for path in plan.frozen}
-    fingerprint = checkpoints.fingerprint(frozen)
+    fingerprint = of_params(frozen)
     run_file.compare(model_dir or '', run, {'base': fingerprint})
     if facts.get('base', fingerprint) != fingerprint:
       logging.warning(
@@ -264,7 +265,7 @@ def load_bank(
     base,
     max_decode_length,
     mesh=mesh,
-    fingerprint=checkpoints.fingerprint(base),
+    fingerprint=of_params(base),
     **settings,
   )
   for name, path in prompts.items():
