@@ -122,9 +122,7 @@ def train(
       logging.info('going on from step %d of %s', run.start, run.directory)
 
     # ------------------------------------------------------------------ data
-    rows = rows_of(
-      task, data, config, method, seed, run.directory / 'stream'
-    )
+    rows = rows_of(task, data, config, method, seed, run.directory / 'stream')
     evaluate = None
     if evaluates:
       evaluate = evaluation_of(

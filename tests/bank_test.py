@@ -218,7 +218,7 @@ def test_what_is_no_prompt_is_refused_and_changes_nothing(tmp_path):
     bank.add('', good)
   with pytest.raises(bank_lib.UnknownPrompt, match="'thre'; did you mean thre"):
     bank.trees(['thre'])
-  with pytest.raises(bank_lib.UnknownPrompt, match='there are: five, three'):
+  with pytest.raises(bank_lib.UnknownPrompt, match='there are five, three'):
     bank.remove('xyz')
   with pytest.raises(ValueError, match='which the 8 devices'):
     filled(devices=8).trees(['five'])

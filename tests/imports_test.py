@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # `python -m ptune.NAME` runs.
 ROOMS = (
   'errors',
+  'columns',
   'quiet',
   'paths',
   'files',

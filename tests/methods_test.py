@@ -594,7 +594,7 @@ def test_the_list_has_a_column_for_each_size(capsys):
     ['lora', '344,064', '0.447%', '9,437,184', '0.0847%'],
   ]
   assert cli.main(['methods', '--size=t5_1_1_bas']) == 2
-  assert "did you mean ['t5_1_1_base'" in capsys.readouterr().err
+  assert 'did you mean t5_1_1_base' in capsys.readouterr().err
 
 
 def test_the_page_of_methods_counts_right():

@@ -384,7 +384,10 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path):
     ({'train_steps': 1e3, 'eval_period': None}, 'is 1000.0, EVAL_PERIOD is No'),
     ({'keep_checkpoints': 0}, 'KEEP_CHECKPOINTS is 0; .* or None'),
     ({'microbatches': 3}, '1 devices .* times 3 MICROBATCHES. Use 6 or 9'),
-    ({'mixture_or_task_name': 'tinny'}, 'nearest of the .*: tiny'),
+    (
+      {'mixture_or_task_name': 'tinny'},
+      'none of the .*; did you mean tiny',
+    ),
     ({'mixture_or_task_module': 'no.such'}, "no module 'no'"),
     ({'task_feature_lengths': {'inputs': 8}}, "no length for 'targets'"),
     ({'task_feature_lengths': 8}, 'TASK_FEATURE_LENGTHS is 8, expected'),
@@ -401,7 +404,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=message):
       tiny.run(**{'model_dir': target, **changes})
     assert not target.exists() or not tiny.files(target), changes
-  with pytest.raises(FileNotFoundError, match=r"did you mean \['prompt.npy'\]"):
+  with pytest.raises(FileNotFoundError, match=r'did you mean prompt.npy'):
     tiny.run(target, **from_file(tmp_path / 'promt'))
   with pytest.raises(FileNotFoundError, match='Nothing is at /nowhere'):
     tiny.run(target, initial_checkpoint_path='/nowhere')

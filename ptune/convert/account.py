@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import jax
 
+from ptune.columns import aligned
 from ptune.convert.source import Source
 from ptune.model.parameters import format_bytes
 
@@ -41,15 +42,8 @@ def account(
   known = [size for size in ignored.values() if size is not None]
   size = format_bytes(sum(known)) if len(known) == len(ignored) else '?'
   rows.append(('ignored', f'{len(ignored):,}', '', size, _some(ignored)))
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = [
-    '  '.join(
-      text.ljust(w) if i in (0, 4) else text.rjust(w)
-      for i, (text, w) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  ]
-  return '\n'.join([f'from the {source.where}', *lines])
+  table = aligned(rows, right={1, 2, 3})
+  return '\n'.join([f'from the {source.where}', *table])
 
 
 def _sums(arrays: Mapping[str, Shaped]) -> tuple[str, str, str]:

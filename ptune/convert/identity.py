@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ptune.columns import aligned
 from ptune.convert import t5gemma
 from ptune.convert.layout import layout, shapes
 from ptune.convert.source import (
@@ -176,10 +177,7 @@ def check_config(source: Source, config: Config) -> None:
   ours = [name for name in SIZES if not _differing(_all(config), SIZES[name])]
   rows = [('', 'checkpoint', 'model')]
   rows += [(f, str(found[f]), str(_all(config).get(f, '-'))) for f in differing]
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  table = '\n'.join(
-    '  ' + '  '.join(map(str.ljust, row, widths)).rstrip() for row in rows
-  )
+  table = '\n'.join(f'  {line}' for line in aligned(rows))
   advice = 'No published model is like this checkpoint; set sizes.t5 in a gin'
   advice += ' file of your own.'
   if theirs:

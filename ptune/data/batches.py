@@ -548,15 +548,23 @@ def padded_batches(
     order = np.argsort(-lengths, kind='stable')
   for start in range(0, len(examples), batch_size):
     which = order[start : start + batch_size]
-    filled = np.pad(which, (0, batch_size - len(which)), 'edge')
+    numbers = repeat_last(which, batch_size)
     limit = longest['encoder_input_tokens']
     cut = _round_up(lengths[which].max(), bucket_multiple, limit)
     batch = {}
     for name, length in {**longest, 'encoder_input_tokens': cut}.items():
-      rows = [examples[i][name][:length] for i in filled]
+      rows = [examples[i][name][:length] for i in numbers]
       batch[name] = filled_up(rows, length, name, pad)
     batch['decoder_loss_weights'][len(which) :] = 0
     yield which, batch
+
+
+def repeat_last(rows: np.ndarray, batch_size: int) -> np.ndarray:
+  """The numbers of a batch's rows: after the last, it stands again.
+
+  [4, 5], 4 -> [4, 5, 5, 5]
+  """
+  return np.pad(rows, (0, batch_size - len(rows)), 'edge')
 
 
 def eval_batches(

@@ -5,7 +5,6 @@ TensorFlow to read rows. `seqio_task` imports it when a SeqIO task is named.
 """
 
 import copy
-import difflib
 import functools
 import importlib
 import math
@@ -23,7 +22,7 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 import seqio
 import tensorflow as tf
 
-from ptune.errors import UserError
+from ptune.errors import UserError, nearest
 from ptune.model.sizes import TokenIds
 from ptune.tasks.metrics import UNLABELLED
 
@@ -57,12 +56,11 @@ def load(name: str, module: str | Sequence[str] | None = None) -> Provider:
     importlib.import_module('ptune.tasks.library')
   if not _is_registered(name):
     names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-    near = difflib.get_close_matches(name, names, n=5, cutoff=0.3)
+    near = nearest(name, names, most=0, cutoff=0.3)
     raise UserError(
-      f'MIXTURE_OR_TASK_NAME {name!r} is not registered; nearest of the '
-      f'{len(names)} registered names: {", ".join(near) or "none"}. Set '
-      'MIXTURE_OR_TASK_MODULE to the module that registers it (imported: '
-      f'{module}).'
+      f'MIXTURE_OR_TASK_NAME {name!r} is none of the {len(names)} registered '
+      f'names{near or "."} Set MIXTURE_OR_TASK_MODULE to the module that '
+      f'registers it (imported: {module}).'
     )
   return seqio.get_mixture_or_task(name)
 

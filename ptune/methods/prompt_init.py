@@ -7,7 +7,6 @@ of Lester et al. 2021, section 3.2, whose default is class labels.
 """
 
 import dataclasses
-import difflib
 import math
 import os
 import tokenize
@@ -21,7 +20,7 @@ from absl import logging
 from etils import epath
 
 from ptune import paths
-from ptune.errors import UserError
+from ptune.errors import UserError, nearest
 from ptune.model import parameters
 
 
@@ -339,10 +338,8 @@ def _missing(file: epath.Path) -> str:
   names = []
   if file.parent.is_dir():
     names = [child.name for child in file.parent.iterdir()]
-  near = difflib.get_close_matches(file.name, names, n=3, cutoff=0.4)
-  return f'there is no prompt file {file}' + (
-    f'; did you mean {near}?' if near else ''
-  )
+  near = nearest(file.name, names, most=0, cutoff=0.4)
+  return f'there is no prompt file {file}{near}'
 
 
 def fit(array: np.ndarray, shape: tuple[int, int], what: str) -> np.ndarray:

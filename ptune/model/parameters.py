@@ -16,6 +16,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ptune.columns import aligned
 from ptune.errors import UserError
 from ptune.model import network as network_lib
 from ptune.model import partitioning, scan
@@ -375,15 +376,7 @@ def describe(plan: Plan) -> str:
         f'{nbytes(x):,}',
       )
     )
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = [
-    '  '.join(
-      text.rjust(w) if i == 5 else text.ljust(w)
-      for i, (text, w) in enumerate(zip(row, widths, strict=True))
-    )
-    for row in rows
-  ]
-  return '\n'.join([summary(plan), '', *lines, ''])
+  return '\n'.join([summary(plan), '', *aligned(rows, right={5}), ''])
 
 
 def summary(plan: Plan) -> str:

@@ -4,11 +4,10 @@ Those of a T5Gemma stand in `t5gemma_sizes`.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from ptune.errors import UserError, check_counts
+from ptune.errors import UserError, check_counts, nearest
 from ptune.model import t5gemma_sizes
 from ptune.model.config import ModelConfig, TokenIds
 from ptune.model.layers import ACTIVATIONS
@@ -227,8 +226,7 @@ def t5(size: str | Config | None = None, **changes) -> Config:
   """
   if isinstance(size, str):
     if size not in SIZES:
-      near = difflib.get_close_matches(size, SIZES, n=3) or sorted(SIZES)
-      raise UserError(f'no model size {size!r}; did you mean {near}?')
+      raise UserError(f'no model size {size!r}{nearest(size, SIZES)}')
     size = SIZES[size]
   kind = T5Config if size is None else type(size)
   fields = {f.name: f for f in dataclasses.fields(kind)}

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ptune.data.batches import repeat_last
 from ptune.model import parameters, partitioning
 from ptune.model.models import Decoding, EncoderDecoderModel
 
@@ -47,8 +48,7 @@ def by_row(
   def asked():
     for rows, batch in padded:
       size = len(next(iter(batch.values())))
-      filled = np.pad(rows, (0, size - len(rows)), 'edge')
-      yield rows, ask(put(batch), filled)
+      yield rows, ask(put(batch), repeat_last(rows, size))
 
   for rows, found in fetched(asked()):
     for i, row in enumerate(rows.tolist()):

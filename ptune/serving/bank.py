@@ -10,7 +10,6 @@ which each batch takes its own, see `row_prompts.per_row`: a program is
 compiled for a shape of batch and of table, and stays as prompts come and go.
 """
 
-import difflib
 import functools
 import os
 import re
@@ -26,7 +25,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ptune.convert.prompts import is_of_a_run, name_of, read_prompt
-from ptune.errors import UserError
+from ptune.errors import UserError, nearest
 from ptune.methods.row_prompts import ROWS, per_row, row_parameters
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
@@ -280,11 +279,7 @@ def _padded(prompt: np.ndarray, longest: int) -> np.ndarray:
 
 def unknown(name: str, known: Mapping[str, Any]) -> str:
   """What is said of a name that no prompt has."""
-  near = difflib.get_close_matches(name, known, n=3)
-  there = ', '.join(sorted(known)[:20]) or 'none'
-  return f'there is no prompt {name!r}; ' + (
-    f'did you mean {" or ".join(near)}?' if near else f'there are: {there}'
-  )
+  return f'there is no prompt {name!r}{nearest(name, known)}'
 
 
 def parse(prompts: str) -> dict[str, str]:

@@ -230,5 +230,5 @@ class Batcher:
       example['decoder_loss_weights'] = weights.astype(np.int32)
       examples.append(example)
     for which, batch in data.padded_batches(examples, size, pad=special.pad):
-      filled = np.pad(which, (0, size - len(which)), 'edge')
-      yield which, [rows[i].name for i in filled], batch
+      numbers = data.repeat_last(which, size)
+      yield which, [rows[i].name for i in numbers], batch

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from ptune.files import write_atomically
 from ptune.tasks.metrics import UNLABELLED
-from ptune.training import report as report_lib
 
 OTHER = '(other)'
 # More distinct texts than this are no classes but answers of their own.
@@ -142,9 +142,7 @@ def write(
   )
   buffer = io.BytesIO()
   draw(names, counts).savefig(buffer, format='png', dpi=120)
-  report_lib.write_atomically(
-    directory / f'confusion-{step}.png', buffer.getvalue()
-  )
+  write_atomically(directory / f'confusion-{step}.png', buffer.getvalue())
 
 
 def read(directory: os.PathLike[str], step: int | str) -> list[Class]:
@@ -204,4 +202,4 @@ def draw(names: Sequence[str], counts: np.ndarray):
 def _csv(path: epath.Path, rows: Iterable[Sequence[Any]]) -> None:
   text = io.StringIO()
   csv.writer(text, lineterminator='\n').writerows(rows)
-  report_lib.write_atomically(path, text.getvalue())
+  write_atomically(path, text.getvalue())

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from ptune.data.batches import repeat_last
 from ptune.files import write_atomically
 from ptune.serving.answers import fetched
 from ptune.serving.bank import PromptBank
@@ -185,8 +186,7 @@ def _ask(
       size = len(batch['encoder_input_tokens']) // members
       trees = bank.trees(np.repeat(names, size).tolist())
       if predicts:
-        numbers = np.pad(which, (0, size - len(which)), 'edge')
-        numbers = np.tile(numbers, members)
+        numbers = np.tile(repeat_last(which, size), members)
         yield which, bank.predictor.predict(trees, batch, numbers)
       else:
         yield which, (None, bank.predictor.score(trees, batch))

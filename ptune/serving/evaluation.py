@@ -167,9 +167,13 @@ class Evaluation:
   def _predict(self, trees, should_stop, dataset):
     """[(row, tokens)] in any order, and their scores."""
     tokens, scores = [], []
-    filled = lambda rows: np.pad(rows, (0, self.batch_size - len(rows)), 'edge')
     for rows, (ids, values) in answers.fetched(
-      (rows, self._predictor.predict(trees, batch, filled(rows)))
+      (
+        rows,
+        self._predictor.predict(
+          trees, batch, data.repeat_last(rows, self.batch_size)
+        ),
+      )
       for rows, batch in self.batches(dataset, should_stop)
     ):
       tokens.extend(zip(rows.tolist(), ids, strict=False))

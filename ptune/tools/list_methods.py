@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable
 
 from ptune import methods
+from ptune.columns import aligned
 from ptune.errors import UserError
 from ptune.model import network
 from ptune.model.adapters import Method, Placement
@@ -62,12 +63,7 @@ def table(names: Iterable[str], sizes: Iterable[str]) -> str:
       trained, whole = counts(config, method)
       row.append(f'{trained:,} {100 * trained / whole:.3g}%')
     rows.append((name, *row))
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = []
-  for name, *cells in rows:
-    cells = map(str.rjust, cells, widths[1:])
-    lines.append('  '.join([name.ljust(widths[0]), *cells]))
-  return '\n'.join(lines)
+  return '\n'.join(aligned(rows, right=range(1, len(rows[0]))))
 
 
 def counts(config: Config, method: Method) -> tuple[int, int]:

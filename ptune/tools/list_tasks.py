@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ptune import gin_files
+from ptune.columns import aligned
 from ptune.errors import UserError
 from ptune.quiet import quiet_stderr
 from ptune.tasks.texts import TextTask
@@ -108,12 +109,7 @@ def _list(patterns: Sequence[str]) -> Iterator[str]:
   if not found:
     raise UserError(f'none of {len(names)} names matches {" ".join(patterns)}')
   rows = [(name, *_about(seqio.get_mixture_or_task(name))) for name in found]
-  widths = [max(len(row[i]) for row in rows) for i in range(3)]
-  for row in rows:
-    padded = (
-      cell.ljust(width) for cell, width in zip(row, widths, strict=False)
-    )
-    yield '  '.join([*padded, row[-1]]).rstrip()
+  yield from aligned(rows)
 
 
 def _matches(name: str, pattern: str) -> bool:

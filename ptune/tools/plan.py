@@ -41,6 +41,7 @@ import optax
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ptune.columns import aligned
 from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
@@ -490,10 +491,7 @@ def describe(
         verdicts[accelerator] if accelerator else answer or 'none',
       ]
     )
-  widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
-  rows = [
-    '  '.join([*map(str.rjust, line[:-1], widths), line[-1]]) for line in lines
-  ]
+  rows = aligned(lines, right=range(len(head) - 1))
   best, closing = _best(possible, accelerator, exact)
   if accelerator and best is None:
     bfloat16 = ' --gin.DTYPE="\'bfloat16\'",'

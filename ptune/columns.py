@@ -1,0 +1,22 @@
+"""Tables of plain text: for logs, files and messages."""
+
+from collections.abc import Collection, Sequence
+
+
+def aligned(
+  rows: Sequence[Sequence[str]], right: Collection[int] = ()
+) -> list[str]:
+  """The lines of a table, two blanks between its columns.
+
+  Args:
+    rows: The cells; every row has as many.
+    right: Which columns are aligned on the right.
+  """
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return [
+    '  '.join(
+      cell.rjust(width) if i in right else cell.ljust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  ]
