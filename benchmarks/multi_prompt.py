@@ -24,7 +24,7 @@ def measure(args):
   ours = peers.ours(args)
   plan = ours.plan
   runs = {
-    f'run{i}': many.Run('', prompt.prompt(args.prompt_length), seed=i)
+    f'run{i}': many.Trial('', prompt.prompt(args.prompt_length), seed=i)
     for i in range(args.runs)
   }
   groups = many.group(runs, plan.network.config, plan.mesh)

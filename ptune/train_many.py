@@ -1,7 +1,7 @@
 """Trains many prompts at once, on one frozen model and in one program.
 
     runs = {
-      f'seed{seed}': many.Run(None, prompt.prompt(100), seed=seed)
+      f'seed{seed}': many.Trial(None, prompt.prompt(100), seed=seed)
       for seed in range(8)
     }
     data = settings.Data('my_sst2', {'inputs': 128, 'targets': 4})
@@ -41,7 +41,7 @@ from ptune.training.run import Run
 
 
 def train_many(
-  runs: Mapping[str, many.Run],
+  runs: Mapping[str, many.Trial],
   *,
   model_dir: str,
   train_steps: int,
@@ -195,7 +195,7 @@ def train_many(
 
 
 def facts_of(
-  run: many.Run,
+  run: many.Trial,
   plan: parameters.Plan,
   task: str,
   data: settings.Data,
@@ -220,7 +220,7 @@ def _check_rows(groups: Mapping[str, many.Group], size: int, tokens) -> None:
       group.plan.method.check(tokens[rows])
 
 
-def _check_names(runs: Mapping[str, many.Run]) -> None:
+def _check_names(runs: Mapping[str, many.Trial]) -> None:
   taken = ('', '.', '..', 'checkpoints', 'stream', run_file.FILE)
   wrong = [name for name in runs if name in taken or '/' in name]
   if wrong or not runs:

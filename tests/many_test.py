@@ -19,7 +19,7 @@ from ptune.model import network, parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.serving import predictor
 from ptune.training import many, optim
-from ptune.training.many import Run
+from ptune.training.many import Trial
 from ptune.training.settings import Trained
 from tests import tiny
 
@@ -27,9 +27,9 @@ pytestmark = pytest.mark.slow
 
 SMALL = prompt_init.random_uniform(-0.1, 0.1)
 RUNS = {
-  'a': Run('tiny', prompt.prompt(3), 0.05, seed=1),
-  'longer': Run('tiny', prompt.prompt(5), 0.02, seed=1),
-  'other': Run(
+  'a': Trial('tiny', prompt.prompt(3), 0.05, seed=1),
+  'longer': Trial('tiny', prompt.prompt(5), 0.02, seed=1),
+  'other': Trial(
     'tiny_b',
     prompt.prompt(3, SMALL),
     optim.schedule(0.05, 'linear', 2, 10),
@@ -168,7 +168,7 @@ def test_other_runs_or_settings_are_refused(tmp_path):
   before = tiny.files(path)
   with pytest.raises(ValueError, match=r"runs: .*'longer'"):
     run(path, {'a': RUNS['a']})
-  changed = {**RUNS, 'longer': Run('tiny', prompt.prompt(5), 0.06, seed=1)}
+  changed = {**RUNS, 'longer': Trial('tiny', prompt.prompt(5), 0.06, seed=1)}
   with pytest.raises(ValueError, match=r'rate: 0\.02 there, 0\.06 here'):
     run(path, changed)
   with pytest.raises(ValueError, match='beyond TRAIN_STEPS 5'):
@@ -182,7 +182,7 @@ def test_other_runs_or_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match='expected a whole number of at least'):
       run(tmp_path / 'new', RUNS, **changes)
   for runs, message in (
-    ({'all': Run('tiny', full.full())}, "'all' has method 'full'"),
+    ({'all': Trial('tiny', full.full())}, "'all' has method 'full'"),
     ({'a/b': RUNS['a']}, r"choose others than \['a/b'\]"),
     ({}, 'one at least'),
   ):
@@ -212,7 +212,7 @@ def test_runs_together_cost_what_they_cost_alone():
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
 
   def program(count):
-    runs = {str(i): Run('', prompt.prompt(4), seed=i) for i in range(count)}
+    runs = {str(i): Trial('', prompt.prompt(4), seed=i) for i in range(count)}
     groups = many.group(runs, tiny.CONFIG, mesh)
     plan = groups['group_0'].plan
     tx = optim.adafactor(learning_rate=0.0)
@@ -238,8 +238,8 @@ def test_runs_together_cost_what_they_cost_alone():
 
 
 def test_methods_of_other_kinds_share_the_model(tmp_path):
-  runs = {'prompt': Run('tiny', prompt.prompt(3)), 'lora': Run(
-    'tiny', lora.lora(2), 0.01), 'superpos': Run(
+  runs = {'prompt': Trial('tiny', prompt.prompt(3)), 'lora': Trial(
+    'tiny', lora.lora(2), 0.01), 'superpos': Trial(
     'tiny', superpos.superpos(3, 4, 100), 0.01)}  # fmt: skip
   trained = run(tmp_path, runs, train_steps=1, eval_split=None)
   assert trained['prompt'].keys() == {prompt.PATH}
@@ -273,9 +273,9 @@ def test_what_a_method_asks_of_inputs_is_asked_of_its_own_rows(tmp_path):
     prompt.prompt(4), check=lambda tokens: asked.append(tokens.copy())
   )
   runs = {
-    'a': Run('tiny', prompt.prompt(3)),
-    'b': Run('tiny_b', checked, seed=5),
-    'c': Run('tiny', prompt.prompt(3), seed=2),
+    'a': Trial('tiny', prompt.prompt(3)),
+    'b': Trial('tiny_b', checked, seed=5),
+    'c': Trial('tiny', prompt.prompt(3), seed=2),
   }
   run(tmp_path, runs, train_steps=1, eval_split=None)
   own = data.Batches(

@@ -58,7 +58,7 @@ from ptune.training import (
   selection,
   settings,
 )
-from ptune.training.many import Run
+from ptune.training.many import Trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,7 +348,7 @@ class Runner:
     if cell.method.placements:
       train_many(
         {
-          name: Run(c.task, c.method, c.tuning.schedule(), s)
+          name: Trial(c.task, c.method, c.tuning.schedule(), s)
           for name, ((c, s), *_) in trainings.items()
         },
         model_dir=os.fspath(folder),

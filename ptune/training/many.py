@@ -35,7 +35,7 @@ Optimizer = Callable[..., optax.GradientTransformation]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Trial:
   """What one of many runs does not share with the others.
 
   Attributes:
@@ -70,7 +70,7 @@ class Group:
 
 
 def group(
-  runs: Mapping[str, Run], config: Config, mesh: jax.sharding.Mesh
+  runs: Mapping[str, Trial], config: Config, mesh: jax.sharding.Mesh
 ) -> dict[str, Group]:
   """Puts runs together that one mapped update can train.
 
@@ -157,7 +157,7 @@ def compile_step(
   model: Callable[..., EncoderDecoderModel],
   optimizer: Optimizer,
   initial_step: int,
-  runs: Mapping[str, Run],
+  runs: Mapping[str, Trial],
   groups: Mapping[str, Group],
   microbatches: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
