@@ -76,35 +76,10 @@ def infer(
     task, config.vocab_size, config.ids, trained.checkpoint_path
   )
   vocabulary = seqio_task.vocabulary(task)
-  named, default_prompt = None, trained.default_prompt
-  if trained.prompts is not None:
-    named = predictor.named_prompts(trained, method)
-    if default_prompt is None and len(named) == 1:
-      default_prompt = next(iter(named))
-  elif default_prompt is not None:
-    raise UserError(f'DEFAULT_PROMPT is {default_prompt!r}, without PROMPTS')
-  own = functools.partial(_own_prompt, named, default_prompt)
-  if input_file is None:
-    name = f'{data.task}-{split}'
-    seqio_task.check(task, data.feature_lengths, split, data.use_cached)
-    same = own(name, {})
-    examples = (
-      (texts | same, features)
-      for texts, features in seqio_task.examples(
-        task, data.feature_lengths, split, data.use_cached, config.ids
-      )
-    )
-  else:
-    name = _stem(input_file)
-    seqio_task.check(task, data.feature_lengths, None)
-    texts = [
-      text | own(where, row)
-      for where, text, row in read_inputs(input_file, task, mode == 'score')
-    ]
-    examples = (
-      seqio_task.encode(task, data.feature_lengths, text, config.ids)
-      for text in texts
-    )
+  named, own = _prompts(trained, method)
+  name, examples = _examples(
+    task, data, config, split, input_file, mode == 'score', own
+  )
   mesh = partitioning.make_mesh(model_parallel)
   batches.check_batch_size(data.batch_size, mesh)
   plan = parameters.plan(config, method, mesh)
@@ -158,26 +133,84 @@ def infer(
     return records
 
   path = directory / f'{name}-{mode}.jsonl'
-  partial = directory / f'.{path.name}.tmp'
+  chunks = _chunks(examples, data.batch_size * CHUNK)
+  if not _write(path, chunks, answer):
+    raise UserError(
+      f'there is nothing to {mode}: {input_file or name} has no examples'
+    )
+  return path
+
+
+def _examples(
+  task: seqio_task.Provider,
+  data: settings.Data,
+  config: T5Config,
+  split: str,
+  input_file: str | None,
+  with_targets: bool,
+  own: Callable[..., dict[str, str]],
+) -> tuple[str, Iterator[tuple[dict[str, str], dict[str, Any]]]]:
+  """A name for the output, and (texts, features) of each input."""
+  if input_file is None:
+    name = f'{data.task}-{split}'
+    seqio_task.check(task, data.feature_lengths, split, data.use_cached)
+    same = own(name, {})
+    examples = (
+      (texts | same, features)
+      for texts, features in seqio_task.examples(
+        task, data.feature_lengths, split, data.use_cached, config.ids
+      )
+    )
+  else:
+    name = _stem(input_file)
+    seqio_task.check(task, data.feature_lengths, None)
+    texts = [
+      text | own(where, row)
+      for where, text, row in read_inputs(input_file, task, with_targets)
+    ]
+    examples = (
+      seqio_task.encode(task, data.feature_lengths, text, config.ids)
+      for text in texts
+    )
+  return name, examples
+
+
+def _prompts(
+  trained: settings.Trained, method: Method
+) -> tuple[dict[str, str] | None, Callable[..., dict[str, str]]]:
+  """The files of several prompts, by name, and what says a row's own."""
+  named, default_prompt = None, trained.default_prompt
+  if trained.prompts is not None:
+    named = predictor.named_prompts(trained, method)
+    if default_prompt is None and len(named) == 1:
+      default_prompt = next(iter(named))
+  elif default_prompt is not None:
+    raise UserError(f'DEFAULT_PROMPT is {default_prompt!r}, without PROMPTS')
+  return named, functools.partial(_own_prompt, named, default_prompt)
+
+
+def _write(
+  path: epath.Path,
+  chunks: Iterator[list[Any]],
+  answer: Callable[[list[Any], int], list[dict[str, Any]]],
+) -> int:
+  """Writes the records of all chunks, or nothing; returns how many."""
+  partial = path.parent / f'.{path.name}.tmp'
   writes = jax.process_index() == 0
   count = 0
   with partial.open('w') if writes else contextlib.nullcontext() as f:
-    for chunk in _chunks(examples, data.batch_size * CHUNK):
+    for chunk in chunks:
       records = answer(chunk, count)
       count += len(records)
       if f is not None:
         f.writelines(to_json(record) + '\n' for record in records)
       logging.info('%d examples done', count)
-  if not count:
-    if writes:
-      partial.unlink()
-    raise UserError(
-      f'there is nothing to {mode}: {input_file or name} has no examples'
-    )
-  if writes:
+  if writes and not count:
+    partial.unlink()
+  elif writes:
     partial.replace(path)
     print(f'{count} lines in {path}')
-  return path
+  return count
 
 
 def _own_prompt(

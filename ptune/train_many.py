@@ -71,13 +71,7 @@ def train_many(
   """
   # ------------------------------------------------------------------ checks
   settings.check(data, evaluation, saving, TRAIN_STEPS=train_steps)
-  runs = {
-    name: dataclasses.replace(run, task=run.task or data.task)
-    for name, run in runs.items()
-  }
-  _check_names(runs)
-  if data.pack:
-    raise UserError(f'PACK is {data.pack}; only ptune train packs rows')
+  runs = _checked(runs, data)
   tasks, evaluated = {}, {}
   for one in runs.values():
     tasks[one.task] = train.open_task(
@@ -97,25 +91,15 @@ def train_many(
       for key, members in groups.items()
       for name in members.runs
     }
-    facts = {
-      name: facts_of(
-        one,
-        places[name][1],
-        tasks[one.task].name,
-        data,
-        optimizer,
-        source.step or 0,
-      )
-      for name, one in runs.items()
-    }
+    facts = {}
+    for name, one in runs.items():
+      (_, plan), step = places[name], source.step or 0
+      task = tasks[one.task].name
+      facts[name] = facts_of(one, plan, task, data, optimizer, step)
     run.compare(facts)
     tx = optimizer(initial_step=source.step or 0, learning_rate=0.0)
     state = run.restore(many.abstract_state(tx, groups))
-    if run.start > train_steps:
-      raise UserError(
-        f'the runs in {run.directory} are at step {run.start}, beyond'
-        f' TRAIN_STEPS {train_steps}; raise it, or choose another MODEL_DIR'
-      )
+    _check_start(run, train_steps)
 
     # ------------------------------------------------------------------ data
     @functools.cache  # Runs of one task and seed share its rows.
@@ -127,6 +111,8 @@ def train_many(
 
     @functools.cache  # Runs of one task and group share a compiled program.
     def evaluation_for(task, key):
+      if not evaluated[task]:
+        return None
       plan = groups[key].plan
       return evaluation_of(
         tasks[task], plan, model(plan.network), data, evaluation
@@ -134,8 +120,6 @@ def train_many(
 
     evaluate = {
       name: evaluation_for(one.task, places[name][0])
-      if evaluated[one.task]
-      else None
       for name, one in runs.items()
     }
 
@@ -147,18 +131,12 @@ def train_many(
       facts[name]['base'] = fingerprint
     run.compare(facts)
     if state is None:
-      trainable = {
-        name: parameters.unflatten(
-          train.first_adapters(
-            dataclasses.replace(places[name][1], method=one.method),
-            base,
-            tasks[one.task],
-            data,
-            one.seed,
-          )
+      trainable = {}
+      for name, one in runs.items():
+        own = dataclasses.replace(places[name][1], method=one.method)
+        trainable[name] = parameters.unflatten(
+          train.first_adapters(own, base, tasks[one.task], data, one.seed)
         )
-        for name, one in runs.items()
-      }
       state = many.first_state(tx, trainable, groups)
     frozen = parameters.unflatten(parameters.hold(plan, base))
 
@@ -166,26 +144,14 @@ def train_many(
     update = many.compile_step(
       model, optimizer, source.step or 0, runs, groups, data.microbatches
     )
-    trained = functools.partial(many.of_run, groups=groups)
-    members = [
-      Member(
-        name,
-        places[name][1],
-        facts[name],
-        functools.partial(trained, run=name),
-      )
-      for name in order
-    ]
+    members = []
+    for name in order:
+      own = functools.partial(many.of_run, groups=groups, run=name)
+      members.append(Member(name, places[name][1], facts[name], own))
+    check = functools.partial(_check_rows, groups, data.batch_size)
+    joined = lambda step: many.joined([b(step) for b in rows], config.ids.pad)
     with contextlib.closing(
-      batches.prefetch(
-        lambda step: many.joined(
-          [batch(step) for batch in rows], config.ids.pad
-        ),
-        run.start,
-        train_steps,
-        mesh,
-        check=functools.partial(_check_rows, groups, data.batch_size),
-      )
+      batches.prefetch(joined, run.start, train_steps, mesh, check=check)
     ) as ahead:
       following = loop.with_first(ahead)
       run.begin(members, train_steps, data.batch_size, saving)
@@ -220,7 +186,20 @@ def _check_rows(groups: Mapping[str, many.Group], size: int, tokens) -> None:
       group.plan.method.check(tokens[rows])
 
 
-def _check_names(runs: Mapping[str, many.Trial]) -> None:
+def _check_start(run: Run, train_steps: int) -> None:
+  if run.start > train_steps:
+    raise UserError(
+      f'the runs in {run.directory} are at step {run.start}, beyond'
+      f' TRAIN_STEPS {train_steps}; raise it, or choose another MODEL_DIR'
+    )
+
+
+def _checked(
+  runs: Mapping[str, many.Trial], data: settings.Data
+) -> dict[str, many.Trial]:
+  """The runs, each with its task."""
+  if data.pack:
+    raise UserError(f'PACK is {data.pack}; only ptune train packs rows')
   taken = ('', '.', '..', 'checkpoints', 'stream', run_file.FILE)
   wrong = [name for name in runs if name in taken or '/' in name]
   if wrong or not runs:
@@ -228,3 +207,7 @@ def _check_names(runs: Mapping[str, many.Trial]) -> None:
       f'the runs are {list(runs)}: there must be one at least, and a name is'
       f' that of a directory; choose others than {wrong}'
     )
+  return {
+    name: dataclasses.replace(run, task=run.task or data.task)
+    for name, run in runs.items()
+  }

@@ -129,22 +129,7 @@ def ablate(
   plan = parameters.plan(config, method, mesh)
   batches.check_batch_size(evaluation.batch_size or data.batch_size, mesh)
   length = _length(plan)
-  if keep_rows is not None and not 1 <= keep_rows < length:
-    raise UserError(
-      f'KEEP_ROWS is {keep_rows}; expected from 1 to {length - 1}, since the'
-      f' prompt has {length} rows'
-    )
-  all_pieces = (keep_rows or length) * pieces
-  if keep_pieces is not None and not 1 <= keep_pieces < all_pieces:
-    raise UserError(
-      f'KEEP_PIECES is {keep_pieces}; expected from 1 to {all_pieces - 1}:'
-      f' the {keep_rows or length} rows have {pieces} pieces each'
-    )
-  if pieces < 1 or config.emb_dim % pieces:
-    raise UserError(
-      f'PIECES is {pieces}; expected a divisor of {config.emb_dim}, the width'
-      ' of a row'
-    )
+  _check_pruning(pruning, length, config.emb_dim)
   predictor.check(plan, trained)
   directory = predictor.output_directory(
     'EVAL_OUTPUT_DIR',
@@ -195,11 +180,8 @@ def ablate(
     if kept_pieces is not None:
       _write_pieces(directory, of_pieces, kept_pieces, kept, importance)
     if kept is not None or kept_pieces is not None:
-      known = read_prompt(trained.prompt_file or trained.model_dir or '').facts
       facts = {
-        **{
-          k: known[k] for k in ('step', 'task', 'base', 'method') if k in known
-        },
+        **_known(trained),
         'importance': importance,
         'metric': best_metric,
         'scores_of_rows': scores,
@@ -215,6 +197,33 @@ def ablate(
 
 
 IMPORTANCES = ('leave_one_out', 'gradient')
+
+
+def _check_pruning(pruning: Pruning, length: int, embed: int) -> None:
+  """Raises UserError if a prompt [length, embed] cannot be pruned so."""
+  keep_rows, keep_pieces = pruning.rows, pruning.pieces
+  pieces = pruning.pieces_a_row
+  if keep_rows is not None and not 1 <= keep_rows < length:
+    raise UserError(
+      f'KEEP_ROWS is {keep_rows}; expected from 1 to {length - 1}, since the'
+      f' prompt has {length} rows'
+    )
+  all_pieces = (keep_rows or length) * pieces
+  if keep_pieces is not None and not 1 <= keep_pieces < all_pieces:
+    raise UserError(
+      f'KEEP_PIECES is {keep_pieces}; expected from 1 to {all_pieces - 1}:'
+      f' the {keep_rows or length} rows have {pieces} pieces each'
+    )
+  if pieces < 1 or embed % pieces:
+    raise UserError(
+      f'PIECES is {pieces}; expected a divisor of {embed}, the width of a row'
+    )
+
+
+def _known(trained: settings.Trained) -> dict[str, Any]:
+  """What is known of the prompt, and stays true of its parts."""
+  known = read_prompt(trained.prompt_file or trained.model_dir or '').facts
+  return {k: known[k] for k in ('step', 'task', 'base', 'method') if k in known}
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
