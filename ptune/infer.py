@@ -144,7 +144,7 @@ def infer(
 def _examples(
   task: seqio_task.Provider,
   data: settings.Data,
-  config: T5Config,
+  config: Config,
   split: str,
   input_file: str | None,
   with_targets: bool,

@@ -34,7 +34,7 @@ from ptune.methods import prompt_init
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
-from ptune.model.config import ModelConfig
+from ptune.model.sizes import Config
 from ptune.serving.evaluation import evaluation_of
 from ptune.training import (
   loop,
@@ -55,7 +55,7 @@ def train(
   model_dir: str,
   train_steps: int,
   data: settings.Data,
-  config: ModelConfig,
+  config: Config,
   method: Method,
   initial_checkpoint_path: str | None,
   model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,
@@ -164,7 +164,7 @@ def train(
 def open_task(
   name: str,
   data: settings.Data,
-  config: ModelConfig,
+  config: Config,
   initial_checkpoint_path: str | None,
 ) -> seqio_task.Provider:
   """A task that can be trained on, by its name."""
@@ -219,7 +219,7 @@ def facts_of(
 def rows_of(
   task: seqio_task.Provider,
   data: settings.Data,
-  config: ModelConfig,
+  config: Config,
   method: Method | None,
   seed: int,
   positions: epath.Path,

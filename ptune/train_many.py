@@ -33,7 +33,7 @@ from ptune.data import batches
 from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
-from ptune.model.config import ModelConfig
+from ptune.model.sizes import Config
 from ptune.serving.evaluation import evaluation_of
 from ptune.training import loop, many, optim, run_file, settings
 from ptune.training.loop import Member
@@ -46,7 +46,7 @@ def train_many(
   model_dir: str,
   train_steps: int,
   data: settings.Data,
-  config: ModelConfig,
+  config: Config,
   initial_checkpoint_path: str,
   model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,
   optimizer: many.Optimizer = optim.adafactor,
