@@ -32,7 +32,7 @@ STANDS_FOR = {
   r'models/t5_1_1_base\.gin': 'models/tiny.gin',
   r'gs://[^\'"]*': 'ptune://tiny',
   r'/models/t5_1_1_\w+': 'ptune://tiny',
-  r'((?:TRAIN_STEPS|train_steps) ?= ?)\d+': r'\g<1>3',
+  r'((?:TRAIN_STEPS|train_steps|\bsteps) ?= ?)\d+': r'\g<1>3',
   r'\nTRAIN_STEPS = 3': r'\nTRAIN_STEPS = 3\nEVAL_STEPS = 1',
   r"'/data/vocab.model', 100": "'{vocabulary}', 20",
   r'/(data|runs|tmp|models)/': r'{root}/\1/',
@@ -121,8 +121,9 @@ def run(line, place):
 
 @pytest.fixture(scope='module')
 def trained(place):
-  """The directory after README's first training, which the pages go on from."""
-  line = next(line for line in commands(README) if 'ptune train' in line)
+  """The directory after the first tutorial, from which the pages go on."""
+  lines = commands('docs/tutorials/first_prompt.md')
+  line = next(line for line in lines if 'ptune train' in line)
   assert run(line, place) == 0
   return place
 
@@ -134,6 +135,14 @@ def test_all_commands_run(page, trained, capsys):
     if not NOT_HERE.match(line):
       status = run(line, trained)
       assert not status, f'{line}\n{capsys.readouterr().err}'
+
+
+@pytest.mark.slow
+def test_the_first_lines_of_python_run(place, capsys):
+  (text,) = (t for language, t in blocks(README) if language == 'python')
+  with tiny.one_device():
+    exec(rewritten(text, place), {})
+  assert re.fullmatch(r"\['.*'\]\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize('page', [README, *DOCS])
