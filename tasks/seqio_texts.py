@@ -5,8 +5,8 @@
 
     seqio_texts.register(files.from_files({'train': 'a.tsv'}, ...))
 
-ptune itself needs none of this. Here rows without a label stay in the training
-split, and SeqIO shuffles.
+ptune itself needs none of this. Here SeqIO shuffles, and rows without a label
+stay in the training split; ptune leaves them out, T5X does not.
 """
 
 import seqio
@@ -16,12 +16,8 @@ from ptune.tasks import registry
 from ptune.tasks.texts import TextTask
 
 
-def register(task: TextTask) -> str:
-  """Registers a task with SeqIO; again under a name replaces it.
-
-  Returns:
-    Its name.
-  """
+def source(task: TextTask) -> seqio.DataSource:
+  """The rows of a task; of one that is ranked, each with every label."""
 
   def dataset(split, shuffle_files, seed=None):
     texts = dict(task.texts(split))
@@ -30,15 +26,24 @@ def register(task: TextTask) -> str:
       rows = rows.shuffle(len(texts['inputs']), seed=seed)
     return rows
 
-  source = seqio.FunctionDataSource(dataset, splits=list(task.splits))
+  made = seqio.FunctionDataSource(dataset, splits=list(task.splits))
   # Counted only when asked for: rows of an unused split are never read.
-  source.num_input_examples = lambda split: len(task.texts(split)['inputs'])
-  if task.rank:
-    source = registry.rank_labels(source, [], task.labels or ())
+  made.num_input_examples = lambda split: len(task.texts(split)['inputs'])
+  return (
+    registry.rank_labels(made, [], task.labels or ()) if task.rank else made
+  )
+
+
+def register(task: TextTask) -> str:
+  """Registers a task with SeqIO; again under a name replaces it.
+
+  Returns:
+    Its name.
+  """
   seqio.TaskRegistry.remove(task.name)
   seqio.TaskRegistry.add(
     task.name,
-    source=source,
+    source=source(task),
     preprocessors=registry.tokenized([]),
     output_features=registry.features(),
     postprocess_fn=task.postprocess_fn,

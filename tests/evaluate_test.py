@@ -8,15 +8,19 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from seqio import TaskRegistry
 
 from ptune import evaluate
+from ptune.convert.pieces import Bytes
 from ptune.data import batches as data
 from ptune.data import seqio_task
+from ptune.errors import UserError
 from ptune.methods import full, prompt
 from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.serving import evaluation as evaluation_lib
 from ptune.serving import predictor
+from ptune.tasks import files, registry, seqio_texts
 from ptune.training import report
 from ptune.training.settings import Trained
 from tests import tiny
@@ -286,6 +290,101 @@ def test_batches_are_split_over_all_devices(trained, reference, tmp_path):
   assert scores['tiny_no_metrics']['loss'] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_users_rows_are_evaluated_as_seqio_does(trained, tmp_path):
+  plan, params, _ = load(trained)
+  rows = {'validation': tiny.rows('validation')}
+  names = sorted({label for _, label in rows['validation']})
+  for name, settings in (
+    ('labels', {'label_names': names, 'metrics': ['accuracy', 'f1']}),
+    ('texts', {}),
+    ('ranked', {'label_names': names, 'rank': True}),
+  ):
+    task = files.from_rows(rows, name=name, vocabulary=Bytes(), **settings)
+    theirs = TaskRegistry.add(
+      f'seqio_{name}',
+      source=seqio_texts.source(task),
+      preprocessors=registry.tokenized([]),
+      output_features=seqio_task.load('tiny').output_features,
+      postprocess_fn=task.postprocess_fn,
+      metric_fns=list(task.metric_fns),
+    )
+    scores, written = [], []
+    for one in (task, theirs):
+      evaluation = evaluation_lib.Evaluation(
+        one,
+        plan,
+        EncoderDecoderModel(plan.network),
+        split='validation',
+        feature_lengths=tiny.LENGTHS,
+        batch_size=8,
+        directory=tmp_path,
+      )
+      ((_, values),) = evaluation((params,), 1).items()
+      scores.append(values)
+      file = tmp_path / one.name / 'predictions-1.jsonl'
+      written.append([json.loads(x) for x in file.read_text().splitlines()])
+    assert scores[0] == scores[1]
+    assert {'loss', 'token_accuracy'} < set(scores[0])
+    for ours, other in zip(*written, strict=True):
+      assert ours == other
+
+
+def test_two_metrics_of_one_name_are_an_error_in_one_line(trained):
+  plan, params, _ = load(trained)
+  rows = {'validation': tiny.rows('validation')}
+  task = files.from_rows(
+    rows, name='twice', metrics=['squad', 'trivia_qa'], vocabulary=Bytes()
+  )
+  theirs = TaskRegistry.add(
+    'seqio_twice',
+    source=seqio_texts.source(task),
+    preprocessors=registry.tokenized([]),
+    output_features=seqio_task.load('tiny').output_features,
+    metric_fns=[tiny.accuracy, tiny.accuracy],
+  )
+  for one, message in (
+    (task, r"two of METRICS are called \['em', 'f1'\]; leave one out"),
+    (theirs, r"Duplicate metric key 'accuracy'.*; rename one"),
+  ):
+    evaluation = evaluation_lib.Evaluation(
+      one,
+      plan,
+      EncoderDecoderModel(plan.network),
+      split='validation',
+      feature_lengths=tiny.LENGTHS,
+      batch_size=8,
+      num_examples=8,
+    )
+    with pytest.raises(UserError, match=message):
+      evaluation((params,), 1)
+
+
+def test_what_an_evaluation_cuts_is_counted_in_the_log(trained, caplog):
+  plan, _, _ = load(trained)
+  words = [('ab' * n, 'yes') for n in (1, 2, 50, 60)]
+  task = files.from_rows({'validation': words}, name='cut', vocabulary=Bytes())
+  theirs = TaskRegistry.add(
+    'seqio_cut',
+    source=seqio_texts.source(task),
+    preprocessors=registry.tokenized([]),
+    output_features=seqio_task.load('tiny').output_features,
+  )
+  for one in (task, theirs):
+    with caplog.at_level('WARNING', 'absl'):
+      evaluation_lib.Evaluation(
+        one,
+        plan,
+        EncoderDecoderModel(plan.network),
+        split='validation',
+        feature_lengths=tiny.LENGTHS,
+        batch_size=8,
+      )
+    assert (
+      f"{one.name}:validation: of 4 rows, {{'inputs': 2, 'targets': 0}}"
+      ' were trimmed'
+    ) in caplog.text
+
+
 def test_an_evaluation_can_be_given_up(trained):
   plan, params, _ = load(trained)
   evaluation = evaluation_lib.Evaluation(
@@ -300,6 +399,11 @@ def test_an_evaluation_can_be_given_up(trained):
   with pytest.raises(evaluation_lib.Stopped):
     evaluation((params,), 1, lambda: next(asked))
   assert evaluation((params,), 1)['tiny']['loss'] > 0
+
+
+def test_json_has_null_for_nan():
+  line = report.to_json({'score': np.float32('nan'), 'all': [1.0, -np.inf]})
+  assert json.loads(line) == {'score': None, 'all': [1.0, None]}
 
 
 def test_json_takes_what_tasks_hold():

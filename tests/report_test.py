@@ -35,6 +35,25 @@ def test_a_record_holds_means_over_tokens(tmp_path):
   assert list((tmp_path / 'train').glob('events*'))
 
 
+def test_tensorboard_reads_the_scalars(tmp_path):
+  accumulator = pytest.importorskip(
+    'tensorboard.backend.event_processing.event_accumulator'
+  )
+  with open_report(tmp_path) as r:
+    r.train(2, SUMS)
+    r.evaluate(2, 'validation', {'a': {'f1': 50.0, 'nan': float('nan')}})
+    r.evaluate(4, 'validation', {'a': {'f1': 75.0}})
+  events = accumulator.EventAccumulator(str(tmp_path / 'eval' / 'a'))
+  events.Reload()
+  found = [(e.step, e.value) for e in events.Scalars('f1')]
+  assert found == [(2, 50.0), (4, 75.0)]
+  # JSON has no NaN, and a run that goes on has it again.
+  text = (tmp_path / 'metrics.jsonl').read_text()
+  assert 'NaN' not in text
+  scores = report.scores_at(report.read_records(tmp_path), 2)
+  assert np.isnan(scores['a']['nan'])
+
+
 def test_records_after_the_restored_step_are_dropped(tmp_path):
   with open_report(tmp_path) as r:
     for step in (2, 4, 6):
