@@ -38,16 +38,16 @@ from ptune import pretrained
 from ptune.methods import prompt
 from ptune.model import parameters
 from ptune.model.models import EncoderDecoderModel
+from ptune.tasks import files
+from ptune.tasks.texts import TextTask
 from ptune.tools import miniature
 from ptune.training import optim
 from ptune.training import state as state_lib
 
 
-def register(data: pathlib.Path) -> str:
-  """Registers the task of a directory; returns its name."""
+def task_of(data: pathlib.Path) -> TextTask:
+  """The task of a directory."""
   os.environ.setdefault('PTUNE_VOCABULARY', 'ptune://tiny')
-  from ptune.tasks import files
-
   with (data / 'train.tsv').open() as f:
     *columns, label = f.readline().split()
   return files.from_files(
@@ -73,7 +73,7 @@ def ours_of(args) -> peers.Ours:
 
 def measure(args):
   from ptune.data import batches as data
-  from ptune.data import packing, seqio_task
+  from ptune.data import packing
 
   directory = pathlib.Path(args.data)
   if not (directory / 'train.tsv').exists():
@@ -82,7 +82,7 @@ def measure(args):
   if args.versus and args.checkpoint:
     sys.exit('--versus=peft is of random weights; leave --checkpoint out')
   ours = ours_of(args)
-  task = seqio_task.load(register(directory))
+  task = task_of(directory)
   lengths = {'inputs': args.inputs, 'targets': args.targets}
   tx = optim.adafactor()
   like = state_lib.abstract_state(tx, ours.plan)

@@ -1,17 +1,19 @@
 """Rows of TSV, CSV and JSON lines, each with its place or what is wrong."""
 
+import collections
 import csv
 import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ptune.convert import storage
 from ptune.errors import UserError
 
 SUFFIXES = ('.tsv', '.csv', '.jsonl')
+SHOWN_COLUMNS = 20  # that a message lists
 LARGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit is 131,072
 
 Row = Mapping[str, Any]
@@ -106,16 +108,26 @@ def _checked(read: Callable[..., Row], *args: Any) -> Row | BadRow:
 
 
 def _columns(file: str, fields: Sequence[str]) -> Sequence[str]:
-  twice = sorted({f for f in fields if fields.count(f) > 1})
+  counts = collections.Counter(fields)
+  twice = sorted(name for name, count in counts.items() if count > 1)
   if twice:
-    raise UserError(f'{file}:1 names the columns {twice} more than once')
+    raise UserError(
+      f'{file}:1 names the columns {twice[:SHOWN_COLUMNS]} more than once'
+    )
   return fields
+
+
+def listed(columns: Iterable[Any]) -> str:
+  """The names of columns, the first few of many."""
+  names = [f'{name!s:.80}' for name in columns]
+  more = ['...'] if len(names) > SHOWN_COLUMNS else []
+  return ', '.join([*names[:SHOWN_COLUMNS], *more])
 
 
 def _with_columns(columns: Sequence[str], fields: Sequence[str]) -> Row:
   if len(fields) != len(columns):
     raise BadRow(
-      f'{len(fields)} fields, expected {len(columns)}: {", ".join(columns)}'
+      f'{len(fields)} fields, expected {len(columns)}: {listed(columns)}'
     )
   return dict(zip(columns, fields, strict=True))
 

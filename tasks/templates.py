@@ -10,6 +10,7 @@ from absl import logging
 from ptune.errors import UserError
 from ptune.tasks.metrics import UNLABELLED
 from ptune.tasks.rows import BadRow, Row
+from ptune.tasks.rows import listed as listed_columns
 
 SHOWN = 20  # bad rows that a message lists; it counts all
 
@@ -74,7 +75,8 @@ def _value(row: Row, column: str) -> str:
     seen = next((x for x in ',;' if len(there) == 1 and x in there[0]), None)
     hint = f'. They seem to be separated by {seen!r}, as in a .csv file'
     raise BadRow(
-      f'no column {column!r}, it has: {", ".join(there)}{hint if seen else ""}'
+      f'no column {column!r}, it has: {listed_columns(there)}'
+      f'{hint if seen else ""}'
     )
   value = _plain(row[column])
   kind = 'null' if value is None else f'a {type(value).__name__}'

@@ -244,6 +244,13 @@ def test_what_json_has_that_is_no_text_is_named(tmp_path, record, message):
     texts(file, names=NAMES)
 
 
+def test_a_file_of_very_many_columns_is_no_hang(tmp_path):
+  names = '\t'.join(f'c{i}' for i in range(100_000))
+  file = write(tmp_path / 'a.tsv', f'{names}\na\n')
+  with pytest.raises(ValueError, match=r'1 fields, expected 100000: c0, c1'):
+    texts(file)
+
+
 def test_a_pipe_is_no_data(tmp_path):
   os.mkfifo(tmp_path / 'a.tsv')
   with pytest.raises(ValueError, match='is a pipe; expected a file'):
