@@ -114,7 +114,7 @@ def added(tmp_path_factory):
   shutil.copy(pretrained.VOCABULARY, path / 'spiece.model')
   size = Pieces(pretrained.VOCABULARY).vocab_size
   (path / 'added_tokens.json').write_text(
-    json.dumps({'{': size, '}': size + 1, 'Größe': size + 2})
+    json.dumps({'{': size, '}': size + 1, 'Größe': size + 2, '\n': size + 3})
   )
   return path
 
@@ -156,9 +156,9 @@ def test_tokens_added_to_a_sentencepiece_model_are_found(added):
   ours, plain = open_vocabulary(added), Pieces(added / 'spiece.model')
   assert isinstance(ours, Tokenizer)
   size = plain.vocab_size
-  assert ours.vocab_size == size + 3
-  got = ours.encode('a {b} Größe')
-  assert [i for i in got if i >= size] == [size, size + 1, size + 2]
+  assert ours.vocab_size == size + 4
+  got = ours.encode('a {b}\nGröße')
+  assert [i for i in got if i >= size] == [size, size + 1, size + 3, size + 2]
   for text in TEXTS[:2]:  # Without them, all is as it was.
     assert ours.encode(text) == list(plain.encode(text))
 
@@ -222,7 +222,7 @@ def test_a_vocabulary_is_compared_with_the_base(bpe, added, tmp_path, caplog):
       check_same(other, own)
   assert not caplog.records
   check_same(pieces, added)
-  assert "'{', '}', 'Größe'" in caplog.text
+  assert "'{', '}', 'Größe', '\\n'" in caplog.text
   caplog.clear()
   check_same(open_vocabulary(added), added)
   assert not caplog.records

@@ -237,7 +237,9 @@ def _add(
       for key in ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
       if key in said
     }
-    token = tokenizers.AddedToken(content, **how)
+    # Literally, if no file says otherwise: SentencePiece's normalizer makes a
+    # line end a blank, and a blank alone nothing, which is everywhere.
+    token = tokenizers.AddedToken(content, **{'normalized': False, **how})
     (made.add_special_tokens if token.special else made.add_tokens)([token])
     if made.token_to_id(content) != i:
       raise UserError(

@@ -200,11 +200,18 @@ def check_same(vocabulary: Vocabulary, base: epath.PathLike) -> None:
     return  # A vocabulary of something else than texts.
   wanted = list(own.encode(probe))
   if given != wanted:
+    words = probe.split()
+    word = next(
+      (w for w in words if list(vocabulary.encode(w)) != list(own.encode(w))),
+      probe,
+    )
+    place = found.file or found.directory or 'bytes'
     raise UserError(
-      f'the vocabulary is not that of the base model {os.fspath(base)}: a text'
-      f' of words is {_cut(given)} in it, and {_cut(wanted)} in'
-      f' {found.file or found.directory or "bytes"}. Set VOCABULARY to'
-      f' {os.fspath(base)!r}, or choose tasks that are made with it'
+      f'the vocabulary is not that of the base model {os.fspath(base)}:'
+      f' {word!r} is {vocabulary.encode(word)} in it, and'
+      f' {list(own.encode(word))} in {place}.'
+      f' Set VOCABULARY to {os.fspath(base)!r}, or choose tasks that are made'
+      ' with it'
     )
   lacking = _lacking(vocabulary, tokens)
   if lacking:
@@ -225,7 +232,3 @@ def _lacking(
     for i, token in tokens.items()
     if not token.get('special') and i not in vocabulary.encode(token['content'])
   ]
-
-
-def _cut(ids: list[int]) -> str:
-  return str(ids[:8])[:-1] + ', ...]'
