@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from ptune import flags, gin_files, terminal
+from ptune import flags, gin_files, paths, terminal
 from ptune.errors import UserError
 from ptune.quiet import quiet_stderr
 from ptune.training import processes
@@ -124,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before the imports, which take seconds.
     settings = None if args.program in TOOLS else _read(args)
     _initialize_processes(args)
-    status = _use(args) if settings is None else _run(args, settings)
+    with paths.nothing_left():
+      status = _use(args) if settings is None else _run(args, settings)
   except Exception as error:
     if _is_for_users(error):
       print(f'ptune {args.program}: {_message(error)}', file=sys.stderr)

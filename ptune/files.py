@@ -26,7 +26,7 @@ def check_writable(name: str, directory: epath.Path) -> None:
     ValueError: If not; `name` is what users call it.
   """
   try:
-    directory.mkdir(parents=True, exist_ok=True)
+    paths.make_directory(directory)
     probe = directory / f'.writable-{os.getpid()}'
     # A full disk may still take a few bytes.
     probe.write_bytes(bytes(65536))

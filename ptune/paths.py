@@ -4,15 +4,20 @@ A path is local, as it stands or behind file://, or in a bucket. A file that is
 read is a regular one: a pipe or a device would be read for ever.
 """
 
+import contextlib
 import os
 import re
 import stat
+from collections.abc import Iterator
+from typing import Any
 
 from ptune.errors import UserError
 
 # Of buckets (etils.epath), of models by name (ptune.convert.hub), of files.
 SCHEMES = ('gs', 's3', 'az', 'hf', 'ptune', 'file')
 FILE = 'file://'
+# Directories that this process has made, see `nothing_left`.
+_made: list[Any] = []
 _KINDS = {
   stat.S_IFDIR: 'a directory',
   stat.S_IFIFO: 'a pipe',
@@ -80,3 +85,36 @@ def check_file(path: os.PathLike[str] | str, what: str = 'the file') -> str:
       ' file'
     )
   return text
+
+
+def make_directory(directory: Any) -> None:
+  """Makes a directory and those above it; `nothing_left` may remove them.
+
+  Args:
+    directory: An epath.Path, or one of pathlib.
+  """
+  missing = []
+  for place in (directory, *directory.parents):
+    if place.exists():
+      break
+    missing.append(place)
+  directory.mkdir(parents=True, exist_ok=True)
+  _made.extend(missing)
+
+
+@contextlib.contextmanager
+def nothing_left() -> Iterator[None]:
+  """Removes the directories that were made within, if it fails before use.
+
+  A command that is refused leaves nothing behind. Directories with anything in
+  them stay.
+  """
+  _made.clear()
+  try:
+    yield
+  except Exception:
+    for place in sorted(_made, key=lambda p: -len(os.fspath(p))):
+      with contextlib.suppress(OSError):
+        if '://' not in os.fspath(place):
+          place.rmdir()
+    raise

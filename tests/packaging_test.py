@@ -142,3 +142,37 @@ def test_the_version_is_said_once_and_cited_alike():
   assert version in (ROOT / 'CITATION.cff').read_text()
   lines = (ROOT / 'pyproject.toml').read_text().splitlines()
   assert f'version = "{ptune.__version__}"' in lines
+
+
+@pytest.mark.parametrize(
+  'tests',
+  [
+    # The room that stands elsewhere in a wheel; the others are slow.
+    'tasks or skipped',
+    pytest.param('not tasks and not skipped', marks=pytest.mark.slow),
+  ],
+)
+def test_a_wheel_answers_users_mistakes_as_a_checkout_does(
+  wheel, tmp_path, tests
+):
+  """`mistakes_test` once more, with the package that a wheel installs."""
+  site = str(wheel[0])
+  arguments = [
+    *('-q', '-n', '0', '-k', tests, '-p', 'no:cacheprovider'),
+    # Else pytest puts the checkout before the wheel.
+    *('--import-mode=append', '-c', str(ROOT / 'pyproject.toml')),
+    *('--rootdir', str(ROOT), str(ROOT / 'tests' / 'mistakes_test.py')),
+  ]
+  code = f"""{HIDE}
+sys.path.insert(1, {site!r})
+import ptune, pytest
+assert ptune.__file__.startswith({site!r})
+status = pytest.main({arguments!r})
+import ptune.tasks
+assert ptune.tasks.__file__.startswith({site!r})
+sys.exit(status)
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -9,6 +9,8 @@ import functools
 import importlib
 import math
 import os
+import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,15 +45,7 @@ Provider = seqio.Task | seqio.Mixture
 def load(name: str, module: str | Sequence[str] | None = None) -> Provider:
   """See `seqio_task.load`."""
   for path in [module] if isinstance(module, str) else module or ():
-    try:
-      importlib.import_module(path)
-    except ModuleNotFoundError as error:
-      if error.name is None or not f'{path}.'.startswith(f'{error.name}.'):
-        raise  # the module exists, something that it imports does not
-      raise UserError(
-        f'MIXTURE_OR_TASK_MODULE {path!r} cannot be imported, there is no '
-        f'module {error.name!r}. Install it or put it on PYTHONPATH.'
-      ) from error
+    _import(path)
   if not _is_registered(name):  # It may be one of ptune's own.
     importlib.import_module('ptune.tasks.library')
   if not _is_registered(name):
@@ -63,6 +57,49 @@ def load(name: str, module: str | Sequence[str] | None = None) -> Provider:
       f'registers it (imported: {module}).'
     )
   return seqio.get_mixture_or_task(name)
+
+
+def _import(path: str) -> None:
+  """Imports a module of a user's tasks.
+
+  Raises:
+    UserError: If there is none, or its code fails.
+  """
+  what = f'MIXTURE_OR_TASK_MODULE {path!r} cannot be imported'
+  if not re.fullmatch(r'[^\W\d]\w*(\.[^\W\d]\w*)*', path):
+    raise UserError(f'{what}: expected the name of a module, such as my.tasks')
+  try:
+    importlib.import_module(path)
+  except UserError:
+    raise
+  except ModuleNotFoundError as error:
+    where = (
+      ''
+      if error.name and f'{path}.'.startswith(f'{error.name}.')
+      else (f' at {_place(error)}')
+    )
+    raise UserError(
+      f'{what}, there is no module {error.name!r}{where}. Install it or put it'
+      ' on PYTHONPATH.'
+    ) from error
+  except SystemExit as error:
+    raise UserError(f'{what}: it ended Python, at {_place(error)}') from error
+  except Exception as error:
+    if path.startswith('ptune.'):  # A bug of ours.
+      raise
+    raise UserError(
+      f'{what}: at {_place(error)}: {type(error).__name__}: {error}'
+    ) from error
+
+
+def _place(error: BaseException) -> str:
+  """The file and line in which an error was raised."""
+  if isinstance(error, SyntaxError):
+    return f'{error.filename}, line {error.lineno}'
+  # Of the user's code the last: not of what it calls in Python's own.
+  trace = traceback.extract_tb(error.__traceback__)
+  frames = [f for f in trace if 'importlib' not in f.filename] or trace
+  return f'{frames[-1].filename}, line {frames[-1].lineno}'
 
 
 def _is_registered(name: str) -> bool:

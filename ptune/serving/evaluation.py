@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from ptune.data import batches as data
 from ptune.data import seqio_task
@@ -16,7 +17,7 @@ from ptune.quiet import quiet_stderr
 from ptune.serving import answers
 from ptune.serving.text_metrics import Examples, Scores, TextMetrics
 from ptune.tasks.texts import TextTask
-from ptune.training import settings
+from ptune.training import selection, settings
 from ptune.training.loop import Stopped
 
 
@@ -122,6 +123,44 @@ class Evaluation:
     losses = self.losses(trees, should_stop)
     return {name: scores[name] | losses[name] for name in losses}
 
+  def check_best(self, best_metric: str | None) -> None:
+    """Checks BEST_METRIC before anything is trained.
+
+    The metrics are computed as if every answer were the target.
+
+    Raises:
+      UserError: If none of the metrics has this name; it lists them.
+    """
+    always = {'loss': 0.0, 'token_accuracy': 0.0}
+    if best_metric is None or best_metric.removeprefix('-') in always:
+      return
+    try:
+      scores = self.metrics(
+        None, self._targets, lambda data: [(i, 0.0) for i in self._rows(data)]
+      )
+    except Exception as error:  # A metric that such answers are odd to.
+      logging.info('BEST_METRIC is not known before an evaluation: %s', error)
+      return
+    selection.score(
+      best_metric, {name: scores[name] | always for name in scores}
+    )
+
+  def _targets(self, dataset):
+    """What `_predict` returns if the model answers with the targets."""
+    tokens = []
+    for rows, batch in self._host_batches(dataset):
+      answered = batch['decoder_target_tokens']
+      tokens.extend(zip(rows.tolist(), answered, strict=False))
+    return tokens, {'scores': [0.0] * len(tokens)}
+
+  def _rows(self, dataset) -> list[int]:
+    return [i for rows, _ in self._host_batches(dataset) for i in rows.tolist()]
+
+  def _host_batches(self, dataset):
+    return data.eval_batches(
+      dataset, self.batch_size, self._multiple, self._ids.pad
+    )
+
   def losses(
     self,
     trees: answers.Trees,
@@ -155,9 +194,7 @@ class Evaluation:
     Raises:
       Stopped: If should_stop said so.
     """
-    for rows, batch in data.eval_batches(
-      dataset, self.batch_size, self._multiple, self._ids.pad
-    ):
+    for rows, batch in self._host_batches(dataset):
       if should_stop():
         raise Stopped
       batch = {k: np.tile(x, (copies, 1)) for k, x in batch.items()}
@@ -200,9 +237,13 @@ def evaluation_of(
   seed: int = 0,
   directory: os.PathLike[str] | None = None,
 ) -> Evaluation:
-  """The `Evaluation` of a task as the settings say; see there."""
+  """The `Evaluation` of a task as the settings say; see there.
+
+  Raises:
+    UserError: If BEST_METRIC is none of the metrics, or see there.
+  """
   batch_size = evaluation.batch_size or data.batch_size
-  return Evaluation(
+  evaluate = Evaluation(
     task,
     plan,
     model,
@@ -216,3 +257,5 @@ def evaluation_of(
     seed=seed,
     directory=directory,
   )
+  evaluate.check_best(evaluation.best_metric)
+  return evaluate

@@ -79,7 +79,7 @@ class SeqioMetrics:
 
   def __call__(
     self,
-    step: int | str,
+    step: int | str | None,
     predict: Callable[[Any], tuple[list[Any], dict[str, Any]]],
     score: Callable[[Any], list[tuple[int, float]]],
   ) -> Scores:
@@ -125,6 +125,8 @@ class PredictionLogger(seqio.loggers.Logger):
   def __call__(self, task_name, step, metrics, dataset, inferences, targets):
     """Called by SeqIO's evaluator for each task."""
     del metrics
+    if step is None:
+      return
     records = []
     for i, example in enumerate(tfds.as_numpy(dataset)):
       record: dict[str, Any] = {'index': i}

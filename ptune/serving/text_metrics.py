@@ -75,14 +75,14 @@ class TextMetrics:
 
   def __call__(
     self,
-    step: int | str,
+    step: int | str | None,
     predict: Callable[[Any], tuple[list[Any], dict[str, Any]]],
     score: Callable[[Any], list[tuple[int, float]]],
   ) -> Scores:
     """The task's own metrics of what is answered, whoever answers.
 
     Args:
-      step: Named in the files.
+      step: Named in the files; None writes none.
       predict: Of a data set: [(row, tokens)] in any order, and their scores.
       score: Of a data set: [(row, log probability)], in any order.
 
@@ -114,7 +114,7 @@ class TextMetrics:
           ' out'
         )
       found |= values
-    if self._examples.directory is not None:
+    if self._examples.directory is not None and step is not None:
       self._write(self._examples.directory, step, answers)
     return {task.name: report_lib.numbers(found)}
 

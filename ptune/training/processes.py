@@ -41,16 +41,27 @@ def join(
       and Kubernetes if not given, as are the others.
     count: How many processes there are.
     index: Which one this is.
+
+  Raises:
+    OSError: If they do not come together.
   """
   import jax  # Not at the top: the command line is read without it.
 
-  jax.distributed.initialize(
-    coordinator_address,
-    count,
-    index,
-    heartbeat_timeout_seconds=SILENCE,
-    shutdown_timeout_seconds=SILENCE,
-  )
+  try:
+    jax.distributed.initialize(
+      coordinator_address,
+      count,
+      index,
+      heartbeat_timeout_seconds=SILENCE,
+      shutdown_timeout_seconds=SILENCE,
+    )
+  except (RuntimeError, ValueError) as error:  # Of its C++, or its checks.
+    reason = str(error).split('\n')[0]
+    raise OSError(
+      f'the processes cannot join: {reason}. Look at --coordinator_address'
+      ' (host:port of process 0), --process_count and --process_index, or run'
+      ' without --multiprocess'
+    ) from error
   if jax.process_count() > 1:
     global _watch
     _watch = _Watch(coordinator_address)
