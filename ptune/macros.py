@@ -284,6 +284,10 @@ MACROS = {
     SETTING=('miniature or paper', "'paper'"),
   ),
   **_each(
+    or_none(one_of('trackio', 'wandb')),
+    TRACKER=('where figures go beside MODEL_DIR', "'trackio'"),
+  ),
+  **_each(
     list_of(_path),
     SOURCE_PROMPTS=('saved prompts of other tasks', "['mnli.npy']"),
   ),

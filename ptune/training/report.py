@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import logging
@@ -13,6 +13,9 @@ from etils import epath
 
 from ptune.files import to_disk, write_atomically
 from ptune.training import events, progress
+
+if TYPE_CHECKING:
+  from ptune.training.trackers import Tracker
 
 Record = dict[str, Any]
 
@@ -120,6 +123,7 @@ class Report:
     batch_size: float,
     write: bool = True,
     name: str = '',
+    tracker: 'Tracker | None' = None,
   ):
     """Continues the records of a directory from a step.
 
@@ -131,9 +135,10 @@ class Report:
       batch_size: Examples a step, to tell their rate.
       write: Whether this process writes files (process 0 does).
       name: Told in the log, in place of a bar, where several runs go on.
+      tracker: Gets every record too.
     """
     self._dir = epath.Path(model_dir)
-    self._write = write
+    self._write, self._tracker = write, tracker
     self._name = f'{name}: ' if name else ''
     self._batch_size = batch_size
     self.records = [
@@ -251,6 +256,9 @@ class Report:
       scalars = numbers({k: v for k, v in record.items() if k != 'step'})
       self._writers[name].write_scalars(record['step'], scalars)
       self._writers[name].flush()
+      if self._tracker is not None:
+        named = {f'{name}/{k}': v for k, v in scalars.items()}
+        self._tracker.log(record['step'], named)
 
 
 def _shown(values: Mapping[str, float]) -> str:
@@ -281,6 +289,8 @@ def draw(records: Sequence[Record]) -> Any:
   for r in records:
     for name, value in numbers(r).items():
       if 'task' in r and name not in ('step', 'loss'):
+        if name == 'token_accuracy':  # The others go to 100.
+          name, value = 'token_accuracy, %', 100 * value
         scores.setdefault(f'{r["task"]} {name}', []).append((r['step'], value))
   fig = figure.Figure(figsize=(9, 3.2), layout='constrained')
   left, right = fig.subplots(1, 2)

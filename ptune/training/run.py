@@ -30,6 +30,7 @@ from ptune.training import (
   run_file,
   settings,
   stopping,
+  trackers,
 )
 from ptune.training.loop import Member
 from ptune.training.state import TrainState
@@ -177,6 +178,7 @@ class Run(contextlib.AbstractContextManager['Run']):
           examples_per_step,
           jax.process_index() == 0,
           member.name,
+          self._tracker(member),
         )
       )
       for member in members
@@ -184,6 +186,13 @@ class Run(contextlib.AbstractContextManager['Run']):
     self.profile = enter(
       profiling.Profile(self.directory / 'profile', saving.profile_steps)
     )
+
+  def _tracker(self, member: Member) -> trackers.Tracker | None:
+    if self.saving.tracker is None or jax.process_index() != 0:
+      return None
+    place = self.place(member.name)
+    tracker = trackers.Tracker(self.saving.tracker, place, member.facts)
+    return self._stack.enter_context(contextlib.closing(tracker))
 
   def describe(self, model_info: str, config: str) -> None:
     """Writes model-info.txt, and config.gin, which reruns the run."""

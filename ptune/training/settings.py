@@ -14,6 +14,7 @@ from ptune.data.batches import BUCKET_MULTIPLE
 from ptune.errors import check_counts
 from ptune.model.models import Decoding
 from ptune.tasks.texts import TextTask
+from ptune.training import trackers
 
 PathLike = str | os.PathLike[str]
 
@@ -89,12 +90,14 @@ class Saving:
     keep_checkpoints: How many of the newest are kept; all if None.
     log_period: Steps between two records in the log.
     profile_steps: Steps traced into MODEL_DIR/profile, see `profiling`.
+    tracker: Which of `trackers.TRACKERS` gets the records too, if any.
   """
 
   checkpoint_period: int = 1000
   keep_checkpoints: int | None = None
   log_period: int = 50
   profile_steps: int | None = None
+  tracker: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +139,7 @@ def check(
   Raises:
     UserError: If one is not a whole number of at least 1.
   """
+  trackers.check(saving.tracker)
   check_counts(
     **counts,
     BATCH_SIZE=data.batch_size,
