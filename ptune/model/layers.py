@@ -16,11 +16,14 @@ from flax.linen import partitioning
 from jax import lax
 
 from ptune.errors import UserError
-from ptune.model import fused
+from ptune.model import fused, tpu_attention
 from ptune.model.adapters import Placement, adapt, placed
 from ptune.model.fused import MASKED
 
 Initializer = Callable[..., jax.Array]
+
+# By platform, the positions of a tile of bfloat16.
+TILES = {'tpu': 16}
 
 
 def _precisely(activation: Callable[[jax.Array], jax.Array]):
@@ -81,6 +84,29 @@ def refuse_packing(tokens: jax.Array, length: int) -> None:
       ' packed: each would need a prompt of its own. Turn packing off (PACK),'
       ' or place the adapters of `Method.packed`'
     )
+
+
+def fill_tiles(length: int, multiple: int | None) -> int:
+  """The number of positions that is computed for `length` of them.
+
+  A TPU computes whole tiles of positions. By its compiler, 612 positions (512
+  tokens behind a prompt of 100) take longer than 624, because arrays of 612
+  have to be moved to other layouts and back.
+
+  Args:
+    length: Positions, the prompt's included.
+    multiple: What they are rounded up to; None leaves it to the device.
+  """
+  if multiple is None:
+    multiple = TILES.get(tpu_attention.platform(), 1)
+  return -(-length // multiple) * multiple
+
+
+def pad_to(x: jax.Array, axis: int, length: int) -> jax.Array:
+  """Appends zeros, or False, along an axis; nothing if it is long enough."""
+  more = [(0, 0)] * x.ndim
+  more[axis] = (0, length - x.shape[axis])
+  return jnp.pad(x, more) if length > x.shape[axis] else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

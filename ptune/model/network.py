@@ -28,7 +28,9 @@ from ptune.model.layers import (
   Mlp,
   RelativePositionBias,
   constrain,
+  fill_tiles,
   grow,
+  pad_to,
   refuse_packing,
 )
 from ptune.model.sizes import Config, T5Config
@@ -226,9 +228,15 @@ class Encoder(nn.Module):
       refuse_packing(tokens, length)
       mask &= segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     mask = adapt(self, self.placements, 'mask', tokens, mask)
+    # From here to the norm, positions fill whole tiles of the device.
+    filled = fill_tiles(length, cfg.length_multiple)
+    x = pad_to(x, 1, filled)
+    mask = pad_to(mask, 3, filled)
+    if mask.shape[2] > 1:
+      mask = pad_to(mask, 2, filled)
     bias = None
     if not cfg.relative_attention_per_layer:
-      bias = _relative_bias(cfg, True)(length)
+      bias = _relative_bias(cfg, True)(filled)
 
     dropout = nn.Dropout(
       cfg.dropout_rate,
@@ -246,7 +254,8 @@ class Encoder(nn.Module):
       enable_dropout=enable_dropout,
     )
     x = LayerNorm(jnp.dtype(cfg.dtype), name='encoder_norm')(x)
-    return adapt(self, self.placements, 'output', tokens, dropout(x))
+    x = dropout(x)[:, :length]
+    return adapt(self, self.placements, 'output', tokens, x)
 
 
 class Prefix(nn.Module):
@@ -396,6 +405,10 @@ class Decoder(nn.Module):
       after = ((0, 0), (0, mask.shape[-1] - seen.shape[1]))
       mask &= jnp.pad(seen, after, constant_values=True)[:, None, None, :]
       encoded = encoder_mask = None
+    else:
+      filled = fill_tiles(encoded.shape[1], cfg.length_multiple)
+      encoded = pad_to(encoded, 1, filled)
+      encoder_mask = pad_to(encoder_mask, 3, filled)
 
     dropout = nn.Dropout(
       cfg.dropout_rate,

@@ -35,6 +35,9 @@ class T5Config(ModelConfig):
       own. With logits_via_embedding, the encoder's makes the logits.
     relative_attention_per_layer: Whether each layer has a relative position
       bias of its own, as in UMT5; otherwise the layers of a stack share one.
+    length_multiple: What the encoder's positions, prompt and inputs together,
+      are rounded up to by padding; None leaves it to the device, see
+      `layers.fill_tiles`.
     relative_attention_num_buckets: Buckets of the relative position bias.
     relative_attention_max_distance: Where its last bucket starts.
   """
@@ -51,6 +54,7 @@ class T5Config(ModelConfig):
   scale_decoder_outputs: bool | None = None
   decoder_embedding: bool = False
   relative_attention_per_layer: bool = False
+  length_multiple: int | None = None
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
 
@@ -99,6 +103,8 @@ class T5Config(ModelConfig):
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
     counts = ('vocab_size', 'emb_dim', 'num_heads', 'head_dim', 'mlp_dim')
     counts += ('num_decoder_layers', 'relative_attention_num_buckets')
+    if self.length_multiple is not None:
+      counts += ('length_multiple',)
     check_counts(**{name: getattr(self, name) for name in counts})
     super().__post_init__()
     unknown = sorted(set(self.mlp_activations) - set(ACTIVATIONS))
