@@ -208,6 +208,10 @@ MACROS = {
   ),
   **_each(
     or_none(_boolean),
+    FUSED_ATTENTION=("an accelerator's attention; None: on TPUs", 'True'),
+  ),
+  **_each(
+    _boolean,
     FSDP=('frozen matrices split over all devices', 'True'),
     RANK=('score every label instead of writing one', 'True'),
     REMAT=('compute layers again in the backward pass', 'True'),
