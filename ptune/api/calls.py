@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from ptune import flags, gin_files
@@ -99,6 +100,7 @@ def tune(
   steps: int | None = None,
   model_dir: str | os.PathLike[str] | None = None,
   seed: int | None = None,
+  bindings: Sequence[str] = (),
   **settings: Any,
 ) -> Tuned:
   """Trains on rows, as `ptune train --base=... --train=...` does.
@@ -123,6 +125,8 @@ def tune(
     steps: Training steps.
     model_dir: Where the run is written; a temporary directory if not given.
     seed: Of the initialisation, the order of the rows, and dropout.
+    bindings: What is no macro, as gin writes it, such as
+      "optim.schedule.decay = 'linear'".
     **settings: Other macros by their names in lower case, such as batch_size,
       learning_rate, eval_period or dtype; `ptune train --help` lists them.
 
@@ -165,25 +169,27 @@ def tune(
     given['dtype'] = base.config.dtype
   given = rows_lib.prepared({**given, **settings}, rows)
   if model_dir is not None:
-    _train({**given, 'model_dir': os.fspath(model_dir)}, rows)
+    _train({**given, 'model_dir': os.fspath(model_dir)}, rows, bindings)
     return Tuned(base, model_dir)
   directory = tempfile.mkdtemp(prefix='ptune-')
   try:
-    _train({**given, 'model_dir': directory}, rows)
+    _train({**given, 'model_dir': directory}, rows, bindings)
   except BaseException:
     shutil.rmtree(directory, ignore_errors=True)
     raise
   return Tuned(base, directory, temporary=True)
 
 
-def _train(given: dict[str, Any], rows: dict[str, Any]) -> None:
+def _train(
+  given: dict[str, Any], rows: dict[str, Any], bindings: Sequence[str]
+) -> None:
   """Runs the program, with gin's own settings put aside meanwhile."""
   import gin
   from ptune import train
 
   with gin_files.isolated():
-    files, bindings = flags.expand('train', given)
-    gin_files.parse(files, bindings, program=train.train)
+    files, ours = flags.expand('train', given)
+    gin_files.parse(files, [*ours, *bindings], program=train.train)
     rows_lib.bind(rows)
     # Every row is looked at before anything is written.
     task = gin.get_configurable('MIXTURE_OR_TASK_NAME/macro')()

@@ -63,3 +63,6 @@ def keep_compiled() -> None:
   if jax.config.jax_compilation_cache_dir is None:
     cache = os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache'))
     jax.config.update('jax_compilation_cache_dir', os.path.join(cache, 'ptune'))
+  # Small models have many programs that compile in less than JAX's second.
+  if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
