@@ -102,11 +102,8 @@ def explained(program: str) -> dict[str, dict[str, str]]:
   trains, macros = program in TRAINING, names()
   files = ['methods/prompt.gin', 'tasks/from_files.gin']
   files += ['runs/train.gin' if trains else f'runs/{program}.gin']
-  read = {
-    name
-    for file in files
-    for name in re.findall(r'%([A-Z_]+)', (own_directory() / file).read_text())
-  }
+  text = '\n'.join(_with_includes(file) for file in files)
+  read = set(re.findall(r'%([A-Z_]+)', text))
   named = {*NAMED} - ({'split'} if trains else {'train', 'method'})
   found: dict[str, dict[str, str]] = {}
   for title, flags in GROUPS.items():
@@ -270,6 +267,13 @@ def resolve(args: argparse.Namespace) -> None:
     args.program, given, args.gin_file, getattr(args, 'run', None)
   )
   args.gin_bindings = bindings + args.gin_bindings
+
+
+def _with_includes(file: str) -> str:
+  """The text of one of ptune's own gin files, and of those it includes."""
+  text = (own_directory() / file).read_text()
+  included = re.findall(r"^include '(.*)'", text, re.MULTILINE)
+  return '\n'.join([text, *map(_with_includes, included)])
 
 
 def value_of(flag: str, text: str) -> Any:

@@ -134,7 +134,10 @@ def infer(
 
   path = directory / f'{name}-{mode}.jsonl'
   chunks = _chunks(examples, data.batch_size * CHUNK)
-  if not _write(path, chunks, answer):
+  shown = None
+  if input_file == STDIN:
+    shown = 'prediction' if mode == 'predict' else 'score'
+  if not _write(path, chunks, answer, shown):
     raise UserError(
       f'there is nothing to {mode}: {input_file or name} has no examples'
     )
@@ -193,8 +196,16 @@ def _write(
   path: epath.Path,
   chunks: Iterator[list[Any]],
   answer: Callable[[list[Any], int], list[dict[str, Any]]],
+  shown: str | None = None,
 ) -> int:
-  """Writes the records of all chunks, or nothing; returns how many."""
+  """Writes the records of all chunks, or nothing; returns how many.
+
+  Args:
+    path: The file.
+    chunks: What is answered.
+    answer: See `infer`.
+    shown: What is printed of each record, in place of the file's name.
+  """
   partial = path.parent / f'.{path.name}.tmp'
   writes = jax.process_index() == 0
   count = 0
@@ -204,12 +215,15 @@ def _write(
       count += len(records)
       if f is not None:
         f.writelines(to_json(record) + '\n' for record in records)
+        if shown is not None:
+          print(*(record[shown] for record in records), sep='\n')
       logging.info('%d examples done', count)
   if writes and not count:
     partial.unlink()
   elif writes:
     partial.replace(path)
-    print(f'{count} lines in {path}')
+    told = f'{count} lines in {path}'
+    print(told, file=sys.stdout if shown is None else sys.stderr)
   return count
 
 

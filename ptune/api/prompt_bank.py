@@ -7,7 +7,8 @@ import numpy as np
 
 from ptune.api import rows as rows_lib
 from ptune.api.base import Base, as_base
-from ptune.api.tuned import BATCH_SIZE, LENGTHS, Tuned, batch_size
+from ptune.api.recorded import BATCH_SIZE, LENGTHS
+from ptune.api.tuned import Tuned, batch_size
 from ptune.data import batches, seqio_task
 from ptune.errors import UserError
 from ptune.serving import answers, ensemble

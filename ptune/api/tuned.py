@@ -1,6 +1,5 @@
 """A base with what was trained on it: asked, measured, saved."""
 
-import dataclasses
 import functools
 import os
 import pathlib
@@ -12,46 +11,24 @@ from typing import Any, overload
 import numpy as np
 from absl import logging
 
-from ptune import flags, gin_files
+from ptune import flags
+from ptune.api import recorded
 from ptune.api import rows as rows_lib
 from ptune.api.base import Base
+from ptune.api.recorded import Recorded
 from ptune.convert import export as export_lib
 from ptune.convert import merged, prompts, publish
 from ptune.data import batches, seqio_task
 from ptune.errors import UserError
-from ptune.methods import prompt as prompt_method
 from ptune.model import parameters, partitioning
-from ptune.model.adapters import Method
-from ptune.model.models import Decoding, EncoderDecoderModel
-from ptune.model.sizes import Config
+from ptune.model.models import EncoderDecoderModel
 from ptune.serving import answers, predictor
-from ptune.serving.bank import OTHER_METHODS
 from ptune.serving.evaluation import Evaluation
 from ptune.tasks.templates import columns_of, fill
-from ptune.tasks.texts import TextTask
 from ptune.training import report
 from ptune.training.settings import Trained
 
 Row = str | Mapping[str, Any]
-# Rows that are computed at once, at most, if no run says it.
-BATCH_SIZE = 32
-# Tokens of inputs and answers, if no run says them.
-LENGTHS = {'inputs': 256, 'targets': 32}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-  """What a run recorded of the model and the task."""
-
-  config: Config
-  method: Method
-  task: Any  # A TextTask, or the name of a SeqIO task.
-  module: Any
-  template: str  # Of the inputs.
-  lengths: Mapping[str, int]
-  batch_size: int
-  decoding: Decoding
-  seed: int
 
 
 class Tuned:
@@ -294,41 +271,19 @@ class Tuned:
       overwrite=overwrite,
     )
 
-  def _read(self, rows: Mapping[str, Any] | None = None) -> _Settings:
+  def _read(self, rows: Mapping[str, Any] | None = None) -> Recorded:
     """What the run recorded, with other rows if given.
 
     Args:
       rows: The rows of a split, by its name.
     """
     if self.directory is None:
-      return _of_file(self.base, prompts.read_prompt(self._source))
-    files = {k: v for k, v in (rows or {}).items() if isinstance(v, str)}
-    given = {'base': self.base.path, **files}
-    if rows and not files:
-      given |= {split: rows_lib.PLACE for split in rows}
-    import gin
-
-    with gin_files.isolated():
-      named, bindings = flags.expand('eval', given, run=str(self.directory))
-      gin_files.parse(named, bindings)
-      if rows and not files:
-        rows_lib.bind(rows)
-      value = lambda name: gin.get_configurable(f'{name}/macro')()
-      task = value('MIXTURE_OR_TASK_NAME')
-      return _Settings(
-        config=value('MODEL'),
-        method=value('METHOD'),
-        task=task,
-        module=value('MIXTURE_OR_TASK_MODULE'),
-        template=value('INPUTS') if isinstance(task, TextTask) else '{inputs}',
-        lengths=value('TASK_FEATURE_LENGTHS'),
-        batch_size=value('BATCH_SIZE'),
-        decoding=gin.get_configurable(Decoding)(),
-        seed=value('RANDOM_SEED'),
-      )
+      prompt = prompts.read_prompt(self._source)
+      return recorded.of_prompt(self.base, prompt)
+    return recorded.of_run(self.base, self.directory, rows)
 
   @functools.cached_property
-  def _settings(self) -> _Settings:
+  def _settings(self) -> Recorded:
     return self._read()
 
   @functools.cached_property
@@ -434,33 +389,6 @@ def batch_size(rows: int, most: int, mesh: Any) -> int:
   while size < min(rows, most):
     size *= 2
   return min(size, max(most, mesh.shape['data']))
-
-
-def _of_file(base: Base, prompt: prompts.Prompt) -> _Settings:
-  """What is known of a prompt alone."""
-  length, width = prompt.array.shape
-  if width != base.config.emb_dim:
-    raise UserError(
-      f'prompt {prompt.path} is [{length}, {width}], and the base {base.path}'
-      f' is {base.config.emb_dim} wide; give the base that it was trained on'
-    )
-  trained = prompt.facts.get('method', '')
-  if trained.startswith(OTHER_METHODS):
-    raise UserError(
-      f'prompt {prompt.path} was trained with method {trained!r}, and stands'
-      ' elsewhere than at the start; load the directory of its run'
-    )
-  return _Settings(
-    config=base.config,
-    method=prompt_method.prompt(length),
-    task=TextTask('prompt', {}, vocabulary=base.vocabulary),
-    module=None,
-    template='{inputs}',
-    lengths=LENGTHS,
-    batch_size=BATCH_SIZE,
-    decoding=Decoding(),
-    seed=0,
-  )
 
 
 def _copy(trained: Any, to: pathlib.Path) -> None:
