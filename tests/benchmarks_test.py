@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import peers, startup
+from benchmarks import first_step, peers, startup
 from ptune.model import parameters
 from ptune.training import state as state_lib
 from tests import tiny
@@ -152,6 +152,15 @@ def test_startup(monkeypatch):
   assert found.keys() == {'cold', 'peft', 'import_json'}
   assert found['peft']['wall_seconds'] > 0
   assert found['import_json']['cpu_seconds'] < found['cold']['cpu_seconds']
+
+
+def test_the_first_step_and_answer_from_python(monkeypatch):
+  pytest.importorskip('peft')
+  monkeypatch.setattr(os, 'environ', tiny.environment())
+  found = first_step.measure(argparse.Namespace(model='tiny', repeats=1))
+  assert found['lines']['ptune'] < found['lines']['peft'] / 2
+  for name in ('cold', 'warm', 'peft'):
+    assert 0 < found[name]['first_step'] < found[name]['first_answer']
 
 
 def test_a_step_moves_nothing_between_host_and_device():

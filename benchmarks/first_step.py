@@ -1,7 +1,7 @@
 """From a fresh process to the first step and answer: ptune.tune beside PEFT.
 
-    python -m benchmarks.python
-    python -m benchmarks.python --model=t5_1_1_small --repeats=3
+    python -m benchmarks.first_step
+    python -m benchmarks.first_step --model=t5_1_1_small --repeats=3
 
 Two short programs do the same: they load the same shapes from a directory, take
 one step of prompt tuning (20 vectors) on a batch of 8 texts, and answer a text.
