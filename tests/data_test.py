@@ -16,8 +16,10 @@ import jax
 import numpy as np
 import pytest
 
+from ptune.convert.pieces import Bytes
 from ptune.data import batches as data
 from ptune.data import positions, seqio_rows, seqio_task
+from ptune.tasks import files
 
 import seqio  # isort: skip  (after seqio_rows, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip
@@ -279,6 +281,18 @@ def test_batches_are_padded_to_the_multiple_and_at_most_the_feature_length():
   }
   assert shapes == {10: (1, 10), 1: (1, 10), 45: (1, 48)}
   assert batches.shapes == [(10, 5), (48, 5)]
+
+
+def test_a_batch_of_a_classification_holds_labels_of_all_lengths():
+  labels = ['no', 'entailment']
+  rows = [('x' * 20, labels[i % 2]) for i in range(256)]
+  task = files.from_rows(
+    {'train': rows}, label_names=labels, vocabulary=Bytes()
+  )
+  batches = data.Batches(task, {'inputs': 32, 'targets': 16}, 16)
+  for step in range(16):
+    lengths = np.sum(batches(step)['decoder_loss_weights'], axis=1)
+    assert 0.1 < np.mean(lengths > 4) < 0.9, step
 
 
 def test_short_targets_are_rounded_up_more_finely():

@@ -132,7 +132,8 @@ class Batches:
   laid end to end; no batch is short. An epoch is a permutation of the rows.
   With bucketing it is rearranged so that a batch holds rows of like length,
   padded to the longest rounded up; only the batch across the border of two
-  epochs holds any rows.
+  epochs holds any rows. Rows of a classification are sorted by their inputs
+  alone, so that a batch holds labels of all lengths.
 
   Attributes:
     num_examples: Rows in memory, or None for a stream.
@@ -197,6 +198,9 @@ class Batches:
     self._lengths = {name: feature_lengths[name] for name in FEATURES}
     self._batch_size, self._seed, self._ids = batch_size, seed, ids
     self._multiple, self._window = bucket_multiple, window
+    # The length of a label tells which one it is: batches of like lengths would
+    # hold one label each, and training would swing between the labels.
+    self._labelled = bool(getattr(task, 'labels', None))
     self._source = seqio_task.rows_of(
       task, feature_lengths, split, use_cached, seed
     )
@@ -357,6 +361,8 @@ class Batches:
       rows, order = self._next_window(index), np.arange(self._chunk_size)
     if self._multiple:
       lengths = [self._rounded(f, rows[f].lengths(order)) for f in FEATURES]
+      if self._labelled:
+        lengths[1] = np.zeros_like(lengths[1])
       head = -index * self._chunk_size % self._batch_size
       bucketed = _bucket(lengths, head, self._batch_size, self._window, rng)
       order = order[bucketed]
