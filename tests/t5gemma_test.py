@@ -21,12 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from ptune import methods
 from ptune.convert import identity, inspection, open_checkpoint, prompts
 from ptune.convert import t5gemma as files
 from ptune.convert.conversion import convert
 from ptune.convert.export import export
+from ptune.convert.huggingface import write_huggingface
+from ptune.convert.source import Leaf
 from ptune.errors import UserError
 from ptune.methods import decoder_prompt, prompt
 from ptune.model import (
@@ -39,6 +42,7 @@ from ptune.model import (
 )
 from ptune.model.adapters import combine
 from ptune.model.t5gemma_sizes import Stack, T5GemmaConfig
+from tests import tiny
 from tests.network_test import make_batch
 
 WHY = "not installed; pip install -e '.[test,interop]' brings it"
@@ -79,6 +83,7 @@ MODELS = {
   'two_untied': dataclasses.replace(TWO, logits_via_embedding=False),
 }
 every = pytest.mark.parametrize('name', MODELS)
+slow = pytest.mark.slow
 both = pytest.mark.parametrize('name', ['one', 'two'])
 PROMPT = 5
 TABLE = parameters.EMBEDDING
@@ -190,7 +195,15 @@ def prompted(name, rows):
   }
 
 
-@every
+@pytest.mark.parametrize(
+  'name',
+  [
+    'one',
+    'two',
+    pytest.param('one_untied', marks=slow),
+    pytest.param('two_untied', marks=slow),
+  ],
+)
 def test_logits_loss_and_gradient_are_those_of_transformers(name):
   batch, got = batch_of(name), answers(name)
   rows = torch.tensor(prompt_of(name), requires_grad=True)
@@ -235,7 +248,9 @@ def test_greedy_answers_are_those_of_transformers(name):
   assert len(np.unique(want)) > 3, 'the model says the same in any case'
 
 
-@pytest.mark.parametrize('name', ['one_untied', 'two_untied'])
+@pytest.mark.parametrize(
+  'name', [pytest.param('one_untied', marks=slow), 'two_untied']
+)
 def test_beams_find_what_they_find_in_the_logits_of_transformers(name):
   rows, beams = len(INPUTS), 3
   read = prompted(name, torch.tensor(prompt_of(name)))
@@ -343,9 +358,13 @@ def logits_on(name, rows=1, parts=1, **changes):
   return np.asarray(logits), frozen
 
 
-@both
 @pytest.mark.parametrize(
-  'mesh', [{'rows': 4, 'parts': 2}, {'rows': 2, 'parts': 4, 'fsdp': True}]
+  ('name', 'mesh'),
+  [
+    ('one', {'rows': 2, 'parts': 4, 'fsdp': True}),
+    ('two', {'rows': 4, 'parts': 2}),
+    pytest.param('one', {'rows': 1, 'parts': 8}, marks=slow),
+  ],
 )
 def test_eight_devices_answer_as_one(name, mesh):
   got, frozen = logits_on(name, **mesh)
@@ -373,14 +392,9 @@ def test_a_loop_over_alternating_layers_answers_the_same(name):
   np.testing.assert_allclose(gradient, want.gradient, atol=1e-4)
 
 
-@both
 @pytest.mark.parametrize(
-  'how',
-  [
-    {'dtype': 'bfloat16'},
-    {'frozen_dtype': 'int8'},
-    {'frozen_dtype': 'bfloat16'},
-  ],
+  ('name', 'how'),
+  [('one', {'frozen_dtype': 'int8'}), ('two', {'dtype': 'bfloat16'})],
 )
 def test_rounded_weights_answer_nearly_the_same(name, how):
   got, _ = logits_on(name, **how)
@@ -575,9 +589,7 @@ METHODS = sorted(methods.functions())
 @pytest.mark.parametrize(
   'method',
   [
-    m
-    if m in ('lora', 'bottleneck')
-    else pytest.param(m, marks=pytest.mark.slow)
+    m if m in ('lora', 'bottleneck') else pytest.param(m, marks=slow)
     for m in METHODS
   ],
 )
@@ -638,7 +650,7 @@ def test_published_sizes_have_as_many_parameters(name):
   assert files.shapes(shallow) == {path: x.shape for path, x in found.items()}
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize('name', PARAMETERS)
 def test_transformers_counts_the_same(name):
   said = _vision(files.config_json(sizes.t5(name)))
@@ -652,3 +664,36 @@ def test_transformers_counts_the_same(name):
     if not path.replace('.text_model.', '.').startswith(files.VISION)
   )
   assert sum(text) == PARAMETERS[name]
+
+
+# ------------------------------------------------------------- a whole run
+
+
+@slow
+@both
+def test_a_run_learns_resumes_and_is_asked(name, tmp_path):
+  config = dataclasses.replace(MODELS[name], vocab_size=264, dtype='bfloat16')
+  rng = np.random.default_rng(4)
+  leaves = {
+    path: Leaf(shape, np.dtype('float32'), value.__getitem__)
+    for path, shape in files.shapes(config).items()
+    for value in [rng.normal(size=shape, scale=0.3).astype(np.float32)]
+  }
+  (tmp_path / 'base').mkdir()
+  write_huggingface(epath.Path(tmp_path / 'base'), leaves, config)
+  how = {
+    'config': dataclasses.replace(config, frozen_dtype='int8', scan=True),
+    'initial_checkpoint_path': str(tmp_path / 'base'),
+    'train_steps': 6,
+    'mixture_or_task_name': 'tiny',
+  }
+  tiny.run(tmp_path / 'run', **how)
+  tiny.run(tmp_path / 'again', **how | {'train_steps': 4})
+  tiny.run(tmp_path / 'again', **how)
+  whole, resumed = (
+    np.load(tmp_path / run / 'prompts' / 'step_6.npy')
+    for run in ('run', 'again')
+  )
+  np.testing.assert_array_equal(whole, resumed)
+  scores = [line for line in tiny.records(tmp_path / 'run') if 'loss' in line]
+  assert scores and all(np.isfinite(line['loss']) for line in scores)

@@ -46,7 +46,8 @@ from ptune.model.layers import (
 )
 from ptune.model.t5gemma_sizes import Stack, T5GemmaConfig
 
-# The cosines and sines of rotary positions, each [length, kv / 2] float32.
+# The cosines and sines of rotary positions, each [rows, length, kv / 2]
+# float32; one row stands for all.
 Rotary = tuple[jax.Array, jax.Array]
 
 
@@ -97,14 +98,20 @@ def cap(logits: jax.Array, most: float | None) -> jax.Array:
 def rotary(
   positions: jax.Array, head_dim: int, theta: float, factor: float = 1.0
 ) -> Rotary:
-  """Cosines and sines of the angles by which positions [length] are turned.
+  """Cosines and sines of the angles by which positions are turned.
 
-  Source: Su et al. 2021, "RoFormer" (arXiv 2104.09864), section 3.2.2. With a
-  factor, positions are divided by it (Chen et al. 2023, arXiv 2306.15595).
+  Args:
+    positions: [rows, length].
+    head_dim: Size of a head.
+    theta: The base of the frequencies.
+    factor: What positions are divided by.
+
+  Source: Su et al. 2021, "RoFormer" (arXiv 2104.09864), section 3.2.2; the
+  factor: Chen et al. 2023 (arXiv 2306.15595).
   """
   powers = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
   frequencies = np.float32(1) / np.float32(theta) ** powers / np.float32(factor)
-  angles = positions.astype(jnp.float32)[:, None] * frequencies[None]
+  angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
   return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -115,7 +122,7 @@ def rotate(x: jax.Array, by: Rotary) -> jax.Array:
     x: [batch, length, heads, kv].
     by: Of the positions of x.
   """
-  cos, sin = (angles[None, :, None] for angles in by)
+  cos, sin = (angles[:, :, None] for angles in by)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   turned = (first * cos - second * sin, second * cos + first * sin)
   return jnp.concatenate(turned, axis=-1).astype(x.dtype)
@@ -243,7 +250,7 @@ class Attention(nn.Module):
       y = LayerNorm(dtype, offset=1.0, axis='kv', name=f'{site}_norm')(y)
     if positions is None:
       return y
-    length = positions[0].shape[0]
+    length = positions[0].shape[1]
     turned = rotate(y[:, :length], positions)
     return jnp.concatenate([turned, y[:, length:]], axis=1)
 
@@ -337,7 +344,7 @@ def _views(
     stack: Its encoder or decoder.
     mask: Broadcasts to [batch, 1, q, k].
     near: [q, k] True within the window.
-    positions: [q] of the queries.
+    positions: [rows, q] of the queries.
   """
   turned = functools.partial(rotary, positions, stack.head_dim)
   return (
@@ -463,7 +470,7 @@ class Encoder(nn.Module):
       functools.partial(EncoderLayer, cfg, place),
       cfg.encoder.num_layers,
       dropout(x),
-      (_views(cfg, cfg.encoder, mask, near, positions),),
+      (_views(cfg, cfg.encoder, mask, near, positions[None]),),
       each=(_full(cfg, cfg.encoder),),
       remat=cfg.remat,
       scans=cfg.scan,
@@ -537,6 +544,7 @@ class Decoder(nn.Module):
         self.put_variable('cache', 'position_embedder_index', keys)
         self.put_variable('cache', 'cache_index', cache_index + added)
     before = queries[:, None] - keys[None, :]  # [q, k]
+    positions = queries[None]
     mask = (before >= 0)[None, None]
     if not decode:
       wanted = target_tokens != cfg.ids.pad
@@ -545,7 +553,11 @@ class Decoder(nn.Module):
       refuse_packing(encoder_tokens, encoded.shape[1])
       refuse_packing(tokens, x.shape[1])
       asked = segment_ids[:, None, :, None]
-      mask = mask & (asked == segment_ids[:, None, None, :])
+      own = asked == segment_ids[:, None, None, :]
+      mask = mask & own
+      # From the start of the example, since queries that are turned meet keys
+      # of the encoder that are not.
+      positions = positions - jnp.argmax(own[:, 0], axis=-1)
       encoder_mask &= asked == encoder_segment_ids[:, None, None, :]
     mask = adapt(self, place, 'mask', tokens, mask)
     encoder_mask = adapt(
@@ -562,7 +574,7 @@ class Decoder(nn.Module):
       (
         encoded,
         encoder_mask,
-        _views(cfg, stack, mask, before < stack.window, queries),
+        _views(cfg, stack, mask, before < stack.window, positions),
       ),
       each=(_full(cfg, stack),),
       remat=cfg.remat and not decode,
