@@ -83,7 +83,9 @@ GROUPS = {
     *('infer_file', 'infer_split', 'infer_mode', 'infer_output_dir'),
   ),
   'pruning': ('importance', 'keep_rows', 'keep_pieces', 'pieces'),
-  'saving': ('checkpoint_period', 'keep_checkpoints', 'profile_steps'),
+  'saving': (
+    *('checkpoint_period', 'keep_checkpoints', 'tracker', 'profile_steps'),
+  ),
   'speed and memory': (
     *('dtype', 'frozen_dtype', 'microbatches', 'model_parallel', 'fsdp'),
     *('remat', 'scan', 'fused_attention'),
