@@ -1,4 +1,4 @@
-"""Fused kernels compute what `layers.Attention` does.
+"""Fused kernels compute what `Attention` does.
 
 No test has an accelerator: Pallas' kernel is interpreted, cuDNN's is lowered,
 and what it would be given is computed by XLA.
@@ -16,6 +16,7 @@ import pytest
 from flax import linen as nn
 
 from ptune.methods import prompt
+from ptune.model import attention as attention_lib
 from ptune.model import fused, layers, network, parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from tests.network_test import SHALLOW, make_batch, random_params
@@ -210,7 +211,7 @@ def test_cudnn_gets_a_step_of_training():
 
 
 class DroppedWeights(nn.Module):
-  """Attention that drops weights, with the kernels of `layers.Attention`."""
+  """Attention that drops weights, with the kernels of `Attention`."""
 
   @nn.compact
   def __call__(self, x, mask):
@@ -232,7 +233,7 @@ def test_dropping_values_is_dropping_weights_key_by_key_as_t5x_does():
   rng = np.random.default_rng(0)
   x = rng.standard_normal((3, 6, 16)).astype(np.float32)
   mask = np.tril(np.ones((6, 6), bool))[None, None]
-  attention = layers.Attention(2, 8, dropout_rate=0.5)
+  attention = attention_lib.Attention(2, 8, dropout_rate=0.5)
   variables = attention.init(jax.random.key(0), x, x, mask)
   key = {'dropout': jax.random.key(1)}
   got = attention.apply(variables, x, x, mask, enable_dropout=True, rngs=key)

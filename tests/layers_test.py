@@ -11,6 +11,7 @@ import pytest
 from ptune import convert
 from ptune.convert import identity
 from ptune.methods import full, lora, prompt
+from ptune.model import attention as attention_lib
 from ptune.model import layers, network, parameters, partitioning, sizes
 from ptune.model.models import EncoderDecoderModel
 from tests.network_test import SHALLOW, TINY, make_batch, random_params
@@ -71,7 +72,7 @@ def test_a_softmax_divided_last_is_a_softmax(dtype, close):
   logits = logits * 30  # T5's are not scaled.
   mask = jnp.arange(50) < 40
   exponentials = functools.partial(
-    layers.exponentials, jnp.dtype(dtype), mask=mask
+    attention_lib.exponentials, jnp.dtype(dtype), mask=mask
   )
 
   def ours(logits, v):
@@ -79,7 +80,7 @@ def test_a_softmax_divided_last_is_a_softmax(dtype, close):
     return weights.astype(jnp.float32) @ v / total[..., None]
 
   def softmax(logits, v):
-    return jax.nn.softmax(jnp.where(mask, logits, layers.MASKED)) @ v
+    return jax.nn.softmax(jnp.where(mask, logits, attention_lib.MASKED)) @ v
 
   got, pull = jax.vjp(ours, logits, v)
   want, want_pull = jax.vjp(softmax, logits, v)
@@ -92,7 +93,7 @@ def test_a_softmax_divided_last_is_a_softmax(dtype, close):
   assert [x.dtype for x in kept] == [weights.dtype] == [dtype]
   assert total.dtype == jnp.float32
   # Who may look nowhere looks everywhere: nothing divides by 0.
-  _, total = layers.exponentials(jnp.dtype(dtype), logits, mask & False)
+  _, total = attention_lib.exponentials(jnp.dtype(dtype), logits, mask & False)
   assert (total == 50).all()
 
 
@@ -121,7 +122,7 @@ def test_attention_without_keys_and_values_is_the_same(dropout, monkeypatch):
   found = []
   for absorbs in (False, True):
     monkeypatch.setattr(
-      layers.Attention,
+      attention_lib.Attention,
       '_absorbs',
       lambda self, q, kv, absorbs=absorbs: absorbs and q is not kv,
     )
@@ -144,7 +145,7 @@ def test_attention_without_keys_and_values_is_the_same(dropout, monkeypatch):
 
 def test_attention_reads_int8_kernels_without_keys_and_values(monkeypatch):
   rng = np.random.default_rng(0)
-  attention = layers.Attention(4, 8)
+  attention = attention_lib.Attention(4, 8)
   q, kv = (
     jnp.asarray(rng.standard_normal(shape), jnp.float32)
     for shape in ((2, 3, 32), (2, 9, 32))
@@ -159,7 +160,7 @@ def test_attention_reads_int8_kernels_without_keys_and_values(monkeypatch):
     for name, held in params.items()
   }
   want = attention.apply({'params': params}, q, kv, mask)
-  monkeypatch.setattr(layers.Attention, '_absorbs', lambda *inputs: True)
+  monkeypatch.setattr(attention_lib.Attention, '_absorbs', lambda *inputs: True)
   got = attention.apply({'params': params}, q, kv, mask)
   assert np.abs(want).max() > 0.1
   np.testing.assert_allclose(got, want, atol=1e-6)
@@ -214,7 +215,9 @@ def test_absorbed_kernels_learn_the_same_in_bfloat16(
   run, params = loss_and_gradients(config, batch, prompt.prompt(5), True)
   assert f'{rows}x2x{targets}x96x' in run.lower(params).as_text()
   loss, grads = run(params)
-  monkeypatch.setattr(layers.Attention, '_absorbs', lambda *inputs: False)
+  monkeypatch.setattr(
+    attention_lib.Attention, '_absorbs', lambda *inputs: False
+  )
   run, _ = loss_and_gradients(config, batch, prompt.prompt(5), True)
   assert f'{rows}x2x{targets}x96x' not in run.lower(params).as_text()
   want, want_grads = run(params)

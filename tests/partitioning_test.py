@@ -18,7 +18,7 @@ from ptune.convert import open_checkpoint, restore
 from ptune.convert.fingerprint import of_params
 from ptune.data import batches as data
 from ptune.methods import full, prompt
-from ptune.model import layers, models, parameters, partitioning, sizes
+from ptune.model import attention, models, parameters, partitioning, sizes
 from ptune.training import optim
 from ptune.training import state as state_lib
 from tests import tiny
@@ -111,7 +111,7 @@ def test_an_update_is_the_same_on_every_mesh(mesh):
 def test_absorbed_kernels_may_lie_split(monkeypatch):
   want = update(ONE)
   monkeypatch.setattr(
-    layers.Attention, '_absorbs', lambda self, q, kv: q is not kv
+    attention.Attention, '_absorbs', lambda self, q, kv: q is not kv
   )
   assert_same(update.__wrapped__('2x4'), want)
 

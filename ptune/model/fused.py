@@ -4,7 +4,7 @@
     TPU          our own, `tpu_attention`
 
 They keep no weights [batch, heads, q, k] for the backward pass, and compute
-them again. Weights are summed in float32, as `layers.Attention` does; what the
+them again. Weights are summed in float32, as `Attention` does; what the
 kernels cannot do is left to it: float32, unusual heads, short sequences.
 """
 

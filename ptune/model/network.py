@@ -20,13 +20,12 @@ from jax import lax
 from ptune.errors import UserError
 from ptune.model import scan, t5gemma
 from ptune.model.adapters import PADDING, Placement, adapt, matches
+from ptune.model.attention import Attention, RelativePositionBias
 from ptune.model.layers import (
-  Attention,
   Dense,
   Embed,
   LayerNorm,
   Mlp,
-  RelativePositionBias,
   constrain,
   fill_tiles,
   grow,

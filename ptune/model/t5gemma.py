@@ -31,18 +31,16 @@ from flax.linen import partitioning
 
 from ptune.model import scan
 from ptune.model.adapters import PADDING, Placement, adapt
+from ptune.model.attention import cached, exponentials, unchanging
 from ptune.model.layers import (
   Dense,
   Embed,
   LayerNorm,
   Mlp,
-  cached,
   constrain,
-  exponentials,
   grow,
   product,
   refuse_packing,
-  unchanging,
 )
 from ptune.model.t5gemma_sizes import Stack, T5GemmaConfig
 
@@ -131,7 +129,7 @@ def rotate(x: jax.Array, by: Rotary) -> jax.Array:
 class Attention(nn.Module):
   """Attention whose keys and values have fewer heads than the queries.
 
-  Sites: those of `layers.Attention`; `key`, `value`, `keys` and `values` have
+  Sites: those of `Attention`; `key`, `value`, `keys` and `values` have
   the heads of keys and values. `query` and `key` are what is projected, before
   norm and rotation; `keys` are those that are attended to.
   """
@@ -163,9 +161,9 @@ class Attention(nn.Module):
       context: More that is attended to, under the same softmax, and its mask:
         [batch, c, embed], which is not turned, and what broadcasts to [batch,
         1, q, c].
-      cache_index: As in `layers.Attention`. The keys and values of the context
+      cache_index: As in `Attention`. The keys and values of the context
         are kept, too.
-      prefill: As in `layers.Attention`.
+      prefill: As in `Attention`.
       enable_dropout: Whether attention weights are dropped.
 
     Returns:

@@ -1,0 +1,361 @@
+"""Attention of T5: the relative position bias, the softmax, the heads.
+
+Shapes: b batch, q and k query and key length, h heads, d kv (head size).
+Softmax and logits are float32, whatever the computations are in.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen import partitioning
+from jax import lax
+
+from ptune.model import fused
+from ptune.model.adapters import Placement, adapt, placed
+from ptune.model.fused import MASKED
+from ptune.model.layers import (
+  Dense,
+  constrain,
+  kernel_init,
+  product,
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def exponentials(
+  dtype: jnp.dtype, logits: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """A softmax that is still to be divided by its sum, and the sum.
+
+  All that it keeps for the backward pass is what it returns first.
+
+  Args:
+    dtype: Type of the exponentials; they are computed in float32.
+    logits: [..., k] float32.
+    mask: Broadcasts to [..., k]; False where the weight is 0. Where it is
+      False for all k, they weigh the same, and have no gradient that counts.
+
+  Returns:
+    Exponentials [..., k] of the distance from the largest, and their sum
+    [...] float32, of what was rounded.
+  """
+  logits = jnp.where(mask, logits, MASKED)
+  most = jnp.max(logits, axis=-1, keepdims=True)
+  y = jnp.exp(logits - most).astype(dtype)
+  return y, jnp.sum(y, axis=-1, dtype=jnp.float32)
+
+
+def _exponentials_forward(dtype, logits, mask):
+  y, total = exponentials(dtype, logits, mask)
+  return (y, total), y
+
+
+def _exponentials_backward(dtype, y, cotangents):
+  del dtype
+  dy, dtotal = cotangents
+  # What the largest is does not matter: it cancels when the sum divides.
+  return (dy.astype(jnp.float32) + dtotal[..., None]) * y, None
+
+
+exponentials.defvjp(_exponentials_forward, _exponentials_backward)
+
+
+def relative_position_bucket(
+  relative_position: np.ndarray,
+  bidirectional: bool,
+  num_buckets: int,
+  max_distance: int,
+) -> np.ndarray:
+  """Sorts distances into buckets: exact when near, logarithmic when far.
+
+  In NumPy, when the program is traced: a logarithm that rounds differently on
+  another device would move a distance into the next bucket.
+
+  Args:
+    relative_position: Any shape, integers: key minus query position.
+    bidirectional: Whether keys after the query have buckets of their own (the
+      upper half); otherwise they share bucket 0.
+    num_buckets: Buckets in all.
+    max_distance: Distance from which the last bucket is used.
+
+  Returns:
+    The bucket of each distance, int32.
+
+  Source: T5 (arXiv 1910.10683), section 2.1.
+  """
+  distance = -np.asarray(relative_position)
+  offset = np.zeros_like(distance)
+  if bidirectional:
+    num_buckets //= 2
+    offset = np.where(distance < 0, num_buckets, 0)
+    distance = np.abs(distance)
+  distance = np.maximum(distance, 0)
+  exact = num_buckets // 2
+  # The maximum only keeps log(0) away; near distances do not use this branch.
+  ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
+  # T5's own epsilon: it lifts exact powers over the edge of their bucket.
+  ratio = ratio + np.finfo(np.float32).eps
+  scale = (num_buckets - exact) / np.log(max_distance / exact)
+  far = exact + (np.log(ratio) * scale).astype(np.int32)
+  far = np.minimum(far, num_buckets - 1)
+  return (offset + np.where(distance < exact, distance, far)).astype(np.int32)
+
+
+class RelativePositionBias(nn.Module):
+  """A learned number for each head and distance, shared by a stack's layers."""
+
+  num_heads: int
+  bidirectional: bool
+  num_buckets: int = 32
+  max_distance: int = 128
+
+  @nn.compact
+  def __call__(self, length: int) -> jax.Array:
+    """Returns the bias among `length` positions, [1, heads, q, k] float32."""
+    table = partitioning.param_with_axes(
+      'rel_embedding',
+      nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
+      (self.num_heads, self.num_buckets),
+      jnp.float32,
+      axes=('heads', 'relpos_buckets'),
+    )
+    buckets = relative_position_bucket(
+      np.arange(1 - length, length),
+      self.bidirectional,
+      self.num_buckets,
+      self.max_distance,
+    )
+    # [heads, 2 * length - 1] -> [heads, q, k]
+    by_distance = jnp.take(table.astype(jnp.float32), buckets, axis=1)
+    positions = jnp.arange(length)
+    distance = positions[None, :] - positions[:, None]
+    return jnp.take(by_distance, distance + length - 1, axis=1)[None]
+
+
+def _keys_last(x):
+  """[batch, k, heads, kv] -> [batch, heads, kv, k]."""
+  return jnp.moveaxis(x, 1, -1)
+
+
+def _keys_first(x):
+  """[batch, heads, kv, k] -> [batch, k, heads, kv]."""
+  return jnp.moveaxis(x, -1, 1)
+
+
+def cached(
+  module: nn.Module, k: jax.Array, v: jax.Array, index: jax.Array, prefill: bool
+) -> tuple[jax.Array, jax.Array]:
+  """Writes one position into a module's cache, and returns all positions.
+
+  It keeps them as [batch, heads, kv, k], which both products take as it is.
+  """
+  filled = module.has_variable('cache', 'cached_key')
+  found = []
+  for name, x in (('cached_key', k), ('cached_value', v)):
+    x = _keys_last(x)
+    start = x if prefill else jnp.zeros_like(x)
+    cache = module.variable('cache', name, lambda start=start: start)
+    if filled:
+      cache.value = lax.dynamic_update_slice(
+        cache.value, x.astype(cache.value.dtype), (0, 0, 0, index)
+      )
+    found.append(_keys_first(cache.value))
+  return found[0], found[1]
+
+
+def unchanging(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Keys and values that a decoding loop does not change.
+
+  XLA moves out of the loop what stands here, but no transposition of its own
+  making.
+  """
+  kept = lax.optimization_barrier((_keys_last(k), _keys_last(v)))
+  return _keys_first(kept[0]), _keys_first(kept[1])
+
+
+class Attention(nn.Module):
+  """Multi-head attention. T5 does not scale its logits by the head size.
+
+  Sites: `query`, `key`, `value` [batch, length, heads, kv], what is projected;
+  `keys`, `values` [batch, k, heads, kv], all that is attended to, with what
+  lies in the cache; `out` [batch, length, embed].
+
+  With `fused`, an accelerator's kernel computes it where there is one that
+  fits; None leaves it to `fused.DEFAULT`.
+  """
+
+  num_heads: int
+  head_dim: int
+  dtype: jnp.dtype = jnp.float32
+  dropout_rate: float = 0.0
+  placements: tuple[Placement, ...] = ()
+  fused: bool | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    inputs_q: jax.Array,
+    inputs_kv: jax.Array,
+    mask: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    cache_index: jax.Array | None = None,
+    prefill: bool = False,
+    enable_dropout: bool = False,
+  ) -> jax.Array:
+    """Attends from each query position to the keys that the mask allows.
+
+    Args:
+      inputs_q: [batch, q, embed].
+      inputs_kv: [batch, k, embed].
+      mask: Broadcasts to [batch, heads, q, k]; True where a query may look.
+      bias: Broadcasts to [batch, heads, q, k], added to the logits.
+      cache_index: When decoding, the position of the one query; the keys and
+        values of all positions are then kept in the `cache` collection. The
+        first call makes it, with the length of its inputs, at position 0.
+      prefill: Whether that call's own keys and values are kept.
+      enable_dropout: Whether attention weights are dropped.
+
+    Returns:
+      [batch, q, embed].
+    """
+    q = self._project('query', inputs_q)
+    if cache_index is None and self._absorbs(inputs_q, inputs_kv):
+      y = self._absorbed(q, inputs_kv, mask, bias, enable_dropout)
+    else:
+      y = self._attended(
+        q, inputs_kv, mask, bias, cache_index, prefill, enable_dropout
+      )
+    # -> [b, q, joined_kv] -> [b, q, embed]
+    y = y.reshape(*y.shape[:2], -1)
+    out = Dense(
+      inputs_q.shape[-1], ('joined_kv', 'embed'), self.dtype, name='out'
+    )(y)
+    return adapt(self, self.placements, 'out', y, out)
+
+  def _dense(self, site: str, **how) -> Dense:
+    """The kernel of queries, keys or values, [embed, joined_kv]."""
+    width = self.num_heads * self.head_dim
+    return Dense(width, ('embed', 'joined_kv'), self.dtype, name=site, **how)
+
+  def _project(self, site: str, x: jax.Array) -> jax.Array:
+    """Makes queries, keys or values: [b, t, embed] -> [b, t, h, d]."""
+    init = kernel_init
+    if site == 'query':
+      # The head size that is not divided out of the logits stands here.
+      init = lambda *args: kernel_init(*args) * self.head_dim**-0.5
+    y = self._dense(site, kernel_init=init)(x)
+    y = y.reshape(*y.shape[:-1], self.num_heads, self.head_dim)
+    y = constrain(y, 'batch', 'length', 'heads', 'kv')
+    return adapt(self, self.placements, site, x, y)
+
+  def _weights(self, logits, mask, bias):
+    """Logits [b, h, q, k] -> exponentials, and their sums [b, h, q, 1]."""
+    if bias is not None:
+      logits = logits + bias
+    weights, total = exponentials(self.dtype, logits, mask)
+    return weights, total[..., None]
+
+  def _kept(self, keys: jax.Array, enable_dropout: bool) -> jax.Array | None:
+    """What dropout leaves of the weights of [b, k, ...] keys: [b, h, k, 1].
+
+    None if nothing is dropped.
+
+    As T5X does, the weight of a key is dropped for all queries of a head or for
+    none.
+    """
+    if not enable_dropout or not self.dropout_rate:
+      return None
+    shape = (keys.shape[0], self.num_heads, keys.shape[1], 1)
+    dropout = nn.Dropout(self.dropout_rate, deterministic=False)
+    return dropout(jnp.ones(shape, self.dtype))
+
+  def _attended(self, q, x, mask, bias, cache_index, prefill, enable_dropout):
+    """Attends to keys and values of x: [b, q, h, d], [b, k, embed] -> as q."""
+    k = self._project('key', x)
+    v = self._project('value', x)
+    if cache_index is not None:
+      k, v = cached(self, k, v, cache_index, prefill)
+    elif q.shape[1] == 1:
+      k, v = unchanging(k, v)
+    k = adapt(self, self.placements, 'keys', x, k)
+    v = adapt(self, self.placements, 'values', x, v)
+    # What adapters put before the keys is seen from everywhere.
+    added = [(0, 0)] * 3 + [(k.shape[1] - mask.shape[-1], 0)]
+    mask = jnp.pad(mask, added, constant_values=True)
+    if bias is not None:
+      bias = jnp.pad(bias, added)
+    kept = self._kept(v, enable_dropout)
+    if cache_index is None and fused.fits(self.fused, q, k, bias, mask):
+      return fused.attend(q, k, v, bias, mask, kept)
+    if kept is not None:  # Rather than the weight of a key, its value.
+      v = v * kept.swapaxes(1, 2)
+    # Keys first: XLA's CPU backend lacks a product that the other order needs
+    # in its backward pass, in bfloat16. -> [b, h, q, k]
+    logits = product('bkhd,bqhd->bhqk', k, q)
+    weights, total = self._weights(logits, mask, bias)
+    # Divided by the sum last, when there is less to divide.
+    # [b, q, h, d] / [b, q, h, 1]
+    y = product('bhqk,bkhd->bqhd', weights, v) / total.swapaxes(1, 2)
+    return y.astype(self.dtype)
+
+  def _absorbs(self, inputs_q: jax.Array, inputs_kv: jax.Array) -> bool:
+    """Whether keys and values need not be made.
+
+    Not in float32, which is computed in T5's own order; not where somebody
+    looks at the sites; not in a decoding loop, which makes them but once.
+    """
+    (queries, embed), keys = inputs_q.shape[1:], inputs_kv.shape[1]
+    sites = ('key', 'value', 'keys', 'values')
+    # Numbers that are kept of a head, without keys and values and with them.
+    kept, made = queries * embed, keys * self.head_dim
+    return (
+      self.dtype != jnp.float32
+      and queries > 1
+      and kept <= made
+      # By half as many multiplications: they are smaller products.
+      and 2 * kept * (keys + self.head_dim) < made * (embed + queries)
+      and not self.is_mutable_collection('intermediates')
+      and not any(placed(self, self.placements, site) for site in sites)
+    )
+
+  def _absorbed(self, q, x, mask, bias, enable_dropout):
+    """Attends with the kernels of keys and values on the side of the queries.
+
+        (x K) q = x (K q),    w (x V) = (w x) V
+
+    A few targets before many inputs take less than half the products so, both
+    ways; [b, q, h, d] and [b, k, embed] -> [b, q, h, d].
+
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2, for decoding.
+    """
+    heads = (self.num_heads, self.head_dim)
+
+    def logits_of(x, kernel, scale):
+      asked = q
+      if scale is not None:
+        asked = (q * scale.reshape(1, 1, *heads)).astype(q.dtype)
+      kernel = kernel.reshape(-1, *heads).astype(q.dtype)
+      # -> [b, q, h, i] -> [b, h, q, k]
+      asked = product('bqhd,ihd->bqhi', asked, kernel).astype(x.dtype)
+      asked = constrain(asked, 'batch', 'length', 'heads', 'embed')
+      return product('bki,bqhi->bhqk', x, asked)
+
+    def values_of(x, kernel, scale):
+      # -> [b, h, q, i] -> [b, q, h, d]
+      seen = product('bki,bhqk->bhqi', x, weights).astype(x.dtype)
+      seen = constrain(seen, 'batch', 'heads', 'length', 'embed')
+      kernel = kernel.reshape(-1, *heads).astype(x.dtype)
+      y = product('ihd,bhqi->bqhd', kernel, seen) / total.swapaxes(1, 2)
+      return y if scale is None else y * scale.reshape(1, 1, *heads)
+
+    logits = self._dense('key', out_dtype=jnp.float32)(x, logits_of)
+    weights, total = self._weights(logits, mask, bias)
+    kept = self._kept(x, enable_dropout)
+    if kept is not None:
+      weights = weights * kept.swapaxes(2, 3)
+    y = self._dense('value')(x, values_of)
+    return constrain(y, 'batch', 'length', 'heads', 'kv')
