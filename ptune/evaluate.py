@@ -86,7 +86,7 @@ def evaluate(
       named,
       mesh=plan.mesh,
       model=model,
-      how=evaluation.decoding,
+      decoding=evaluation.decoding,
       seed=seed,
     )
     decode = seqio_task.vocabulary(task).decode

@@ -103,7 +103,7 @@ def infer(
       named,
       mesh=mesh,
       model=model,
-      how=decoding,
+      decoding=decoding,
       seed=seed,
     )
     asked = bank.predictor

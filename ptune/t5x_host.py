@@ -167,16 +167,16 @@ class Model(t5x_models.EncoderDecoderModel):
     return made['cache'], None
 
 
-def _decode_fn(how: models_lib.Decoding) -> Callable[..., Any]:
+def _decode_fn(decoding: models_lib.Decoding) -> Callable[..., Any]:
   """T5X's decoding function with the settings of ptune's."""
-  if how.num_beams > 1:
-    return functools.partial(t5x_decoding.beam_search, alpha=how.alpha)
+  if decoding.num_beams > 1:
+    return functools.partial(t5x_decoding.beam_search, alpha=decoding.alpha)
   return functools.partial(
     t5x_decoding.temperature_sample,
-    temperature=how.temperature or 1.0,
+    temperature=decoding.temperature or 1.0,
     # T5X takes the best token where top_k is 1, ptune where temperature is 0.
-    topk=how.top_k if how.temperature else 1,
-    topp=how.top_p if how.temperature else 0.0,
+    topk=decoding.top_k if decoding.temperature else 1,
+    topp=decoding.top_p if decoding.temperature else 0.0,
     # Scores are log probabilities: rescaled ones are 0 for a greedy choice.
     rescale_log_probs=False,
   )

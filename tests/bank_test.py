@@ -93,7 +93,7 @@ def own_rows(by_name):
 )
 def test_mixed_rows_are_answered_as_if_they_were_alone(how):
   batch = batch_of()
-  bank = filled(how=how)
+  bank = filled(decoding=how)
   tokens, scores = bank.predict(NAMES, batch['encoder_input_tokens'])
   single = {
     name: alone(name, lambda p, t: p.predict(t, batch, np.arange(8)), how)

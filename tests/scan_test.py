@@ -132,7 +132,7 @@ def test_answers_are_the_same(method, beams):
     predict = functools.partial(
       model.predict,
       max_decode_length=6,
-      how=models.Decoding(num_beams=beams),
+      decoding=models.Decoding(num_beams=beams),
     )
     tokens = BATCH['encoder_input_tokens']
     answers.append(jax.jit(predict)(random_params(net), tokens))

@@ -159,7 +159,7 @@ class Tuned:
       split=split,
       feature_lengths=self._settings.lengths,
       batch_size=self._settings.batch_size,
-      how=self._settings.decoding,
+      decoding=self._settings.decoding,
       seed=self._settings.seed,
     )
     scores = evaluation((self._params,), self.step)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from ptune.errors import UserError
-from ptune.model import decoding, scan
+from ptune.model import decoding as decoding_lib
+from ptune.model import scan
 from ptune.model.network import Transformer
 
 Params = Mapping[str, Any]
@@ -36,7 +37,7 @@ class Decoding:
   def __post_init__(self):
     if self.num_beams < 1:
       raise UserError(f'num_beams is {self.num_beams}; it must be at least 1')
-    decoding.check_sampling(self.temperature, self.top_k, self.top_p)
+    decoding_lib.check_sampling(self.temperature, self.top_k, self.top_p)
     if self.num_beams > 1 and self.temperature:
       raise UserError(
         f'num_beams is {self.num_beams} and temperature {self.temperature}:'
@@ -163,7 +164,7 @@ class EncoderDecoderModel:
     params: Params,
     encoder_input_tokens: jax.Array,
     max_decode_length: int,
-    how: Decoding = Decoding(),
+    decoding: Decoding = Decoding(),
     rng: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
     """Decodes what the model answers to each row.
@@ -172,7 +173,7 @@ class EncoderDecoderModel:
       params: Parameters of the network.
       encoder_input_tokens: [batch, length] int32.
       max_decode_length: Most tokens of an answer, its EOS included.
-      how: Greedy unless it says otherwise.
+      decoding: Greedy unless it says otherwise.
       rng: A key, or one for each row, to sample with.
 
     Returns:
@@ -211,26 +212,26 @@ class EncoderDecoderModel:
     # The first call makes the cache; its logits are never computed.
     whole = jnp.ones((rows, max_decode_length), jnp.int32)
     _, cache = decode(whole, {})
-    if how.num_beams > 1:
-      tokens, scores = decoding.beam_search(
+    if decoding.num_beams > 1:
+      tokens, scores = decoding_lib.beam_search(
         decode,
         cache,
         rows,
         max_decode_length,
-        num_beams=how.num_beams,
-        alpha=how.alpha,
+        num_beams=decoding.num_beams,
+        alpha=decoding.alpha,
         **ids,
       )
       return tokens[:, -1], scores[:, -1]
-    return decoding.sample(
+    return decoding_lib.sample(
       decode,
       cache,
       rows,
       max_decode_length,
       rng=rng,
-      temperature=how.temperature,
-      top_k=how.top_k,
-      top_p=how.top_p,
+      temperature=decoding.temperature,
+      top_k=decoding.top_k,
+      top_p=decoding.top_p,
       **ids,
     )
 

@@ -68,7 +68,7 @@ class Predictor:
     plan: parameters.Plan,
     model: EncoderDecoderModel,
     max_decode_length: int,
-    how: Decoding = Decoding(),
+    decoding: Decoding = Decoding(),
     seed: int = 0,
   ):
     """Prepares the programs.
@@ -77,7 +77,7 @@ class Predictor:
       plan: The parameters.
       model: The model.
       max_decode_length: Most tokens of an answer, its EOS included.
-      how: How predictions are decoded.
+      decoding: How predictions are decoded.
       seed: For sampling.
     """
     self._plan = plan
@@ -88,7 +88,7 @@ class Predictor:
       # A row's sample depends on the row, not on the batch it is put in.
       keys = jax.vmap(lambda row: jax.random.fold_in(base, row))(rows)
       params = merge(*trees)
-      return model.predict(params, tokens, max_decode_length, how, keys)
+      return model.predict(params, tokens, max_decode_length, decoding, keys)
 
     jit = functools.partial(
       jax.jit, out_shardings=partitioning.replicated(plan.mesh)

@@ -58,7 +58,7 @@ class PromptBank:
     *,
     mesh: Mesh | None = None,
     model: Callable[..., EncoderDecoderModel] = EncoderDecoderModel,
-    how: Decoding = Decoding(),
+    decoding: Decoding = Decoding(),
     seed: int = 0,
     fingerprint: str | None = None,
     prompt_length: int = 1,
@@ -71,7 +71,7 @@ class PromptBank:
       max_decode_length: Most tokens of an answer, its EOS included.
       mesh: The devices; all of them if not given.
       model: The loss.
-      how: How predictions are decoded.
+      decoding: How predictions are decoded.
       seed: For sampling.
       fingerprint: Of the base, with which that of a prompt's file is compared.
       prompt_length: The longest prompt that there is room for at first. A
@@ -93,7 +93,7 @@ class PromptBank:
     }
     self._base = parameters.unflatten(parameters.hold(plan, placed))
     self.predictor = Predictor(
-      plan, model(plan.network), max_decode_length, how, seed
+      plan, model(plan.network), max_decode_length, decoding, seed
     )
     self.embed = config.emb_dim
     self._fingerprint = fingerprint

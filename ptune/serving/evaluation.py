@@ -44,7 +44,7 @@ class Evaluation:
     split: str,
     feature_lengths: Mapping[str, int],
     batch_size: int,
-    how: Decoding = Decoding(),
+    decoding: Decoding = Decoding(),
     num_examples: int | None = None,
     bucket_multiple: int | None = data.BUCKET_MULTIPLE,
     use_cached: bool = False,
@@ -61,7 +61,7 @@ class Evaluation:
       feature_lengths: TASK_FEATURE_LENGTHS.
       batch_size: Rows that are computed at once; no result depends on it, but
         for rounding in bfloat16.
-      how: How predictions are decoded.
+      decoding: How predictions are decoded.
       num_examples: Only the first so many; all if not given.
       bucket_multiple: See `data.padded_batches`.
       use_cached: USE_CACHED_TASKS.
@@ -93,7 +93,7 @@ class Evaluation:
       self.metrics = SeqioMetrics(task, examples, use_cached, seed)
     self.datasets = self.metrics.datasets
     self._predictor = answers.Predictor(
-      plan, model, feature_lengths['targets'], how, seed
+      plan, model, feature_lengths['targets'], decoding, seed
     )
 
   def __call__(
@@ -250,7 +250,7 @@ def evaluation_of(
     split=evaluation.split or '',
     feature_lengths=data.feature_lengths,
     batch_size=batch_size,
-    how=evaluation.decoding,
+    decoding=evaluation.decoding,
     num_examples=evaluation.steps and evaluation.steps * batch_size,
     bucket_multiple=data.bucket_multiple,
     use_cached=data.use_cached,
