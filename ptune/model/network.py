@@ -21,6 +21,7 @@ from ptune.errors import UserError
 from ptune.model import scan, t5gemma
 from ptune.model.adapters import PADDING, Placement, adapt, matches
 from ptune.model.attention import Attention, RelativePositionBias
+from ptune.model.decoder_alone import Prefix, padded_in_front
 from ptune.model.layers import (
   Dense,
   Embed,
@@ -257,46 +258,6 @@ class Encoder(nn.Module):
     return adapt(self, self.placements, 'output', tokens, x)
 
 
-class Prefix(nn.Module):
-  """What stands in the encoder's place before a decoder alone: embeddings.
-
-  The decoder continues what it reads, so padding stands in front:
-
-      a b </s> . .  ->  . . [prompt] a b </s>
-
-  Sites: `embed` and `mask` as in the encoder. The mask is made by the decoder,
-  at its site `encoder_mask`.
-  """
-
-  config: T5Config
-  token_embedder: Embed
-  placements: tuple[Placement, ...] = ()
-
-  @nn.compact
-  def __call__(self, tokens, segment_ids=None, *, enable_dropout=False):
-    """[batch, length] -> [batch, length + what adapters add, embed]."""
-    del enable_dropout  # The decoder drops.
-    if segment_ids is not None:
-      raise UserError('a decoder alone reads no packed examples; turn PACK off')
-    x = self.token_embedder(tokens)
-    real = tokens != self.config.ids.pad
-    tokens = jnp.where(real, tokens, PADDING)
-    x = adapt(self, self.placements, 'embed', tokens, x)
-    adapt(self, self.placements, 'mask', tokens, real[:, None, None])
-    return constrain(_padded_in_front(x, real), 'batch', 'length', 'embed')
-
-
-def _padded_in_front(x: jax.Array, real: jax.Array) -> jax.Array:
-  """Moves the padding from the end of rows to their front.
-
-  Args:
-    x: [batch, ...]; its second axis ends as `real` does.
-    real: [batch, length], False at the padding, which is at the end.
-  """
-  padding = jnp.sum(~real, axis=1)
-  return jax.vmap(lambda row, by: jnp.roll(row, by, axis=0))(x, padding)
-
-
 class Decoder(nn.Module):
   """The decoder and the output layer.
 
@@ -399,7 +360,7 @@ class Decoder(nn.Module):
       self, place, 'encoder_mask', encoder_tokens, encoder_mask
     )
     if cfg.decoder_only:
-      seen = _padded_in_front(encoder_mask[:, 0, 0], real)
+      seen = padded_in_front(encoder_mask[:, 0, 0], real)
       # The positions of targets, which come behind, are in the mask already.
       after = ((0, 0), (0, mask.shape[-1] - seen.shape[1]))
       mask &= jnp.pad(seen, after, constant_values=True)[:, None, None, :]
