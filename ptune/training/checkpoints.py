@@ -9,7 +9,7 @@ renamed when it is complete. The frozen base is never written.
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import flax
 import jax
@@ -163,7 +163,7 @@ class Checkpoints:
           _set_aside(self.directory / str(step))
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f'opened {self.directory}')
-    self._keep = keep
+    self._keep, self._begun = keep, start
     self._manager = _manager(self.directory, keep)
 
   @property
@@ -197,6 +197,7 @@ class Checkpoints:
       OSError: If it failed each time; says what is kept.
     """
     step, state = int(state.step), _here(state)
+    self._begun = step
     for pause in (*PAUSES, None):
       error = self._try(state, sums, wait)
       if not any(_gathered(error is not None)):
@@ -239,9 +240,12 @@ class Checkpoints:
       ' command goes on from there'
     )
 
-  def newest(self) -> int:
-    """The newest step that is on disk, 0 if there is none."""
-    return max(finished_steps(self.directory), default=0)
+  def restarts(self) -> set[int]:
+    """The steps from which a run may go on that is killed now.
+
+    The newest that is on disk, and the one that is being written.
+    """
+    return {self._begun, max(finished_steps(self.directory), default=0)}
 
   def wait(self) -> None:
     """Returns when everything is on disk; raises what went wrong."""
@@ -320,14 +324,16 @@ def _set_aside(checkpoint: epath.Path) -> None:
 
 
 def save_best(
-  directory: os.PathLike[str], state: TrainState, durable: int = 0
+  directory: os.PathLike[str],
+  state: TrainState,
+  restarts: Collection[int] = (),
 ) -> None:
   """Makes a state the newest that a directory holds.
 
   Args:
     directory: MODEL_DIR/best.
     state: The state.
-    durable: The step from which the run would go on now, see `prune_best`.
+    restarts: The steps from which the run may go on, see `prune_best`.
   """
   directory, state = epath.Path(directory), _here(state)
   if jax.process_index() != 0:
@@ -337,20 +343,22 @@ def save_best(
   assert manager is not None
   with manager:
     _save(manager, state, {})
-  prune_best(directory, durable)
+  prune_best(directory, restarts)
 
 
-def prune_best(directory: os.PathLike[str], durable: int) -> None:
+def prune_best(directory: os.PathLike[str], restarts: Collection[int]) -> None:
   """Removes the states that were the best once, and are of no more use.
 
-  Kept are the newest one, and the newest that a run needs which is killed now:
-  it goes on from step `durable`, so what is newer than that may be lost.
+  Kept are the newest one, and, for each step from which a run may go on, the
+  newest up to there: those after it are dropped then.
   """
   steps = finished_steps(directory)
   if jax.process_index() != 0 or not steps:
     return
-  old = [step for step in steps if step <= durable]
-  for step in set(steps) - {steps[-1], *old[-1:]}:
+  kept = {steps[-1]}
+  for restart in restarts:
+    kept.update([step for step in steps if step <= restart][-1:])
+  for step in set(steps) - kept:
     (epath.Path(directory) / str(step)).rmtree()
 
 

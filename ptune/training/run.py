@@ -249,7 +249,7 @@ class Run(contextlib.AbstractContextManager['Run']):
     if wait:
       for member in self.members:
         checkpoints.prune_best(
-          self.place(member.name) / 'best', self._saved.newest()
+          self.place(member.name) / 'best', self._saved.restarts()
         )
 
   def check_finite(self, state: TrainState) -> None:
@@ -281,7 +281,7 @@ class Run(contextlib.AbstractContextManager['Run']):
     checkpoints.save_best(
       self.place(member.name) / 'best',
       TrainState(state.step, member.trainable(state), {}),
-      self._saved.newest(),
+      self._saved.restarts(),
     )
     self.write_prompt(member, 'best', state, scores)
 
