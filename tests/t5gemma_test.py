@@ -41,6 +41,7 @@ from ptune.model import (
   sizes,
 )
 from ptune.model.adapters import combine
+from ptune.model.config import TokenIds
 from ptune.model.t5gemma_sizes import Stack, T5GemmaConfig
 from tests import tiny
 from tests.network_test import make_batch
@@ -481,6 +482,18 @@ def test_other_networks_are_refused_before_weights_are_read(
   (tmp_path / 'model.safetensors').write_text('no weights')
   with pytest.raises(UserError, match=re.escape(message)):
     open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize('kind', ['T5Gemma', 'T5Gemma2'])
+def test_what_a_config_leaves_out_is_as_transformers_has_it(kind):
+  whole = getattr(transformers, f'{kind}Config')().to_dict()
+  short = {'model_type': kind.lower()}
+  got, want = (
+    files.read_config(said, TokenIds(start=2), epath.Path('config.json'))
+    for said in (short, json.loads(json.dumps(whole)))
+  )
+  assert got == want
+  assert kind != 'T5Gemma' or got == sizes.t5('t5gemma_2b_2b')
 
 
 @both

@@ -57,6 +57,18 @@ _SIZES = {
   'head_dim': 'head_dim',
   'window': 'sliding_window',
 }
+# transformers leaves out what is as in its defaults, which are those of 2B.
+_DEFAULTS = {
+  'num_hidden_layers': 26,
+  'hidden_size': 2304,
+  'intermediate_size': 9216,
+  'num_attention_heads': 8,
+  'num_key_value_heads': 4,
+  'head_dim': 256,
+  'sliding_window': 4096,
+  'query_pre_attn_scalar': 256,
+}
+_PATTERN = {1: 2, 2: 6}  # Of windows, by version.
 # What has one value in all published models: a network with another one is
 # not there. Their names in the configuration of a stack, and the value.
 _FIXED = {
@@ -222,6 +234,12 @@ def read_config(
   stacks = {name: _dict(said.get(name)) for name in ('encoder', 'decoder')}
   if version == 2:
     stacks['encoder'] = _dict(stacks['encoder'].get('text_config'))
+  stacks = {k: {**_DEFAULTS, **values} for k, values in stacks.items()}
+  for values in stacks.values():
+    if values.get('layer_types') is None:
+      pattern = values.get('sliding_window_pattern', _PATTERN[version])
+      count = values['num_hidden_layers']
+      values['layer_types'] = _layer_types(count, pattern)
   wrong = [
     f'{stack}: {line}'
     for stack, values in stacks.items()
@@ -237,9 +255,8 @@ def read_config(
     for key, value in common['encoder'].items()
     if value != common['decoder'][key]
   ]
-  pattern = _pattern(
-    [_layer_types(values) for values in stacks.values()], version
-  )
+  types = [values['layer_types'] for values in stacks.values()]
+  pattern = _pattern(types, version)
   if pattern is None:
     wrong.append(
       'layer_types: expected every n-th layer to be full_attention and the'
@@ -302,7 +319,7 @@ def _unknown(values: Mapping[str, Any], version: int) -> list[str]:
       f'attn_logit_softcapping {values["attn_logit_softcapping"]}: expected'
       ' none, which is how transformers computes a t5gemma2 in any case'
     )
-  types = set(_layer_types(values)) - {_LOCAL, _GLOBAL}
+  types = {str(x) for x in values['layer_types']} - {_LOCAL, _GLOBAL}
   if types:
     wrong.append(f'layer_types {sorted(types)}: expected {_LOCAL}, {_GLOBAL}')
   for kind, rope in _ropes(values, version).items():
@@ -347,9 +364,9 @@ def _ropes(
   return ropes
 
 
-def _layer_types(values: Mapping[str, Any]) -> list[str]:
-  types = values.get('layer_types')
-  return [str(x) for x in types] if isinstance(types, list) else []
+def _layer_types(count: int, pattern: int) -> list[str]:
+  """Those of so many layers, of which each `pattern`-th is global."""
+  return [_LOCAL if (i + 1) % pattern else _GLOBAL for i in range(count)]
 
 
 def _pattern(types: list[list[str]], version: int) -> int | None:
@@ -357,13 +374,9 @@ def _pattern(types: list[list[str]], version: int) -> int | None:
 
   Where several do, in a model of few layers, the published one.
   """
-  published = {1: 2, 2: 6}[version]
   longest = max(map(len, types))
-  for n in (published, *range(1, longest + 2)):
-    if all(
-      given == [_LOCAL if (i + 1) % n else _GLOBAL for i in range(len(given))]
-      for given in types
-    ):
+  for n in (_PATTERN[version], *range(1, longest + 2)):
+    if all(given == _layer_types(len(given), n) for given in types):
       return n
   return None
 
@@ -372,7 +385,7 @@ def _common(values: Mapping[str, Any], version: int) -> dict[str, Any]:
   """What both stacks must agree on."""
   ropes = _ropes(values, version)
   caps = (50.0, 30.0) if version == 1 else (None, None)
-  scalar = values.get('query_pre_attn_scalar', 256)
+  scalar = values['query_pre_attn_scalar']
   return {
     'vocab_size': values.get('vocab_size', (0, 256_000, 262_208)[version]),
     'query_pre_attn_scalar': None if scalar == values['head_dim'] else scalar,
@@ -425,7 +438,7 @@ def config_json(config: T5GemmaConfig) -> dict[str, Any]:
       'query_pre_attn_scalar': config.query_scalar or sizes.head_dim,
       'attn_logit_softcapping': config.attention_cap,
       'final_logit_softcapping': config.logits_cap,
-      'layer_types': [_LOCAL if (i + 1) % n else _GLOBAL for i in range(count)],
+      'layer_types': _layer_types(count, n),
       'rope_parameters': rope,
       'tie_word_embeddings': config.logits_via_embedding,
     }
