@@ -173,6 +173,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
       '--coordinator_address, --process_count and --process_index are given'
       ' together or not at all'
     )
+  if several and not 0 <= args.process_index < args.process_count:
+    parser.error(
+      f'--process_index is {args.process_index}; expected 0 to'
+      f' {args.process_count - 1}, below --process_count'
+    )
+  if several and not re.fullmatch(r'\S+:\d+', args.coordinator_address):
+    parser.error(
+      f'--coordinator_address is {args.coordinator_address}; expected host:port'
+      ' of process 0'
+    )
   return args
 
 

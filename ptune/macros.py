@@ -120,10 +120,10 @@ def _path(value: Any) -> str:
 
 def _task(value: Any) -> str:
   """A name that SeqIO takes, and that names a directory on any system."""
-  name = r'[A-Za-z0-9_:#][\w.:#]{0,199}'
+  name = r'[A-Za-z0-9_:#-][\w.:#-]{0,199}'
   if isinstance(value, str) and re.fullmatch(name, value, re.ASCII):
     return ''
-  return 'up to 200 letters, digits, _ : # and dots, and no dot first'
+  return 'up to 200 letters, digits, _ : # - and dots, and no dot first'
 
 
 def _chosen(value: Any) -> str:

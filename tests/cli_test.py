@@ -83,6 +83,20 @@ def train_with(*more, without=(), **macros):
     (['train', '--modl_dir=/x'], '--modl_dir=/x; did you mean --model_dir'),
     (['train', '--process_count=2'], 'are given together or not at all'),
     (
+      [
+        *('train', '--coordinator_address=a:1', '--process_count=1'),
+        '--process_index=5',
+      ],
+      '--process_index is 5; expected 0 to 0',
+    ),
+    (
+      [
+        *('train', '--coordinator_address=a', '--process_count=2'),
+        '--process_index=1',
+      ],
+      'expected host:port of process 0',
+    ),
+    (
       ['train', '--gin_file=models/t5_1_1_smal.gin'],
       'did you mean models/t5_1_1_small.gin',
     ),

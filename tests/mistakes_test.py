@@ -11,6 +11,7 @@ import functools
 import logging as python_logging
 import os
 import re
+import shutil
 import sys
 
 import jax
@@ -19,7 +20,7 @@ import pytest
 from absl import logging
 
 import gin
-from ptune import cli
+from ptune import cli, pretrained
 from tests import imports_test, tiny
 
 ROWS = ''.join(f'film {i}\t{i % 2}\n' for i in range(16))
@@ -50,6 +51,8 @@ FILES = {
   'exits.py': 'import sys\nsys.exit(0)\n',
 }
 
+CONFIG = f'{pretrained.directory("ptune://tiny")}/config.json'
+
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
@@ -60,6 +63,12 @@ def place(tmp_path_factory):
     (path / name).write_bytes(content)
   os.mkfifo(path / 'pipe.tsv')
   width = 96
+  (path / 'empty').mkdir()
+  header = b'{}' + b' ' * 90_000
+  (path / 'empty' / 'model.safetensors').write_bytes(
+    len(header).to_bytes(8, 'little') + header
+  )
+  shutil.copy(CONFIG, path / 'empty')
   for name, array in (
     ('good', np.ones((5, width), np.float32)),
     ('nan', np.full((5, width), np.nan, np.float32)),
@@ -147,6 +156,7 @@ MISTAKES = [
     train(INITIAL_CHECKPOINT_PATH='/nosuch'),
     'Nothing is at /nosuch',
   ),
+  ('convert', ['inspect', 'empty'], 'weights without a single tensor'),
   # Users' data.
   ('tasks', train(**files('label.tsv')), "label.tsv:18: unknown label '7'"),
   ('tasks', train(**files('column.tsv')), "no column 'sentence'"),

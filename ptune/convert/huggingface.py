@@ -331,12 +331,28 @@ def _activations(
 
 def _step(metadata: Mapping[str, str]) -> int | None:
   """The training step that `write_huggingface` keeps."""
-  step = metadata.get(STEP, '')
-  return int(step) if step.isdecimal() and len(step) < 16 else None
+  text = metadata.get(STEP, '')
+  if not text.isdecimal() or len(text) > 15:
+    return None
+  step, most = int(text), np.iinfo(np.int32).max
+  if step > most:
+    raise UserError(
+      f'the metadata of the weights say {STEP} {step}; expected at most {most}'
+    )
+  return step
 
 
 def _tensors(path: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
   """Every tensor of a directory, as it is stored; and the files' metadata."""
+  tensors, metadata = _read_tensors(path)
+  if not tensors:
+    raise UserError(f'{path} holds weights without a single tensor')
+  return tensors, metadata
+
+
+def _read_tensors(
+  path: epath.Path,
+) -> tuple[dict[str, Leaf], dict[str, str]]:
   names = {child.name for child in path.iterdir()}
   for reader, whole, parts in (
     (safetensors_files.open_file, WEIGHTS, INDEX),
