@@ -7,10 +7,13 @@ read by the default suite; they are run by the slow one.
 """
 
 import importlib
+import os
 import pathlib
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -214,3 +217,17 @@ def test_the_files_that_are_named_exist():
     and path.name not in known
   ]
   assert not unnamed, 'say what these are, under "The code"'
+
+
+@pytest.mark.slow
+def test_the_story_from_nothing_to_a_prompt_runs(tmp_path):
+  done = subprocess.run(
+    ['bash', ROOT / 'examples' / 'speedrun.sh'],
+    cwd=tmp_path,
+    env={**os.environ, 'PYTHON': sys.executable, 'STEPS': '3'},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / 'speedrun/for_peft/adapter_config.json').is_file()
+  assert 'accuracy' in done.stdout
