@@ -221,12 +221,14 @@ def _add_process_flags(group) -> None:
 def _add_plan_flags(command: argparse.ArgumentParser) -> None:
   add = command.add_argument
   add('--devices', type=int, required=True, help='devices of the run')
-  add('--accelerator', help='v4, v5e, v5p, v6e, a100-40, a100-80, h100 or h200')
+  add(
+    '--accelerator',
+    help='v4, v5e, v5p, v6e, v7x, a100-40, a100-80, h100 or h200',
+  )
   add(
     '--compiler',
     choices=('cpu', 'tpu'),
-    default='cpu',
-    help="tpu asks the TPU's own compiler, if libtpu is installed",
+    help="tpu, the default for TPUs if libtpu is installed, asks the TPU's own",
   )
 
 

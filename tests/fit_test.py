@@ -155,8 +155,8 @@ def test_unknown_accelerators_are_refused_by_name():
 
 
 def test_when_nothing_fits_the_options_that_would_are_named(monkeypatch):
-  def memory(run, devices, enough):
-    del devices, enough
+  def memory(run, devices, enough, accelerator):
+    del devices, enough, accelerator
     return {1: fit.Memory(int(8e9 if run.config.fsdp else 40e9), 0, 0, 0)}
 
   monkeypatch.setattr(fit, 'measure', memory)
@@ -198,3 +198,43 @@ def test_a_loop_is_measured_whole_and_needs_less_room():
     (6, 6)
   ]
   assert temporary(remat=True, scan=True) < 0.6 * temporary()
+
+
+def test_the_tpus_own_compiler_is_asked_where_it_can_be(monkeypatch):
+  class Asked(Exception):
+    pass
+
+  def asked(*args):
+    raise Asked(*args)
+
+  monkeypatch.setattr(fit.tpu_compiler, 'devices', asked)
+  monkeypatch.setattr(fit, '_fake_devices', lambda count: asked(count, 'cpu'))
+
+  def compiler(*args):
+    with pytest.raises(Asked) as found:
+      fit.plan(*args)
+    return found.value.args
+
+  monkeypatch.setattr(fit.tpu_compiler, 'available', lambda: True)
+  assert compiler(8, 'v5e') == ('v5e', 8)
+  assert compiler(32, 'v7x') == ('v7x', 32)
+  assert compiler(8, 'v5e', 'cpu') == (8, 'cpu')
+  assert compiler(8, 'h100') == compiler(8) == (8, 'cpu')
+  assert compiler(3, 'v5e') == (3, 'cpu')
+  monkeypatch.setattr(fit.tpu_compiler, 'available', lambda: False)
+  assert compiler(8, 'v5e') == (8, 'cpu')
+  assert compiler(8, 'v5e', 'tpu') == ('v5e', 8)
+
+
+def test_a_steps_time_gives_tokens_a_second_and_chip_hours():
+  run = dataclasses.replace(RUN, train_steps=9000)
+  memory = fit.Memory(1, 1, 1, 10, decoding=20, seconds=0.5)
+  assert memory.total == 23  # A step and decoding are not there together.
+  text = fit.describe_time(run, memory, 'v5e', 8)
+  # Sixteen rows of 32 and 8; 9,000 steps of half a second on eight chips.
+  assert '500 ms, 1,280 tokens a second' in text
+  assert '9,000 steps: 10.00 chip-hours of v5e' in text
+  assert 'not a measurement' in text
+  table, _ = fit.describe(run, {1: memory}, 'v5e', exact=True)
+  assert 'decoding' in table and '20 bytes' in table
+  assert not fit.describe_time(run, fit.Memory(1, 1, 1, 1), 'v5e', 8)

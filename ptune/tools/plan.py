@@ -23,8 +23,12 @@ layers of T5 1.1 XXL then take 3.3 GB in place of 36. All layers are compiled
 then, as that takes no longer.
 Evaluation is not counted: with beams, decoding needs room for its cache.
 
-With libtpu installed (`pip install 'jax[tpu]'`; no TPU is needed),
---compiler=tpu asks the TPU's own compiler instead, which takes minutes a mesh.
+If libtpu is installed (`pip install 'jax[tpu]'`; no TPU is needed) and
+--accelerator is a TPU, the TPU's own compiler is asked instead. It takes
+minutes a mesh, so that the first mesh that fits ends the search. It counts
+decoding too, and estimates the time of a step; see `tpu_compiler` for what that
+leaves out.
+--compiler=cpu asks XLA's CPU compiler all the same.
 """
 
 import copy
@@ -45,8 +49,9 @@ from ptune.columns import aligned
 from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
-from ptune.model.models import EncoderDecoderModel
+from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.model.sizes import Config
+from ptune.tools import tpu_compiler
 from ptune.training import state as state_lib
 
 GIB = 2**30
@@ -57,6 +62,7 @@ ACCELERATORS: Mapping[str, int] = {
   'v5e': 16 * GIB,
   'v5p': 95 * GIB,
   'v6e': 32 * GIB,
+  'v7x': 192 * GIB,
   'a100-40': int(39.4 * GIB),
   'a100-80': int(79.2 * GIB),
   'h100': int(79.2 * GIB),
@@ -72,20 +78,6 @@ CERTAIN = 0.3
 _AGAIN = {'remat': True, 'scan': True}
 OPTIONS = (_AGAIN, {'fsdp': True}, {**_AGAIN, 'fsdp': True})
 
-# The slices that --compiler=tpu compiles for: devices -> topology.
-TOPOLOGIES: Mapping[str, Mapping[int, str]] = {
-  name: {
-    4: '2x2',
-    8: '2x4',
-    16: '4x4',
-    32: '4x8',
-    64: '8x8',
-    128: '8x16',
-    256: '16x16',
-  }
-  for name in ('v5e', 'v6e')
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -99,16 +91,30 @@ class Run:
   batch_size: int
   microbatches: int = 1
   pack: int = 0
+  decoding: Decoding = Decoding()
+  train_steps: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes on one device. Only `temporary` is an estimate."""
+  """Bytes on one device. Only `temporary` and `decoding` are estimates.
+
+  Attributes:
+    frozen: Of frozen parameters.
+    trainable: Of trained ones.
+    optimizer: Of the optimizer's state.
+    temporary: Of what a step needs beside them.
+    decoding: Of what an evaluation that decodes needs beside them; 0 if that
+      was not asked for.
+    seconds: Of a step, as the TPU's compiler estimates; see `tpu_compiler`.
+  """
 
   frozen: int
   trainable: int
   optimizer: int
   temporary: int
+  decoding: int = 0
+  seconds: float | None = None
 
   @property
   def exact(self) -> int:
@@ -116,18 +122,19 @@ class Memory:
 
   @property
   def total(self) -> int:
-    return self.exact + self.temporary
+    return self.exact + max(self.temporary, self.decoding)
 
 
 def plan(
-  devices: int, accelerator: str | None = None, compiler: str = 'cpu'
+  devices: int, accelerator: str | None = None, compiler: str | None = None
 ) -> int | None:
   """Prints the table for the run that gin describes.
 
   Args:
     devices: Devices of the run.
     accelerator: A name in `ACCELERATORS`; None compares with all.
-    compiler: 'cpu', or 'tpu' for the TPU's own (v5e and v6e).
+    compiler: 'cpu', or 'tpu' for the TPU's own; if not given, the latter for a
+      slice of TPUs if libtpu is installed.
 
   Returns:
     MODEL_PARALLEL of the mesh that fits best, None if there is none. Without
@@ -143,16 +150,25 @@ def plan(
     )
   if devices < 1:
     raise UserError(f'--devices is {devices}; it must be at least 1')
-  if compiler == 'tpu':
-    chips = _tpu_devices(devices, accelerator)
+  if compiler is None:
+    chip = tpu_compiler.CHIPS.get(accelerator or '')
+    known = chip is not None and devices in chip.topologies
+    compiler = 'tpu' if known and tpu_compiler.available() else 'cpu'
+  exact = compiler == 'tpu'
+  if exact:
+    chips = tpu_compiler.devices(accelerator or '', devices)
   else:
     chips = _fake_devices(devices)
   run = _run_of_gin()
-  table = measure(run, chips)
-  text, best = describe(run, table, accelerator, exact=compiler == 'tpu')
+  # A mesh takes the TPU's compiler minutes: the first that fits is enough.
+  enough = lambda memory: exact and verdict(memory, accelerator, True) == 'yes'
+  table = measure(run, chips, enough=enough, accelerator=accelerator)
+  text, best = describe(run, table, accelerator, exact)
   print(text)
+  if exact and best is not None:
+    print(describe_time(run, table[best], accelerator, devices))
   if best is None and accelerator:
-    print(suggest(run, chips, accelerator, exact=compiler == 'tpu'))
+    print(suggest(run, chips, accelerator, exact))
   return best
 
 
@@ -170,6 +186,7 @@ def suggest(
       dataclasses.replace(run, config=config),
       devices,
       enough=lambda memory: verdict(memory, accelerator, exact) == 'yes',
+      accelerator=accelerator,
     )
     possible = {m: x for m, x in table.items() if isinstance(x, Memory)}
     flags = ' '.join(
@@ -200,6 +217,8 @@ def _run_of_gin() -> Run:
   bound: dict[str, Any] = {}
   for program in programs:
     bound |= gin.get_bindings(program, resolve_references=False)
+  evaluation = gin.get_bindings(settings.Evaluation, resolve_references=False)
+  defaults['decoding'] = evaluation.get('decoding', Decoding())
   values = {}
   for field in dataclasses.fields(Run):
     value = bound.get(field.name, defaults[field.name])
@@ -239,28 +258,6 @@ def _fake_devices(count: int) -> Sequence[jax.Device]:
   return found[:count]
 
 
-def _tpu_devices(count: int, accelerator: str | None) -> Sequence[Any]:
-  """TPU devices that can be compiled for, but are not there."""
-  from jax.experimental import topologies
-
-  known = TOPOLOGIES.get(accelerator or '', {})
-  if count not in known:
-    raise UserError(
-      f'--compiler=tpu cannot compile for {count} devices of {accelerator!r};'
-      f' it knows {list(TOPOLOGIES)} with {list(TOPOLOGIES["v5e"])} devices'
-    )
-  jax.config.update('jax_platforms', 'cpu')
-  try:
-    topology = topologies.get_topology_desc(
-      platform='tpu', topology_name=f'{accelerator}:{known[count]}'
-    )
-  except Exception as error:  # JAX has no class for a missing compiler.
-    raise UserError(
-      f"--compiler=tpu needs libtpu: pip install 'jax[tpu]' ({error})"
-    ) from error
-  return topology.devices
-
-
 # ------------------------------------------------------------------ measuring
 
 
@@ -269,6 +266,7 @@ def measure(
   devices: Sequence[Any],
   extrapolate: bool = True,
   enough: Callable[[Memory], bool] = lambda memory: False,
+  accelerator: str | None = None,
 ) -> dict[int, Memory | str]:
   """Works out the memory of every mesh of the devices.
 
@@ -277,6 +275,8 @@ def measure(
     devices: The devices, which may be fake.
     extrapolate: Compile shallow networks only, see `_depths`.
     enough: Whether no mesh of more parts than that of this memory is asked for.
+    accelerator: What TPU devices are; with them, a step's time and decoding are
+      asked for too.
 
   Returns:
     By MODEL_PARALLEL: the memory, or why the mesh is not possible.
@@ -303,9 +303,14 @@ def measure(
         f' divisible by {mesh.shape["data"]}'
       )
       continue
-    temporary = [_temporary(run, p.on(mesh)) for p in shallow]
-    memory = _held(
-      run, whole.on(mesh), _at_depth(_depth(run), depths, temporary)
+    found = [_measured(run, p.on(mesh), accelerator) for p in shallow]
+    temporary, decoding, seconds = (
+      _at_depth(_depth(run), depths, values)
+      for values in zip(*found, strict=True)
+    )
+    memory = _held(run, whole.on(mesh), int(temporary))
+    memory = dataclasses.replace(
+      memory, decoding=int(decoding), seconds=seconds or None
     )
     table[parts] = memory
     logging.info('%d x %d: done', *mesh.shape.values())
@@ -349,8 +354,8 @@ def _depths(config, method: Method) -> list[tuple[int, int]]:
 def _at_depth(
   depth: tuple[int, int],
   depths: Sequence[tuple[int, int]],
-  values: Sequence[int],
-) -> int:
+  values: Sequence[float],
+) -> float:
   """Continues values, known at `depths`, linearly to another depth.
 
   (24, 24), [(2, 2), (3, 3)], [10, 14] -> 10 + 22 * 4
@@ -385,17 +390,13 @@ def _bytes_on_one(tree: Any) -> int:
   )
 
 
-def _temporary(run: Run, plan: parameters.Plan) -> int:
-  """Bytes that XLA reserves on one device for a step, beside the state."""
-  tx = run.optimizer(initial_step=0)
-  like = state_lib.abstract_state(tx, plan)
-  lengths, model = run.feature_lengths, run.model(plan.network)
+def _batch(run: Run, plan: parameters.Plan) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of the global batch of a step."""
+  lengths = run.feature_lengths
   if run.pack:
     from ptune.data import packing  # With it comes SeqIO.
 
     lengths = packing.room(run.method, lengths, run.pack)
-    model = packing.model_of(run.model, plan)
-  update = state_lib.compile_step(model, tx, plan, like, run.microbatches)
   rows = NamedSharding(plan.mesh, PartitionSpec('data'))
 
   def tokens(feature):
@@ -412,6 +413,19 @@ def _temporary(run: Run, plan: parameters.Plan) -> int:
   if run.pack:
     batch['encoder_segment_ids'] = tokens('inputs')
     batch['decoder_segment_ids'] = tokens('targets')
+  return batch
+
+
+def compile_step(run: Run, plan: parameters.Plan) -> jax.stages.Compiled:
+  """Compiles a step of training for the devices of a plan, from shapes."""
+  tx = run.optimizer(initial_step=0)
+  like = state_lib.abstract_state(tx, plan)
+  model = run.model(plan.network)
+  if run.pack:
+    from ptune.data import packing
+
+    model = packing.model_of(run.model, plan)
+  update = state_lib.compile_step(model, tx, plan, like, run.microbatches)
   frozen = parameters.unflatten(parameters.held(plan))
   options = {}
   if plan.mesh.devices.flat[0].platform == 'cpu':
@@ -423,10 +437,47 @@ def _temporary(run: Run, plan: parameters.Plan) -> int:
       'xla_backend_optimization_level': 0,
     }
   with plan.scope():
-    program = update.lower(like, frozen, batch).compile(options)
-  analysis = program.memory_analysis()
+    return update.lower(like, frozen, _batch(run, plan)).compile(options)
+
+
+def compile_decoding(
+  run: Run, plan: parameters.Plan, how: Decoding
+) -> jax.stages.Compiled:
+  """Compiles the prediction of a batch for the devices of a plan."""
+  model = run.model(plan.network)
+  frozen = parameters.unflatten(parameters.held(plan))
+  trainable = parameters.unflatten(plan.select(plan.trainable))
+
+  def predict(trainable, frozen, tokens):
+    params = parameters.merge(trainable, frozen)
+    length = run.feature_lengths['targets']
+    return model.predict(params, tokens, length, how, jax.random.key(0))
+
+  tokens = _batch(run, plan)['encoder_input_tokens']
+  with plan.scope():
+    return jax.jit(predict).lower(trainable, frozen, tokens).compile()
+
+
+def _measured(
+  run: Run, plan: parameters.Plan, accelerator: str | None
+) -> tuple[int, int, float]:
+  """Bytes on one device beside the state, and a step's time.
+
+  Returns:
+    Temporaries of a step and of decoding, and the estimated seconds of a step;
+    of devices that are no TPUs, the last two are 0.
+  """
+  program = compile_step(run, plan)
   # The batch, too, is there only for the step.
-  return analysis.temp_size_in_bytes + _bytes_on_one(batch)
+  batch = _bytes_on_one(_batch(run, plan))
+  temporary = program.memory_analysis().temp_size_in_bytes + batch
+  if plan.mesh.devices.flat[0].platform != 'tpu' or accelerator is None:
+    return temporary, 0, 0.0
+  seconds = tpu_compiler.estimate(program.as_text(), accelerator).seconds(
+    accelerator
+  )
+  decoding = compile_decoding(run, plan, run.decoding).memory_analysis()
+  return temporary, decoding.temp_size_in_bytes + batch, seconds
 
 
 # ----------------------------------------------------------------- describing
@@ -466,6 +517,7 @@ def describe(
     'trained',
     'optimizer',
     'temporary',
+    *(['decoding'] if exact else []),
     'total',
     f'fits {accelerator}' if accelerator else 'fits',
   ]
@@ -473,7 +525,7 @@ def describe(
   for parts, memory in table.items():
     mesh = f'{devices // parts} x {parts}'
     if isinstance(memory, str):
-      lines.append([mesh, '', '', '', '', '', memory])
+      lines.append([mesh, *[''] * (len(head) - 2), memory])
       continue
     verdicts = {n: verdict(memory, n, exact) for n in names}
     answer = ', '.join(n for n, v in verdicts.items() if v == 'yes')
@@ -482,6 +534,7 @@ def describe(
       memory.trainable,
       memory.optimizer,
       memory.temporary,
+      *([memory.decoding] if exact else []),
       memory.total,
     )
     lines.append(
@@ -530,6 +583,25 @@ def describe(
       f' otherwise; the table counts with {USABLE}.'
     )
   return '\n'.join(text), best
+
+
+def describe_time(
+  run: Run, memory: Memory | str, accelerator: str | None, devices: int
+) -> str:
+  """The estimated time of a step and of the run, as text; '' if not known."""
+  if not isinstance(memory, Memory) or not memory.seconds or not accelerator:
+    return ''
+  lengths = run.feature_lengths
+  tokens = run.batch_size * (lengths['inputs'] + lengths['targets'])
+  hours = run.train_steps * memory.seconds * devices / 3600
+  return (
+    f'a step: {1000 * memory.seconds:,.0f} ms,'
+    f' {tokens / memory.seconds:,.0f} tokens a second;'
+    f' {run.train_steps:,} steps: {hours:,.2f} chip-hours of {accelerator}.\n'
+    "This is the compiler's estimate, not a measurement: waits for memory and"
+    ' collectives are not in it, nor are evaluations. Every row is counted with'
+    ' the longest inputs and targets.'
+  )
 
 
 def _best(

@@ -1,0 +1,136 @@
+"""Asks the TPU's own compiler what a step would cost; needs no TPU.
+
+    python -m benchmarks.tpu --size=t5_1_1_large --chip=v5e
+    python -m benchmarks.tpu --size=t5_1_1_xl --chip=v6e --chips=8 \
+      --model_parallel=4
+    python -m benchmarks.tpu --decode --beams=4 --targets=64
+
+It needs libtpu: `pip install 'jax[tpu]'`. A network of --layers layers of full
+width is compiled, and what they cost is multiplied. Nothing is run: all times
+are the compiler's estimates, see `ptune.tools.tpu_compiler` for what they do
+not contain. `share` is the FLOP that papers count (`peers.analytic_flops`) by
+those that the chips could do in the estimated time.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+
+import jax
+
+from benchmarks import peers
+from ptune.errors import UserError
+from ptune.methods import prompt
+from ptune.model import parameters, partitioning, sizes
+from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.tools import plan as plans
+from ptune.tools import tpu_compiler
+from ptune.training import optim
+
+
+def compiled(args: argparse.Namespace):
+  """The program, and what was compiled: the run, its plan, the seconds."""
+  whole = peers.SIZES[args.size]
+  if not isinstance(whole, sizes.T5Config):
+    raise UserError(f'--size={args.size} is no T5, and FLOP are counted for T5')
+  config = dataclasses.replace(
+    whole,
+    num_encoder_layers=min(args.layers, whole.num_encoder_layers),
+    num_decoder_layers=min(args.layers, whole.num_decoder_layers),
+    dropout_rate=args.dropout_rate,
+    dtype=args.dtype,
+    frozen_dtype=args.frozen_dtype,
+    fused_attention=False if args.plain_attention else None,
+    remat=args.remat,
+    scan=args.scan,
+    fsdp=args.fsdp,
+  )
+  devices = tpu_compiler.devices(args.chip, args.chips)
+  mesh = partitioning.make_mesh(args.model_parallel, devices)
+  plan = parameters.plan(config, prompt.prompt(args.prompt_length), mesh)
+  run = plans.Run(
+    config=config,
+    method=plan.method,
+    optimizer=optim.adafactor,
+    model=EncoderDecoderModel,
+    feature_lengths={'inputs': args.inputs, 'targets': args.targets},
+    batch_size=args.batch,
+    pack=0,
+  )
+  start = time.perf_counter()
+  if args.decode:
+    program = plans.compile_decoding(run, plan, Decoding(args.beams))
+  else:
+    program = plans.compile_step(run, plan)
+  return program, config, whole, time.perf_counter() - start
+
+
+def measure(args: argparse.Namespace, schedules: str) -> dict[str, object]:
+  """Compiles; returns what is printed."""
+  program, config, whole, seconds = compiled(args)
+  text = program.as_text()
+  if args.hlo:
+    with open(args.hlo, 'w') as file:
+      file.write(text)
+  estimate = tpu_compiler.estimate(text, args.chip, schedules)
+  depth = whole.num_encoder_layers / config.num_encoder_layers
+  if not args.scan:
+    estimate = estimate.deepened(depth)
+  total, chip = estimate.total, tpu_compiler.CHIPS[args.chip]
+  step = estimate.seconds(args.chip)
+  memory = program.memory_analysis()
+  in_ms = lambda cycles: round(1e3 * cycles / chip.clock, 2)
+  result = {
+    'layers': config.num_encoder_layers,
+    'estimated_ms': round(1e3 * step, 1),
+    'kernels_ms': in_ms(total.kernel_cycles),
+    'hbm_gigabytes': round(total.bytes / 1e9, 1),
+    'compiled_gflops': round(program.cost_analysis()['flops'] / 1e9, 1),
+    'temporary_megabytes': round(memory.temp_size_in_bytes / 1e6),
+    'aliased_bytes': memory.alias_size_in_bytes,
+    'parts': {
+      name: {
+        'ms': in_ms(cost.cycles),
+        'kernels_ms': in_ms(cost.kernel_cycles),
+        'gigabytes': round(cost.bytes / 1e9, 2),
+      }
+      for name, cost in sorted(estimate.parts.items())
+    },
+    'collectives': estimate.collectives,
+    'kernels': estimate.kernels,
+    'kernels_scheduled': estimate.scheduled,
+    'compile_seconds': round(seconds, 1),
+    'note': 'estimates of the compiler, not measured; see the module',
+  }
+  if not args.decode:
+    flops = peers.analytic_flops(args)
+    result['model_tflops'] = round(flops / 1e12, 2)
+    result['share'] = round(flops / args.chips / step / chip.flops, 3)
+  return result
+
+
+def main() -> None:
+  parser = peers.parser(
+    __doc__, size='t5_1_1_large', batch=32, inputs=512, dtype='bfloat16'
+  )
+  parser.add_argument('--chip', choices=tpu_compiler.CHIPS, default='v5e')
+  parser.add_argument('--chips', type=int, default=1)
+  parser.add_argument('--model_parallel', type=int, default=1)
+  parser.add_argument('--layers', type=int, default=2)
+  parser.add_argument('--dropout_rate', type=float, default=0.1)
+  for name in ('scan', 'fsdp', 'plain_attention', 'decode'):
+    parser.add_argument(f'--{name}', action='store_true')
+  parser.add_argument('--beams', type=int, default=1)
+  parser.add_argument('--hlo', help='a file for the compiled program')
+  args = parser.parse_args()
+  with tempfile.TemporaryDirectory() as schedules:
+    tpu_compiler.dump_bundles(schedules)
+    result = measure(args, schedules)
+  about = {'jax': jax.__version__}
+  print(json.dumps({**vars(args), **about, **result}))
+
+
+if __name__ == '__main__':
+  main()

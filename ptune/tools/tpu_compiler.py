@@ -1,0 +1,398 @@
+"""What the TPU's own compiler says about a program, without a TPU.
+
+libtpu (`pip install 'jax[tpu]'`) compiles for a slice that is not there. The
+program that it returns carries the compiler's estimate of the cycles of each
+fusion; `estimate` adds them up, loops as often as they run.
+
+It is an estimate, not a measurement:
+
+- A fusion's cycles are what the compiler expects with all data in place. It
+  overlaps copies from HBM with other work; that they do not have to be waited
+  for is assumed.
+- Collectives have no estimate. They are counted, with their bytes, and are not
+  in the time.
+- A Pallas kernel has none either. Where the bundles of its schedule are known
+  (`dump_bundles`), they are counted as cycles: a lower bound, because waits for
+  copies are not in them. Elsewhere a kernel is taken to compute at half of the
+  peak, about what its schedules say for heads of 64.
+"""
+
+import collections
+import dataclasses
+import glob
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from ptune.errors import UserError
+from ptune.model import tpu_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What the vendor says of one chip, and the slices it is sold in.
+
+  Attributes:
+    flops: Peak FLOP a second in bfloat16.
+    bandwidth: Bytes a second from HBM.
+    clock: Cycles a second.
+    topologies: By the number of chips.
+  """
+
+  flops: float
+  bandwidth: float
+  clock: float
+  topologies: Mapping[int, str]
+
+
+_FLAT = {
+  1: '1x1',
+  4: '2x2',
+  8: '2x4',
+  16: '4x4',
+  32: '4x8',
+  64: '8x8',
+  128: '8x16',
+  256: '16x16',
+}
+_CUBES = {
+  1: '1x1x1',
+  4: '2x2x1',
+  8: '2x2x2',
+  16: '2x2x4',
+  32: '2x4x4',
+  64: '4x4x4',
+}
+
+# By the names of `plan.ACCELERATORS`; libtpu calls v7x tpu7x. The clock is the
+# peak by the products that a chip makes in a cycle.
+CHIPS: Mapping[str, Chip] = {
+  'v4': Chip(275e12, 1.228e12, 1.05e9, _CUBES),
+  'v5e': Chip(197e12, 0.819e12, 1.503e9, _FLAT),
+  'v5p': Chip(459e12, 2.765e12, 1.75e9, _CUBES),
+  'v6e': Chip(918e12, 1.64e12, 1.75e9, _FLAT),
+  'v7x': Chip(2307e12, 7.38e12, 2.2e9, _CUBES),
+}
+
+
+def available() -> bool:
+  """Whether libtpu is installed."""
+  import importlib.util
+
+  return importlib.util.find_spec('libtpu') is not None
+
+
+def devices(chip: str, count: int) -> Sequence[Any]:
+  """The devices of a slice, which can be compiled for but are not there.
+
+  Args:
+    chip: A name in `CHIPS`.
+    count: How many chips.
+
+  Raises:
+    UserError: If there is no such slice, or no libtpu.
+  """
+  known = CHIPS[chip].topologies if chip in CHIPS else {}
+  if count not in known:
+    slices = {name: list(c.topologies) for name, c in CHIPS.items()}
+    raise UserError(
+      f"the TPU's compiler knows no slice of {count} chips of {chip!r}; it"
+      f' knows {slices}'
+    )
+  if not available():
+    raise UserError(
+      "libtpu is not installed. It is the TPU's compiler, and needs no TPU:"
+      " pip install 'jax[tpu]'"
+    )
+  from jax.experimental import topologies
+
+  # It would ask the metadata server of Google's cloud which TPU this is.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  jax.config.update('jax_platforms', 'cpu')
+  name = 'tpu7x' if chip == 'v7x' else chip
+  # A host has four chips, which a slice of one does not.
+  alone = {'chips_per_host_bounds': (1, 1, 1)} if count == 1 else {}
+  topology = topologies.get_topology_desc(
+    platform='tpu', topology_name=f'{name}:{known[count]}', **alone
+  )
+  return topology.devices
+
+
+# ----------------------------------------------------------------- estimating
+
+# Which part of the network an instruction belongs to: the first that matches.
+PARTS = (
+  ('encoder attention', r'encoder/layers_[\d*]+/attention'),
+  ('encoder MLP', r'encoder/layers_[\d*]+/mlp'),
+  ('encoder norms and residuals', r'encoder/layers_'),
+  ('cross-attention', r'decoder/layers_[\d*]+/encoder_decoder_attention'),
+  ('decoder attention', r'decoder/layers_[\d*]+/self_attention'),
+  ('decoder MLP', r'decoder/layers_[\d*]+/mlp'),
+  ('decoder norms and residuals', r'decoder/layers_'),
+  ('embedding, bias and prompt', r'/encoder/|token_embedder'),
+  ('output layer', r'/decoder/'),
+)
+REST = 'loss, optimizer and rest'
+# There are more of them in a deeper network.
+_IN_LAYERS = frozenset(name for name, _ in PARTS[:-2])
+
+_COLLECTIVES = (
+  'all-reduce',
+  'all-gather',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+)
+_BYTES = {
+  'pred': 1,
+  's8': 1,
+  'u8': 1,
+  'bf16': 2,
+  'f16': 2,
+  's16': 2,
+  'u16': 2,
+  'f32': 4,
+  's32': 4,
+  'u32': 4,
+  's64': 8,
+  'u64': 8,
+}
+_ARRAY = re.compile(r'\b(\w+)\[([\d,]*)\](\{[^}]*\})?')
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.<>-]+) \(.*\{$')
+_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.<>-]+) = (.*)$')
+_CALLED = re.compile(
+  r'(?:to_apply|calls|true_computation|false_computation)=%?([\w.<>-]+)'
+)
+_BUNDLE = re.compile(r'\s*0x[0-9a-f]+ ')
+# They name what is there already, or are counted where they are called.
+_FREE = {
+  'parameter',
+  'constant',
+  'tuple',
+  'get-tuple-element',
+  'bitcast',
+  'while',
+  'conditional',
+  'call',
+  'after-all',
+  'partition-id',
+}
+
+
+@dataclasses.dataclass
+class Cost:
+  """What a program, or a part of it, costs on one device.
+
+  Attributes:
+    cycles: The compiler's estimate, Pallas kernels aside.
+    kernel_cycles: Of Pallas kernels, see at the top.
+    bytes: Moved from and to HBM.
+  """
+
+  cycles: float = 0.0
+  kernel_cycles: float = 0.0
+  bytes: float = 0.0
+
+  def add(self, other: 'Cost', times: float = 1.0) -> None:
+    self.cycles += times * other.cycles
+    self.kernel_cycles += times * other.kernel_cycles
+    self.bytes += times * other.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """What a compiled program costs on one device, by the compiler.
+
+  Attributes:
+    parts: By part of the network.
+    collectives: Number and bytes of those that one run executes, by kind.
+    kernels: Calls of Pallas kernels that one run executes, by name.
+    scheduled: Whether the cycles of all of them are those of their schedules.
+  """
+
+  parts: Mapping[str, Cost]
+  collectives: Mapping[str, tuple[float, float]]
+  kernels: Mapping[str, float]
+  scheduled: bool
+
+  @property
+  def total(self) -> Cost:
+    whole = Cost()
+    for cost in self.parts.values():
+      whole.add(cost)
+    return whole
+
+  def seconds(self, chip: str) -> float:
+    """Estimated seconds of one run, without collectives."""
+    total = self.total
+    return (total.cycles + total.kernel_cycles) / CHIPS[chip].clock
+
+  def deepened(self, times: float) -> 'Estimate':
+    """The same of a network with `times` as many layers."""
+    parts = {}
+    for name, cost in self.parts.items():
+      parts[name] = Cost()
+      parts[name].add(cost, times if name in _IN_LAYERS else 1)
+    return Estimate(
+      parts,
+      {k: (n * times, b * times) for k, (n, b) in self.collectives.items()},
+      {k: n * times for k, n in self.kernels.items()},
+      self.scheduled,
+    )
+
+
+def _bytes(text: str) -> float:
+  """Bytes in HBM of all arrays in the type of an instruction."""
+  total = 0.0
+  for kind, shape, layout in _ARRAY.findall(text):
+    if kind in _BYTES and 'S(' not in layout:
+      total += _BYTES[kind] * math.prod(int(n) for n in shape.split(',') if n)
+  return total
+
+
+def _split(rest: str) -> tuple[str, str, str]:
+  """'f32[2]{0} add(%a, %b), x=y' -> type, opcode, what follows."""
+  if rest.startswith('('):  # A tuple, whose layouts have parentheses too.
+    depth = 0
+    i = 0
+    for i, letter in enumerate(rest):  # noqa: B007
+      depth += (letter == '(') - (letter == ')')
+      if not depth:
+        break
+    kind, rest = rest[: i + 1], rest[i + 1 :].strip()
+  else:
+    kind, rest = rest.split(' ', 1)
+  opcode, _, after = rest.partition('(')
+  return kind, opcode, after
+
+
+def _part(line: str) -> str:
+  found = re.search(r'op_name="([^"]*)"', line)
+  for name, pattern in PARTS:
+    if found and re.search(pattern, f'/{found[1]}'):
+      return name
+  return REST
+
+
+def estimate(text: str, chip: str, schedules: str | None = None) -> Estimate:
+  """Adds up a compiled program.
+
+  Args:
+    text: `compiled.as_text()`.
+    chip: A name in `CHIPS`.
+    schedules: The directory of `dump_bundles`, if it was called.
+
+  Returns:
+    The costs of one run on one device.
+  """
+  computations: dict[str, list[tuple[str, str]]] = {}
+  entry, lines = '', []
+  for line in text.splitlines():
+    if head := _COMPUTATION.match(line):
+      lines = computations.setdefault(head[2], [])
+      entry = head[2] if head[1] else entry
+    elif found := _INSTRUCTION.match(line):
+      lines.append((found[1], found[2]))
+
+  parts: dict[str, Cost] = collections.defaultdict(Cost)
+  collectives: dict[str, tuple[float, float]] = {}
+  kernels: dict[str, float] = collections.Counter()
+  scheduled = True
+
+  def walk(computation: str, times: float) -> None:
+    nonlocal scheduled
+    kinds: dict[str, str] = {}
+    for name, rest in computations[computation]:
+      kinds[name], opcode, after = _split(rest)
+      if opcode == 'while':
+        trips = re.search(r'known_trip_count[^0-9]*(\d+)', rest)
+        times_more = int(trips[1]) if trips else 1
+        for body in re.findall(r'body=%?([\w.<>-]+)', rest):
+          walk(body, times * times_more)
+      elif opcode in ('call', 'conditional', 'async-start'):
+        for called in re.findall(_CALLED, rest):
+          walk(called, times)
+      if opcode in _FREE or opcode.endswith('-done'):
+        continue
+      kernel = 'custom_call_target="tpu_custom_call"' in rest
+      cost = Cost()
+      if cycles := re.search(r'"estimated_cycles":"(\d+)"', rest):
+        cost.cycles = float(cycles[1])
+      if kernel or not (opcode.endswith('-start') or opcode == 'custom-call'):
+        operands = re.findall(r'%([\w.<>-]+)', after.split('), ')[0])
+        cost.bytes = _bytes(kinds[name])
+        cost.bytes += sum(_bytes(kinds.get(o, '')) for o in operands)
+      if kernel:
+        kernels[_label(name)] += times
+        steps, flops = _attention(rest, name)
+        found = bundles(schedules, name) if schedules else 0
+        scheduled &= found > 0
+        about = CHIPS[chip]
+        cost.kernel_cycles = steps * found or 2 * flops / (
+          about.flops / about.clock
+        )
+      base = opcode.removesuffix('-start')
+      if base in _COLLECTIVES:
+        number, size = collectives.get(base, (0.0, 0.0))
+        size += times * _bytes(kinds[name])
+        collectives[base] = number + times, size
+      parts[_part(rest)].add(cost, times)
+
+  walk(entry, 1.0)
+  return Estimate(dict(parts), collectives, dict(kernels), scheduled)
+
+
+def _label(name: str) -> str:
+  """'t5_attention.12' -> 't5_attention'."""
+  return re.sub(r'(\.\d+)+$', '', name)
+
+
+def _attention(rest: str, name: str) -> tuple[int, float]:
+  """Steps of the grid, and FLOP, of a call of one of our kernels."""
+  # The log-sums, which both kernels have: [rows, heads, 1, queries].
+  sums = re.search(r'f32\[(\d+),(\d+),1,(\d+)\]', rest)
+  constraints = rest.partition('operand_layout_constraints')[2]
+  arrays = re.findall(r'bf16\[\d+,(\d+),(\d+)\]', constraints)
+  if not sums or len(arrays) < 2:
+    return 0, 0.0
+  rows, heads, queries = map(int, sums.groups())
+  keys, width = map(int, arrays[1])
+  products = 5 if _label(name) == tpu_attention.BACKWARD else 2
+  groups = heads // tpu_attention.group(heads, width // heads)
+  return rows * groups, products * 2.0 * rows * queries * keys * width
+
+
+# ----------------------------------------------------------- Pallas' schedules
+
+
+def dump_bundles(directory: str) -> None:
+  """Asks libtpu to write schedules there; before it is loaded, or too late."""
+  flags = (
+    os.environ.get('LIBTPU_INIT_ARGS', ''),
+    f'--xla_jf_dump_to={directory}',
+    '--xla_jf_dump_llo_text=true',
+    '--xla_jf_dump_llo_pass_label_regex=final_bundles',
+  )
+  os.environ['LIBTPU_INIT_ARGS'] = ' '.join(flags).strip()
+
+
+def bundles(directory: str, kernel: str) -> int:
+  """Bundles of a kernel's schedule, of one step of its grid; 0 if unknown.
+
+  Every bundle takes a cycle at least. Equal kernels are compiled once, so that
+  the schedule of another one of the same name may have to serve.
+  """
+  for name in (glob.escape(kernel), f'{glob.escape(_label(kernel))}.*'):
+    pattern = f'*-{name}-*-final_bundles.txt'
+    files = glob.glob(os.path.join(glob.escape(directory), pattern))
+    counts = []
+    for file in files:
+      with open(file) as lines:
+        counts.append(sum(bool(_BUNDLE.match(line)) for line in lines))
+    if counts:
+      return max(counts)
+  return 0
