@@ -31,7 +31,7 @@ from ptune.convert.export import export
 from ptune.convert.huggingface import write_huggingface
 from ptune.convert.source import Leaf
 from ptune.errors import UserError
-from ptune.methods import decoder_prompt, prompt
+from ptune.methods import decoder_prompt, prompt, row_prompts
 from ptune.model import (
   decoding,
   models,
@@ -566,10 +566,10 @@ def test_a_row_of_a_bank_answers_as_with_its_prompt_alone(name):
   lengths = np.full(len(INPUTS), PROMPT, np.int32)
   prompts[1, : PROMPT - short] = 7  # Padding, which nobody reads.
   lengths[1] = short
-  net = network.Transformer(MODELS[name], prompt.per_row())
+  net = network.Transformer(MODELS[name], row_prompts.per_row())
   params = parameters.merge(
     parameters.unflatten(values(name)),
-    parameters.unflatten(prompt.row_parameters(prompts, lengths)),
+    parameters.unflatten(row_prompts.row_parameters(prompts, lengths)),
   )
   got = logits_of(net, params, batch)
   single = network.Transformer(MODELS[name], prompt.prompt(short).placements)
