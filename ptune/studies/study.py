@@ -143,6 +143,10 @@ class Study:
       beside its column stand `best` and `ensemble`.
     by_size: Whether the columns are models, so that a figure shows scores
       against their parameters.
+    timed: Whether the seconds of trainings are compared: then only those of one
+      kind share a program.
+    report: Called with the results that are shown; returns further lines to
+      print, and figures by name.
   """
 
   name: str
@@ -155,6 +159,8 @@ class Study:
   seeds: int | None = None
   vote: bool = False
   by_size: bool = False
+  timed: bool = False
+  report: Callable[[Sequence[Result]], tuple[str, dict[str, Any]]] | None = None
 
 
 def study(
@@ -304,10 +310,11 @@ class Runner:
     groups: dict[Any, dict[str, list[tuple[Cell, int]]]] = {}
     for cell, seed in missing:
       whole = not cell.method.placements
-      runs = groups.setdefault((cell.base, cell.tuning, whole), {})
+      kind = cell.training if self._study.timed else ''
+      runs = groups.setdefault((cell.base, cell.tuning, kind, whole), {})
       name = _slug(f'{cell.training} {cell.task} seed{seed}')
       runs.setdefault(name, []).append((cell, seed))
-    for (_, _, whole), runs in groups.items():
+    for (*_, whole), runs in groups.items():
       names, most = list(runs), 1 if whole else self._together
       for i in range(0, len(names), most):
         yield {name: runs[name] for name in names[i : i + most]}
@@ -373,6 +380,12 @@ class Runner:
     for name, cells in trainings.items():
       records = records_of[name]
       own = max(selection.history(records, self._best_metric))
+      # The first record's time has the first step's, which compiles.
+      paces = [
+        r['seconds_per_step'] for r in records if 'seconds_per_step' in r
+      ]
+      pace = float(np.median(paces[1:] or paces))
+      seconds = pace * tuning.steps / len(trainings)
       plan = parameters.plan(config, cells[0][0].method, self._mesh)
       counts = [
         sum(math.prod(plan.params[path].shape) for path in which)
@@ -395,6 +408,7 @@ class Runner:
             *counts,
             os.fspath((folder / name).relative_to(self._directory)),
             self._setting(cell),
+            round(seconds, 2),
           )
         )
     self._record(found)
@@ -502,6 +516,12 @@ class Runner:
     x = {r.column: r.parameters for r in shown} if sized else None
     fig = tables.draw(grid, self._study.title, x)
     files = figures.save(fig, self._directory, 'figure')
+    if self._study.report is not None:
+      more, drawn = self._study.report(shown)
+      text = f'{text}\n{more}'
+      write_atomically(self._directory / 'table.md', text)
+      for name, fig in drawn.items():
+        files += figures.save(fig, self._directory, name)
     names = ', '.join(['results.csv', 'table.md', *files])
     print(f'{text}\nin {self._directory}: {names}')
 

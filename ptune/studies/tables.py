@@ -28,6 +28,8 @@ class Result:
     trained: How many of them, or beside them, were trained.
     prompt: Where what was trained lies.
     setting: A hash of all else that decides the score.
+    seconds: Of the training, shared evenly by those of one program; compiling
+      and evaluating are left out.
   """
 
   row: str
@@ -39,6 +41,7 @@ class Result:
   trained: int
   prompt: str
   setting: str = ''
+  seconds: float = 0.0
 
 
 def read(text: str) -> list[Result]:

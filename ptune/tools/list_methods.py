@@ -8,16 +8,13 @@ counted as often as there are.
 """
 
 import argparse
-import functools
-import math
 from collections.abc import Iterable
 
 from ptune import methods
 from ptune.columns import aligned
 from ptune.errors import UserError
-from ptune.model import network
-from ptune.model.adapters import Method, Placement
-from ptune.model.sizes import SIZES, Config, t5
+from ptune.methods.size import counts
+from ptune.model.sizes import SIZES, t5
 
 DEFAULT = 't5_1_1_base'
 
@@ -64,36 +61,3 @@ def table(names: Iterable[str], sizes: Iterable[str]) -> str:
       row.append(f'{trained:,} {100 * trained / whole:.3g}%')
     rows.append((name, *row))
   return '\n'.join(aligned(rows, right=range(1, len(rows[0]))))
-
-
-def counts(config: Config, method: Method) -> tuple[int, int]:
-  """How many parameters a method trains, and how many the base model has.
-
-  Args:
-    config: The sizes of the model.
-    method: Treats all layers of a stack alike.
-  """
-  trained = {
-    path: x
-    for path, x in _parameters(config, method.placements).items()
-    if method.trains(path)
-  }
-  return sum(trained.values()), sum(_parameters(config, ()).values())
-
-
-@functools.cache
-def _parameters(
-  config: Config, placements: tuple[Placement, ...]
-) -> dict[str, int]:
-  """Sizes by path, where layer 0 stands for all of its stack."""
-  one = network.Transformer(config.with_depth(1, 1), placements)
-  params = network.parameters(one)
-  layers = {
-    'encoder/layers_0/': config.num_encoder_layers,
-    'decoder/layers_0/': config.num_decoder_layers,
-  }
-  return {
-    path: math.prod(x.shape)
-    * next((n for layer, n in layers.items() if path.startswith(layer)), 1)
-    for path, x in params.items()
-  }
