@@ -43,6 +43,7 @@ from ptune.training import (
   selection,
   settings,
 )
+from ptune.training import privacy as privacy_lib
 from ptune.training import state as state_lib
 from ptune.training.loop import Member
 from ptune.training.run import Run
@@ -62,6 +63,7 @@ def train(
   optimizer: Optimizer = optim.adafactor,
   evaluation: settings.Evaluation = settings.Evaluation(),
   saving: settings.Saving = settings.Saving(),
+  privacy: privacy_lib.Privacy | None = None,
   seed: int = 0,
   model_parallel: int = 1,
 ) -> state_lib.TrainState:
@@ -79,6 +81,7 @@ def train(
     optimizer: Called with `initial_step=`, the step of the base model.
     evaluation: What is evaluated on the way, and what the best prompt is.
     saving: What is written on the way.
+    privacy: How private the training rows are to stay; None if they need not.
     seed: Of the initialisation, the data order and dropout.
     model_parallel: Devices that one copy of the weights is split over.
 
@@ -102,8 +105,12 @@ def train(
   evaluated = model(plan.network)
   trained = packing.model_of(model, plan) if data.pack else evaluated
   facts = facts_of(plan, task.name, data, seed, optimizer)
+  if privacy is not None:
+    privacy_lib.check(method, evaluated, data.pack)
+    facts['privacy'] = privacy.facts()
   with run:
     run.compare({'': facts})
+    privacy_lib.check_same(run.present[''], facts)
 
     # ------------------------------------------ where an earlier start was
     source = None
@@ -123,6 +130,11 @@ def train(
 
     # ------------------------------------------------------------------ data
     rows = rows_of(task, data, config, method, seed, run.directory / 'stream')
+    if privacy is not None:
+      facts['examples'] = rows.num_examples
+      train_steps = privacy_lib.last_step(
+        privacy, train_steps, data.batch_size, rows.num_examples
+      )
     evaluate = None
     if evaluates:
       evaluate = evaluation_of(
@@ -143,8 +155,9 @@ def train(
     frozen = parameters.unflatten(parameters.hold(plan, frozen))
 
     # ------------------------------------------------------------------ loop
+    private = privacy and privacy_lib.of_run(privacy, run.directory)
     update = state_lib.compile_step(
-      trained, tx, plan, like, data.microbatches, seed
+      trained, tx, plan, like, data.microbatches, seed, private
     )
     member = Member('', plan, facts, lambda state: state.trainable)
     # Packing looks at each example by itself.
@@ -316,6 +329,7 @@ def first_adapters(
       labels=lambda: seqio_task.distinct_targets(
         task, data.feature_lengths, use_cached=data.use_cached
       ),
+      sites=functools.cache(functools.partial(parameters.sites, plan, base)),
     ),
     seed,
   )

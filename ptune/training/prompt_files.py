@@ -2,7 +2,7 @@
 
 step_N.npy           the prompt, [prompt, embed] float32
 step_N.safetensors   what another method trained, by path
-step_N.json          the facts: task, base, method, step, scores
+step_N.json          the facts: task, base, method, step, scores, privacy
 best.npy, ...        the same of the best step
 """
 
@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from ptune.convert.prompts import write_prompt
 from ptune.convert.trained import dump
 from ptune.files import write_atomically
 from ptune.model import parameters
+from ptune.training import privacy
 
 # What is known of a run and also of its prompt.
 _KNOWN = ('task', 'base', 'method', 'settings', 'seed', 'batch_size')
@@ -53,6 +55,14 @@ def write(
     'scores': scores,
     **{k: run[k] for k in _KNOWN if k in run},
   }
+  if 'privacy' in run:
+    facts['privacy'] = privacy.spent(
+      privacy.Privacy(**run['privacy']),
+      step,
+      run['batch_size'],
+      run['examples'],
+    )
+    logging.info('%s', privacy.describe(facts['privacy']))
   folder = model_dir / 'prompts'
   folder.mkdir(parents=True, exist_ok=True)
   if method.prompt is not None:

@@ -15,6 +15,7 @@ import optax
 
 from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
+from ptune.training.privacy import Private
 
 
 @flax.struct.dataclass
@@ -84,6 +85,7 @@ def train_step(
   *,
   microbatches: int = 1,
   seed: int = 0,
+  private: Private | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update of what is trained.
 
@@ -98,6 +100,7 @@ def train_step(
     batch: Features [batch, length].
     microbatches: Parts whose gradients are summed, one after the other.
     seed: Of dropout, together with the step.
+    private: Clips the gradient of each row, and adds noise to their sum.
 
   Returns:
     The next state, and the sums of `EncoderDecoderModel.loss` with the norm
@@ -107,6 +110,11 @@ def train_step(
   rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
   def gradient(part, rng):
+    if private is not None:
+      return private.gradient(
+        model, state.trainable, frozen, part, rng if drop else None
+      )
+
     def loss(trainable):
       params = parameters.merge(trainable, frozen)
       return model.loss(params, part, rng if drop else None)
@@ -132,6 +140,8 @@ def train_step(
     rest = ({k: x[1:] for k, x in parts.items()}, rngs[1:])
     (grads, sums), _ = jax.lax.scan(add, one, rest)
 
+  if private is not None:
+    grads = private.noised(state.step, grads)
   divisor = model.normalizer(batch)
   if divisor is not None:
     grads = jax.tree.map(lambda g: g / divisor, grads)
@@ -148,12 +158,18 @@ def compile_step(
   like: TrainState,
   microbatches: int = 1,
   seed: int = 0,
+  private: Private | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """`train_step` as a program (state, frozen, batch) that donates the state."""
   shardings = jax.tree.map(lambda x: x.sharding, like)
   return jax.jit(
     functools.partial(
-      train_step, model, tx, microbatches=microbatches, seed=seed
+      train_step,
+      model,
+      tx,
+      microbatches=microbatches,
+      seed=seed,
+      private=private,
     ),
     donate_argnums=0,
     out_shardings=(shardings, partitioning.replicated(plan.mesh)),

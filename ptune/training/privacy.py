@@ -1,0 +1,328 @@
+"""Private prompts: a prompt that says little about any one training row.
+
+Abadi et al. 2016, "Deep Learning with Differential Privacy" (arXiv 1607.00133),
+of a prompt: Duan, Dziedzic, Papernot and Boenisch 2023, "Flocks of Stochastic
+Parrots" (arXiv 2305.15594). A step takes the gradient g_r of each row r of a
+batch, and gives the optimizer
+
+    sum over r of g_r * min(1, clip / |g_r|)  +  N(0, (noise * clip)^2)
+
+Every row reads a copy of the prompt of its own, [batch, prompt, embed], so that
+one backward pass has all g_r, at the cost of the ordinary one.
+
+What holds. Batches are shuffled: an epoch visits each row once. The reported
+epsilon is that of as many Gaussian mechanisms as there were epochs, without any
+gain from sampling, for a row that is left out of the loss or not, at the given
+delta. What Poisson-sampled batches of this size would have had is reported
+beside it, because papers report that; it does not hold here.
+
+What it is about: the prompt, and what is computed of it. The log of a run is
+not private: it has the loss on training rows. Nor are labels that were read
+from the training set to initialise the prompt (give CLASS_LABELS), or settings
+that were chosen by many runs.
+"""
+
+import dataclasses
+import functools
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ptune.errors import UserError
+from ptune.methods import prompt
+from ptune.model import parameters
+from ptune.model.adapters import Method
+from ptune.model.models import Batch, EncoderDecoderModel
+
+# In MODEL_DIR. Whoever knows it can take the noise away.
+SECRET = 'noise.key'
+
+
+@dataclasses.dataclass(frozen=True)
+class Privacy:
+  """How private a run is to be.
+
+  Attributes:
+    clip: CLIP_NORM, the longest gradient of a row.
+    noise: NOISE_MULTIPLIER, the standard deviation of the noise over `clip`.
+    delta: DELTA; below 1 over the number of training rows.
+    epsilon: EPSILON, at which the run stops; never if None.
+  """
+
+  clip: float = 1.0
+  noise: float = 1.0
+  delta: float = 1e-5
+  epsilon: float | None = None
+
+  def __post_init__(self):
+    wrong = [
+      f'{name} is {value!r}; it must be {expected}'
+      for name, value, fits, expected in (
+        ('CLIP_NORM', self.clip, self.clip > 0, 'above 0'),
+        ('NOISE_MULTIPLIER', self.noise, self.noise >= 0, 'at least 0'),
+        ('DELTA', self.delta, 0 < self.delta < 1, 'between 0 and 1'),
+        (
+          'EPSILON',
+          self.epsilon,
+          self.epsilon is None or self.epsilon > 0,
+          'above 0, or None',
+        ),
+      )
+      if not fits
+    ]
+    if wrong:
+      raise UserError('\n'.join(wrong))
+
+  def facts(self) -> dict[str, float]:
+    """What a run is known by; it may be started again with another EPSILON."""
+    return {'clip': self.clip, 'noise': self.noise, 'delta': self.delta}
+
+
+def check(method: Method, model: EncoderDecoderModel, pack: int) -> None:
+  """Refuses what has no gradient of each row.
+
+  Raises:
+    ValueError: If the method is no plain prompt, rows are packed, or the loss
+      is divided by what depends on all rows.
+  """
+  if method.name != 'prompt':
+    raise UserError(
+      f'METHOD is {method.name!r}; only a prompt at the start of the input is'
+      ' trained privately: choose methods/prompt.gin or a file of prompts/'
+    )
+  if pack:
+    raise UserError(
+      'packed rows hold several examples, and each needs a gradient of its own;'
+      ' turn packing off (PACK)'
+    )
+  if isinstance(model.loss_normalizing_factor, str):
+    raise UserError(
+      f'loss_normalizing_factor is {model.loss_normalizing_factor!r}, which'
+      ' depends on all rows; set it to None or to a number'
+    )
+
+
+def check_same(present: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+  """Refuses to go on with privacy where there was none, or the reverse.
+
+  Args:
+    present: What run.json says of an earlier start; {} without one.
+    facts: Those of the run at hand.
+
+  Raises:
+    ValueError: If one of the two is private.
+  """
+  if present and ('privacy' in present) != ('privacy' in facts):
+    was, now = (
+      'private' if 'privacy' in x else 'not private' for x in (present, facts)
+    )
+    raise UserError(
+      f'MODEL_DIR holds a run that was {was}, and this one is {now}; privacy'
+      ' cannot begin or end on the way. Choose another MODEL_DIR, or add or'
+      ' leave out losses/private.gin'
+    )
+
+
+# -------------------------------------------------------------------- gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Private:
+  """The gradient of a private run, in place of the ordinary one.
+
+  Attributes:
+    privacy: How private.
+    key: Of the noise, uint32 [2]; see `of_run`.
+  """
+
+  privacy: Privacy
+  key: np.ndarray
+
+  def gradient(
+    self,
+    model: EncoderDecoderModel,
+    trainable: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    batch: Batch,
+    dropout_rng: jax.Array | None,
+  ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """The sum of the rows' gradients, none longer than the clip.
+
+    Returns:
+      A tree as `trainable`, and the sums of `EncoderDecoderModel.loss`.
+    """
+    [value] = parameters.flatten(trainable).values()
+    rows = batch['encoder_input_tokens'].shape[0]
+    lengths = jnp.full(rows, value.shape[0], jnp.int32)
+    own = dataclasses.replace(
+      model, network=model.network.clone(placements=prompt.per_row())
+    )
+
+    def loss(copies):
+      mine = prompt.row_parameters(copies, lengths)
+      params = parameters.merge(frozen, parameters.unflatten(mine))
+      return own.loss(params, batch, dropout_rng)
+
+    copies = jnp.broadcast_to(value, (rows, *value.shape))
+    grads, sums = jax.grad(loss, has_aux=True)(copies)
+    norms = jnp.sqrt(jnp.sum(jnp.square(grads), axis=(1, 2)))
+    factors = jnp.minimum(1.0, self.privacy.clip / jnp.maximum(norms, 1e-30))
+    total = jnp.einsum('bpe,b->pe', grads, factors, precision='highest')
+    return parameters.unflatten({prompt.PATH: total}), sums
+
+  def noised(self, step: jax.Array, grads: Any) -> Any:
+    """Adds the noise of a step to the sum of all its rows' gradients."""
+    scale = self.privacy.noise * self.privacy.clip
+    if not scale:
+      return grads
+    rng = jax.random.wrap_key_data(jnp.asarray(self.key))
+    rng = jax.random.fold_in(rng, step)
+    return jax.tree.map(  # One leaf, the prompt.
+      lambda x: x + scale * jax.random.normal(rng, x.shape, x.dtype), grads
+    )
+
+
+def of_run(privacy: Privacy, directory: epath.Path) -> Private:
+  """The gradient of a run, whose key is drawn once and kept in MODEL_DIR.
+
+  A run that is started again goes on with it, and so ends with the same bits.
+  """
+  file, key = directory / SECRET, np.zeros(2, np.uint32)
+  if jax.process_index() == 0:
+    if not file.exists():
+      file.write_text(secrets.token_hex(8))
+    key = np.frombuffer(bytes.fromhex(file.read_text()), np.uint32)
+  return Private(privacy, np.asarray(multihost_utils.broadcast_one_to_all(key)))
+
+
+# ------------------------------------------------------------------ accounting
+
+
+def visits(steps: int, batch_size: int, examples: int) -> int:
+  """How often the row that was used most can have been, in epochs of one visit.
+
+  A batch across the border of two epochs can hold a row twice, which its
+  gradients then move twice as far: this counts as four visits, not two.
+
+  Args:
+    steps: Steps taken.
+    batch_size: Rows a step.
+    examples: Rows in all; not fewer than a batch.
+  """
+  epochs = -(-steps * batch_size // examples)
+  if examples % batch_size == 0:
+    return epochs
+  return 4 * (epochs // 2) + epochs % 2
+
+
+def epsilon(privacy: Privacy, visits: int) -> float:
+  """What so many visits of a row cost."""
+  accounting = _accounting()
+  if not visits:
+    return 0.0
+  if not privacy.noise:
+    return float('inf')
+  # Gaussian mechanisms one after the other are a single one with less noise.
+  event = accounting.GaussianDpEvent(privacy.noise / np.sqrt(visits))
+  return _cost(event, privacy.delta)
+
+
+def epsilon_if_poisson(
+  privacy: Privacy, steps: int, batch_size: int, examples: int
+) -> float:
+  """What the steps would have cost if each had drawn its rows independently."""
+  accounting = _accounting()
+  if not steps:
+    return 0.0
+  if not privacy.noise:
+    return float('inf')
+  drawn = accounting.PoissonSampledDpEvent(
+    batch_size / examples, accounting.GaussianDpEvent(privacy.noise)
+  )
+  return _cost(accounting.SelfComposedDpEvent(drawn, steps), privacy.delta)
+
+
+@functools.lru_cache(maxsize=64)
+def _cost(event: Any, delta: float) -> float:
+  from dp_accounting import pld
+
+  return float(pld.PLDAccountant().compose(event).get_epsilon(delta))
+
+
+def last_step(
+  privacy: Privacy, steps: int, batch_size: int, examples: int | None
+) -> int:
+  """The last of `steps` steps that keeps within EPSILON.
+
+  Raises:
+    ValueError: If the rows are not counted or fewer than a batch, DELTA is too
+      large for them, or EPSILON allows no step.
+  """
+  if examples is None or examples < batch_size:
+    raise UserError(
+      f'the privacy of {examples or "a stream of"} rows in batches of'
+      f' {batch_size} cannot be accounted for; train on a task in memory, with'
+      ' at least BATCH_SIZE rows'
+    )
+  if privacy.delta >= 1 / examples:
+    raise UserError(
+      f'DELTA is {privacy.delta}, not below 1 / {examples} training rows: that'
+      ' allows to publish one of them; lower it'
+    )
+  if privacy.epsilon is None:
+    return steps
+
+  def within(step):
+    cost = epsilon(privacy, visits(step, batch_size, examples))
+    return cost <= privacy.epsilon
+
+  low, high = 0, steps  # The first is within, the second may not be.
+  while low < high:
+    middle = (low + high + 1) // 2
+    low, high = (middle, high) if within(middle) else (low, middle - 1)
+  if not low:
+    raise UserError(
+      f'EPSILON {privacy.epsilon} allows no step with NOISE_MULTIPLIER'
+      f' {privacy.noise}: an epoch costs {epsilon(privacy, 1):.3g}; raise one'
+      ' of them'
+    )
+  return low
+
+
+def spent(
+  privacy: Privacy, steps: int, batch_size: int, examples: int
+) -> dict[str, float]:
+  """What is said of a prompt: its epsilon after some steps, and its grounds."""
+  return {
+    **privacy.facts(),
+    'examples': examples,
+    'epsilon': epsilon(privacy, visits(steps, batch_size, examples)),
+    'epsilon_if_poisson': epsilon_if_poisson(
+      privacy, steps, batch_size, examples
+    ),
+  }
+
+
+def describe(spent: Mapping[str, float]) -> str:
+  """What `spent` found, in a line."""
+  return (
+    f'epsilon {spent["epsilon"]:.3g} at delta {spent["delta"]:g}, for shuffled'
+    f' batches of {spent["examples"]} rows (Poisson-sampled ones, which these'
+    f' are not, would have {spent["epsilon_if_poisson"]:.3g})'
+  )
+
+
+def _accounting() -> Any:
+  try:
+    import dp_accounting
+  except ImportError as error:
+    raise UserError(
+      "epsilon is computed by dp-accounting: pip install 'ptune[privacy]'"
+    ) from error
+  return dp_accounting
