@@ -31,6 +31,11 @@ PROGRAMS = {
     "measure a prompt by a task's metrics",
   ),
   'infer': ('ptune.infer', 'infer', 'write predictions, or scores of targets'),
+  'distill': (
+    'ptune.distill',
+    'distill',
+    'put a prompt in place of a long text',
+  ),
   'ablate': (
     'ptune.analysis.ablate',
     'ablate',

@@ -142,6 +142,7 @@ MACROS = {
   ),
   **_each(
     or_none(_text),
+    CONTEXT=('a text that is distilled', "'Say whether it is good.'"),
     BEST_METRIC=('what chooses the best prompt', "'accuracy'"),
     DATASET_CONFIG=('the configuration of DATASET', "'sst2'"),
     DEFAULT_PROMPT=('of rows that name none', "'sst2'"),
@@ -157,6 +158,7 @@ MACROS = {
   **_each(
     or_none(_path),
     CHECKPOINT_PATH=('the base model', "'/models/t5_1_1_small'"),
+    CONTEXT_FILE=('holds CONTEXT', "'manual.txt'"),
     EVAL_OUTPUT_DIR=('where an evaluation writes', "'/runs/eval'"),
     INFER_FILE=('inputs: a .txt, .tsv, .csv or .jsonl file', "'a.txt'"),
     INFER_OUTPUT_DIR=('where predictions are written', "'/runs/out'"),
@@ -241,11 +243,22 @@ MACROS = {
   ),
   **_each(
     number(0, 1e4),
+    CLIP_NORM=('longest gradient of a row, see losses/private.gin', '1.0'),
     LEARNING_RATE=('peak learning rate', '0.3'),
+    NOISE_MULTIPLIER=('noise over CLIP_NORM', '1.0'),
     OFFSET_LEARNING_RATE=('of what is added to the inputs', '0.001'),
   ),
   **_each(
+    number(0, 1),
+    DELTA=('of differential privacy', '1e-5'),
+  ),
+  **_each(
+    or_none(number(0, 1e9)),
+    EPSILON=('of differential privacy, at which a run stops', '8.0'),
+  ),
+  **_each(
     list_of(number(0, 1e4)),
+    FACTORS=('of the learning rates of a study', '[0.3, 1.0, 3.0]'),
     LEARNING_RATES=('of a sweep', '[0.1, 0.3]'),
   ),
   **_each(
@@ -261,6 +274,7 @@ MACROS = {
   ),
   **_each(
     or_none(list_of(_text, 0)),
+    METHODS=('that a study compares', "['prompt', 'lora']"),
     METRICS=('by name, see tasks/from_files.gin', "['accuracy']"),
   ),
   **_each(

@@ -114,7 +114,7 @@ def nothing_left() -> Iterator[None]:
     yield
   except Exception:
     for place in sorted(_made, key=lambda p: -len(os.fspath(p))):
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(OSError, ValueError):  # epath raises these.
         if '://' not in os.fspath(place):
           place.rmdir()
     raise

@@ -41,7 +41,7 @@ ROOMS = (
   'terminal',
   'cli',
 )
-PROGRAMS = ('evaluate', 'infer', 'train', 'train_many')
+PROGRAMS = ('distill', 'evaluate', 'infer', 'train', 'train_many')
 
 
 def name_of(file):

@@ -119,6 +119,89 @@ def test_a_prompt_of_another_length_or_none_is_refused():
     model.loss(random_params(net), BATCH)
 
 
+# ----------------------------------------------------------------- distill
+
+CONTEXT = (40, 41, 42, 43)
+LENGTHS = {'inputs': 16, 'targets': 6}
+
+
+def log_softmax(x):
+  x = np.asarray(x, np.float64)
+  x = x - x.max(-1, keepdims=True)
+  return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize('answers', ['targets', 'teacher'])
+def test_distillation_is_the_divergence_from_the_model_with_the_text(answers):
+  params = random_params(NET)
+  plain = EncoderDecoderModel(network.Transformer(SHALLOW))
+  batch = make_batch([16, 9, 1], [4, 3, 1], 16, 6)
+  tokens = batch['encoder_input_tokens']
+  long = np.concatenate([np.tile(CONTEXT, (3, 1)), tokens], axis=1)
+  teacher = {**batch, 'encoder_input_tokens': long}
+  student = dict(batch)
+  if answers == 'teacher':
+    said, _ = jax.jit(plain.predict, static_argnums=2)(params, long, 6)
+    said = np.asarray(said)
+    shifted = np.pad(said, ((0, 0), (1, 0)))[:, :-1]
+    for one in (teacher, student):
+      one |= {
+        'decoder_target_tokens': said,
+        'decoder_input_tokens': shifted,
+        'decoder_loss_weights': said > 0,
+      }
+  wanted = log_softmax(plain.logits(params, teacher))
+  got = log_softmax(PLAIN.logits(params, student))
+  real = np.asarray(student['decoder_loss_weights'], bool)
+  apart = np.sum(np.exp(wanted) * (wanted - got), axis=-1)
+  same = wanted.argmax(-1) == got.argmax(-1)
+  model = model_of(losses.distill(CONTEXT, LENGTHS, answers))
+  loss, sums, grads = value_and_grads(model, params, batch)
+  np.testing.assert_allclose(loss, apart[real].sum(), rtol=1e-4)
+  assert apart[real].sum() > 0.5
+  assert sums['correct'] == same[real].sum()
+  assert sums['tokens'] == real.sum()
+  assert np.abs(grads[prompt.PATH]).max() > 1e-3
+
+
+def test_rows_that_fill_up_a_batch_have_no_part_in_distillation():
+  params = random_params(NET)
+  batch = make_batch([16, 9, 1], [4, 3, 1], 16, 6)
+  batch['decoder_loss_weights'] = batch['decoder_loss_weights'].copy()
+  batch['decoder_loss_weights'][2] = 0
+  model = model_of(losses.distill(CONTEXT, LENGTHS))
+  run = jax.jit(model.loss)
+  _, sums = run(params, batch)
+  _, fewer = run(params, {k: x[:2] for k, x in batch.items()})
+  np.testing.assert_allclose(sums['loss'], fewer['loss'], rtol=1e-5)
+  assert sums['tokens'] == fewer['tokens']
+
+
+def test_what_cannot_be_distilled_is_refused():
+  with pytest.raises(ValueError, match='CONTEXT is empty'):
+    losses.distill((), LENGTHS)
+  with pytest.raises(ValueError, match="answers is 'x'; it must be 'teacher'"):
+    losses.distill(CONTEXT, LENGTHS, 'x')
+  objective = losses.distill(CONTEXT, LENGTHS)
+  plain = network.Transformer(SHALLOW)
+  with pytest.raises(ValueError, match='method trains the model itself'):
+    EncoderDecoderModel(plain, objective=objective).loss({}, BATCH)
+  packed = {**BATCH, 'encoder_segment_ids': BATCH['encoder_input_tokens']}
+  with pytest.raises(ValueError, match='turn packing off'):
+    model_of(objective).loss({}, packed)
+  for settings in ({'text': None}, {'text': 'a', 'file': 'b'}):
+    with pytest.raises(ValueError, match='give CONTEXT, a text, or CONTEXT_F'):
+      seqio_task.text_ids(**settings, mixture_or_task_name='tiny')
+
+
+def test_a_context_is_read_from_a_file(tmp_path):
+  file = tmp_path / 'context.txt'
+  file.write_text('ab')
+  texts = {'text': None, 'file': file}, {'text': 'ab', 'file': None}
+  ids = [seqio_task.text_ids(mixture_or_task_name='tiny', **x) for x in texts]
+  assert ids[0] == ids[1] == tuple(b + 3 for b in b'ab')
+
+
 # -------------------------------------------------------------- perceptron
 
 RIGHT = [1, 0, 2, 0]

@@ -27,6 +27,7 @@ from ptune.methods import (
   per_layer,
   prefix,
   prompt,
+  prompt_init,
 )
 from ptune.model import adapters, network, parameters, partitioning, sizes
 from ptune.model.models import EncoderDecoderModel
@@ -360,6 +361,41 @@ def test_a_folded_prefix_answers_as_the_mlp_that_made_it():
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+def test_a_prefix_starts_as_the_keys_and_values_of_a_text():
+  ids = (40, 41, 42, 43, 44)
+  method = prefix.prefix(
+    3,
+    attentions=['attention', 'self_attention'],
+    init=prompt_init.from_keys_and_values(ids),
+  )
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  plan = parameters.plan(SHALLOW, method, mesh)
+  base = parameters.flatten(random_params(network.Transformer(SHALLOW)))
+  look = prompt_init.Base(
+    None, None, None, functools.partial(parameters.sites, plan, base)
+  )
+  values = prompt_init.initialize_adapters(plan, look, seed=0)
+  assert set(values) == plan.adapters
+  # By hand, in the first layer: the kernels' products with the normed text.
+  layer = 'encoder/layers_0'
+  x = np.asarray(base[parameters.EMBEDDING])[list(ids)]
+  x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-6)
+  x = x * base[f'{layer}/pre_attention_layer_norm/scale']
+  for site, kernel in (('keys', 'key'), ('values', 'value')):
+    np.testing.assert_allclose(
+      values[f'{layer}/attention/{site}_prefix/prefix'],
+      (x @ base[f'{layer}/attention/{kernel}/kernel'])[:3],
+      atol=1e-5,
+    )
+  plan = parameters.plan(
+    SHALLOW,
+    prefix.prefix(9, init=prompt_init.from_keys_and_values(ids)),
+    mesh,
+  )
+  with pytest.raises(ValueError, match=r'5 pieces, .* 9 rows; lower PROMPT_L'):
+    prompt_init.initialize_adapters(plan, look, seed=0)
+
+
 # ---------------------------------------------------------------------- runs
 
 
@@ -540,6 +576,7 @@ def test_other_settings_than_those_of_the_file_are_refused(lora_run):
     (lambda: prefix.prefix(0), 'PROMPT_LENGTH is 0'),
     (lambda: prefix.prefix(attentions=['x']), 'choose at least one of'),
     (lambda: prefix.prefix(hidden=0), 'hidden is 0'),
+    (lambda: prefix.prefix(hidden=8, init=print), 'leave one of the two out'),
     (lambda: per_layer.per_layer(combine='x'), "combine is 'x'"),
     (lambda: bottleneck.bottleneck(0), 'size is 0'),
     (lambda: bottleneck.bottleneck(place='x'), "place 'x' is not one of"),

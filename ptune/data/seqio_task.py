@@ -5,6 +5,7 @@ SeqIO's, whose rows `seqio_rows` reads.
 """
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from ptune import paths
 from ptune.convert.pieces import Vocabulary
 from ptune.convert.vocabulary import check_same
 from ptune.data.text_rows import TextRows
@@ -276,11 +278,29 @@ def model_features(
 
 
 def text_ids(
-  text: str,
+  text: str | None,
   mixture_or_task_name: str | Provider,
   mixture_or_task_module: str | Sequence[str] | None = None,
+  file: str | os.PathLike[str] | None = None,
 ) -> tuple[int, ...]:
-  """The pieces of a text in a task's vocabulary, without EOS."""
+  """The pieces of a text in a task's vocabulary, without EOS.
+
+  Args:
+    text: The text.
+    mixture_or_task_name: The task.
+    mixture_or_task_module: Imported first; registers it.
+    file: A file of UTF-8 that holds it, in place of `text`.
+
+  Raises:
+    ValueError: If not one of the two is given.
+  """
+  if (text is None) == (file is None):
+    raise UserError(
+      'give CONTEXT, a text, or CONTEXT_FILE, a file that holds it'
+    )
+  if text is None:
+    path = paths.check_file(file or '', 'CONTEXT_FILE')
+    text = epath.Path(path).read_text()
   task = load(mixture_or_task_name, mixture_or_task_module)
   return tuple(vocabulary(task).encode(text))
 

@@ -37,6 +37,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from ptune.errors import UserError
+from ptune.methods import prompt_init
 from ptune.methods.prompt import check_length
 from ptune.model.adapters import Method, Placement, Rows
 from ptune.model.layers import Dense
@@ -119,6 +120,7 @@ def prefix(
   length: int = 20,
   hidden: int | None = None,
   attentions: Sequence[str] = tuple(STACKS),
+  init: prompt_init.Initializer | None = None,
 ) -> Method:
   """Prefixes of `length` keys and values in every layer; the rest is frozen.
 
@@ -128,9 +130,12 @@ def prefix(
       learn them directly.
     attentions: Which have one: 'attention' (the encoder's), 'self_attention'
       and 'encoder_decoder_attention' (the decoder's).
+    init: `prompt_init.from_keys_and_values`, of the attentions to the input;
+      drawn at random if not given.
 
   Raises:
-    ValueError: If a size is below 1, or an attention unknown.
+    ValueError: If a size is below 1, an attention unknown, or the prefixes that
+      an MLP makes are to be initialised.
   """
   check_length(length)
   if hidden is not None and hidden < 1:
@@ -140,6 +145,11 @@ def prefix(
     raise UserError(
       f'attentions are {list(attentions)}; choose at least one of'
       f' {list(STACKS)}'
+    )
+  if init is not None and hidden is not None:
+    raise UserError(
+      f'a prefix that an MLP makes (hidden is {hidden}) has no init; leave one'
+      ' of the two out'
     )
   adapter = functools.partial(Prefix, length=length, hidden=hidden)
   return Method(
@@ -157,4 +167,9 @@ def prefix(
     trainable=('*_prefix/*',),
     fold=None if hidden is None else _fold,
     settings={'attentions': [a for a in STACKS if a in attentions]},
+    initial={
+      f'{STACKS[attention]}/layers_*/{attention}/*_prefix/prefix': init
+      for attention in attentions
+      if init is not None and attention != 'self_attention'
+    },
   )

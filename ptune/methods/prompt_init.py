@@ -7,10 +7,11 @@ of Lester et al. 2021, section 3.2, whose default is class labels.
 """
 
 import dataclasses
+import fnmatch
 import math
 import os
 import tokenize
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -34,11 +35,16 @@ class Base:
     vocabulary: Makes the task's vocabulary, a seqio.Vocabulary: its `encode`
       turns a string into ids without EOS.
     labels: Makes the list of the task's class labels, as strings.
+    sites: What leaves each site of the frozen model that reads a text: ids [n]
+      -> arrays [1, n, ...] float32 by the site's path.
+    path: Of the parameter that is initialised.
   """
 
   embedding: Callable[[np.ndarray], np.ndarray]
   vocabulary: Callable[[], Any]
   labels: Callable[[], Sequence[str]]
+  sites: Callable[[Sequence[int]], Mapping[str, np.ndarray]] | None = None
+  path: str = ''
 
 
 class Initializer(Protocol):
@@ -59,11 +65,16 @@ def initialize_adapters(
     base: What an initialiser may look at.
     seed: Seeds both kinds of initialisers.
   """
-  hosted = plan.method.initial
+  hosted = {
+    path: init
+    for pattern, init in plan.method.initial.items()
+    for path in fnmatch.filter(plan.params, pattern)
+  }
   values = parameters.initialize(plan, plan.adapters - set(hosted), seed)
   for i, (path, init) in enumerate(hosted.items()):
     struct = plan.params[path]
-    value = init(np.random.default_rng([seed, i]), struct.shape, base)
+    own = dataclasses.replace(base, path=path)
+    value = init(np.random.default_rng([seed, i]), struct.shape, own)
     values[path] = parameters.place(value, struct)
   return values
 
@@ -163,18 +174,56 @@ def from_string(text: str, fill: Initializer | None = None) -> Initializer:
 
   def init(rng, shape, base):
     ids = _encode(text, base.vocabulary(), 'the initial text')
+    return from_ids(ids, fill)(rng, shape, base)
+
+  return init
+
+
+def from_ids(
+  ids: Sequence[int], fill: Initializer | None = None
+) -> Initializer:
+  """Embeddings of tokens, in order: as `from_string`, of a text's pieces."""
+
+  def init(rng, shape, base):
     if len(ids) > shape[0]:
       logging.warning(
         'the initial text has %d pieces; the prompt takes the first %d',
         len(ids),
         shape[0],
       )
-    ids = ids[: shape[0]]
+    first = np.asarray(ids[: shape[0]])
     prompt = (fill or from_sampled_vocab())(rng, shape, base)
-    prompt[: len(ids)] = fit(
-      base.embedding(np.asarray(ids)), (len(ids), shape[1]), 'the text'
+    prompt[: len(first)] = fit(
+      base.embedding(first), (len(first), shape[1]), 'the text'
     )
     return prompt
+
+  return init
+
+
+def from_keys_and_values(ids: Sequence[int]) -> Initializer:
+  """A prefix: the keys or values of a text's first tokens, at its attention.
+
+  Eyuboglu et al. 2025, "Cartridges" (arXiv 2506.06266): the frozen model reads
+  the text by itself. A prefix has no relative position bias, and the tokens
+  had one, so that the model does not start as if it read them.
+
+  Args:
+    ids: Token ids of the text, without EOS.
+  """
+
+  def init(rng, shape, base):
+    del rng
+    if len(ids) < shape[0]:
+      raise UserError(
+        f'CONTEXT has {len(ids)} pieces, and the prefix {shape[0]} rows; lower'
+        ' PROMPT_LENGTH'
+      )
+    assert base.sites is not None
+    # encoder/layers_0/attention/keys_prefix/prefix -> .../keys
+    site = base.path.removesuffix('_prefix/prefix')
+    rows = base.sites(tuple(ids))[site][0, : shape[0]]
+    return fit(rows.reshape(shape[0], -1), shape, f'{site} of the context')
 
   return init
 

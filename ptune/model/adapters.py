@@ -95,8 +95,8 @@ class Method:
       with a run and beside its parameters.
     check: Looks at the encoder's input tokens [batch, length] of a batch, on
       the host, and raises a ValueError for what the adapters cannot read.
-    initial: Initialisers of `prompt_init`, by path, for parameters whose first
-      value is made on the host; the others have Flax's.
+    initial: Initialisers of `prompt_init`, by path pattern, for parameters
+      whose first value is made on the host; the others have Flax's.
     packed: How it reads packed rows, where it inserts something; a method that
       inserts nothing reads them as they are.
   """

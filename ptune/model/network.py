@@ -597,3 +597,30 @@ def sites(network: Transformer) -> list[str]:
   sown = _abstract(network)['intermediates']
   flat = traverse_util.flatten_dict(sown, sep='/')
   return sorted(path.removesuffix('_site') for path in flat)
+
+
+def read_sites(
+  config: T5Config, params: Mapping[str, Any], tokens: jax.Array
+) -> dict[str, jax.Array]:
+  """What leaves each site of a model without adapters, in float32.
+
+  Args:
+    config: Its sizes.
+    params: Its parameters, by path.
+    tokens: [batch, length] what the encoder reads; the decoder reads its start.
+
+  Returns:
+    The arrays, by the path of the site.
+  """
+  plain = dataclasses.replace(config, dtype='float32', scan=False)
+  start = jnp.full((tokens.shape[0], 1), config.ids.start, jnp.int32)
+  _, sown = Transformer(plain).apply(
+    {'params': traverse_util.unflatten_dict(dict(params), sep='/')},
+    tokens,
+    start,
+    jnp.full_like(start, config.ids.eos),
+    enable_dropout=False,
+    mutable=['intermediates'],
+  )
+  flat = traverse_util.flatten_dict(sown['intermediates'], sep='/')
+  return {path.removesuffix('_site'): x for path, (x, *_) in flat.items()}

@@ -5,8 +5,9 @@ model come from a checkpoint, strictly; those of the adapters are initialised.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -346,6 +347,28 @@ def embedding_rows(
     out_shardings=replicated,
   )
   return np.array(take(table, np.asarray(ids, np.int32)))
+
+
+def sites(
+  plan: Plan, params: Mapping[str, jax.Array], ids: Sequence[int]
+) -> dict[str, np.ndarray]:
+  """What leaves each site of the base that reads a text, on every host.
+
+  Args:
+    plan: The plan.
+    params: The base's parameters, by path.
+    ids: [n] the text.
+
+  Returns:
+    Arrays [1, n, ...] float32, by the path of the site.
+  """
+  read = jax.jit(
+    functools.partial(network_lib.read_sites, plan.network.config),
+    out_shardings=partitioning.replicated(plan.mesh),
+  )
+  base = {path: params[path] for path in plan.base}
+  with plan.scope():
+    return jax.device_get(read(base, np.asarray(ids, np.int32)[None]))
 
 
 def identity(plan: Plan) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Each function here makes an objective for `EncoderDecoderModel.objective`,
 called as its `loss` with the model before; one file of gin/losses/ picks it.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,6 +78,110 @@ def wayward(
     return loss, sums | {'loss': loss}
 
   return objective
+
+
+def distill(
+  context: Sequence[int],
+  task_feature_lengths: Mapping[str, int],
+  answers: str = 'teacher',
+) -> Objective:
+  """Context distillation: what is trained stands in for a long text.
+
+  The teacher is the frozen model that reads the context before each input; the
+  student is the same model with a prompt, or whatever the method adds, in the
+  context's place. With the teacher's distribution T over the vocabulary, and
+  the student's S, each token of an answer has the loss
+
+      KL(T || S) = sum of T (log T - log S)
+
+  (Snell, Klein and Zhong 2022, "Learning by Distilling Context", arXiv
+  2209.15189; of a key/value prefix, Eyuboglu et al. 2025, "Cartridges", arXiv
+  2506.06266). The answers are the teacher's own, decoded greedily in every
+  step, so that the task needs inputs alone; its targets are not read.
+
+  Args:
+    context: Token ids of the text, without EOS.
+    task_feature_lengths: TASK_FEATURE_LENGTHS; its `targets` is the longest
+      answer.
+    answers: 'teacher', or 'targets' for those of the task.
+
+  Returns:
+    An objective. `correct` counts the tokens at which the student's best token
+    is the teacher's, so that an evaluation's accuracy is their agreement.
+
+  Raises:
+    ValueError: If there is no context or the answers are of no known kind; when
+      called, if the method adds nothing to the model, or rows are packed.
+  """
+  if answers not in ('teacher', 'targets'):
+    raise UserError(
+      f"answers is {answers!r}; it must be 'teacher' or 'targets'"
+    )
+  if not len(context):
+    raise UserError('CONTEXT is empty; give the text that is distilled')
+  length = task_feature_lengths['targets']
+
+  def objective(
+    model: EncoderDecoderModel,
+    params: Params,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
+  ):
+    if not model.network.placements:
+      raise UserError(
+        'losses/distill.gin needs the frozen model beside the trained one, and'
+        ' the method trains the model itself; choose methods/prompt.gin or'
+        ' methods/prefix.gin'
+      )
+    if 'encoder_segment_ids' in batch:
+      raise UserError(
+        'losses/distill.gin reads the context before every row, which must hold'
+        ' one example; turn packing off (PACK)'
+      )
+    plain = model.network.clone(placements=())
+    teacher = dataclasses.replace(model, network=plain, objective=None)
+    frozen = jax.lax.stop_gradient(params)
+    ids = plain.config.ids
+    long = after_context(context, batch['encoder_input_tokens'])
+    targets = batch['decoder_target_tokens']
+    real = jnp.any(batch['decoder_loss_weights'] > 0, axis=1)[:, None]
+    if answers == 'teacher':
+      targets, _ = teacher.predict(frozen, long, length)
+      # Tokens that end an answer have none behind them.
+      weights = (targets != ids.pad) & real
+    else:
+      weights = batch['decoder_loss_weights'] > 0
+    weights = weights.astype(jnp.float32)
+    before = ((0, 0), (1, 0))
+    shifted = jnp.pad(targets, before, constant_values=ids.start)[:, :-1]
+    batch = {
+      **batch,
+      'decoder_input_tokens': shifted,
+      'decoder_target_tokens': targets,
+    }
+    said = teacher.logits(frozen, {**batch, 'encoder_input_tokens': long})
+    logits = model.logits(params, batch, dropout_rng)
+    wanted = jax.nn.log_softmax(said)
+    apart = jnp.sum(
+      jnp.exp(wanted) * (wanted - jax.nn.log_softmax(logits)), axis=-1
+    )
+    same = jnp.argmax(said, axis=-1) == jnp.argmax(logits, axis=-1)
+    loss = jnp.sum(apart * weights)
+    return loss, {
+      'loss': loss,
+      'z_loss': jnp.zeros_like(loss),
+      'correct': jnp.sum(same * weights),
+      'tokens': jnp.sum(weights),
+    }
+
+  return objective
+
+
+def after_context(context: Sequence[int], tokens: jax.Array) -> jax.Array:
+  """[batch, length] -> [batch, context + length]: the context, then the row."""
+  first = jnp.asarray(context, tokens.dtype)[None]
+  first = jnp.broadcast_to(first, (tokens.shape[0], first.shape[1]))
+  return jnp.concatenate([first, tokens], axis=1)
 
 
 def perceptron(

@@ -1,0 +1,218 @@
+"""`ptune distill`: puts a prompt, or a prefix, in place of a long text.
+
+Trains as `ptune train` does, on the loss `losses.distill`, and then asks the
+model with the text, the model with what was trained, and the model with neither
+the inputs of a split that was not trained on. What came of it is printed and
+written to MODEL_DIR/distilled.json.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ptune.data import batches, seqio_task
+from ptune.errors import UserError
+from ptune.files import write_atomically
+from ptune.model import parameters, partitioning
+from ptune.model.adapters import Method
+from ptune.model.models import EncoderDecoderModel
+from ptune.model.sizes import Config
+from ptune.serving import predictor
+from ptune.training import losses, report, run_file, settings
+
+
+def distill(
+  *,
+  train: Callable[[], Any],
+  context: Sequence[int],
+  model_dir: str,
+  data: settings.Data,
+  config: Config,
+  method: Method,
+  evaluation: settings.Evaluation = settings.Evaluation(),
+  model_parallel: int = 1,
+) -> dict[str, Any]:
+  """Trains, and compares what was trained with the text.
+
+  Args:
+    train: `train.train` with its settings.
+    context: Token ids of the text, without EOS.
+    model_dir, data, config, method, evaluation, model_parallel: As of `train`.
+
+  Returns:
+    What `compare` found; {} if the training was stopped.
+
+  Raises:
+    ValueError: If there are no inputs to compare on.
+  """
+  split = evaluation.split
+  task = seqio_task.load(data.task, data.module)
+  if split is None or split not in task.splits:
+    raise UserError(
+      f'EVAL_SPLIT is {split!r}, and task {task.name!r} has the splits'
+      f' {sorted(task.splits)}; name one of them, whose inputs are answered'
+      ' with and without the text'
+    )
+  state = train()
+  run = run_file.run_directory(model_dir)
+  if not report.scores_at(report.read_records(run), int(state.step)):
+    return {}  # Stopped; the same command goes on.
+  plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
+  params, _ = predictor.load(plan, settings.Trained(model_dir=model_dir))
+  inputs = held_out(task, data, config, split, evaluation.steps)
+  length = data.feature_lengths['targets']
+  found = compare(plan, params, context, inputs, length)
+  if jax.process_index() == 0:
+    text = json.dumps(found, indent=2) + '\n'
+    write_atomically(run / 'distilled.json', text)
+    print(describe(found))
+  return found
+
+
+def held_out(
+  task: seqio_task.Provider,
+  data: settings.Data,
+  config: Config,
+  split: str,
+  steps: int | None,
+) -> Iterator[np.ndarray]:
+  """The inputs of a split, [batch, length] at a time; a last part is left out.
+
+  Args:
+    task: The task.
+    data: Its lengths and batch size.
+    config: The network's, whose token ids the rows have.
+    split: The split.
+    steps: Most batches; all if None.
+
+  Raises:
+    ValueError: If the split has fewer rows than a batch.
+  """
+  read = batches.Batches(
+    task,
+    data.feature_lengths,
+    data.batch_size,
+    split=split,
+    bucket_multiple=None,
+    use_cached=data.use_cached,
+    in_memory=True,
+    ids=config.ids,
+    embedding_rows=config.vocab_size,
+  )
+  assert read.num_examples is not None
+  whole = read.num_examples // data.batch_size
+  if not whole:
+    raise UserError(
+      f'split {split!r} has {read.num_examples} rows, fewer than BATCH_SIZE'
+      f' {data.batch_size}; lower BATCH_SIZE'
+    )
+  for step in range(min(whole, steps or whole)):
+    yield read(step)['encoder_input_tokens']
+
+
+def compare(
+  plan: parameters.Plan,
+  params: Mapping[str, Any],
+  context: Sequence[int],
+  inputs: Iterator[np.ndarray],
+  max_decode_length: int,
+) -> dict[str, Any]:
+  """Asks the model with the text, with what was trained, and with neither.
+
+  Args:
+    plan: The parameters.
+    params: Their values.
+    context: Token ids of the text.
+    inputs: [batch, length] token ids, all of one shape.
+    max_decode_length: Most tokens of an answer.
+
+  Returns:
+    `inputs`: how many were asked. `tokens`: what the encoder reads of the
+    longest input, with the text and with what was trained. `same_answer`: the
+    share of inputs with the whole answer of the model with the text, of what
+    was trained and of the base alone. `answers`: how many different ones the
+    model with the text gave. `milliseconds`: an input, in batches of the given
+    size: the median over batches after the first, which compiles.
+  """
+  student = EncoderDecoderModel(plan.network)
+  base = EncoderDecoderModel(plan.network.clone(placements=()))
+
+  def answer(model, context):
+    def predict(params, tokens):
+      tokens = losses.after_context(context, tokens)
+      return model.predict(params, tokens, max_decode_length)[0]
+
+    return jax.jit(predict, out_shardings=partitioning.replicated(plan.mesh))
+
+  asked = {
+    'text': answer(base, context),
+    'trained': answer(student, ()),
+    'base': answer(base, ()),
+  }
+  said: dict[str, list[np.ndarray]] = {name: [] for name in asked}
+  seconds: dict[str, list[float]] = {name: [] for name in asked}
+  shape = (0, 0)
+  for tokens in inputs:
+    shape = tokens.shape
+    for name, predict in asked.items():
+      start = time.perf_counter()
+      with plan.scope():
+        said[name].append(np.asarray(predict(params, tokens)))
+      seconds[name].append(time.perf_counter() - start)
+  answers = {name: np.concatenate(rows) for name, rows in said.items()}
+
+  def same(name):
+    return float(np.mean(np.all(answers[name] == answers['text'], axis=1)))
+
+  def milliseconds(name):
+    timed = seconds[name][1:] or seconds[name]
+    return 1000 * statistics.median(timed) / shape[0]
+
+  encoded = jax.eval_shape(
+    lambda p: plan.network.apply(
+      student.variables(p),
+      np.ones(shape, np.int32),  # Any tokens.
+      enable_dropout=False,
+      method='encode',
+    ),
+    params,
+  )
+  return {
+    'inputs': len(answers['text']),
+    'tokens': {
+      'text': len(context) + shape[1],
+      'trained': encoded.shape[1],
+    },
+    'same_answer': {name: same(name) for name in ('trained', 'base')},
+    'answers': len(np.unique(answers['text'], axis=0)),
+    'milliseconds': {name: milliseconds(name) for name in ('text', 'trained')},
+  }
+
+
+def describe(found: Mapping[str, Any]) -> str:
+  """What `compare` found, in three lines."""
+  tokens, same, time_of = (
+    found[name] for name in ('tokens', 'same_answer', 'milliseconds')
+  )
+  return (
+    f'the encoder reads {tokens["text"]} -> {tokens["trained"]} tokens of an'
+    f' input\n'
+    f'{time_of["text"]:.2f} -> {time_of["trained"]:.2f} ms a prediction\n'
+    f'the answer is that with the text for {100 * same["trained"]:.1f} % of'
+    f' {found["inputs"]} inputs ({100 * same["base"]:.1f} % without either;'
+    f' {found["answers"]} different answers)'
+  )
+
+
+if __name__ == '__main__':
+  # The same as `ptune distill`; gin imports this module under its own name.
+  from ptune import cli
+
+  sys.argv.insert(1, 'distill')
+  sys.exit(cli.main())

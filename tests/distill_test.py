@@ -1,0 +1,70 @@
+"""A distilled prompt answers as the model with the long text does."""
+
+import json
+
+import pytest
+
+from ptune import cli
+from ptune.training import report
+from tests import tiny
+
+TEXT = (
+  'anna cooked three green noodles at the market in the morning and that was'
+  ' not really stale . tom watched a boring film at the cinema in the evening .'
+  ' the soup was tasty and the waiter brought two blue plates . zzz'
+)
+
+
+def arguments(model_dir, *more, **macros):
+  macros = {
+    'MIXTURE_OR_TASK_NAME': 'generated_sentiment',
+    'MIXTURE_OR_TASK_MODULE': 'ptune.tasks.generated',
+    'TASK_FEATURE_LENGTHS': {'inputs': 32, 'targets': 4},
+    'INITIAL_CHECKPOINT_PATH': 'ptune://tiny',
+    'BATCH_SIZE': 32,
+    'PROMPT_LENGTH': 10,
+    'EVAL_STEPS': 3,
+    'CONTEXT': TEXT,
+    'MODEL_DIR': str(model_dir),
+    **macros,
+  }
+  return [
+    'distill',
+    '--gin_file=models/tiny.gin',
+    '--gin_file=runs/distill.gin',
+    *more,
+    *(f'--gin.{name}={value!r}' for name, value in macros.items()),
+  ]
+
+
+@pytest.mark.slow
+def test_a_distilled_prompt_answers_as_the_model_with_the_text(
+  tmp_path, capsys
+):
+  found, scores = [], []
+  for name, steps, rate in (('untrained', 1, 1e-9), ('trained', 150, 0.3)):
+    command = arguments(
+      tmp_path / name,
+      '--gin_file=prompts/from_context.gin',
+      TRAIN_STEPS=steps,
+      LEARNING_RATE=rate,
+      EVAL_PERIOD=steps,
+    )
+    with tiny.one_device():
+      assert cli.main(command) == 0
+    found.append(json.loads((tmp_path / name / 'distilled.json').read_text()))
+    records = report.read_records(tmp_path / name)
+    scores.append(report.scores_at(records, steps)['generated_sentiment'])
+  untrained, trained = found
+  # The divergence a token, and the share of tokens that are the same.
+  assert scores[1]['loss'] < 0.25 < 0.6 < scores[0]['loss']
+  assert scores[1]['token_accuracy'] > 0.8 > 0.6 > scores[0]['token_accuracy']
+  assert trained['inputs'] == 96
+  assert trained['tokens'] == {'text': 53 + 32, 'trained': 10 + 32}
+  assert trained['same_answer']['trained'] > 0.8
+  assert untrained['same_answer']['trained'] < 0.3
+  assert trained['same_answer']['base'] < 0.3
+  assert trained['answers'] > 1
+  assert all(x > 0 for x in trained['milliseconds'].values())
+  said = capsys.readouterr().out
+  assert 'the encoder reads 85 -> 42 tokens' in said
