@@ -24,8 +24,8 @@ import numpy as np
 
 from ptune import methods as methods_lib
 from ptune.errors import UserError
-from ptune.methods.size import counts
 from ptune.model.adapters import Method
+from ptune.model.counts import counts
 from ptune.model.sizes import SIZES
 from ptune.studies.paper import Setting
 from ptune.studies.study import Cell, Study

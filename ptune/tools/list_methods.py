@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from ptune import methods
 from ptune.columns import aligned
 from ptune.errors import UserError
-from ptune.methods.size import counts
+from ptune.model.counts import counts
 from ptune.model.sizes import SIZES, t5
 
 DEFAULT = 't5_1_1_base'
