@@ -28,7 +28,7 @@ from tests import methods_test, readme_test
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = sizes.T5Config(
-  vocab_size=64,
+  vocab_size=96,
   emb_dim=16,
   num_heads=2,
   head_dim=8,
