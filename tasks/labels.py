@@ -98,7 +98,7 @@ class LabelIds:
   """
 
   labels: tuple[str, ...]
-  vocabulary: Callable[[], Vocabulary]
+  vocabulary: Callable[[], Vocabulary] = dataclasses.field(repr=False)
   other_words: Mapping[str, str] | None = None
 
   @functools.cached_property

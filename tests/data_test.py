@@ -856,5 +856,18 @@ def test_the_vocabulary_must_be_one_and_fit_the_embedding(task):
     seqio_task.vocabulary(make_task([], features=features))
 
 
+def test_a_vocabulary_that_cannot_be_read_is_one_line():
+  gone = seqio.SentencePieceVocabulary('/nowhere/vocab.model')
+  feature = seqio.Feature(gone, add_eos=True)
+  task = make_task([], features={'inputs': feature, 'targets': feature})
+  assert seqio_task.vocabulary(task) is gone  # Read when it is needed.
+  for read in (
+    lambda: seqio_task.check_vocabulary(task, 100),
+    lambda: list(seqio_task.examples(task, LENGTHS, 'train')),
+  ):
+    with pytest.raises(ValueError, match=r'/nowhere/vocab.*Set VOCABULARY'):
+      read()
+
+
 def test_tensorflow_leaves_the_accelerators_to_jax():
   assert tf.config.get_visible_devices('GPU') == []

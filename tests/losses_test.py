@@ -310,7 +310,9 @@ def test_targets_are_what_the_task_makes_of_labels():
   found = seqio_task.target_ids(['ab', 'b'], {'inputs': 8, 'targets': 4}, **how)
   assert found == ((100, 101, 1), (101, 1))
   assert seqio_task.text_ids('ab', **how) == (100, 101)
-  with pytest.raises(ValueError, match=r'the same within .* raise targets'):
+  with pytest.raises(
+    ValueError, match=r"'ab', 'aa'\] do not fit .* need 3 tok"
+  ):
     seqio_task.target_ids(['ab', 'aa'], {'inputs': 8, 'targets': 2}, **how)
   for labels in (None, 'no', ['no'], ['no', 'no']):
     with pytest.raises(ValueError, match=r'CLASS_LABELS is .* all targets'):

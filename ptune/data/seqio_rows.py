@@ -151,6 +151,16 @@ def vocabulary(task: Provider) -> seqio.Vocabulary:
       f'{targets} for targets, expected one for both: T5 embeds them with the '
       'same parameter. Give the features the same vocabulary.'
     )
+  return inputs
+
+
+def read_vocabulary(task: Provider) -> seqio.Vocabulary:
+  """The vocabulary of a task, whose file has been read.
+
+  Raises:
+    UserError: It cannot be read, or there are two.
+  """
+  inputs = vocabulary(task)
   try:
     inputs.vocab_size  # noqa: B018  (reads the file)
   except (tf.errors.OpError, OSError, RuntimeError) as error:
@@ -174,7 +184,7 @@ def examples(
 
   Texts are `inputs` and `targets`, as they were before tokenisation.
   """
-  vocab = vocabulary(task)
+  vocab = read_vocabulary(task)
   dataset = task.get_dataset(
     dict(feature_lengths),
     split,

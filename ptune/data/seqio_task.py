@@ -168,6 +168,8 @@ def check_vocabulary(
     base: The base model; a vocabulary that lies with it must be the task's.
   """
   own = vocabulary(task)
+  if not isinstance(task, TextTask):
+    _seqio_rows().read_vocabulary(task)
   if base is not None:
     check_same(own, base)
   if own.eos_id is not None and ids.eos not in (-1, own.eos_id):
