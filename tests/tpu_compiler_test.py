@@ -155,7 +155,7 @@ def compiled(**changes):
 
 @pytest.mark.slow
 @needs_libtpu
-def test_a_step_calls_the_kernel_and_moves_no_more_than_it_did():
+def test_a_step_calls_the_kernel_and_keeps_its_state_in_place():
   found = compiled()
   # Two encoder layers, forward and backward.
   assert found['kernels'] == {'t5_attention': 2, 't5_attention_backward': 2}
