@@ -15,6 +15,7 @@ import pytest
 from ptune.convert import open_checkpoint
 from ptune.convert.conversion import convert
 from ptune.methods import prompt
+from ptune.model import parameters, partitioning
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.model.network import Transformer
 from ptune.model.sizes import TokenIds
@@ -199,6 +200,27 @@ def test_loss_and_gradient_of_a_prompt_are_those_of_transformers(
   np.testing.assert_allclose(
     gradient, rows.grad.numpy(), atol=1e-4 * float(np.abs(rows.grad).max())
   )
+
+
+@pytest.mark.parametrize('kind', ['umt5', 'embedding of the decoder'])
+def test_eight_devices_equal_one(directory, kind):
+  path, _ = made(kind, directory)
+  asked, arrays = ours(path)
+  # Rows for four devices, each of them on two.
+  case = {k: np.repeat(x, 4, axis=0) for k, x in case_of(TokenIds()).items()}
+  arrays = {**arrays, prompt.PATH: jnp.asarray(rows_of_a_prompt())}
+  want, _ = jax.jit(asked.loss)(layouts.nested(arrays), case)
+  plan = parameters.plan(
+    asked.network.config, prompt.prompt(PROMPT), partitioning.make_mesh(2)
+  )
+  placed = {
+    name: jax.device_put(np.asarray(x), plan.params[name].sharding)
+    for name, x in arrays.items()
+  }
+  assert not placed['token_embedder/embedding'].sharding.is_fully_replicated
+  with plan.scope():
+    got, _ = jax.jit(asked.loss)(layouts.nested(placed), case)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize('kind', ['madlad', 'codet5', 'umt5', 'pile_t5'])
