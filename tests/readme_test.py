@@ -159,7 +159,9 @@ def test_all_commands_are_understood(page, place):
       continue
     args = cli._parse(arguments)
     # A run that the page trains is only there when its commands are run.
-    made |= {a.partition('=')[2] for a in arguments if '--model_dir=' in a}
+    made |= set(
+      re.findall(r"(?:--model_dir=|MODEL_DIR=')([^\s']+)", ' '.join(arguments))
+    )
     if args.program not in cli.PROGRAMS or made & {*arguments}:
       continue
     flags.resolve(args)
