@@ -417,6 +417,10 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, products):
   heads = q.shape[2] // head_dim
   size = block_size(q.shape[1], k.shape[1], heads, head_dim, mask.shape[1] > 1)
   weights = q.shape[0] * heads * q.shape[1] * k.shape[1]
+  lengths = q.shape[1], k.shape[1]
+  taken = _vmem_bytes(*lengths, heads, head_dim, mask.shape[1] > 1, size)
+  if len(out) > 3:  # The gradient of the bias, as large as it is.
+    taken += 2 * 4 * math.prod(in_specs[3].block_shape)
   out_specs = [spec for spec, *_ in out]
   shapes = [jax.ShapeDtypeStruct(*shape) for _, *shape in out]
   return pl.pallas_call(
@@ -430,7 +434,8 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, products):
     interpret=platform() != 'tpu',
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary'),
-      vmem_limit_bytes=int(USABLE * _vmem()),
+      # What it does not need, XLA can keep other arrays in.
+      vmem_limit_bytes=int(min(0.9 * _vmem(), max(1.25 * taken, 16 * 2**20))),
     ),
     cost_estimate=pl.CostEstimate(
       flops=2 * products * weights * head_dim,
