@@ -122,11 +122,9 @@ def train(
     tx = optimizer(initial_step=facts['initial_step'])
     like = state_lib.abstract_state(tx, plan)
     state = run.restore(like)
-    if state is not None:
-      scored = evaluation if evaluates else None
-      if _is_finished(run, plan, state, train_steps, scored):
-        return state
-      logging.info('going on from step %d of %s', run.start, run.directory)
+    scored = evaluation if evaluates else None
+    if _is_finished(run, plan, state, train_steps, scored):
+      return state
 
     # ------------------------------------------------------------------ data
     rows = rows_of(task, data, config, method, seed, run.directory / 'stream')
@@ -285,11 +283,13 @@ def initial_base(
 def _is_finished(
   run: Run,
   plan: parameters.Plan,
-  state: state_lib.TrainState,
+  state: state_lib.TrainState | None,
   train_steps: int,
   evaluation: settings.Evaluation | None,
 ) -> bool:
   """Whether an earlier start has come to the end; then leaves its prompt."""
+  if state is None:
+    return False
   records, early, scored = run.records(), False, True
   if evaluation is not None:
     scored = bool(report.scores_at(records, run.start))
@@ -298,6 +298,7 @@ def _is_finished(
     )
   ended = scored and (early or run.start == train_steps)
   if run.start <= train_steps and not ended:
+    logging.info('going on from step %d of %s', run.start, run.directory)
     return False
   # What it was trained on is on disk: the base is not read.
   member = Member('', plan, run.present[''], lambda state: state.trainable)
