@@ -35,7 +35,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ptune.errors import UserError
-from ptune.methods import prompt
+from ptune.methods import prompt, row_prompts
 from ptune.model import parameters
 from ptune.model.adapters import Method
 from ptune.model.models import Batch, EncoderDecoderModel
@@ -161,11 +161,11 @@ class Private:
     rows = batch['encoder_input_tokens'].shape[0]
     lengths = jnp.full(rows, value.shape[0], jnp.int32)
     own = dataclasses.replace(
-      model, network=model.network.clone(placements=prompt.per_row())
+      model, network=model.network.clone(placements=row_prompts.per_row())
     )
 
     def loss(copies):
-      mine = prompt.row_parameters(copies, lengths)
+      mine = row_prompts.row_parameters(copies, lengths)
       params = parameters.merge(frozen, parameters.unflatten(mine))
       return own.loss(params, batch, dropout_rng)
 
