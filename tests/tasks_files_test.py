@@ -375,7 +375,9 @@ def test_the_task_batches_and_knows_its_labels(sentiment):
 def test_batches_are_those_of_the_same_task_in_seqio(
   sentiment, bucket_multiple
 ):
-  task = files.from_files(**sentiment)
+  # Of texts: a classification has labels of all lengths in a batch.
+  texts = {'label_names': None, 'targets': '{label} {text}'}
+  task = files.from_files(**{**sentiment, **texts})
   how = {'seed': 3, 'bucket_multiple': bucket_multiple}
   lengths = {'inputs': 5, 'targets': 8}  # Trims some.
   ours = data.Batches(task, lengths, 12, **how)
