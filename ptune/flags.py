@@ -354,7 +354,7 @@ def expand(
 
 def _has(files: Sequence[str], *kinds: str) -> bool:
   """Whether one of ptune's own files of some kinds is given."""
-  return any(file.startswith(f'{kind}/') for kind in kinds for file in files)
+  return not {*files}.isdisjoint(own_files(kinds))
 
 
 def _config(run: str) -> pathlib.Path:

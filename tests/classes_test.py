@@ -18,6 +18,7 @@ def of_numbers(seed=0, rows=60):
     target = int(draw.integers(-1, 3))
     answer = target if draw.random() < 0.6 else int(draw.integers(-1, 3))
     targets = NAMES[target] if target >= 0 else '<unk>'
+    targets = targets.encode() if i % 2 else targets  # As SeqIO has them.
     records.append(
       {'index': i, 'targets': targets, 'target': target, 'prediction': answer}
     )

@@ -196,3 +196,13 @@ def test_what_is_no_run_is_said(tmp_path, capsys):
   args = argparse.Namespace(runs=[str(tmp_path)], base=None, prompts=None)
   with pytest.raises(UserError, match='no run of ptune train'):
     serve.take_from_runs(args)
+
+
+def test_a_run_in_a_directory_called_runs_is_no_gin_file(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  run = tmp_path / 'runs' / 'mine'
+  run.mkdir(parents=True)
+  (run / 'config.gin').write_text('')
+  (run / 'run.json').write_text('{"initial_checkpoint_path": "ptune://tiny"}')
+  files, _ = flags.expand('eval', {}, (), 'runs/mine')
+  assert files == ['runs/mine/config.gin', 'runs/eval.gin']

@@ -57,7 +57,7 @@ def pairs(records: Sequence[Mapping[str, Any]]) -> list[Pair]:
     if not isinstance(target, str | int) or not isinstance(answer, str | int):
       return []
     if target not in (-1, UNLABELLED):
-      names[target] = str(record.get('targets', target))
+      names[target] = name(record)
       found.append((target, answer))
   # Few classes, with several rows each; labels by number are always classes.
   texts = [target for target, _ in found if isinstance(target, str)]
@@ -66,12 +66,18 @@ def pairs(records: Sequence[Mapping[str, Any]]) -> list[Pair]:
   return [(names[t], names.get(a, OTHER)) for t, a in found]
 
 
+def name(record: Mapping[str, Any]) -> str:
+  """The text of a row's target; SeqIO has bytes."""
+  text = record.get('targets', record.get('target'))
+  return text.decode() if isinstance(text, bytes) else str(text)
+
+
 def _ranked(records: Sequence[Mapping[str, Any]]) -> list[Pair]:
   """Of rows whose labels were all scored: the best one is the answer."""
   names, rows = {}, collections.defaultdict(list)
   for record in records:
     scored = record['target']
-    names[scored['candidate']] = str(record.get('targets'))
+    names[scored['candidate']] = name(record)
     rows[scored['row']].append((float(record['score']), scored))
   found = []
   for row in rows.values():

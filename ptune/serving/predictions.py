@@ -32,7 +32,7 @@ def write(
   place.mkdir(parents=True, exist_ok=True)
   records = list(records)
   names = {
-    r['target']: str(r['targets'])
+    r['target']: classes.name(r)
     for r in records
     if isinstance(r.get('target'), int) and r['target'] >= 0 and 'targets' in r
   }
