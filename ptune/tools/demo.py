@@ -27,6 +27,7 @@ from etils import epath
 
 from ptune import pretrained
 from ptune.analysis import neighbours
+from ptune.convert.prompts import npy
 from ptune.errors import UserError
 from ptune.files import write_atomically
 from ptune.methods import full, prompt
@@ -92,15 +93,14 @@ def demo(
   out.rule(f'[bold]a prompt of {PROMPT_LENGTH} vectors learns their sentiment')
   reviews = splits(generated_text.reviews, seed)
   train, _, test = reviews
-  tuner = miniature.Tuner(
+  made = miniature.programs(
     config,
-    base,
     miniature.prompt_method(PROMPT_LENGTH),
     miniature.prompt_optimizer(steps),
-    pieces,
-    out,
   )
-  sentiment = tuner('prompt', reviews, steps, seed)
+  sentiment = miniature.tune(
+    'prompt', made, base, pieces, reviews, steps, seed, out
+  )
   shown = test[:SHOWN]
   bank.add('untrained', sentiment.first[prompt.PATH])
   bank.add('sentiment', sentiment.prompt)
@@ -112,35 +112,17 @@ def demo(
 
   # ------------------------------------------------- against tuning it all
   few = max(steps // 3, 1)
-  everything = miniature.Tuner(
-    config, base, full.full(), miniature.full_optimizer(few), pieces, out
-  )('full tuning', reviews, few, seed)
-  majority = majority_share(train, test)
-  out.print(
-    comparison(
-      [
-        ('the most common label', majority, 0, 0.0),
-        ('the frozen model, untrained prompt', sentiment.untrained, 0, 0.0),
-        (
-          'the frozen model, tuned prompt',
-          sentiment.accuracy,
-          sentiment.nbytes,
-          sentiment.seconds,
-        ),
-        (
-          'all of the model tuned',
-          everything.accuracy,
-          everything.nbytes,
-          everything.seconds,
-        ),
-      ]
-    )
+  whole = miniature.programs(config, full.full(), miniature.full_optimizer(few))
+  everything = miniature.tune(
+    'full tuning', whole, base, pieces, reviews, few, seed, out
   )
+  majority = majority_share(train, test)
+  out.print(comparison(rows_of(majority, sentiment, everything)))
 
   # ---------------------------------------- a second task, the same weights
   out.rule('[bold]the same frozen weights, a second prompt: topics of reports')
   rows = splits(generated_text.topics, seed)
-  topics = tuner('prompt', rows, steps, seed)
+  topics = miniature.tune('prompt', made, base, pieces, rows, steps, seed, out)
   half = SHOWN // 2
   mixed = [*test[:half], *rows[2][:half]]
   bank.add('topics', topics.prompt)
@@ -273,6 +255,28 @@ def _told(answer: str, label: str) -> rich.text.Text:
   return rich.text.Text(short, style='green' if answer == label else 'red')
 
 
+def rows_of(
+  majority: float, sentiment: miniature.Tuned, everything: miniature.Tuned
+) -> list[tuple[str, float, int, float]]:
+  """The rows of `comparison`."""
+  return [
+    ('the most common label', majority, 0, 0.0),
+    ('the frozen model, untrained prompt', sentiment.untrained, 0, 0.0),
+    (
+      'the frozen model, tuned prompt',
+      sentiment.accuracy,
+      sentiment.nbytes,
+      sentiment.seconds,
+    ),
+    (
+      'all of the model tuned',
+      everything.accuracy,
+      everything.nbytes,
+      everything.seconds,
+    ),
+  ]
+
+
 def comparison(rows: Sequence[tuple[str, float, int, float]]):
   """A table of (what, accuracy, trained bytes, seconds)."""
   table = rich.table.Table(box=rich.box.SIMPLE)
@@ -299,9 +303,7 @@ def write(
   """Writes all files; the summary last, each of them whole or not at all."""
   folder = epath.Path(directory)
   for name, values in prompts.items():
-    buffer = io.BytesIO()
-    np.save(buffer, values)
-    write_atomically(folder / f'{name}.npy', buffer.getvalue())
+    write_atomically(folder / f'{name}.npy', npy(values))
   lines = [
     f'{name} {i}: {", ".join(row)}'
     for name, rows in words.items()

@@ -1,15 +1,16 @@
 """Tunes a small model on rows of text, in seconds and without SeqIO.
 
     config, base = load(pretrained.directory('tiny'))
-    pieces, tx = Pieces(), prompt_optimizer(600)
-    tuner = Tuner(config, base, prompt_method(), tx, pieces)
-    tuned = tuner('prompt', (train, validation, test), steps=600)
+    made = programs(config, prompt_method(), prompt_optimizer(600))
+    rows = train, validation, test
+    tuned = tune('prompt', made, base, Pieces(), rows, steps=600)
     tuned.accuracy, tuned.prompt
 
 For `ptune demo` and for the study of sizes, whose data are lists of (text,
 label). SeqIO, which `ptune train` reads tasks with, takes 9 seconds to import.
 """
 
+import contextlib
 import functools
 import os
 import time
@@ -32,8 +33,9 @@ from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import T5Config
 from ptune.serving.bank import PromptBank
-from ptune.training import optim
+from ptune.training import optim, profiling, report, settings
 from ptune.training import state as state_lib
+from ptune.training.loop import Loop, Member
 
 BATCH_SIZE = 32
 TEST_BATCH = 200  # Rows that are tested at once; splits hold a multiple of it.
@@ -179,91 +181,171 @@ class Tuned(NamedTuple):
     return sum(x.nbytes for x in self.last.values())
 
 
-class Tuner:
-  """Trains one method on one model; compiled once for all its tasks."""
+class Programs(NamedTuple):
+  """What is compiled once, for all trainings of a method on a model."""
 
-  def __init__(
-    self,
-    config: T5Config,
-    base: Mapping[str, jax.Array],
-    method: Method,
-    tx: optax.GradientTransformation,
-    pieces: Pieces,
-    console: rich.console.Console | None = None,
-  ):
-    """Prepares the programs.
+  plan: parameters.Plan
+  tx: optax.GradientTransformation
+  like: state_lib.TrainState
+  update: Any
+  right: Any
 
-    Args:
-      config: The model's sizes.
-      base: Its parameters, by path; they stay as they are.
-      method: What is added, and trained.
-      tx: The optimizer.
-      pieces: The vocabulary.
-      console: Where progress is shown; nowhere if not given.
-    """
-    self._base, self._pieces, self._console = base, pieces, console
-    self._plan = parameters.plan(config, method, one_device())
-    model = EncoderDecoderModel(self._plan.network)
-    self._tx = tx
-    self._like = state_lib.abstract_state(tx, self._plan)
-    self._step = state_lib.compile_step(model, tx, self._plan, self._like)
-    self._right = jax.jit(functools.partial(right, model))
 
-  def __call__(
-    self, title: str, rows: Splits, steps: int, seed: int = 0
-  ) -> Tuned:
-    """Trains under a progress bar, and tests.
+def programs(
+  config: T5Config, method: Method, tx: optax.GradientTransformation
+) -> Programs:
+  """Prepares the programs that train a method by an optimizer."""
+  plan = parameters.plan(config, method, one_device())
+  model = EncoderDecoderModel(plan.network)
+  like = state_lib.abstract_state(tx, plan)
+  update = state_lib.compile_step(model, tx, plan, like)
+  return Programs(
+    plan, tx, like, update, jax.jit(functools.partial(right, model))
+  )
 
-    Args:
-      title: Stands before the bar.
-      rows: Of training, validation and test.
-      steps: Training steps.
-      seed: Of the first values and of the order of the rows.
-    """
-    start = time.monotonic()
-    train, validation, test = (features(self._pieces, part) for part in rows)
-    labels = sorted({label for _, label in rows[0]})
-    trainable, frozen = initial(
-      self._plan, self._base, self._pieces, labels, seed
-    )
-    first = _on_host(trainable)
-    state = state_lib.first_state(self._tx, trainable, self._like)
-    period = max(steps // EVALUATIONS, 1)
-    curve: list[tuple[int, float]] = []
-    with self._plan.scope(), _progress(self._console) as bar:
-      line = bar.add_task(title, total=steps, shown='compiling')
-      untrained = self._accuracy(state.trainable, frozen, test)
-      for i, batch in enumerate(batches(train, steps, seed)):
-        if i % period == 0:
-          found = self._accuracy(state.trainable, frozen, validation)
-          curve.append((i, found))
-        state, sums = self._step(state, frozen, batch)
-        if i % 10 == 9:  # Reading the loss waits for the step.
-          loss = float(sums['loss'] / sums['tokens'])
-          shown = f'loss {loss:6.3f}, {curve[-1][1]:6.1%} of validation right'
-          bar.update(line, completed=i + 1, shown=shown)
-      found = self._accuracy(state.trainable, frozen, validation)
-      curve.append((steps, found))
-      accuracy = self._accuracy(state.trainable, frozen, test)
-      shown = f'{accuracy:6.1%} of {len(rows[2])} test rows right'
-      bar.update(line, completed=steps, shown=shown)
-    return Tuned(
-      first,
-      _on_host(state.trainable),
-      curve,
-      untrained,
-      accuracy,
-      time.monotonic() - start,
-    )
 
-  def _accuracy(self, trainable, frozen, data: Features) -> float:
-    count = len(data['encoder_input_tokens'])
+class Accuracy:
+  """The accuracy on rows, as the loop asks for it."""
+
+  split = 'validation'
+
+  def __init__(self, made: Programs, data: Features):
+    self._made, self._data = made, data
+
+  def __call__(self, trees, step=0, asked=None):
+    """The share of rows that are answered right."""
+    del step, asked
+    count, total = len(self._data['encoder_input_tokens']), 0
     assert count % TEST_BATCH == 0, count
-    total = 0
-    for i in range(0, count, TEST_BATCH):
-      batch = {name: x[i : i + TEST_BATCH] for name, x in data.items()}
-      total += int(np.sum(self._right((trainable, frozen), batch)))
-    return total / count
+    with self._made.plan.scope():
+      for i in range(0, count, TEST_BATCH):
+        batch = {name: x[i : i + TEST_BATCH] for name, x in self._data.items()}
+        total += int(np.sum(self._made.right(trees, batch)))
+    return {'rows': {'accuracy': total / count}}
+
+
+class Unsaved:
+  """A run of the loop that leaves nothing on disk; it shows a bar."""
+
+  start, failed = 0, False
+
+  def __init__(self, plan: parameters.Plan, steps: int, bar: 'Bar'):
+    self.members = [Member('', plan, {}, lambda state: state.trainable)]
+    self.train_steps, self.reports = steps, {'': bar}
+    self.saving = settings.Saving(steps + 1, log_period=steps + 1)
+    self.sums: dict[str, dict[str, float]] = {}
+    self.profile = profiling.Profile('', None)
+
+  def asked(self, step: int | None = None) -> bool:
+    """Never: Ctrl-C ends it at once."""
+    del step
+    return False
+
+  def nothing(self, *args, **settings) -> None:
+    """What the loop asks of a run on disk."""
+
+  check_place = check_finite = save = save_best = nothing
+  write_prompt = tell_end = nothing
+
+  def lost_best(self, member: Member) -> bool:
+    """No best is kept."""
+    del member
+    return False
+
+  def last_good(self) -> str:
+    """Ends the message about a loss that is not finite."""
+    return 'Nothing was saved'
+
+  def paused(self, doing: str) -> Any:
+    """Shows what is done."""
+    self.reports[''].show(doing)
+    return contextlib.nullcontext()
+
+
+class Bar:
+  """Records of a training, and a bar that stays when it is full."""
+
+  def __init__(self, title: str, steps: int, bar: rich.progress.Progress):
+    self.records: list[report.Record] = []
+    self._bar, self._line = bar, bar.add_task(title, total=steps, shown='')
+
+  def show(self, shown: str, step: int | None = None) -> None:
+    """Changes the text behind the bar."""
+    self._bar.update(self._line, completed=step, shown=shown)
+
+  def progress(self, step: int, sums: Mapping[str, float]) -> None:
+    """Shows what the steps so far add up to."""
+    loss = sums['loss'] / max(sums['tokens'], 1.0)
+    shown = f'loss {loss:6.3f}, {self.accuracy():6.1%} of validation right'
+    self.show(shown, step)
+
+  def train(self, step: int, sums: Mapping[str, float]) -> None:
+    """What is logged is shown already."""
+
+  def evaluate(self, step: int, split: str, scores: Any) -> None:
+    """Records the scores of all tasks."""
+    for task, values in scores.items():
+      self.records.append(
+        {'step': step, 'split': split, 'task': task, **values}
+      )
+
+  def accuracy(self) -> float:
+    """The newest one."""
+    return self.records[-1]['accuracy']
+
+
+def tune(
+  title: str,
+  made: Programs,
+  base: Mapping[str, jax.Array],
+  pieces: Pieces,
+  rows: Splits,
+  steps: int,
+  seed: int = 0,
+  console: rich.console.Console | None = None,
+) -> Tuned:
+  """Trains under a progress bar, and tests.
+
+  Args:
+    title: Stands before the bar.
+    made: The programs.
+    base: The parameters of the model, by path; they stay as they are.
+    pieces: The vocabulary.
+    rows: Of training, validation and test.
+    steps: Training steps.
+    seed: Of the first values and of the order of the rows.
+    console: Where progress is shown; nowhere if not given.
+  """
+  start = time.monotonic()
+  train, validation, test = (features(pieces, part) for part in rows)
+  labels = sorted({label for _, label in rows[0]})
+  trainable, frozen = initial(made.plan, base, pieces, labels, seed)
+  first = _on_host(trainable)
+  state = state_lib.first_state(made.tx, trainable, made.like)
+  tested, validated = Accuracy(made, test), Accuracy(made, validation)
+  accuracy = lambda of, state: of((state.trainable, frozen))['rows']['accuracy']
+  with _progress(console) as progress:
+    bar = Bar(title, steps, progress)
+    untrained = accuracy(tested, state)
+    bar.evaluate(0, 'validation', validated((state.trainable, frozen)))
+    train_on = Loop(
+      Unsaved(made.plan, steps, bar),
+      made.update,
+      frozen,
+      {'': validated},
+      settings.Evaluation(period=max(steps // EVALUATIONS, 1)),
+    )
+    state = train_on(state, enumerate(batches(train, steps, seed)))
+    reached = accuracy(tested, state)
+    bar.show(f'{reached:6.1%} of {len(rows[2])} test rows right', steps)
+  return Tuned(
+    first,
+    _on_host(state.trainable),
+    [(record['step'], record['accuracy']) for record in bar.records],
+    untrained,
+    reached,
+    time.monotonic() - start,
+  )
 
 
 def _on_host(tree: Any) -> dict[str, np.ndarray]:
