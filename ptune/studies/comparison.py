@@ -330,6 +330,6 @@ def draw_pareto(ranked: Sequence[Ranked]) -> 'Figure':
     title='Score and parameters, each at its best learning rate',
   )
   axes.margins(x=0.15)
-  axes.legend(loc='lower right')
+  fig.legend(loc='outside lower center')
   axes.grid(alpha=0.3)
   return fig
