@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ptune.host import cpu
 from ptune.methods import prompt
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.models import EncoderDecoderModel
-from ptune.training import cpu, optim
+from ptune.training import optim
 from ptune.training import state as state_lib
 
 # The published sizes, and smaller ones with their vocabulary.

@@ -69,7 +69,8 @@ def linked(text: str, page: str, file: pathlib.Path) -> str:
 
 def macros() -> str:
   """The page of commands, macros and gin files, in Markdown."""
-  from ptune import cli, gin_files
+  from ptune import cli
+  from ptune.config import gin_files
 
   lines = ['# Commands and macros', '', '## Commands', '']
   lines += ['| command | what it does |', '|---|---|']

@@ -17,10 +17,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from ptune import flags, gin_files, paths, terminal
+from ptune.config import flags, gin_files
 from ptune.errors import UserError
-from ptune.quiet import quiet_stderr
-from ptune.training import processes
+from ptune.host import paths, processes, terminal
+from ptune.host.quiet import quiet_stderr
 
 # Programs that gin configures: module, function, what it does.
 PROGRAMS = {
@@ -258,7 +258,7 @@ def _initialize_processes(args: argparse.Namespace) -> None:
   """Sets up JAX, and joins the other processes where there are any."""
   import jax
 
-  from ptune.training import cpu
+  from ptune.host import cpu
 
   cpu.keep_compiled()
   cpu.configure()

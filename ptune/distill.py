@@ -18,7 +18,7 @@ import numpy as np
 
 from ptune.data import batches, seqio_task
 from ptune.errors import UserError
-from ptune.files import write_atomically
+from ptune.host.files import write_atomically
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel

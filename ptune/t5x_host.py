@@ -52,7 +52,7 @@ from ptune.convert.prompts import npy
 from ptune.convert.trained import dump as dump_trained
 from ptune.data import seqio_task
 from ptune.errors import UserError
-from ptune.files import write_atomically
+from ptune.host.files import write_atomically
 from ptune.methods import prompt_init
 from ptune.model import models as models_lib
 from ptune.model import network as network_lib

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 import gin
-from ptune import annotations, gin_files
+from ptune.config import annotations, gin_files
 from ptune.errors import UserError
 from ptune.model import sizes
 from ptune.training import settings

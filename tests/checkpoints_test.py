@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ptune.convert.fingerprint import of_params
-from ptune.files import absolute
+from ptune.host.files import absolute
 from ptune.methods import prompt
 from ptune.model import parameters, partitioning, sizes
 from ptune.training import checkpoints, optim, run_file

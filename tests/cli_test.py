@@ -17,7 +17,8 @@ import pytest
 from absl import logging
 
 import gin
-from ptune import cli, gin_files
+from ptune import cli
+from ptune.config import gin_files
 from ptune.errors import UserError
 from ptune.model import parameters, partitioning, sizes
 from tests import tiny

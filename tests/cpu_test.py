@@ -1,4 +1,4 @@
-"""ptune/training/cpu.py: what the `ptune` command sets up for XLA on a CPU."""
+"""ptune/host/cpu.py: what the `ptune` command sets up for XLA on a CPU."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import types
 import jax
 import pytest
 
-from ptune.training import cpu
+from ptune.host import cpu
 from tests import tiny
 
 # Prints whether memory is kept, and the fewest page faults of a step with 64 MB
@@ -16,7 +16,7 @@ from tests import tiny
 STEP = """
 import resource
 import jax, jax.numpy as jnp
-from ptune.training import cpu
+from ptune.host import cpu
 
 kept = cpu.configure()
 step = jax.jit(lambda x: jax.lax.optimization_barrier(jnp.outer(x, x)) @ x)

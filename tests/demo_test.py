@@ -182,7 +182,7 @@ def test_a_shipped_model_loads_strictly_and_is_what_its_card_says(name):
 
 def test_a_shipped_model_is_the_one_of_its_gin_file():
   import gin
-  from ptune import gin_files
+  from ptune.config import gin_files
 
   for name in pretrained.names():
     with gin.unlock_config():

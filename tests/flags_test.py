@@ -10,7 +10,8 @@ import sys
 import pytest
 
 import gin
-from ptune import cli, flags, gin_files
+from ptune import cli
+from ptune.config import flags, gin_files
 from ptune.errors import UserError
 from ptune.serving import serve
 from tests import tiny

@@ -15,15 +15,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # `python -m ptune.NAME` runs.
 ROOMS = (
   'errors',
-  'columns',
-  'quiet',
-  'paths',
-  'files',
-  'macros',
-  'annotations',
-  'gin_source',
-  'gin_files',
-  'flags',
+  'host',
+  'config',
   'model',
   'methods',
   'pretrained',
@@ -38,7 +31,6 @@ ROOMS = (
   'studies',
   't5x_host',
   'tools',
-  'terminal',
   'cli',
 )
 PROGRAMS = ('distill', 'evaluate', 'infer', 'train', 'train_many')

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gin
-from ptune import gin_files
+from ptune.config import gin_files
 from ptune.data import seqio_task
 from ptune.methods import lora, prompt
 from ptune.model import network, parameters

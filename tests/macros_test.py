@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from ptune import gin_files, macros
+from ptune.config import gin_files, macros
 from ptune.errors import UserError
 
 HUGE = 10**30

@@ -28,9 +28,10 @@ from ptune import train
 from ptune.convert import open_checkpoint
 from ptune.data import batches as data
 from ptune.data import seqio_task
+from ptune.host import processes
 from ptune.methods import full
 from ptune.model import parameters, partitioning
-from ptune.training import checkpoints, processes
+from ptune.training import checkpoints
 from tests import tiny
 
 pytestmark = pytest.mark.slow

@@ -16,10 +16,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = """
 import importlib.util
 import gin
-import ptune, ptune.gin_files
+import ptune, ptune.config.gin_files
 print(ptune.__file__)
 print(importlib.util.find_spec('ptune.tasks.pretraining').origin)
-print(ptune.gin_files.find('runs/train.gin'))
+print(ptune.config.gin_files.find('runs/train.gin'))
 print(gin.__file__)
 """
 

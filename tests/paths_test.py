@@ -6,14 +6,14 @@ import os
 import numpy as np
 import pytest
 
-from ptune import paths
 from ptune.convert import open_checkpoint, storage
 from ptune.convert.hub import locate
 from ptune.convert.huggingface import read_json
 from ptune.convert.prompts import read_prompt
 from ptune.convert.trained import facts_beside
 from ptune.errors import UserError
-from ptune.files import absolute
+from ptune.host import paths
+from ptune.host.files import absolute
 from ptune.methods import prompt_init
 from ptune.serving import serve
 from ptune.training import run_file

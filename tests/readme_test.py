@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 import gin
-from ptune import cli, flags, gin_files, pretrained
+from ptune import cli, pretrained
+from ptune.config import flags, gin_files
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import gin
-from ptune import gin_files
+from ptune.config import gin_files
 from ptune.methods import full
 from ptune.studies import study
 from ptune.tasks import generated_text, prefixes, pretraining, vocabulary

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-from ptune.files import write_atomically
+from ptune.host.files import write_atomically
 from ptune.training import report
 from tests import tiny
 

@@ -12,7 +12,8 @@ import seqio
 from etils import epath
 
 import gin
-from ptune import cli, gin_files
+from ptune import cli
+from ptune.config import gin_files
 from ptune.methods import full, prompt, prompt_init
 from ptune.studies import paper as studies
 from ptune.studies import study, tables

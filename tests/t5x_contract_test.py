@@ -21,7 +21,7 @@ import pytest
 from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
 
-from ptune import gin_files, gin_source
+from ptune.config import gin_files, gin_source
 from ptune.model import network, partitioning, sizes
 from ptune.model.adapters import Method
 from tests import methods_test, readme_test

@@ -40,7 +40,7 @@ from ptune.analysis import figures
 from ptune.convert.prompts import read_prompt, write_prompt
 from ptune.data import batches, seqio_task
 from ptune.errors import UserError
-from ptune.files import write_atomically
+from ptune.host.files import write_atomically
 from ptune.methods import prompt as prompt_lib
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from ptune.files import write_atomically
+from ptune.host.files import write_atomically
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure

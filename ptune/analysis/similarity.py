@@ -31,7 +31,7 @@ from ptune.analysis import figures
 from ptune.analysis.neighbours import normalised
 from ptune.convert.prompts import REFERENCE_FILE, find, name_of, read_prompt
 from ptune.errors import UserError
-from ptune.files import write_atomically
+from ptune.host.files import write_atomically
 
 MEASURES = ('average_tokens', 'per_token')
 

@@ -11,9 +11,9 @@ from ptune.convert.fingerprint import of_params
 from ptune.convert.pieces import Vocabulary
 from ptune.convert.vocabulary import open_vocabulary
 from ptune.errors import UserError
+from ptune.host import cpu
 from ptune.model.sizes import Config
 from ptune.serving import predictor
-from ptune.training import cpu
 
 
 class Base:

@@ -8,10 +8,10 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from ptune import flags, gin_files
 from ptune.api import rows as rows_lib
 from ptune.api.base import Base, as_base
 from ptune.api.tuned import Tuned
+from ptune.config import flags, gin_files
 from ptune.convert import peft
 from ptune.convert.hub import SCHEME, locate
 from ptune.convert.huggingface import read_json

@@ -5,9 +5,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ptune import flags, gin_files
 from ptune.api import rows as rows_lib
 from ptune.api.base import Base
+from ptune.config import flags, gin_files
 from ptune.convert.prompts import Prompt
 from ptune.errors import UserError
 from ptune.methods import prompt as prompt_method

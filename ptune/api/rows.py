@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ptune import flags
+from ptune.config import flags
 from ptune.convert.pieces import Vocabulary
 from ptune.errors import UserError
 

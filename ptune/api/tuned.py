@@ -11,11 +11,11 @@ from typing import Any, overload
 import numpy as np
 from absl import logging
 
-from ptune import flags
 from ptune.api import recorded
 from ptune.api import rows as rows_lib
 from ptune.api.base import Base
 from ptune.api.recorded import Recorded
+from ptune.config import flags
 from ptune.convert import export as export_lib
 from ptune.convert import merged, prompts, publish
 from ptune.data import batches, seqio_task

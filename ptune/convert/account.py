@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 
 import jax
 
-from ptune.columns import aligned
 from ptune.convert.source import Source
+from ptune.host.columns import aligned
 from ptune.model.parameters import format_bytes
 
 Shaped = jax.Array | jax.ShapeDtypeStruct

@@ -7,9 +7,10 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from ptune import paths, pretrained
+from ptune import pretrained
 from ptune.convert import torch_files
 from ptune.errors import UserError
+from ptune.host import paths
 
 # No weights but safetensors, if there are any; see `_with_weights`.
 FILES = ('*.json', '*.safetensors', '*.model', 'merges.txt')

@@ -14,7 +14,6 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ptune import paths
 from ptune.convert import safetensors_files, t5gemma, torch_files
 from ptune.convert.layout import EMBEDDINGS, HEAD, STRAY, layout
 from ptune.convert.source import (
@@ -26,6 +25,7 @@ from ptune.convert.source import (
   sizes,
 )
 from ptune.errors import UserError
+from ptune.host import paths
 from ptune.model.sizes import Config, T5Config, TokenIds
 from ptune.model.t5gemma_sizes import T5GemmaConfig
 

@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ptune.columns import aligned
 from ptune.convert import t5gemma
 from ptune.convert.layout import layout, shapes
 from ptune.convert.source import (
@@ -21,6 +20,7 @@ from ptune.convert.source import (
   sizes,
 )
 from ptune.errors import UserError
+from ptune.host.columns import aligned
 from ptune.model.sizes import SIZES, Config, T5Config
 from ptune.model.t5gemma_sizes import T5GemmaConfig
 

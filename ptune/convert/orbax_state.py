@@ -13,11 +13,11 @@ from typing import Any
 
 from etils import epath
 
-from ptune import paths
 from ptune.convert.scanned import unrolled
 from ptune.convert.source import Source
 from ptune.convert.zarr import file_store, open_arrays, subdirectory
 from ptune.errors import UserError
+from ptune.host import paths
 
 # Where the parameters and the step lie in the tree, by kind of checkpoint.
 LAYOUTS = {

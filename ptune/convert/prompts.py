@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ptune import paths
 from ptune.convert import open_checkpoint, peft, safetensors_files
 from ptune.convert.hub import locate
 from ptune.convert.trained import SUFFIX, facts_beside, open_trained
 from ptune.errors import UserError
-from ptune.files import write_atomically
+from ptune.host import paths
+from ptune.host.files import write_atomically
 from ptune.methods import multitask, smop
 from ptune.methods.prompt import PATH
 from ptune.methods.prompt_init import read_array

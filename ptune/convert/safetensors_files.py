@@ -17,9 +17,9 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from ptune import paths
 from ptune.convert.source import Index, Leaf, nbytes
 from ptune.errors import UserError
+from ptune.host import paths
 
 DTYPES = {
   'F64': 'float64',

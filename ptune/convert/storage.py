@@ -3,9 +3,9 @@
 import glob as glob_lib
 import os
 
-from ptune import paths
 from ptune.errors import UserError
-from ptune.quiet import quiet_stderr
+from ptune.host import paths
+from ptune.host.quiet import quiet_stderr
 
 PathLike = str | os.PathLike[str]
 

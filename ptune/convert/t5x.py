@@ -19,7 +19,6 @@ import numpy as np
 from etils import epath
 from flax import serialization, traverse_util
 
-from ptune import paths
 from ptune.convert.scanned import unrolled
 from ptune.convert.source import Leaf, Shape, Source
 from ptune.convert.zarr import (
@@ -29,6 +28,7 @@ from ptune.convert.zarr import (
   write_array,
 )
 from ptune.errors import UserError
+from ptune.host import paths
 
 # Version 2 wrote bfloat16 as uint16; version 0 had no optimizer around it.
 VERSIONS = (2, 3)

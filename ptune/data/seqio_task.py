@@ -13,13 +13,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ptune import paths
 from ptune.convert.pieces import Vocabulary
 from ptune.convert.vocabulary import check_same
 from ptune.data.text_rows import TextRows
 from ptune.errors import UserError
+from ptune.host import paths
+from ptune.host.quiet import quiet_stderr
 from ptune.model.sizes import TokenIds
-from ptune.quiet import quiet_stderr
 from ptune.tasks import labels as labels_lib
 from ptune.tasks.metrics import UNLABELLED
 from ptune.tasks.texts import TextTask

@@ -20,8 +20,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ptune import paths
 from ptune.errors import UserError, nearest
+from ptune.host import paths
 from ptune.model import parameters
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ptune import annotations
+from ptune.config import annotations
 from ptune.errors import UserError
 
 

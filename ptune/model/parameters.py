@@ -17,8 +17,8 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ptune.columns import aligned
 from ptune.errors import UserError
+from ptune.host.columns import aligned
 from ptune.model import network as network_lib
 from ptune.model import partitioning, scan
 from ptune.model.adapters import Method, Rows

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from ptune.files import write_atomically
+from ptune.host.files import write_atomically
 from ptune.tasks.metrics import UNLABELLED
 
 OTHER = '(other)'

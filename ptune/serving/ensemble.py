@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from ptune.data.batches import repeat_last
-from ptune.files import write_atomically
+from ptune.host.files import write_atomically
 from ptune.serving.answers import fetched
 from ptune.serving.bank import PromptBank
 

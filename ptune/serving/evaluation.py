@@ -11,9 +11,9 @@ from absl import logging
 
 from ptune.data import batches as data
 from ptune.data import seqio_task
+from ptune.host.quiet import quiet_stderr
 from ptune.model import parameters
 from ptune.model.models import Decoding, EncoderDecoderModel
-from ptune.quiet import quiet_stderr
 from ptune.serving import answers
 from ptune.serving.text_metrics import Examples, Scores, TextMetrics
 from ptune.tasks.texts import TextTask

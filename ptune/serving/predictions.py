@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from ptune.files import write_atomically
+from ptune.host.files import write_atomically
 from ptune.serving import classes
 from ptune.tasks import metrics as task_metrics
 from ptune.training import report as report_lib

@@ -9,13 +9,13 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from ptune import paths
 from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.convert.fingerprint import of_params
 from ptune.convert.prompts import find
 from ptune.convert.trained import facts_beside, open_trained
 from ptune.errors import UserError
-from ptune.files import absolute, check_writable
+from ptune.host import paths
+from ptune.host.files import absolute, check_writable
 from ptune.methods import prompt_init
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method

@@ -19,8 +19,8 @@ from typing import Any
 
 from absl import logging as absl_logging
 
-from ptune import paths
 from ptune.errors import UserError
+from ptune.host import paths
 
 TOKEN = 'PTUNE_SERVE_TOKEN'
 

@@ -41,7 +41,7 @@ from ptune import evaluate
 from ptune.analysis import figures
 from ptune.convert import identity, open_checkpoint
 from ptune.errors import UserError, check_counts
-from ptune.files import check_writable, write_atomically
+from ptune.host.files import check_writable, write_atomically
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.adapters import Method
 from ptune.serving import ensemble

@@ -29,7 +29,7 @@ from ptune import pretrained
 from ptune.analysis import neighbours
 from ptune.convert.prompts import npy
 from ptune.errors import UserError
-from ptune.files import write_atomically
+from ptune.host.files import write_atomically
 from ptune.methods import full, prompt
 from ptune.model import parameters
 from ptune.tasks import generated_text

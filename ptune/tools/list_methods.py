@@ -11,8 +11,8 @@ import argparse
 from collections.abc import Iterable
 
 from ptune import methods
-from ptune.columns import aligned
 from ptune.errors import UserError
+from ptune.host.columns import aligned
 from ptune.model.counts import counts
 from ptune.model.sizes import SIZES, t5
 

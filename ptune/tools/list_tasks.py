@@ -17,10 +17,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ptune import gin_files
-from ptune.columns import aligned
+from ptune.config import gin_files
 from ptune.errors import UserError
-from ptune.quiet import quiet_stderr
+from ptune.host.columns import aligned
+from ptune.host.quiet import quiet_stderr
 from ptune.tasks.texts import TextTask
 
 

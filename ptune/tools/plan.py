@@ -45,8 +45,8 @@ import optax
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ptune.columns import aligned
 from ptune.errors import UserError
+from ptune.host.columns import aligned
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Decoding, EncoderDecoderModel

@@ -16,7 +16,7 @@ from etils import epath
 
 from ptune.convert.prompts import write_prompt
 from ptune.convert.trained import dump
-from ptune.files import write_atomically
+from ptune.host.files import write_atomically
 from ptune.model import parameters
 from ptune.training import privacy
 

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ptune.files import to_disk, write_atomically
+from ptune.host.files import to_disk, write_atomically
 from ptune.training import events, progress
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 
 from ptune.convert import open_checkpoint
-from ptune.files import check_writable, write_atomically
+from ptune.host.files import check_writable, write_atomically
 from ptune.training import (
   checkpoints,
   lock,

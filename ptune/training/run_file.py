@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from ptune import paths
 from ptune.errors import UserError
-from ptune.files import absolute, write_atomically
+from ptune.host import paths
+from ptune.host.files import absolute, write_atomically
 
 FILE = 'run.json'
 # What facts are called in messages, where their name does not say it.

@@ -23,7 +23,7 @@ from typing import Any
 from etils import epath
 
 from ptune.errors import UserError, nearest
-from ptune.files import write_atomically
+from ptune.host.files import write_atomically
 
 TRACKERS = ('trackio', 'wandb')
 FILE = 'tracker.json'

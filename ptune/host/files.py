@@ -5,8 +5,8 @@ from typing import Any
 
 from etils import epath
 
-from ptune import paths
 from ptune.errors import UserError
+from ptune.host import paths
 
 
 def absolute(path: os.PathLike[str] | str) -> epath.Path:

@@ -15,10 +15,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ptune import annotations, gin_source, macros
+from ptune.config import annotations, gin_source, macros
+from ptune.config.gin_source import Reference, Source
+from ptune.config.macros import MACROS, flag
 from ptune.errors import UserError, nearest
-from ptune.gin_source import Reference, Source
-from ptune.macros import MACROS, flag
 
 # Macros that are set by choosing a file of such a directory, which sets the
 # others beside them too.
@@ -62,7 +62,7 @@ class Settings:
 def own_directory() -> pathlib.Path:
   """Where ptune's own gin files lie."""
   # In a wheel `ptune.gin` lies inside the package, in a checkout beside it.
-  package = pathlib.Path(__file__).resolve().parent
+  package = pathlib.Path(__file__).resolve().parents[1]
   inside = package / 'gin'
   return inside if inside.is_dir() else package.parent / 'gin'
 

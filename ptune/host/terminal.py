@@ -7,7 +7,7 @@ import pathlib
 import signal
 import sys
 
-from ptune.training import processes
+from ptune.host import processes
 
 
 def leave_on_signals(program: str) -> None:
@@ -48,7 +48,7 @@ def set_up_logging() -> None:
   tasks = importlib.util.find_spec('ptune.tasks')
   assert tasks is not None and tasks.origin is not None
   ours = (
-    str(pathlib.Path(__file__).parent),
+    str(pathlib.Path(__file__).parents[1]),
     str(pathlib.Path(tasks.origin).parent),
   )
   handler = logging.get_absl_handler()

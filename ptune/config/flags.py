@@ -17,9 +17,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ptune.config.gin_files import own_directory, own_files
+from ptune.config.macros import MACROS
 from ptune.errors import UserError, nearest
-from ptune.gin_files import own_directory, own_files
-from ptune.macros import MACROS
 
 # Shorter names of macros.
 SHORT = {

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from ptune import paths
 from ptune.errors import UserError
+from ptune.host import paths
 
 # Steps and seeds are int32 on the devices.
 INT32 = 2**31 - 1

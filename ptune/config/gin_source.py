@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gin import config_parser
+from ptune.config.macros import MACROS, flag
 from ptune.errors import UserError
-from ptune.macros import MACROS, flag
 
 
 class Reference(NamedTuple):
