@@ -7,11 +7,10 @@ import re
 import numpy as np
 import pytest
 import sentencepiece
+import seqio
 
-from ptune.data import batches as data
 from ptune.methods import prompt_init
 
-seqio = data.seqio  # Imported there, which quiets TensorFlow first.
 EMBED = 4
 
 
