@@ -305,7 +305,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
     prompt_init.read(tmp_path / 'step_100.npy')
   assert str(e.value) == (
     f'there is no prompt file {tmp_path}/step_100.npy; did you mean'
-    " ['step_1000.npy']?"
+    ' step_1000.npy?'
   )
   with pytest.raises(FileNotFoundError, match='there is no prompt file'):
     prompt_init.read(tmp_path / 'no' / 'where.npy')
