@@ -48,7 +48,7 @@ from flax.core import freeze, unfreeze
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ptune.convert import open_checkpoint, restore
-from ptune.convert.prompts import npy
+from ptune.convert.prompts import npy, read_rows
 from ptune.convert.trained import dump as dump_trained
 from ptune.data import seqio_task
 from ptune.errors import UserError
@@ -425,6 +425,7 @@ class Initializer(t5x_utils.TrainStateInitializer):
         labels=lambda: seqio_task.distinct_targets(
           task, self._feature_lengths, use_cached=self._use_cached
         ),
+        read=read_rows,
       ),
       self._seed,
     )

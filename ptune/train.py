@@ -27,6 +27,7 @@ from ptune.convert import (
   with_rows,
 )
 from ptune.convert.fingerprint import of_params
+from ptune.convert.prompts import read_rows
 from ptune.convert.source import Source
 from ptune.data import batches, packing, seqio_task
 from ptune.errors import UserError
@@ -331,6 +332,7 @@ def first_adapters(
         task, data.feature_lengths, use_cached=data.use_cached
       ),
       sites=functools.cache(functools.partial(parameters.sites, plan, base)),
+      read=read_rows,
     ),
     seed,
   )

@@ -23,7 +23,7 @@ from ptune.convert.trained import SUFFIX, facts_beside, open_trained
 from ptune.errors import UserError
 from ptune.host import paths
 from ptune.host.files import write_atomically
-from ptune.methods import multitask, smop
+from ptune.methods import multitask, prompt_init, smop
 from ptune.methods.prompt import PATH
 from ptune.methods.prompt_init import read_array
 
@@ -116,6 +116,14 @@ def npy(array: np.ndarray) -> bytes:
   buffer = io.BytesIO()
   np.save(buffer, array)
   return buffer.getvalue()
+
+
+def read_rows(path: epath.PathLike) -> np.ndarray:
+  """[prompt, embed] float32 of a PROMPT_FILE: whatever `read_prompt` takes."""
+  place = locate(path)
+  if place.is_dir() or place.suffix == '.safetensors':
+    return read_prompt(place).array
+  return prompt_init.read(place)
 
 
 def find(path: epath.PathLike) -> epath.Path:

@@ -38,6 +38,7 @@ class Base:
     sites: What leaves each site of the frozen model that reads a text: ids [n]
       -> arrays [1, n, ...] float32 by the site's path.
     path: Of the parameter that is initialised.
+    read: Reads a saved prompt: [prompt, embed] float32.
   """
 
   embedding: Callable[[np.ndarray], np.ndarray]
@@ -45,6 +46,7 @@ class Base:
   labels: Callable[[], Sequence[str]]
   sites: Callable[[Sequence[int]], Mapping[str, np.ndarray]] | None = None
   path: str = ''
+  read: Callable[[str | os.PathLike[str]], np.ndarray] | None = None
 
 
 class Initializer(Protocol):
@@ -242,8 +244,9 @@ def from_file(path: str | os.PathLike[str]) -> Initializer:
   """A prompt saved by ptune or by the paper's implementation."""
 
   def init(rng, shape, base):
-    del rng, base
-    return fit(read(path), shape, f'prompt file {os.fspath(path)}')
+    del rng
+    rows = (base.read or read)(path)
+    return fit(rows, shape, f'prompt file {os.fspath(path)}')
 
   return init
 
@@ -281,8 +284,8 @@ def from_prompts(
     )
 
   def init(rng, shape, base):
-    del rng, base
-    arrays = {os.fspath(file): read(file) for file in files}
+    del rng
+    arrays = {os.fspath(f): (base.read or read)(f) for f in files}
     if wrong := {
       f: list(a.shape) for f, a in arrays.items() if a.shape != shape
     }:

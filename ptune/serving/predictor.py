@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 
 from ptune.convert import account, check_config, open_checkpoint, restore
 from ptune.convert.fingerprint import of_params
-from ptune.convert.prompts import find
-from ptune.convert.trained import facts_beside, open_trained
+from ptune.convert.hub import locate
+from ptune.convert.prompts import find, read_prompt, read_rows
+from ptune.convert.trained import SUFFIX, facts_beside, open_trained
 from ptune.errors import UserError
-from ptune.host import paths
 from ptune.host.files import absolute, check_writable
 from ptune.methods import prompt_init
 from ptune.model import parameters, partitioning
@@ -174,7 +174,7 @@ def read_prompt_file(
 
   Args:
     plan: The parameters, of the method that reads it: see `check`.
-    prompt_file: The file.
+    prompt_file: The file, or whatever `convert.prompts.find` takes.
 
   Returns:
     The trained parameters, by path, and the facts of the .json beside, {}
@@ -184,8 +184,11 @@ def read_prompt_file(
     ValueError: If the file does not fit.
   """
   path = plan.method.prompt
+  place = locate(prompt_file)
+  # A run, an adapter or a checkpoint stands for the prompt in it.
+  place = find(place) if place.is_dir() else place
   if path is None:
-    source, facts = open_trained(prompt_file)
+    source, facts = open_trained(place)
     ours = dict(plan.method.settings)
     theirs = facts.get('settings', ours)
     if theirs != ours:
@@ -197,9 +200,12 @@ def read_prompt_file(
     return restore(source, plan.select(plan.trainable)), facts
   struct = plan.params[path]
   prompt = prompt_init.fit(
-    prompt_init.read(prompt_file), struct.shape, f'prompt file {prompt_file}'
+    read_rows(place), struct.shape, f'prompt file {prompt_file}'
   )
-  facts = facts_beside(epath.Path(paths.local(prompt_file)))
+  if place.is_dir() or place.suffix == SUFFIX:
+    facts = read_prompt(place).facts
+  else:
+    facts = facts_beside(place)
   theirs = facts.get('method') or ''
   if theirs.startswith(OTHER_METHODS) and theirs != plan.method.name:
     raise UserError(
