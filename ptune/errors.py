@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 def nearest(
-  name: str, known: Iterable[str], *, most: int = 80, cutoff: float = 0.6
+  name: str, known: Iterable[str], *, most: int = 120, cutoff: float = 0.6
 ) -> str:
   """'; did you mean ...?', or what there is if no known name is like it.
 

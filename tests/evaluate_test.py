@@ -207,6 +207,9 @@ def test_the_output_lies_in_model_dir_if_not_said_otherwise(trained, tmp_path):
   }
   assert sorted(added) == [
     'eval_test/metrics.jsonl',
+    'eval_test/tiny/classes-12.csv',
+    'eval_test/tiny/confusion-12.csv',
+    'eval_test/tiny/confusion-12.png',
     'eval_test/tiny/predictions-12.jsonl',
   ]
 

@@ -134,6 +134,7 @@ def _export_npy(
 ) -> list[str]:
   beside = target.with_suffix('.json')
   output.check(beside, overwrite)
+  target.parent.mkdir(parents=True, exist_ok=True)
   write_prompt(target, prompt.array, _facts(prompt))
   return [f'wrote {target}: {_text(prompt)}', f'wrote {beside}']
 
