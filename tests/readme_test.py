@@ -45,7 +45,7 @@ STANDS_FOR = {
 # Run elsewhere: by other tests, or with what is not installed here.
 NOT_HERE = re.compile(
   r'pip |python -m t5x|ptune (demo|serve|study|plan|doctor|push)\b'
-  r'|.*from_hugging_face.gin'
+  r'|.*(from_hugging_face.gin|--multiprocess)'
 )
 
 

@@ -77,6 +77,8 @@ def _ranked(records: Sequence[Mapping[str, Any]]) -> list[Pair]:
   names, rows = {}, collections.defaultdict(list)
   for record in records:
     scored = record['target']
+    if not isinstance(scored['candidate'], str | int):
+      return []  # Such as a label of each answer to one question.
     names[scored['candidate']] = name(record)
     rows[scored['row']].append((float(record['score']), scored))
   found = []
