@@ -42,6 +42,7 @@ MARK
 
 THEIRS = """
 import peft, sentencepiece, torch, transformers
+torch.manual_seed(0)
 rows = {rows}
 tokenizer = sentencepiece.SentencePieceProcessor(model_file='{vocabulary}')
 base = transformers.T5ForConditionalGeneration.from_pretrained('{base}')
