@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from ptune.host.columns import aligned
 from ptune.host.files import write_atomically
 from ptune.tasks.metrics import UNLABELLED
 
@@ -171,14 +172,11 @@ def read(directory: os.PathLike[str], step: int | str) -> list[Class]:
 
 def text(found: Sequence[Class]) -> str:
   """The classes as lines of a table."""
-  width = max(len('class'), *(len(c.label) for c in found))
-  lines = [f'{"class".ljust(width)}  precision  recall     F1  support']
-  for c in found:
-    lines.append(
-      f'{c.label.ljust(width)}  {c.precision:9.1f}  {c.recall:6.1f}'
-      f'  {c.f1:5.1f}  {c.support:7d}'
-    )
-  return '\n'.join(lines)
+  rows = [
+    (c.label, *(f'{x:.1f}' for x in c[1:4]), str(c.support)) for c in found
+  ]
+  head = ('class', 'precision', 'recall', 'F1', 'support')
+  return '\n'.join(aligned([head, *rows], right={1, 2, 3, 4}))
 
 
 def draw(names: Sequence[str], counts: np.ndarray):
