@@ -109,7 +109,7 @@ def test_what_is_found_can_be_started_from(library, capsys):
   assert cli.main(['similarity', str(library / 'b.npy'), *flags]) == 0
   files = [f['prompt'] for f in json.loads(capsys.readouterr().out)]
   init = prompt_init.from_prompts(files)
-  value = init(RNG, A.shape, None)
+  value = init(RNG, A.shape, prompt_init.Base(None, None, None))
   np.testing.assert_allclose(value, A + 0.1, atol=1e-6)
 
 
