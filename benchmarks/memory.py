@@ -29,7 +29,7 @@ def measure(args):
     plan = peers.plan_of(args, dtype=dtype, frozen_dtype=frozen)
     batch = peers.batch_of(plan, args.batch, args.inputs, args.targets)
     memory = peers.compile_step(plan, batch)[0].memory_analysis()
-    held = parameters.held(plan).values()
+    held = parameters.frozen_shapes(plan).values()
     result[f'{dtype}, {frozen} weights'] = {
       'frozen_bytes': sum(map(parameters.nbytes, held)),
       'argument_bytes': memory.argument_size_in_bytes,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ptune.host import cpu
+from ptune.host import jax_setup
 from ptune.methods import prompt
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.models import EncoderDecoderModel
@@ -134,11 +134,11 @@ def run(
   """Reads the flags, measures on one core, and prints a line of JSON."""
   args = parser.parse_args()
   # Before JAX looks for devices, and starts its threads.
-  if not cpu.is_all():  # It leaves memory to PyTorch.
+  if not jax_setup.has_cpu_only():  # It leaves memory to PyTorch.
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   elif hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-  cpu.configure()  # As the `ptune` command does.
+  jax_setup.configure_cpu()  # As the `ptune` command does.
   result = measure(args)
   device = jax.devices()[0].device_kind
   about = {'device': device, 'clock': clock(), 'jax': jax.__version__}
@@ -183,7 +183,7 @@ def ours(args: argparse.Namespace) -> Ours:
   """What the flags ask for."""
   plan = plan_of(args)
   params = parameters.initialize(plan, plan.params, seed=0)
-  frozen = parameters.hold(plan, {p: params.pop(p) for p in plan.frozen})
+  frozen = parameters.freeze(plan, {p: params.pop(p) for p in plan.frozen})
   return Ours(plan, parameters.unflatten(params), parameters.unflatten(frozen))
 
 
@@ -214,7 +214,7 @@ def compile_step(plan: parameters.Plan, batch: Mapping[str, Any]):
   model = EncoderDecoderModel(plan.network)
   tx = optim.adafactor()
   like = state_lib.abstract_state(tx, plan)
-  frozen = parameters.unflatten(parameters.held(plan))
+  frozen = parameters.unflatten(parameters.frozen_shapes(plan))
   update = state_lib.compile_step(model, tx, plan, like)
 
   def loss(trainable, frozen, batch):

@@ -113,7 +113,7 @@ def measure(args):
     'temporary_bytes': step.memory_analysis().temp_size_in_bytes,
     'frozen_bytes': sum(
       math.prod(x.shape) * x.dtype.itemsize
-      for x in parameters.held(plan).values()
+      for x in parameters.frozen_shapes(plan).values()
     ),
   }
 

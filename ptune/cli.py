@@ -258,10 +258,10 @@ def _initialize_processes(args: argparse.Namespace) -> None:
   """Sets up JAX, and joins the other processes where there are any."""
   import jax
 
-  from ptune.host import cpu
+  from ptune.host import jax_setup
 
-  cpu.keep_compiled()
-  cpu.configure()
+  jax_setup.cache_compiled_programs()
+  jax_setup.configure_cpu()
   if args.program in TOOLS:
     return
   if args.coordinator_address or args.multiprocess:

@@ -23,7 +23,7 @@ from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import Config
-from ptune.serving import predictor
+from ptune.serving import trained_model
 from ptune.training import losses, report, run_file, settings
 
 
@@ -64,7 +64,7 @@ def distill(
   if not report.scores_at(report.read_records(run), int(state.step)):
     return {}  # Stopped; the same command goes on.
   plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
-  params, _ = predictor.load(plan, settings.Trained(model_dir=model_dir))
+  params, _ = trained_model.load(plan, settings.Trained(model_dir=model_dir))
   inputs = held_out(task, data, config, split, evaluation.steps)
   length = data.feature_lengths['targets']
   found = compare(plan, params, context, inputs, length)

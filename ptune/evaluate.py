@@ -15,7 +15,7 @@ from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import Config
 from ptune.serving import bank as bank_lib
-from ptune.serving import classes, ensemble, predictor
+from ptune.serving import classes, ensemble, trained_model
 from ptune.serving.evaluation import Scores, evaluation_of
 from ptune.training import report as report_lib
 from ptune.training import settings
@@ -63,7 +63,7 @@ def evaluate(
     task, config.vocab_size, config.ids, trained.checkpoint_path
   )
   if prompts is not None:
-    named = predictor.named_prompts(trained, method)
+    named = trained_model.named_prompts(trained, method)
     if ensemble.NAME in named:
       raise UserError(f'a prompt is named {ensemble.NAME!r}, as their vote is')
     method = bank_lib.METHOD
@@ -71,15 +71,15 @@ def evaluate(
   at_once = evaluation.batch_size or data.batch_size
   batches.check_batch_size(at_once, plan.mesh)
   if prompts is None:
-    predictor.check(plan, trained)
-  directory = predictor.output_directory(
+    trained_model.check(plan, trained)
+  directory = trained_model.output_directory(
     'EVAL_OUTPUT_DIR', output_dir, trained.model_dir, f'eval_{split}'
   )
   evaluate_all = evaluation_of(
     task, plan, model(plan.network), data, evaluation, seed, directory
   )
   if prompts is not None:
-    bank = predictor.load_bank(
+    bank = trained_model.load_bank(
       config,
       trained.checkpoint_path,
       data.feature_lengths['targets'],
@@ -92,7 +92,7 @@ def evaluate(
     decode = seqio_task.vocabulary(task).decode
     tell = functools.partial(_tell, directory)
     return ensemble.report(evaluate_all, bank, decode, tell, directory)
-  params, step = predictor.load(plan, trained)
+  params, step = trained_model.load(plan, trained)
   scores = evaluate_all((params,), step)
   for name, values in scores.items():
     _tell(directory, {'step': step, 'split': split, 'task': name}, values)

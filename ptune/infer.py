@@ -18,7 +18,7 @@ from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.model.sizes import Config
-from ptune.serving import answers, predictor
+from ptune.serving import predictor, trained_model
 from ptune.serving.bank import unknown
 from ptune.training import settings
 from ptune.training.report import to_json
@@ -84,19 +84,19 @@ def infer(
   batches.check_batch_size(data.batch_size, mesh)
   plan = parameters.plan(config, method, mesh)
   if named is None:
-    predictor.check(plan, trained)
-  directory = predictor.output_directory(
+    trained_model.check(plan, trained)
+  directory = trained_model.output_directory(
     'INFER_OUTPUT_DIR', output_dir, trained.model_dir, 'infer'
   )
   longest = data.feature_lengths['targets']
   if named is None:
-    params, _ = predictor.load(plan, trained)
-    asked = answers.Predictor(
+    params, _ = trained_model.load(plan, trained)
+    asked = predictor.Predictor(
       plan, model(plan.network), longest, decoding, seed
     )
     trees = lambda records: (params,)
   else:
-    bank = predictor.load_bank(
+    bank = trained_model.load_bank(
       config,
       trained.checkpoint_path,
       longest,
@@ -126,7 +126,7 @@ def infer(
       config.ids.pad,
     )
     put = lambda batch: batches.device_put(batch, mesh, method.check)
-    for row, (ids, score) in answers.by_row(padded, put, ask):
+    for row, (ids, score) in predictor.by_row(padded, put, ask):
       if mode == 'predict':
         records[row]['prediction'] = vocabulary.decode(ids.tolist())
       records[row]['score'] = float(score)
@@ -184,7 +184,7 @@ def _prompts(
   """The files of several prompts, by name, and what says a row's own."""
   named, default_prompt = None, trained.default_prompt
   if trained.prompts is not None:
-    named = predictor.named_prompts(trained, method)
+    named = trained_model.named_prompts(trained, method)
     if default_prompt is None and len(named) == 1:
       default_prompt = next(iter(named))
   elif default_prompt is not None:

@@ -58,7 +58,7 @@ from ptune.model import models as models_lib
 from ptune.model import network as network_lib
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.adapters import Method
-from ptune.serving import predictor
+from ptune.serving import trained_model
 from ptune.training import optim, settings
 
 Rules = list[tuple[str, str | None]]
@@ -555,11 +555,11 @@ class Reader:
     )
     given = {}
     if self._prompt_file is not None:
-      predictor.check(
+      trained_model.check(
         plan,
         settings.Trained(checkpoint_path=path, prompt_file=self._prompt_file),
       )
-      given, _ = predictor.read_prompt_file(plan, self._prompt_file)
+      given, _ = trained_model.read_prompt_file(plan, self._prompt_file)
     source = open_checkpoint(path)
     rest = restore(
       source,

@@ -20,10 +20,10 @@ from etils import epath
 
 import gin
 from ptune.convert import (
-  account,
   check_config,
   open_checkpoint,
   restore,
+  restore_table,
   with_rows,
 )
 from ptune.convert.fingerprint import of_params
@@ -151,7 +151,7 @@ def train(
       trainable |= first_adapters(plan, base, task, data, seed)
       state = state_lib.first_state(tx, parameters.unflatten(trainable), like)
     del base
-    frozen = parameters.unflatten(parameters.hold(plan, frozen))
+    frozen = parameters.unflatten(parameters.freeze(plan, frozen))
 
     # ------------------------------------------------------------------ loop
     private = privacy and privacy_lib.of_run(privacy, run.directory)
@@ -277,7 +277,7 @@ def initial_base(
     return parameters.initialize(plan, needed, seed)
   base = restore(source, plan.select(needed), ignore=plan.params.__contains__)
   fresh = plan.select(plan.adapters) if first else {}
-  logging.info('%s', account(source, base, fresh))
+  logging.info('%s', restore_table(source, base, fresh))
   return base
 
 

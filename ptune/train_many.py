@@ -138,7 +138,7 @@ def train_many(
           train.first_adapters(own, base, tasks[one.task], data, one.seed)
         )
       state = many.first_state(tx, trainable, groups)
-    frozen = parameters.unflatten(parameters.hold(plan, base))
+    frozen = parameters.unflatten(parameters.freeze(plan, base))
 
     # ------------------------------------------------------------------ loop
     update = many.compile_step(

@@ -15,9 +15,9 @@ from ptune.methods import prompt, row_prompts
 from ptune.model import network, parameters, partitioning
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.serving import bank as bank_lib
-from ptune.serving import predictor
-from ptune.serving.answers import Predictor
+from ptune.serving import trained_model
 from ptune.serving.bank import PromptBank
+from ptune.serving.predictor import Predictor
 from tests import tiny
 
 LENGTHS = {'five': 5, 'three': 3}
@@ -229,7 +229,7 @@ def test_what_is_no_prompt_is_refused_and_changes_nothing(tmp_path):
 
 def test_a_prompt_of_another_base_is_refused_or_told(tmp_path, caplog):
   run = tiny.trained()
-  load = lambda base, **prompts: predictor.load_bank(
+  load = lambda base, **prompts: trained_model.load_bank(
     tiny.CONFIG, base, 4, prompts, mesh=make().plan.mesh
   )
   with caplog.at_level(logging.WARNING):

@@ -19,7 +19,7 @@ from ptune.methods import full, prompt
 from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.serving import evaluation as evaluation_lib
-from ptune.serving import predictor
+from ptune.serving import trained_model
 from ptune.tasks import files, registry, seqio_texts
 from ptune.training import report
 from ptune.training.settings import Trained
@@ -96,7 +96,7 @@ def test_every_example_is_there_once_in_order(reference):
 def load(trained):
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   plan = parameters.plan(tiny.CONFIG, prompt.prompt(3), mesh)
-  params, step = predictor.load(plan, Trained(trained))
+  params, step = trained_model.load(plan, Trained(trained))
   return plan, params, step
 
 

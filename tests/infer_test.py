@@ -12,7 +12,7 @@ from ptune.data import seqio_task
 from ptune.methods import prompt
 from ptune.model import parameters, partitioning
 from ptune.model.models import Decoding, EncoderDecoderModel
-from ptune.serving import predictor
+from ptune.serving import trained_model
 from ptune.training.settings import Trained
 from tests import tiny
 
@@ -113,7 +113,7 @@ def test_scores_are_those_of_the_model(trained, tmp_path):
 
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   plan = parameters.plan(tiny.CONFIG, prompt.prompt(3), mesh)
-  params, _ = predictor.load(plan, Trained(trained))
+  params, _ = trained_model.load(plan, Trained(trained))
   score = jax.jit(EncoderDecoderModel(plan.network).score)
   task = seqio_task.load('tiny')
   for record, (inputs, targets) in zip(got, rows, strict=True):

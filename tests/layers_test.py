@@ -260,9 +260,9 @@ def prompt_gradient(dtype, frozen_dtype=None):
     path: jnp.asarray(weights[path], plan.params[path].dtype)
     for path in plan.frozen
   }
-  held = parameters.hold(plan, frozen)
+  held = parameters.freeze(plan, frozen)
   assert {k: (x.shape, x.dtype) for k, x in held.items()} == {
-    k: (x.shape, x.dtype) for k, x in parameters.held(plan).items()
+    k: (x.shape, x.dtype) for k, x in parameters.frozen_shapes(plan).items()
   }
   model = EncoderDecoderModel(plan.network)
 
@@ -303,7 +303,7 @@ def test_int8_holds_a_channel_to_half_a_step_and_zeros_exactly():
   value = np.random.default_rng(0).standard_normal(plan.params[path].shape)
   value[:, 3] = 0
   frozen = {path: jnp.asarray(value, jnp.float32)}
-  held = parameters.hold(plan, frozen)
+  held = parameters.freeze(plan, frozen)
   assert not frozen, 'the caller keeps no second copy'
   values, scale = held[path], held[f'{path}_scale']
   assert values.dtype == jnp.int8
@@ -321,7 +321,7 @@ def test_frozen_weights_take_a_half_and_a_quarter(frozen_dtype, most):
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     config = sizes.t5('t5_1_1_small', frozen_dtype=kept)
     plan = parameters.plan(config, prompt.prompt(100), mesh)
-    return sum(map(parameters.nbytes, parameters.held(plan).values()))
+    return sum(map(parameters.nbytes, parameters.frozen_shapes(plan).values()))
 
   assert size(frozen_dtype) / size('float32') <= most
 
@@ -330,5 +330,5 @@ def test_what_is_trained_stays_float32():
   config = dataclasses.replace(TINY, frozen_dtype='int8')
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   plan = parameters.plan(config, full.full(), mesh)
-  assert not parameters.held(plan)
+  assert not parameters.frozen_shapes(plan)
   assert {x.dtype for x in plan.params.values()} == {jnp.dtype(jnp.float32)}

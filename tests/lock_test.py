@@ -51,7 +51,7 @@ def test_many_that_come_at_once_hold_it_one_after_the_other(tmp_path):
   def hold():
     for _ in range(50):
       try:
-        with lock.held(tmp_path):
+        with lock.acquire(tmp_path):
           inside[0] += 1
           most[0] = max(most[0], inside[0])
           inside[0] -= 1
@@ -86,13 +86,13 @@ def quick(monkeypatch):
 
 
 def test_signs_of_life_keep_others_out(tmp_path, quick):
-  with lock.held(tmp_path):
+  with lock.acquire(tmp_path):
     begin = time.monotonic()
     with pytest.raises(ValueError, match=f'in use by process {os.getpid()} on'):
-      with lock.held(tmp_path):
+      with lock.acquire(tmp_path):
         pass
     assert time.monotonic() - begin < lock.LEASE  # At the first sign.
-  with lock.held(tmp_path):
+  with lock.acquire(tmp_path):
     pass
   assert not list(tmp_path.iterdir())
 
@@ -108,10 +108,10 @@ def test_a_file_that_is_being_written_does_not_say_whose_it_is(
     write(path, owner, beat)
 
   monkeypatch.setattr(lock, '_write', slowly)
-  with lock.held(tmp_path):
+  with lock.acquire(tmp_path):
     for _ in range(5):
       with pytest.raises(ValueError, match=f'by process {os.getpid()} on'):
-        with lock.held(tmp_path):
+        with lock.acquire(tmp_path):
           pass
 
 
@@ -119,7 +119,7 @@ def test_what_shows_no_sign_of_life_is_taken_over(tmp_path, quick, caplog):
   file = tmp_path / lock.FILE
   file.write_text(json.dumps({'pid': 1, 'host': 'gone', 'since': 'long ago'}))
   begin = time.monotonic()
-  with lock.held(tmp_path):
+  with lock.acquire(tmp_path):
     assert time.monotonic() - begin >= lock.LEASE
     assert json.loads(file.read_text())['pid'] == os.getpid()
   assert 'is dead: taking over' in caplog.text
@@ -132,7 +132,7 @@ def test_of_two_at_the_same_time_one_is_refused(tmp_path, quick):
   def start():
     barrier.wait()
     try:
-      with lock.held(tmp_path):
+      with lock.acquire(tmp_path):
         held.append(True)
         time.sleep(0.5)
     except ValueError:
@@ -147,7 +147,7 @@ def test_of_two_at_the_same_time_one_is_refused(tmp_path, quick):
 
 
 def test_who_was_taken_over_from_leaves(tmp_path, quick, capfd):
-  with lock.held(tmp_path):
+  with lock.acquire(tmp_path):
     other = {'pid': 7, 'host': 'other', 'since': 'now', 'token': 'x'}
     (tmp_path / lock.FILE).write_text(json.dumps(other))
     assert quick.wait(5)

@@ -86,7 +86,7 @@ def test_the_text_of_an_int8_base_is_that_of_its_scales():
   plan = parameters.plan(config, prompt.prompt(5), ONE)
   flat = parameters.flatten(random_params(NET))
   placed = {p: parameters.place(v, plan.params[p]) for p, v in flat.items()}
-  frozen = parameters.hold(plan, {p: placed[p] for p in plan.frozen})
+  frozen = parameters.freeze(plan, {p: placed[p] for p in plan.frozen})
   assert f'{EMBEDDING}_scale' in frozen
   held = parameters.unflatten({**frozen, prompt.PATH: flat[prompt.PATH]})
   apart = []

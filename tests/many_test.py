@@ -17,7 +17,7 @@ from ptune.data import seqio_task
 from ptune.methods import full, lora, prompt, prompt_init, superpos
 from ptune.model import network, parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
-from ptune.serving import predictor
+from ptune.serving import trained_model
 from ptune.training import many, optim
 from ptune.training.many import Trial
 from ptune.training.settings import Trained
@@ -194,7 +194,7 @@ def test_other_runs_or_settings_are_refused(tmp_path):
 def test_the_prompts_answer_together_in_a_bank():
   path, trained = together()
   with tiny.one_device():
-    bank = predictor.load_bank(
+    bank = trained_model.load_bank(
       tiny.CONFIG, tiny.base(), 4, {name: path / name for name in RUNS}
     )
   assert bank.lengths == {k: len(v[prompt.PATH]) for k, v in trained.items()}
@@ -222,7 +222,7 @@ def test_runs_together_cost_what_they_cost_alone():
     rows = jax.ShapeDtypeStruct((8, 16), jnp.int32)
     names = ('encoder_input_tokens', 'decoder_target_tokens')
     names += ('decoder_input_tokens', 'decoder_loss_weights')
-    frozen = parameters.unflatten(parameters.held(plan))
+    frozen = parameters.unflatten(parameters.frozen_shapes(plan))
     with plan.scope():
       return step.lower(
         many.abstract_state(tx, groups), frozen, dict.fromkeys(names, rows)
@@ -260,7 +260,7 @@ def test_methods_of_other_kinds_share_the_model(tmp_path):
     if one.method.fold:  # Its prompt is read by methods/prompt.gin.
       continue
     plan = parameters.plan(tiny.CONFIG, one.method, mesh)
-    params, step = predictor.load(plan, Trained(model_dir=tmp_path / name))
+    params, step = trained_model.load(plan, Trained(model_dir=tmp_path / name))
     flat = parameters.flatten(params)
     assert step == 1
     for path, value in trained[name].items():

@@ -31,7 +31,7 @@ from ptune.methods import (
 )
 from ptune.model import adapters, network, parameters, partitioning, sizes
 from ptune.model.models import EncoderDecoderModel
-from ptune.serving import predictor
+from ptune.serving import trained_model
 from ptune.tools import list_methods
 from ptune.training import checkpoints, optim
 from ptune.training import state as state_lib
@@ -464,8 +464,8 @@ def test_a_run_resumes_and_leaves_only_what_it_trained(name, tmp_path):
   simple = METHODS['prefix'] if name == 'prefix, mlp' else method
   plan = parameters.plan(tiny.CONFIG, simple, mesh)
   trained = Trained(checkpoint_path=tiny.base(), prompt_file=file)
-  predictor.check(plan, trained)
-  values, step = predictor.load(plan, trained)
+  trained_model.check(plan, trained)
+  values, step = trained_model.load(plan, trained)
   assert step == 4
   flat = parameters.flatten(values)
   for path, x in folded.items():
@@ -551,12 +551,12 @@ def test_other_settings_than_those_of_the_file_are_refused(lora_run):
   ):
     plan = parameters.plan(tiny.CONFIG, method, mesh)
     if says is None:
-      predictor.load(
+      trained_model.load(
         plan, Trained(checkpoint_path=tiny.base(), prompt_file=file)
       )
       continue
     with pytest.raises(ValueError, match=says):
-      predictor.load(
+      trained_model.load(
         plan, Trained(checkpoint_path=tiny.base(), prompt_file=file)
       )
   with pytest.raises(ValueError, match='holds a run that is not this one'):

@@ -12,7 +12,7 @@ from ptune import evaluate, infer
 from ptune.convert import commands
 from ptune.methods import multitask, prompt, prompt_init
 from ptune.model import network, parameters
-from ptune.serving import predictor
+from ptune.serving import trained_model
 from ptune.tasks import glue, registry
 from ptune.training.settings import Trained
 from tests import methods_test, tiny
@@ -259,7 +259,7 @@ def _export(arguments):
 
 def _run_values(path, method):
   plan = parameters.plan(tiny.CONFIG, method, ONE)
-  params, _ = predictor.load(plan, Trained(path))
+  params, _ = trained_model.load(plan, Trained(path))
   return trained(method, jax.device_get(params))
 
 

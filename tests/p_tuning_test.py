@@ -19,7 +19,7 @@ from ptune.methods import (
   ulpt,
 )
 from ptune.model import network, parameters
-from ptune.serving import predictor
+from ptune.serving import trained_model
 from ptune.training.settings import Trained
 from tests import tiny
 from tests.network_test import BATCH, SHALLOW, forward, random_params
@@ -129,12 +129,12 @@ def test_a_run_writes_a_plain_prompt(tmp_path):
   # Nor can a prompt be unfolded: the error names what reads it.
   plan = parameters.plan(tiny.CONFIG, method, ONE)
   with pytest.raises(ValueError, match=r'methods/prompt\.gin'):
-    predictor.check(
+    trained_model.check(
       plan, Trained(checkpoint_path=tiny.base(), prompt_file=str(file))
     )
   plan = parameters.plan(tiny.CONFIG, prompt.prompt(3), ONE)
   with tiny.one_device():
-    predictor.check(
+    trained_model.check(
       plan, Trained(checkpoint_path=tiny.base(), prompt_file=str(file))
     )
   facts = json.loads(file.with_suffix('.json').read_text())

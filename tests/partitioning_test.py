@@ -151,8 +151,8 @@ def test_fully_sharded_weights_change_no_number(mesh):
 @pytest.mark.parametrize('frozen_dtype', [None, 'bfloat16', 'int8'])
 def test_fully_sharded_matrices_lie_in_equal_parts(mesh, frozen_dtype):
   plan = plan_on(mesh, fsdp=True, frozen_dtype=frozen_dtype)
-  held = parameters.hold(plan, placed(plan, plan.frozen))
-  for path, struct in parameters.held(plan).items():
+  held = parameters.freeze(plan, placed(plan, plan.frozen))
+  for path, struct in parameters.frozen_shapes(plan).items():
     assert held[path].sharding.is_equivalent_to(struct.sharding, struct.ndim)
     assert held[path].dtype == struct.dtype
     if struct.ndim > 1 and not path.endswith('rel_embedding'):

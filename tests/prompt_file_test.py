@@ -10,7 +10,7 @@ from ptune.convert.export import export
 from ptune.convert.prompts import read_prompt, read_rows
 from ptune.methods import prompt, prompt_init
 from ptune.model import parameters, partitioning
-from ptune.serving import predictor
+from ptune.serving import trained_model
 from tests import tiny
 
 LENGTH = 3
@@ -42,7 +42,7 @@ KINDS = ('npy', 'run', 'prompts', 'peft', 'safetensors')
 def test_a_prompt_is_read_from_what_holds_it(kind, places):
   mesh = partitioning.make_mesh()
   plan = parameters.plan(tiny.CONFIG, prompt.prompt(LENGTH), mesh)
-  values, facts = predictor.read_prompt_file(plan, places[kind])
+  values, facts = trained_model.read_prompt_file(plan, places[kind])
   np.testing.assert_array_equal(values[prompt.PATH], ROWS)
   assert facts['step'] == 7
 

@@ -81,7 +81,7 @@ def train(name, mesh='1x1', steps=10, **changes):
     for path, x in plan.params.items()
   }
   trained = {path: placed.pop(path) for path in plan.trainable}
-  frozen = parameters.unflatten(parameters.hold(plan, placed))
+  frozen = parameters.unflatten(parameters.freeze(plan, placed))
   state = state_lib.first_state(tx, parameters.unflatten(trained), like)
   batch = data.device_put(BATCH, plan.mesh)
   sums = []
@@ -207,7 +207,7 @@ def test_the_program_and_its_memory_are_smaller():
     tx = optim.adafactor(1)
     like = state_lib.abstract_state(tx, plan)
     step = state_lib.compile_step(model, tx, plan, like)
-    frozen = parameters.unflatten(parameters.held(plan))
+    frozen = parameters.unflatten(parameters.frozen_shapes(plan))
     program = step.lower(like, frozen, BATCH).compile()
     text = program.as_text()
     assert (' while(' in text) == scans
@@ -259,14 +259,17 @@ def test_held_weights_are_stacked_and_take_no_more_room(frozen_dtype):
       for path, x in plain.select(plain.frozen).items()
     }
   )
-  held, structs = parameters.hold(plan, placed), parameters.held(plan)
+  held, structs = (
+    parameters.freeze(plan, placed),
+    parameters.frozen_shapes(plan),
+  )
   assert not placed, 'the caller keeps no second copy'
   assert held.keys() == structs.keys()
   for path, x in structs.items():
     assert (held[path].shape, held[path].dtype) == (x.shape, x.dtype)
     assert held[path].sharding.is_equivalent_to(x.sharding, x.ndim)
   nbytes = [
-    sum(map(parameters.nbytes, parameters.held(p).values()))
+    sum(map(parameters.nbytes, parameters.frozen_shapes(p).values()))
     for p in (plain, plan)
   ]
   assert nbytes[0] == nbytes[1]

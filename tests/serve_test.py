@@ -28,7 +28,7 @@ from ptune.methods import prompt
 from ptune.model import parameters
 from ptune.model.models import EncoderDecoderModel
 from ptune.serving import batching, hosts, serve, web
-from ptune.serving.answers import Predictor
+from ptune.serving.predictor import Predictor
 from ptune.tools import miniature
 from tests import tiny
 

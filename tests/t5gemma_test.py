@@ -349,7 +349,7 @@ def logits_on(name, rows=1, parts=1, **changes):
   host = values(name) | {prompt.PATH: prompt_of(name)}
   placed = {p: parameters.place(host[p], x) for p, x in plan.params.items()}
   trained = {prompt.PATH: placed.pop(prompt.PATH)}
-  frozen = parameters.hold(plan, placed)
+  frozen = parameters.freeze(plan, placed)
   model = models.EncoderDecoderModel(plan.network)
   params = parameters.merge(
     parameters.unflatten(trained), parameters.unflatten(frozen)

@@ -16,7 +16,7 @@ import pytest
 from ptune import convert, train
 from ptune.data import batches
 from ptune.methods import full, prompt, prompt_init
-from ptune.serving import answers, evaluation
+from ptune.serving import evaluation, predictor
 from ptune.training import checkpoints, loop, optim, report, selection, stopping
 from ptune.training.run import Run
 from ptune.training.settings import Data
@@ -255,14 +255,14 @@ def test_a_second_ctrl_c_is_not_waited_with():
 def test_a_stop_during_an_evaluation_loses_nothing(
   undisturbed, tmp_path, monkeypatch
 ):
-  original = answers.Predictor.sums
+  original = predictor.Predictor.sums
 
   def interrupted(self, *args):
     os.kill(os.getpid(), signal.SIGTERM)
     return original(self, *args)
 
   with monkeypatch.context() as patch:
-    patch.setattr(answers.Predictor, 'sums', interrupted)
+    patch.setattr(predictor.Predictor, 'sums', interrupted)
     tiny.run(tmp_path)
   assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [4, 5]
   assert not any('task' in r for r in tiny.records(tmp_path))

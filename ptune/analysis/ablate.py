@@ -46,7 +46,7 @@ from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import Config
-from ptune.serving import predictor
+from ptune.serving import trained_model
 from ptune.serving.evaluation import Evaluation, Scores, evaluation_of
 from ptune.training import selection, settings
 
@@ -130,8 +130,8 @@ def ablate(
   batches.check_batch_size(evaluation.batch_size or data.batch_size, mesh)
   length = _length(plan)
   _check_pruning(pruning, length, config.emb_dim)
-  predictor.check(plan, trained)
-  directory = predictor.output_directory(
+  trained_model.check(plan, trained)
+  directory = trained_model.output_directory(
     'EVAL_OUTPUT_DIR',
     output_dir,
     trained.model_dir,
@@ -146,7 +146,7 @@ def ablate(
     return Measure(plan, model_of_plan, evaluate_all, best_metric)
 
   whole = measure(plan)
-  params, _ = predictor.load(plan, trained)
+  params, _ = trained_model.load(plan, trained)
   frozen = parameters.flatten(params)
   prompt = parameters.whole(frozen.pop(prompt_lib.PATH))
   score = float(whole(frozen, prompt[None])[0])

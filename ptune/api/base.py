@@ -11,9 +11,9 @@ from ptune.convert.fingerprint import of_params
 from ptune.convert.pieces import Vocabulary
 from ptune.convert.vocabulary import open_vocabulary
 from ptune.errors import UserError
-from ptune.host import cpu
+from ptune.host import jax_setup
 from ptune.model.sizes import Config
-from ptune.serving import predictor
+from ptune.serving import trained_model
 
 
 class Base:
@@ -32,8 +32,8 @@ class Base:
     dtype: str = 'float32',
   ):
     """Opens a checkpoint; see `ptune.load`."""
-    cpu.keep_compiled()
-    cpu.configure()
+    jax_setup.cache_compiled_programs()
+    jax_setup.configure_cpu()
     self.path = str(path)
     self.config: Config = identity.config(open_checkpoint(path), dtype=dtype)
     self.vocabulary_path = str(vocabulary or path)
@@ -67,7 +67,7 @@ class Base:
   @functools.cached_property
   def weights(self) -> Mapping[str, jax.Array]:
     """Every parameter, on the devices, by path."""
-    return predictor.load_base(self.config, self.path)
+    return trained_model.load_base(self.config, self.path)
 
   @functools.cached_property
   def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ from ptune.api.recorded import BATCH_SIZE, LENGTHS
 from ptune.api.tuned import Tuned, batch_size
 from ptune.data import batches, seqio_task
 from ptune.errors import UserError
-from ptune.serving import answers, ensemble
+from ptune.serving import ensemble, predictor
 from ptune.serving.bank import PromptBank
 
 # A prompt: [prompt, embed], a file, a run, an adapter, or what `tune` returns.
@@ -146,7 +146,7 @@ class Bank:
       seqio_task.tokenised(self.base.vocabulary, self._lengths, text, ids)
       for text in texts
     ]
-    found = answers.by_row(
+    found = predictor.by_row(
       batches.padded_batches(
         examples,
         batch_size(len(examples), BATCH_SIZE, mesh),

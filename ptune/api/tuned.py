@@ -22,7 +22,7 @@ from ptune.data import batches, seqio_task
 from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
-from ptune.serving import answers, predictor
+from ptune.serving import predictor, trained_model
 from ptune.serving.evaluation import Evaluation
 from ptune.tasks.templates import columns_of, fill
 from ptune.training import report
@@ -300,8 +300,8 @@ class Tuned:
     if self.directory is None:
       return self._restored_prompt()
     trained = Trained(self.directory, checkpoint_path=self.base.path)
-    predictor.check(self._plan, trained)
-    return predictor.load(self._plan, trained, self.base.weights)
+    trained_model.check(self._plan, trained)
+    return trained_model.load(self._plan, trained, self.base.weights)
 
   def _restored_prompt(self) -> tuple[dict[str, Any], int]:
     found, plan = prompts.read_prompt(self._source), self._plan
@@ -320,15 +320,15 @@ class Tuned:
     values = {path: parameters.place(found.array, plan.params[path])}
     frozen = {p: self.base.weights[p] for p in plan.frozen}
     step = int(found.facts.get('step', 0))
-    return parameters.unflatten(values | parameters.hold(plan, frozen)), step
+    return parameters.unflatten(values | parameters.freeze(plan, frozen)), step
 
   @property
   def _params(self) -> Mapping[str, Any]:
     return self._restored[0]
 
   @functools.cached_property
-  def _predictor(self) -> answers.Predictor:
-    return answers.Predictor(
+  def _predictor(self) -> predictor.Predictor:
+    return predictor.Predictor(
       self._plan,
       EncoderDecoderModel(self._plan.network),
       self._settings.lengths['targets'],
@@ -369,7 +369,7 @@ class Tuned:
   ) -> Iterator[tuple[Any, Any]]:
     """The answer to each row, in their order."""
     plan, most = self._plan, self._settings.batch_size
-    found = answers.by_row(
+    found = predictor.by_row(
       batches.padded_batches(
         features,
         batch_size(len(features), most, plan.mesh),

@@ -3,7 +3,7 @@
     source = open_checkpoint('gs://.../checkpoint_1100000')
     check_config(source, config)
     params = restore(source, abstract)
-    print(account(source, params))
+    print(restore_table(source, params))
 
 `open_checkpoint` finds out who wrote a directory and returns a `Source`: every
 parameter under its T5X name, none of them read yet. `restore` reads what this
@@ -16,19 +16,19 @@ from collections.abc import Iterable
 
 from etils import epath
 
-from ptune.convert.account import account
 from ptune.convert.hub import locate
 from ptune.convert.identity import check_config
+from ptune.convert.restore_table import restore_table
 from ptune.convert.source import Leaf, Source, restore, sizes, with_rows
 from ptune.errors import UserError
 
 __all__ = [
   'Leaf',
   'Source',
-  'account',
   'check_config',
   'open_checkpoint',
   'restore',
+  'restore_table',
   'sizes',
   'with_rows',
 ]

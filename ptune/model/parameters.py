@@ -167,7 +167,7 @@ def _frozen_dtype(config, path: str, x: jax.ShapeDtypeStruct) -> jnp.dtype:
 _SHARED_AXIS = {'kernel': 0, 'embedding': 1}
 
 
-def hold(plan: Plan, frozen: Flat) -> Flat:
+def freeze(plan: Plan, frozen: Flat) -> Flat:
   """Frozen parameters as a run keeps them.
 
   With frozen_dtype 'int8', a matrix becomes int8, and beside it stands
@@ -201,7 +201,7 @@ def hold(plan: Plan, frozen: Flat) -> Flat:
   return held
 
 
-def held(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+def frozen_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
   """Shape, type and sharding of what `hold` returns, by path."""
   structs = _held_by_layer(plan)
   if plan.network.config.scan:
@@ -410,7 +410,7 @@ def summary(plan: Plan) -> str:
     ('frozen', plan.frozen),
   ):
     count = sum(math.prod(x.shape) for x in plan.select(paths).values())
-    kept = held(plan) if paths == plan.frozen else plan.select(paths)
+    kept = frozen_shapes(plan) if paths == plan.frozen else plan.select(paths)
     size = sum(map(nbytes, kept.values()))
     parts.append(f'{name} {count:,} parameters ({format_bytes(size)})')
   mesh = ' x '.join(f'{n} {axis}' for axis, n in plan.mesh.shape.items())

@@ -1,6 +1,6 @@
 """One frozen model, many prompts: rows of several tasks share a batch.
 
-    bank = predictor.load_bank(config, '/models/t5_1_1_base', 8)
+    bank = trained_model.load_bank(config, '/models/t5_1_1_base', 8)
     bank.add('sst2', '/runs/sst2')
     bank.add('rte', np.load('rte.npy'))
     tokens, scores = bank.predict(['sst2', 'rte'], encoder_input_tokens)
@@ -31,7 +31,7 @@ from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Batch, Decoding, EncoderDecoderModel
 from ptune.model.sizes import Config
-from ptune.serving.answers import Predictor, Trees
+from ptune.serving.predictor import Predictor, Trees
 
 METHOD = Method('row_prompts', per_row(), trainable=(ROWS,))
 # Methods whose prompts stand elsewhere, or are seen otherwise.
@@ -63,7 +63,7 @@ class PromptBank:
     fingerprint: str | None = None,
     prompt_length: int = 1,
   ):
-    """Puts the base on the devices; `predictor.load_bank` reads it, too.
+    """Puts the base on the devices; `trained_model.load_bank` reads it, too.
 
     Args:
       config: The network's sizes.
@@ -91,7 +91,7 @@ class PromptBank:
       path: jax.device_put(base[path], struct.sharding)
       for path, struct in plan.select(plan.base).items()
     }
-    self._base = parameters.unflatten(parameters.hold(plan, placed))
+    self._base = parameters.unflatten(parameters.freeze(plan, placed))
     self.predictor = Predictor(
       plan, model(plan.network), max_decode_length, decoding, seed
     )
@@ -227,7 +227,7 @@ class PromptBank:
   # -------------------------------------------------------------- the answers
 
   def trees(self, names: Sequence[str]) -> Trees:
-    """The parameters for a batch, as `answers.Predictor` takes them.
+    """The parameters for a batch, as `predictor.Predictor` takes them.
 
     Args:
       names: [batch] the prompt of each row.

@@ -17,8 +17,8 @@ from etils import epath
 
 from ptune.data.batches import repeat_last
 from ptune.host.files import write_atomically
-from ptune.serving.answers import fetched
 from ptune.serving.bank import PromptBank
+from ptune.serving.predictor import fetched
 
 Scores = dict[str, dict[str, float]]
 # What the vote is called among the prompts.

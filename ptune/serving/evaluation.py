@@ -14,7 +14,7 @@ from ptune.data import seqio_task
 from ptune.host.quiet import quiet_stderr
 from ptune.model import parameters
 from ptune.model.models import Decoding, EncoderDecoderModel
-from ptune.serving import answers
+from ptune.serving import predictor
 from ptune.serving.text_metrics import Examples, Scores, TextMetrics
 from ptune.tasks.texts import TextTask
 from ptune.training import selection, settings
@@ -92,13 +92,13 @@ class Evaluation:
         from ptune.serving.seqio_metrics import SeqioMetrics
       self.metrics = SeqioMetrics(task, examples, use_cached, seed)
     self.datasets = self.metrics.datasets
-    self._predictor = answers.Predictor(
+    self._predictor = predictor.Predictor(
       plan, model, feature_lengths['targets'], decoding, seed
     )
 
   def __call__(
     self,
-    trees: answers.Trees,
+    trees: predictor.Trees,
     step: int,
     should_stop: Callable[[], bool] = lambda: False,
   ) -> Scores:
@@ -163,14 +163,14 @@ class Evaluation:
 
   def losses(
     self,
-    trees: answers.Trees,
+    trees: predictor.Trees,
     should_stop: Callable[[], bool] = lambda: False,
   ) -> Scores:
     """`loss` and `token_accuracy`, per target token."""
     scores: Scores = {}
     for name, dataset in self.datasets.items():
       sums: dict[str, float] = {}
-      for _, found in answers.fetched(
+      for _, found in predictor.fetched(
         (rows, self._predictor.sums(trees, batch))
         for rows, batch in self.batches(dataset, should_stop)
       ):
@@ -204,7 +204,7 @@ class Evaluation:
   def _predict(self, trees, should_stop, dataset):
     """[(row, tokens)] in any order, and their scores."""
     tokens, scores = [], []
-    for rows, (ids, values) in answers.fetched(
+    for rows, (ids, values) in predictor.fetched(
       (
         rows,
         self._predictor.predict(
@@ -220,7 +220,7 @@ class Evaluation:
   def _score(self, trees, should_stop, dataset):
     """[(row, log probability)], in any order."""
     scores = []
-    for rows, values in answers.fetched(
+    for rows, values in predictor.fetched(
       (rows, self._predictor.score(trees, batch))
       for rows, batch in self.batches(dataset, should_stop)
     ):

@@ -195,7 +195,7 @@ def make(args: argparse.Namespace, web: Any) -> Any:
   from ptune.errors import check_counts
   from ptune.model import partitioning
   from ptune.serving import bank as bank_lib
-  from ptune.serving import hosts, predictor
+  from ptune.serving import hosts, trained_model
   from ptune.serving.batching import Batcher
 
   counts = ('input_length', 'output_length', 'prompt_length', 'batch_size')
@@ -225,7 +225,7 @@ def make(args: argparse.Namespace, web: Any) -> Any:
       f' base with {config.ids.eos}; give that of the base as --vocabulary'
     )
   prompts = bank_lib.parse(args.prompts) if args.prompts else {}
-  bank = predictor.load_bank(
+  bank = trained_model.load_bank(
     config,
     args.base,
     args.output_length,

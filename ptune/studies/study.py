@@ -189,7 +189,7 @@ def study(
   check_counts(SEEDS=seeds, TOGETHER=together)
   directory = run_file.run_directory(model_dir)
   check_writable('MODEL_DIR', directory)
-  with lock.held(directory):
+  with lock.acquire(directory):
     for one in studies:
       runner = Runner(
         one,

@@ -376,7 +376,7 @@ def _held(run: Run, plan: parameters.Plan, temporary: int) -> Memory:
   tx = run.optimizer(initial_step=0)
   like = state_lib.abstract_state(tx, plan)
   return Memory(
-    frozen=_bytes_on_one(parameters.held(plan)),
+    frozen=_bytes_on_one(parameters.frozen_shapes(plan)),
     trainable=_bytes_on_one(like.trainable),
     optimizer=_bytes_on_one(like.opt_state),
     temporary=temporary,
@@ -426,7 +426,7 @@ def compile_step(run: Run, plan: parameters.Plan) -> jax.stages.Compiled:
 
     model = packing.model_of(run.model, plan)
   update = state_lib.compile_step(model, tx, plan, like, run.microbatches)
-  frozen = parameters.unflatten(parameters.held(plan))
+  frozen = parameters.unflatten(parameters.frozen_shapes(plan))
   options = {}
   if plan.mesh.devices.flat[0].platform == 'cpu':
     # The order that needs the least memory, as on TPU and GPU; by default the
@@ -445,7 +445,7 @@ def compile_decoding(
 ) -> jax.stages.Compiled:
   """Compiles the prediction of a batch for the devices of a plan."""
   model = run.model(plan.network)
-  frozen = parameters.unflatten(parameters.held(plan))
+  frozen = parameters.unflatten(parameters.frozen_shapes(plan))
   trainable = parameters.unflatten(plan.select(plan.trainable))
 
   def predict(trainable, frozen, tokens):

@@ -34,7 +34,7 @@ BEAT, LEASE, SETTLE = 15.0, 60.0, 3.0
 
 
 @contextlib.contextmanager
-def held(
+def acquire(
   directory: os.PathLike[str] | str,
 ) -> Iterator[Callable[[], bool]]:
   """Holds a MODEL_DIR for this run; process 0 does it for all of them.

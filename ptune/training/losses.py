@@ -68,7 +68,7 @@ def wayward(
       )
     table, rows = params['token_embedder'], np.asarray(ids)
     text = table['embedding'][rows].astype(jnp.float32)
-    if 'embedding_scale' in table:  # Of int8; see `parameters.hold`.
+    if 'embedding_scale' in table:  # Of int8; see `parameters.freeze`.
       text *= table['embedding_scale'][rows][:, None]
     text *= model.network.config.embedding_scale
     text = jax.lax.stop_gradient(text)

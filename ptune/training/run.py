@@ -84,7 +84,7 @@ class Run(contextlib.AbstractContextManager['Run']):
 
   def __enter__(self) -> 'Run':
     check_writable('MODEL_DIR', self.directory)
-    self._is_held = self._stack.enter_context(lock.held(self.directory))
+    self._is_held = self._stack.enter_context(lock.acquire(self.directory))
     self.present = {
       name: run_file.read(self.place(name)) for name in self._names
     }

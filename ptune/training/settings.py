@@ -102,7 +102,7 @@ class Saving:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """Which trained model a program asks; `predictor.check` says what fits.
+  """Which trained model a program asks; `trained_model.check` says what fits.
 
   Attributes:
     model_dir: MODEL_DIR, a run of `ptune train`.

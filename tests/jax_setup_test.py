@@ -1,4 +1,4 @@
-"""ptune/host/cpu.py: what the `ptune` command sets up for XLA on a CPU."""
+"""jax_setup.py: what the `ptune` command sets up for XLA on a CPU."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import types
 import jax
 import pytest
 
-from ptune.host import cpu
+from ptune.host import jax_setup
 from tests import tiny
 
 # Prints whether memory is kept, and the fewest page faults of a step with 64 MB
@@ -16,9 +16,9 @@ from tests import tiny
 STEP = """
 import resource
 import jax, jax.numpy as jnp
-from ptune.host import cpu
+from ptune.host import jax_setup
 
-kept = cpu.configure()
+kept = jax_setup.configure_cpu()
 step = jax.jit(lambda x: jax.lax.optimization_barrier(jnp.outer(x, x)) @ x)
 x = jnp.ones(4096)
 faults = []
@@ -34,7 +34,7 @@ def faults(**environment):
   ours = {
     k: v
     for k, v in tiny.environment().items()
-    if not k.startswith(cpu._MALLOC_VARIABLES)
+    if not k.startswith(jax_setup._MALLOC_VARIABLES)
   }
   result = subprocess.run(
     [sys.executable, '-c', STEP],
@@ -73,10 +73,10 @@ def asked(monkeypatch):
     return 1
 
   library = types.SimpleNamespace(mallopt=mallopt)
-  monkeypatch.setattr(cpu.ctypes, 'CDLL', lambda name: library)
-  monkeypatch.setattr(cpu.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(jax_setup.ctypes, 'CDLL', lambda name: library)
+  monkeypatch.setattr(jax_setup.importlib.util, 'find_spec', lambda name: None)
   for name in list(os.environ):
-    if name.startswith((*cpu._MALLOC_VARIABLES, 'JAX_PLATFORMS')):
+    if name.startswith((*jax_setup._MALLOC_VARIABLES, 'JAX_PLATFORMS')):
       monkeypatch.delenv(name)
   return found
 
@@ -84,15 +84,15 @@ def asked(monkeypatch):
 @pytest.mark.parametrize('plugin', ['jax_plugins', 'libtpu'])
 def test_a_host_of_accelerators_keeps_its_own(asked, monkeypatch, plugin):
   monkeypatch.setattr(
-    cpu.importlib.util, 'find_spec', lambda name: name == plugin or None
+    jax_setup.importlib.util, 'find_spec', lambda name: name == plugin or None
   )
-  assert not cpu.configure() and asked == {}
+  assert not jax_setup.configure_cpu() and asked == {}
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
-  assert cpu.configure()
+  assert jax_setup.configure_cpu()
   assert asked == {'jax_cpu_enable_async_dispatch': False, -4: 0, -1: -1}
 
 
 def test_another_c_library_has_no_such_options(asked, monkeypatch):
-  monkeypatch.setattr(cpu.ctypes, 'CDLL', lambda name: object())
-  assert not cpu.configure()
+  monkeypatch.setattr(jax_setup.ctypes, 'CDLL', lambda name: object())
+  assert not jax_setup.configure_cpu()
   assert asked == {'jax_cpu_enable_async_dispatch': False}

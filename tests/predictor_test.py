@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from ptune.serving import answers
+from ptune.serving import predictor
 
 
 def test_the_next_is_asked_before_an_answer_is_waited_for(monkeypatch):
@@ -21,10 +21,10 @@ def test_the_next_is_asked_before_an_answer_is_waited_for(monkeypatch):
       order.append(f'ask {i}')
       yield f'batch {i}', (i, jax.numpy.full(2, i))
 
-  found = list(answers.fetched(asked()))
+  found = list(predictor.fetched(asked()))
   assert order == ['ask 0', 'ask 1', 'wait 0', 'ask 2', 'wait 1', 'wait 2']
   assert [name for name, _ in found] == ['batch 0', 'batch 1', 'batch 2']
   for i, (_, (number, array)) in enumerate(found):
     assert (number, type(array)) == (i, np.ndarray)
     np.testing.assert_array_equal(array, [i, i])
-  assert not list(answers.fetched([]))
+  assert not list(predictor.fetched([]))

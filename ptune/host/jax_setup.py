@@ -21,14 +21,14 @@ _MALLOC_VARIABLES = ('GLIBC_TUNABLES', 'MALLOC_')
 _PLUGINS = ('jax_plugins', 'libtpu')
 
 
-def is_all() -> bool:
+def has_cpu_only() -> bool:
   """Whether JAX has no accelerator; asked before it looks for devices."""
   return os.environ.get('JAX_PLATFORMS') == 'cpu' or not any(
     map(importlib.util.find_spec, _PLUGINS)
   )
 
 
-def configure() -> bool:
+def configure_cpu() -> bool:
   """Lets the main thread compute, with memory that it keeps.
 
   The main thread, because the heaps that glibc gives to others cannot hold
@@ -43,7 +43,7 @@ def configure() -> bool:
   Returns:
     Whether memory is kept.
   """
-  if not is_all():
+  if not has_cpu_only():
     return False
   jax.config.update('jax_cpu_enable_async_dispatch', False)
   if any(name.startswith(_MALLOC_VARIABLES) for name in os.environ):
@@ -55,7 +55,7 @@ def configure() -> bool:
   return all(mallopt(*option) for option in _MALLOC_OPTIONS.values())
 
 
-def keep_compiled() -> None:
+def cache_compiled_programs() -> None:
   """Lets JAX keep compiled programs on disk: a second start need not compile.
 
   In JAX_COMPILATION_CACHE_DIR, or in ~/.cache/ptune if nobody chose a place.

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from ptune.convert import account, open_checkpoint
+from ptune.convert import open_checkpoint, restore_table
 from ptune.methods.prompt import PATH
 from tests import layouts
 
@@ -16,7 +16,7 @@ def test_everything_is_accounted_for(numerics):
   path = numerics / layouts.T5_1_1['t5x']
   source = open_checkpoint(path)
   restored = {k: _struct(*x.shape) for k, x in source.leaves.items()}
-  lines = account(source, restored, {PATH: _struct(5, 32)}).splitlines()
+  lines = restore_table(source, restored, {PATH: _struct(5, 32)}).splitlines()
   assert lines[0] == f'from the t5x checkpoint {path} of step 1100000'
   fields = [line.split() for line in lines[1:]]
   assert fields[0] == ['arrays', 'values', 'bytes']
@@ -35,7 +35,7 @@ def test_a_prompt_that_is_not_wanted_is_ignored(numerics):
     for k, x in source.leaves.items()
     if k != PATH
   }
-  text = account(source, restored)
+  text = restore_table(source, restored)
   row = next(line for line in text.splitlines() if line.startswith('ignored'))
   # Orbax does not say the sizes of what is not opened.
   assert row.split()[1:3] == ['5', '?'] and 'encoder/prompt/...' in row
@@ -45,5 +45,5 @@ def test_a_prompt_that_is_not_wanted_is_ignored(numerics):
 
 def test_nothing_to_tell_is_told(numerics):
   source = open_checkpoint(numerics / 'hf' / 't5_1_1')
-  rows = account(source, {}).splitlines()
+  rows = restore_table(source, {}).splitlines()
   assert rows[-2].split() == ['initialised', '0', '0', '0', 'bytes']

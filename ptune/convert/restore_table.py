@@ -13,7 +13,7 @@ Shaped = jax.Array | jax.ShapeDtypeStruct
 SHOWN = 4
 
 
-def account(
+def restore_table(
   source: Source,
   restored: Mapping[str, Shaped],
   initialised: Mapping[str, Shaped] | None = None,
