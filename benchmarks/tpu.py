@@ -25,8 +25,7 @@ from ptune.errors import UserError
 from ptune.methods import prompt
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.models import Decoding, EncoderDecoderModel
-from ptune.tools import plan as plans
-from ptune.tools import tpu_compiler
+from ptune.tools import memory, tpu_compiler
 from ptune.training import optim
 
 
@@ -50,7 +49,7 @@ def compiled(args: argparse.Namespace):
   devices = tpu_compiler.devices(args.chip, args.chips)
   mesh = partitioning.make_mesh(args.model_parallel, devices)
   plan = parameters.plan(config, prompt.prompt(args.prompt_length), mesh)
-  run = plans.Run(
+  run = memory.Run(
     config=config,
     method=plan.method,
     optimizer=optim.adafactor,
@@ -61,9 +60,9 @@ def compiled(args: argparse.Namespace):
   )
   start = time.perf_counter()
   if args.decode:
-    program = plans.compile_decoding(run, plan, Decoding(args.beams))
+    program = memory.compile_decoding(run, plan, Decoding(args.beams))
   else:
-    program = plans.compile_step(run, plan)
+    program = memory.compile_step(run, plan)
   return program, config, whole, time.perf_counter() - start
 
 
@@ -80,7 +79,7 @@ def measure(args: argparse.Namespace, schedules: str) -> dict[str, object]:
     estimate = estimate.deepened(depth)
   total, chip = estimate.total, tpu_compiler.CHIPS[args.chip]
   step = estimate.seconds(args.chip)
-  memory = program.memory_analysis()
+  allocated = program.memory_analysis()
   in_ms = lambda cycles: round(1e3 * cycles / chip.clock, 2)
   result = {
     'layers': config.num_encoder_layers,
@@ -88,8 +87,8 @@ def measure(args: argparse.Namespace, schedules: str) -> dict[str, object]:
     'kernels_ms': in_ms(total.kernel_cycles),
     'hbm_gigabytes': round(total.bytes / 1e9, 1),
     'compiled_gflops': round(program.cost_analysis()['flops'] / 1e9, 1),
-    'temporary_megabytes': round(memory.temp_size_in_bytes / 1e6),
-    'aliased_bytes': memory.alias_size_in_bytes,
+    'temporary_megabytes': round(allocated.temp_size_in_bytes / 1e6),
+    'aliased_bytes': allocated.alias_size_in_bytes,
     'parts': {
       name: {
         'ms': in_ms(cost.cycles),

@@ -12,6 +12,7 @@ from ptune.methods import full, prompt
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.models import EncoderDecoderModel
 from ptune.tools import plan as fit
+from ptune.tools.memory import Memory, Run, at_depth, depths, held, measure
 from ptune.training import optim
 from ptune.training import state as state_lib
 
@@ -24,7 +25,7 @@ CONFIG = sizes.T5Config(
   num_encoder_layers=1,
   num_decoder_layers=1,
 )
-RUN = fit.Run(
+RUN = Run(
   config=CONFIG,
   method=prompt.prompt(8),
   optimizer=optim.adafactor,
@@ -55,7 +56,7 @@ def test_what_is_held_is_what_a_run_would_put_there(method, fsdp):
   run = dataclasses.replace(RUN, config=config, method=method)
   mesh = partitioning.make_mesh(4)
   one = partitioning.make_mesh(1, jax.devices()[:1])
-  planned = fit._held(run, parameters.plan(config, method, one).on(mesh), 0)
+  planned = held(run, parameters.plan(config, method, one).on(mesh), 0)
 
   plan = parameters.plan(config, method, mesh)
   params = parameters.initialize(plan, plan.params, seed=0)
@@ -76,9 +77,9 @@ def test_what_is_held_is_what_a_run_would_put_there(method, fsdp):
 def test_extrapolation_equals_compiling_every_layer():
   run = with_layers(4, 4)
   devices = jax.devices()[:1]
-  estimated = fit.measure(run, devices)
-  compiled = fit.measure(run, devices, extrapolate=False)
-  assert fit._depths(run.config, run.method)[0] == (2, 2)
+  estimated = measure(run, devices)
+  compiled = measure(run, devices, extrapolate=False)
+  assert depths(run.config, run.method)[0] == (2, 2)
   for parts, memory in compiled.items():
     assert estimated[parts].exact == memory.exact
     assert estimated[parts].temporary == pytest.approx(
@@ -88,15 +89,15 @@ def test_extrapolation_equals_compiling_every_layer():
 
 def test_encoder_and_decoder_are_continued_each_by_itself():
   config = with_layers(12, 4).config
-  depths = fit._depths(config, RUN.method)
-  assert depths == [(2, 2), (3, 2), (2, 3)]
-  values = [100 + 10 * encoder + 7 * decoder for encoder, decoder in depths]
-  assert fit._at_depth((12, 4), depths, values) == 100 + 120 + 28
+  sizes = depths(config, RUN.method)
+  assert sizes == [(2, 2), (3, 2), (2, 3)]
+  values = [100 + 10 * encoder + 7 * decoder for encoder, decoder in sizes]
+  assert at_depth((12, 4), sizes, values) == 100 + 120 + 28
 
 
 def test_every_mesh_is_measured_or_said_to_be_impossible():
   run = dataclasses.replace(RUN, batch_size=6)
-  table = fit.measure(run, jax.devices()[:4])
+  table = measure(run, jax.devices()[:4])
   assert list(table) == [1, 2, 4]
   assert table[1] == 'BATCH_SIZE 6 (MICROBATCHES 1) is not divisible by 4'
   # More parts hold less of the weights each.
@@ -104,17 +105,17 @@ def test_every_mesh_is_measured_or_said_to_be_impossible():
 
 
 def test_microbatches_need_less_room():
-  whole = fit.measure(RUN, jax.devices()[:1])[1]
-  parts = fit.measure(
-    dataclasses.replace(RUN, microbatches=4), jax.devices()[:1]
-  )[1]
+  whole = measure(RUN, jax.devices()[:1])[1]
+  parts = measure(dataclasses.replace(RUN, microbatches=4), jax.devices()[:1])[
+    1
+  ]
   assert parts.temporary < 0.6 * whole.temporary
   assert parts.exact == whole.exact
 
 
 def test_packed_rows_need_room_for_several_examples():
   one, two = (
-    fit.measure(dataclasses.replace(RUN, pack=n), jax.devices()[:1])[1]
+    measure(dataclasses.replace(RUN, pack=n), jax.devices()[:1])[1]
     for n in (1, 2)
   )
   assert two.temporary > 1.8 * one.temporary
@@ -129,7 +130,7 @@ def test_the_verdict_is_sure_only_where_the_estimate_allows(
   gigabytes, expected
 ):
   frozen, temporary = (int(n * 1e9) for n in gigabytes)
-  memory = fit.Memory(frozen, 0, 0, temporary)
+  memory = Memory(frozen, 0, 0, temporary)
   assert fit.verdict(memory, 'v5e') == expected
   if expected == 'perhaps':
     assert fit.verdict(memory, 'v5e', exact=True) == 'no'
@@ -138,14 +139,14 @@ def test_the_verdict_is_sure_only_where_the_estimate_allows(
 def test_the_best_mesh_is_the_least_split_one_that_fits():
   def table(*gigabytes):
     return {
-      m: fit.Memory(int(n * 1e9), 0, 0, 0)
+      m: Memory(int(n * 1e9), 0, 0, 0)
       for m, n in zip((1, 2, 4), gigabytes, strict=True)
     }
 
-  assert fit.describe(RUN, table(20, 14, 8), 'v5e')[1] == 2
-  assert fit.describe(RUN, table(20, 19, 18), 'v5e')[1] is None
-  assert fit.describe(RUN, table(20, 19, 18), 'h100')[1] == 1
-  text, best = fit.describe(RUN, table(20, 14, 8), None)
+  assert fit.describe(RUN, table(20, 14, 8), 4, 'v5e')[1] == 2
+  assert fit.describe(RUN, table(20, 19, 18), 4, 'v5e')[1] is None
+  assert fit.describe(RUN, table(20, 19, 18), 4, 'h100')[1] == 1
+  text, best = fit.describe(RUN, table(20, 14, 8), 4, None)
   assert best == 4 and 'v5e' in text and 'h200' in text
 
 
@@ -157,7 +158,7 @@ def test_unknown_accelerators_are_refused_by_name():
 def test_when_nothing_fits_the_options_that_would_are_named(monkeypatch):
   def memory(run, devices, enough, accelerator):
     del devices, enough, accelerator
-    return {1: fit.Memory(int(8e9 if run.config.fsdp else 40e9), 0, 0, 0)}
+    return {1: Memory(int(8e9 if run.config.fsdp else 40e9), 0, 0, 0)}
 
   monkeypatch.setattr(fit, 'measure', memory)
   again, fsdp, both = fit.suggest(RUN, [], 'v5e').splitlines()
@@ -179,10 +180,10 @@ def test_when_nothing_fits_the_options_that_would_are_named(monkeypatch):
 def test_what_is_set_already_is_not_advised():
   def advice(dtype):
     config = dataclasses.replace(CONFIG, dtype=dtype)
-    table = {1: fit.Memory(int(40e9), 0, 0, 0)}
-    return fit.describe(dataclasses.replace(RUN, config=config), table, 'v5e')[
-      0
-    ]
+    table = {1: Memory(int(40e9), 0, 0, 0)}
+    return fit.describe(
+      dataclasses.replace(RUN, config=config), table, 1, 'v5e'
+    )[0]
 
   assert 'DTYPE' in advice('float32')
   assert 'DTYPE' not in advice('bfloat16')
@@ -192,11 +193,9 @@ def test_what_is_set_already_is_not_advised():
 def test_a_loop_is_measured_whole_and_needs_less_room():
   def temporary(**changes):
     run = with_layers(6, 6, **changes)
-    return fit.measure(run, jax.devices()[:1])[1].temporary
+    return measure(run, jax.devices()[:1])[1].temporary
 
-  assert fit._depths(with_layers(6, 6, scan=True).config, RUN.method) == [
-    (6, 6)
-  ]
+  assert depths(with_layers(6, 6, scan=True).config, RUN.method) == [(6, 6)]
   assert temporary(remat=True, scan=True) < 0.6 * temporary()
 
 
@@ -208,7 +207,7 @@ def test_the_tpus_own_compiler_is_asked_where_it_can_be(monkeypatch):
     raise Asked(*args)
 
   monkeypatch.setattr(fit.tpu_compiler, 'devices', asked)
-  monkeypatch.setattr(fit, '_fake_devices', lambda count: asked(count, 'cpu'))
+  monkeypatch.setattr(fit, 'fake_devices', lambda count: asked(count, 'cpu'))
 
   def compiler(*args):
     with pytest.raises(Asked) as found:
@@ -228,13 +227,15 @@ def test_the_tpus_own_compiler_is_asked_where_it_can_be(monkeypatch):
 
 def test_a_steps_time_gives_tokens_a_second_and_chip_hours():
   run = dataclasses.replace(RUN, train_steps=9000)
-  memory = fit.Memory(1, 1, 1, 10, decoding=20, seconds=0.5)
+  memory = Memory(1, 1, 1, 10, decoding=20, seconds=0.5)
   assert memory.total == 23  # A step and decoding are not there together.
   text = fit.describe_time(run, memory, 'v5e', 8)
   # Sixteen rows of 32 and 8; 9,000 steps of half a second on eight chips.
   assert '500 ms, 1,280 tokens a second' in text
   assert '9,000 steps: 10.00 chip-hours of v5e' in text
   assert 'not a measurement' in text
-  table, _ = fit.describe(run, {1: memory}, 'v5e', exact=True)
+  table, _ = fit.describe(run, {1: memory}, 8, 'v5e', exact=True)
   assert 'decoding' in table and '20 bytes' in table
-  assert not fit.describe_time(run, fit.Memory(1, 1, 1, 1), 'v5e', 8)
+  # The first mesh that fits ends the search; there are eight devices even so.
+  assert '8 x 1' in table and 'each of 8 devices' in table
+  assert not fit.describe_time(run, Memory(1, 1, 1, 1), 'v5e', 8)

@@ -110,7 +110,7 @@ import json, sys
 from ptune.methods import prompt
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.models import Decoding, EncoderDecoderModel
-from ptune.tools import plan, tpu_compiler
+from ptune.tools import memory, tpu_compiler
 from ptune.training import optim
 
 changes = json.loads(sys.argv[1])
@@ -121,19 +121,19 @@ config = sizes.T5Config(**{
   'dtype': 'bfloat16', 'dropout_rate': 0.1, **changes})
 mesh = partitioning.make_mesh(model_parallel, tpu_compiler.devices('v5e', 4))
 made = parameters.plan(config, prompt.prompt(20), mesh)
-run = plan.Run(config, made.method, optim.adafactor, EncoderDecoderModel,
+run = memory.Run(config, made.method, optim.adafactor, EncoderDecoderModel,
                {'inputs': 150, 'targets': 8}, 8)
 if decodes:
-  program = plan.compile_decoding(run, made, Decoding(decodes))
+  program = memory.compile_decoding(run, made, Decoding(decodes))
 else:
-  program = plan.compile_step(run, made)
+  program = memory.compile_step(run, made)
 found = tpu_compiler.estimate(program.as_text(), 'v5e')
-memory = program.memory_analysis()
+held = program.memory_analysis()
 print(json.dumps({
   'kernels': found.kernels,
   'collectives': {k: n for k, (n, _) in found.collectives.items()},
   'bytes': found.total.bytes, 'flops': program.cost_analysis()['flops'],
-  'seconds': found.seconds('v5e'), 'aliased': memory.alias_size_in_bytes,
+  'seconds': found.seconds('v5e'), 'aliased': held.alias_size_in_bytes,
   'state': sum(map(parameters.nbytes, made.select(made.trainable).values()))}))
 """
 

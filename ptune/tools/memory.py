@@ -1,0 +1,340 @@
+"""What a training run holds on each device, and what a step takes there.
+
+The bytes of the frozen and trained parameters and of the optimizer's state
+follow from their shapes and shardings, and are exact. Those of a step's
+temporaries (activations, above all) come from XLA, which compiles the step for
+the devices: for fake ones of the CPU, or with libtpu for a slice of TPUs that
+is not there. Nothing is run.
+
+The temporaries are an estimate. First, only two or three shallow networks are
+compiled, and the rest follows, because every further layer adds as much
+(`depths`). Second, XLA's CPU compiler needs about twice what the TPU's does.
+It is given float32 also for a run in bfloat16, because it would make float32
+copies of bfloat16 weights, which no accelerator does. Compared with the TPU's
+compiler, for eight v5e: 0.57 of the estimate for T5 1.1 base in float32, 0.49
+for XXL in bfloat16 (0.43 a further layer).
+
+With REMAT alone the CPU's compiler shows little of what the TPU's saves: it
+forgets late that layers are to be computed again. Of four layers 256 wide, 334
+MB of temporaries became 145 MB by the TPU's. With REMAT and SCAN it cannot: the
+layers of T5 1.1 XXL then take 3.3 GB in place of 36. All layers are compiled
+then, as that takes no longer.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ptune.errors import UserError
+from ptune.model import parameters, partitioning
+from ptune.model.adapters import Method
+from ptune.model.models import Decoding, EncoderDecoderModel
+from ptune.model.sizes import Config
+from ptune.tools import tpu_compiler
+from ptune.training import privacy as privacy_lib
+from ptune.training import state as state_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What decides the memory of a training run; see `train`."""
+
+  config: Config
+  method: Method
+  optimizer: Callable[..., optax.GradientTransformation]
+  model: Callable[..., EncoderDecoderModel]
+  feature_lengths: Mapping[str, int]
+  batch_size: int
+  microbatches: int = 1
+  pack: int = 0
+  decoding: Decoding = Decoding()
+  train_steps: int = 1
+  privacy: privacy_lib.Privacy | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on one device. Only `temporary` and `decoding` are estimates.
+
+  Attributes:
+    frozen: Of frozen parameters.
+    trainable: Of trained ones.
+    optimizer: Of the optimizer's state.
+    temporary: Of what a step needs beside them.
+    decoding: Of what an evaluation that decodes needs beside them; 0 if that
+      was not asked for.
+    seconds: Of a step, as the TPU's compiler estimates; see `tpu_compiler`.
+  """
+
+  frozen: int
+  trainable: int
+  optimizer: int
+  temporary: int
+  decoding: int = 0
+  seconds: float | None = None
+
+  @property
+  def exact(self) -> int:
+    return self.frozen + self.trainable + self.optimizer
+
+  @property
+  def total(self) -> int:
+    return self.exact + max(self.temporary, self.decoding)
+
+
+def fake_devices(count: int) -> Sequence[jax.Device]:
+  """CPU devices, as many as asked for."""
+  try:
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', count)
+  except RuntimeError:
+    pass  # JAX has started: it has the devices that it has.
+  found = jax.devices('cpu')
+  if len(found) < count:
+    raise UserError(
+      f'JAX was started with {len(found)} CPU devices, and {count} are needed;'
+      f' set XLA_FLAGS=--xla_force_host_platform_device_count={count}'
+    )
+  return found[:count]
+
+
+def measure(
+  run: Run,
+  devices: Sequence[Any],
+  extrapolate: bool = True,
+  enough: Callable[[Memory], bool] = lambda memory: False,
+  accelerator: str | None = None,
+) -> dict[int, Memory | str]:
+  """Works out the memory of every mesh of the devices.
+
+  Args:
+    run: The training run.
+    devices: The devices, which may be fake.
+    extrapolate: Compile shallow networks only, see `depths`.
+    enough: Whether no mesh of more parts than that of this memory is asked for.
+    accelerator: What TPU devices are; with them, a step's time and decoding are
+      asked for too.
+
+  Returns:
+    By MODEL_PARALLEL: the memory, or why the mesh is not possible.
+  """
+  # What is compiled here is not run; a cache of it would be of no use.
+  jax.config.update('jax_enable_compilation_cache', False)
+  one = partitioning.make_mesh(1, devices[:1])
+  whole = parameters.plan(run.config, run.method, one)
+  sizes = depths(run.config, run.method) if extrapolate else [_depth(run)]
+  compiled = run.config
+  if devices[0].platform == 'cpu':
+    compiled = dataclasses.replace(run.config, dtype='float32')
+  shallow = [
+    parameters.plan(compiled.with_depth(*depth), run.method, one)
+    for depth in sizes
+  ]
+  table: dict[int, Memory | str] = {}
+  for parts in (m for m in range(1, len(devices) + 1) if len(devices) % m == 0):
+    mesh = partitioning.make_mesh(parts, devices)
+    rows = run.batch_size // run.microbatches
+    if rows % mesh.shape['data'] or run.batch_size % run.microbatches:
+      table[parts] = (
+        f'BATCH_SIZE {run.batch_size} (MICROBATCHES {run.microbatches}) is not'
+        f' divisible by {mesh.shape["data"]}'
+      )
+      continue
+    found = [_measured(run, p.on(mesh), accelerator) for p in shallow]
+    temporary, decoding, seconds = (
+      at_depth(_depth(run), sizes, values)
+      for values in zip(*found, strict=True)
+    )
+    memory = held(run, whole.on(mesh), int(temporary))
+    memory = dataclasses.replace(
+      memory, decoding=int(decoding), seconds=seconds or None
+    )
+    table[parts] = memory
+    logging.info('%d x %d: done', *mesh.shape.values())
+    if enough(memory):
+      break
+  return table
+
+
+def _depth(run: Run) -> tuple[int, int]:
+  return run.config.num_encoder_layers, run.config.num_decoder_layers
+
+
+def depths(config, method: Method) -> list[tuple[int, int]]:
+  """The (encoder, decoder) depths that are compiled.
+
+  The first and last layers of a network differ from the others in what they
+  keep. From two layers on, each further one adds the same. Encoder and decoder
+  grow together where they are equally deep:
+
+      (24, 24) -> (2, 2), (3, 3)
+      (12, 4)  -> (2, 2), (3, 2), (2, 3)
+      (3, 3)   -> (3, 3), itself
+
+  With scan, all of them: it is one program in any case.
+  """
+  encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
+  # A method may name a layer by its number, which must then be there.
+  named = any(re.search(r'layers_\d', p.site) for p in method.placements)
+  if (
+    config.scan
+    or named
+    or min(encoder, decoder) < 2
+    or max(encoder, decoder) <= 3
+  ):
+    return [(encoder, decoder)]
+  if encoder == decoder:
+    return [(2, 2), (3, 3)]
+  return [(2, 2), (3, 2), (2, 3)]
+
+
+def at_depth(
+  depth: tuple[int, int],
+  sizes: Sequence[tuple[int, int]],
+  values: Sequence[float],
+) -> float:
+  """Continues values, known at `sizes`, linearly to another depth.
+
+  (24, 24), [(2, 2), (3, 3)], [10, 14] -> 10 + 22 * 4
+  """
+  value = values[0]
+  for other, at in zip(sizes[1:], values[1:], strict=True):
+    steps = [
+      (d - a) // (b - a)
+      for d, a, b in zip(depth, sizes[0], other, strict=True)
+      if a != b
+    ]
+    value += steps[0] * (at - values[0])
+  return value
+
+
+def state_of(run: Run, plan: parameters.Plan) -> state_lib.TrainState:
+  """Shapes and shardings of the train state."""
+  return state_lib.abstract_state(run.optimizer(initial_step=0), plan)
+
+
+def held(run: Run, plan: parameters.Plan, temporary: int) -> Memory:
+  """What lies on one device between two steps, and what a step adds."""
+  like = state_of(run, plan)
+  return Memory(
+    frozen=_bytes_on_one(parameters.frozen_shapes(plan)),
+    trainable=_bytes_on_one(like.trainable),
+    optimizer=_bytes_on_one(like.opt_state),
+    temporary=temporary,
+  )
+
+
+def _bytes_on_one(tree: Any) -> int:
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def _batch(run: Run, plan: parameters.Plan) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of the global batch of a step."""
+  lengths = run.feature_lengths
+  if run.pack:
+    from ptune.data import packing  # With it comes SeqIO.
+
+    lengths = packing.room(run.method, lengths, run.pack)
+  rows = NamedSharding(plan.mesh, PartitionSpec('data'))
+
+  def tokens(feature):
+    return jax.ShapeDtypeStruct(
+      (run.batch_size, lengths[feature]), jnp.int32, sharding=rows
+    )
+
+  batch = {
+    'encoder_input_tokens': tokens('inputs'),
+    'decoder_input_tokens': tokens('targets'),
+    'decoder_target_tokens': tokens('targets'),
+    'decoder_loss_weights': tokens('targets'),
+  }
+  if run.pack:
+    batch['encoder_segment_ids'] = tokens('inputs')
+    batch['decoder_segment_ids'] = tokens('targets')
+  return batch
+
+
+def compile_step(run: Run, plan: parameters.Plan) -> jax.stages.Compiled:
+  """Compiles a step of training for the devices of a plan, from shapes."""
+  model = run.model(plan.network)
+  if run.pack:
+    from ptune.data import packing
+
+    model = packing.model_of(run.model, plan)
+  private = None
+  if run.privacy is not None:  # The key of the noise is that of a run.
+    private = privacy_lib.Private(run.privacy, np.zeros(2, np.uint32))
+  update = state_lib.compile_step(
+    model,
+    run.optimizer(initial_step=0),
+    plan,
+    state_of(run, plan),
+    run.microbatches,
+    private=private,
+  )
+  frozen = parameters.unflatten(parameters.frozen_shapes(plan))
+  options = {}
+  if plan.mesh.devices.flat[0].platform == 'cpu':
+    # The order that needs the least memory, as on TPU and GPU; by default the
+    # CPU's compiler prefers one with more to do at the same time.
+    # Nor does the machine code matter, which is never run.
+    options = {
+      'xla_cpu_enable_concurrency_optimized_scheduler': False,
+      'xla_backend_optimization_level': 0,
+    }
+  with plan.scope():
+    return update.lower(state_of(run, plan), frozen, _batch(run, plan)).compile(
+      options
+    )
+
+
+def compile_decoding(
+  run: Run, plan: parameters.Plan, how: Decoding
+) -> jax.stages.Compiled:
+  """Compiles the prediction of a batch for the devices of a plan."""
+  model = run.model(plan.network)
+  frozen = parameters.unflatten(parameters.frozen_shapes(plan))
+  trainable = parameters.unflatten(plan.select(plan.trainable))
+
+  def predict(trainable, frozen, tokens):
+    params = parameters.merge(trainable, frozen)
+    length = run.feature_lengths['targets']
+    return model.predict(params, tokens, length, how, jax.random.key(0))
+
+  tokens = _batch(run, plan)['encoder_input_tokens']
+  with plan.scope():
+    return jax.jit(predict).lower(trainable, frozen, tokens).compile()
+
+
+def _measured(
+  run: Run, plan: parameters.Plan, accelerator: str | None
+) -> tuple[int, int, float]:
+  """Bytes on one device beside the state, and a step's time.
+
+  Returns:
+    Temporaries of a step and of decoding, and the estimated seconds of a step;
+    of devices that are no TPUs, the last two are 0.
+  """
+  program = compile_step(run, plan)
+  # The batch, too, is there only for the step.
+  batch = _bytes_on_one(_batch(run, plan))
+  temporary = program.memory_analysis().temp_size_in_bytes + batch
+  if plan.mesh.devices.flat[0].platform != 'tpu' or accelerator is None:
+    return temporary, 0, 0.0
+  seconds = tpu_compiler.estimate(program.as_text(), accelerator).seconds(
+    accelerator
+  )
+  decoding = compile_decoding(run, plan, run.decoding).memory_analysis()
+  return temporary, decoding.temp_size_in_bytes + batch, seconds
