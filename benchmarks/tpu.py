@@ -1,15 +1,19 @@
 """Asks the TPU's own compiler what a step would cost; needs no TPU.
 
     python -m benchmarks.tpu --size=t5_1_1_large --chip=v5e
-    python -m benchmarks.tpu --size=t5_1_1_xl --chip=v6e --chips=8 \
+    python -m benchmarks.tpu --size=t5_1_1_xl --chip=v6e --devices=8 \
       --model_parallel=4
     python -m benchmarks.tpu --decode --beams=4 --targets=64
 
-It needs libtpu: `pip install 'jax[tpu]'`. A network of --layers layers of full
-width is compiled, and what they cost is multiplied. Nothing is run: all times
-are the compiler's estimates, see `ptune.tools.tpu_compiler` for what they do
-not contain. `share` is the FLOP that papers count (`peers.analytic_flops`) by
-those that the chips could do in the estimated time.
+It needs libtpu: `pip install 'jax[tpu]'`. It compiles a network of --layers
+layers of full width and multiplies what they cost. Nothing runs: all times are
+the compiler's estimates; `ptune.tools.tpu_compiler` says what they leave out.
+
+All figures are those of one device: a chip, or half a v7x. `parts` has, for
+each part of the network, the FLOP of its matrix products, its bytes from and to
+HBM, its time, and the share of the device's peak that its products reach in
+this time. The `share` of the whole counts FLOP as papers do
+(`peers.analytic_flops`), so that computing something twice does not raise it.
 """
 
 import argparse
@@ -46,7 +50,7 @@ def compiled(args: argparse.Namespace):
     scan=args.scan,
     fsdp=args.fsdp,
   )
-  devices = tpu_compiler.devices(args.chip, args.chips)
+  devices = tpu_compiler.devices(args.chip, args.devices)
   mesh = partitioning.make_mesh(args.model_parallel, devices)
   plan = parameters.plan(config, prompt.prompt(args.prompt_length), mesh)
   run = memory.Run(
@@ -77,24 +81,16 @@ def measure(args: argparse.Namespace, schedules: str) -> dict[str, object]:
   depth = whole.num_encoder_layers / config.num_encoder_layers
   if not args.scan:
     estimate = estimate.deepened(depth)
-  total, chip = estimate.total, tpu_compiler.CHIPS[args.chip]
-  step = estimate.seconds(args.chip)
+  chip, step = tpu_compiler.CHIPS[args.chip], estimate.seconds(args.chip)
   allocated = program.memory_analysis()
-  in_ms = lambda cycles: round(1e3 * cycles / chip.clock, 2)
   result = {
     'layers': config.num_encoder_layers,
     'estimated_ms': round(1e3 * step, 1),
-    'kernels_ms': in_ms(total.kernel_cycles),
-    'hbm_gigabytes': round(total.bytes / 1e9, 1),
-    'compiled_gflops': round(program.cost_analysis()['flops'] / 1e9, 1),
+    'whole': _described(estimate.total, args.chip),
     'temporary_megabytes': round(allocated.temp_size_in_bytes / 1e6),
     'aliased_bytes': allocated.alias_size_in_bytes,
     'parts': {
-      name: {
-        'ms': in_ms(cost.cycles),
-        'kernels_ms': in_ms(cost.kernel_cycles),
-        'gigabytes': round(cost.bytes / 1e9, 2),
-      }
+      name: _described(cost, args.chip)
       for name, cost in sorted(estimate.parts.items())
     },
     'collectives': estimate.collectives,
@@ -104,10 +100,22 @@ def measure(args: argparse.Namespace, schedules: str) -> dict[str, object]:
     'note': 'estimates of the compiler, not measured; see the module',
   }
   if not args.decode:
-    flops = peers.analytic_flops(args)
+    flops = peers.analytic_flops(args) / args.devices
     result['model_tflops'] = round(flops / 1e12, 2)
-    result['share'] = round(flops / args.chips / step / chip.flops, 3)
+    result['share'] = round(flops / step / chip.flops, 3)
   return result
+
+
+def _described(cost: tpu_compiler.Cost, name: str) -> dict[str, float]:
+  """What a part costs on a chip of this name."""
+  chip, seconds = tpu_compiler.CHIPS[name], cost.seconds(name)
+  return {
+    'ms': round(1e3 * seconds, 2),
+    'kernels_ms': round(1e3 * cost.kernel_cycles / chip.clock, 2),
+    'gflops': round(cost.flops / 1e9, 1),
+    'hbm_gigabytes': round(cost.bytes / 1e9, 2),
+    'share': round(cost.flops / seconds / chip.flops, 3) if seconds else 0.0,
+  }
 
 
 def main() -> None:
@@ -115,7 +123,7 @@ def main() -> None:
     __doc__, size='t5_1_1_large', batch=32, inputs=512, dtype='bfloat16'
   )
   parser.add_argument('--chip', choices=tpu_compiler.CHIPS, default='v5e')
-  parser.add_argument('--chips', type=int, default=1)
+  parser.add_argument('--devices', type=int, default=1)
   parser.add_argument('--model_parallel', type=int, default=1)
   parser.add_argument('--layers', type=int, default=2)
   parser.add_argument('--dropout_rate', type=float, default=0.1)
@@ -126,7 +134,10 @@ def main() -> None:
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as schedules:
     tpu_compiler.dump_bundles(schedules)
-    result = measure(args, schedules)
+    try:
+      result = measure(args, schedules)
+    except UserError as error:  # No libtpu, or no such slice.
+      raise SystemExit(str(error)) from None
   about = {'jax': jax.__version__}
   print(json.dumps({**vars(args), **about, **result}))
 

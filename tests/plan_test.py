@@ -150,6 +150,14 @@ def test_the_best_mesh_is_the_least_split_one_that_fits():
   assert best == 4 and 'v5e' in text and 'h200' in text
 
 
+def test_a_mesh_that_the_compiler_refuses_is_one_that_does_not_fit():
+  table = {1: fit.TOO_LARGE, 2: Memory(int(9e9), 0, 0, 0)}
+  text, best = fit.describe(RUN, table, 8, 'v5e', exact=True)
+  assert best == 2 and '8 x 1' in text and fit.TOO_LARGE in text
+  text, best = fit.describe(RUN, {1: fit.TOO_LARGE}, 8, 'v5e', exact=True)
+  assert best is None and 'no mesh fits v5e' in text
+
+
 def test_unknown_accelerators_are_refused_by_name():
   with pytest.raises(ValueError, match='v5e'):
     fit.plan(8, 'tpu5')
@@ -234,6 +242,8 @@ def test_a_steps_time_gives_tokens_a_second_and_chip_hours():
   assert '500 ms, 1,280 tokens a second' in text
   assert '9,000 steps: 10.00 chip-hours of v5e' in text
   assert 'not a measurement' in text
+  # A chip of v7x is two devices.
+  assert '5.00 chip-hours of v7x' in fit.describe_time(run, memory, 'v7x', 8)
   table, _ = fit.describe(run, {1: memory}, 8, 'v5e', exact=True)
   assert 'decoding' in table and '20 bytes' in table
   # The first mesh that fits ends the search; there are eight devices even so.

@@ -18,6 +18,14 @@ HloModule jit_step, is_scheduled=true
   ROOT %n = f32[8,128]{1,0:T(8,128)} negate(%p)
 }
 
+%products (a: bf16[32,16,64], k: bf16[64,256]) -> f32[32,16,256] {
+  %a = bf16[32,16,64]{2,1,0} parameter(0)
+  %k = bf16[64,256]{1,0} parameter(1)
+  %z = bf16[1,64,256]{2,1,0} bitcast(%k)
+  ROOT %c = f32[32,16,256]{2,1,0} convolution(%a, %z), window={size=1}, \
+dim_labels=0bf_0io->0bf
+}
+
 %body (b: f32[8,128]) -> f32[8,128] {
   %b = f32[8,128]{1,0:T(8,128)} parameter(0)
   ROOT %f.1 = f32[8,128]{1,0:T(8,128)S(1)} fusion(%b), kind=kLoop, \
@@ -34,6 +42,11 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {
   %x = f32[8,128]{1,0:T(8,128)} parameter(0)
   %w = f32[8,128]{1,0:T(8,128)} while(%x), condition=%condition, body=%body, \
 backend_config={"known_trip_count":{"n":"3"}}
+  %i = bf16[32,16,64]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %j = bf16[64,256]{1,0:T(8,128)(2,1)} parameter(2)
+  %o = f32[32,16,256]{2,1,0:T(8,128)} fusion(%i, %j), kind=kOutput, \
+calls=%products, metadata={op_name="jit(step)/T/decoder/layers_1/mlp/wi"}, \
+backend_config={"estimated_cycles":"100"}
   %q = bf16[4,256,1024]{2,1,0:T(8,128)(2,1)} fusion(%w), kind=kLoop, \
 calls=%fused, backend_config={"estimated_cycles":"10"}
   %t5_attention.7 = (bf16[4,256,1024]{2,1,0:T(8,128)(2,1)}, \
@@ -61,8 +74,45 @@ def test_cycles_are_added_up_loops_as_often_as_they_run():
   chip = tpu_compiler.CHIPS['v5e']
   kernel = found.parts['encoder attention'].kernel_cycles
   assert kernel == pytest.approx(2 * flops / chip.flops * chip.clock)
-  assert found.seconds('v5e') == pytest.approx((3010 + kernel) / chip.clock)
+  assert found.seconds('v5e') == pytest.approx((3110 + kernel) / chip.clock)
   assert not found.scheduled
+
+
+def test_products_are_counted_where_they_are_fused():
+  found = tpu_compiler.estimate(PROGRAM, 'v5e').parts
+  assert found['decoder MLP'].flops == 2 * 32 * 16 * 64 * 256
+  assert found['encoder MLP'].flops == 0  # Additions are no products.
+  # The kernel's own, of 4 rows.
+  assert found['encoder attention'].flops == 4 * 4 * 256 * 512 * 1024
+
+
+@pytest.mark.parametrize(
+  ('left', 'right', 'out', 'more', 'expected'),
+  [
+    # 32 rows and 16 heads are windows with zeros between their values.
+    (
+      *('32,10,16,64', '32,12,16,64', '32,16,10,12'),
+      'window={size=32x16 stride=31x15 lhs_dilate=32x16},'
+      ' dim_labels=0b1f_0o1i->01bf',
+      32 * 16 * 10 * 12 * 64,
+    ),
+    # The same, read backwards.
+    (
+      *('32,16,10,12', '32,10,16,64', '32,16,64,12'),
+      'window={size=32x16 stride=32x16 pad=31_31x15_15 lhs_dilate=31x15'
+      ' rhs_reversal=1x1}, dim_labels=01fb_0i1o->01fb',
+      32 * 16 * 10 * 12 * 64,
+    ),
+    # A matrix.
+    ('8,64', '64,256', '8,256', 'dim_labels=bf_io->bf', 8 * 64 * 256),
+  ],
+)
+def test_a_batched_product_counts_what_meets(left, right, out, more, expected):
+  kinds = {'a': f'bf16[{left}]{{0}}', 'b': f'bf16[{right}]{{0}}'}
+  flops = tpu_compiler._product_flops(
+    f'f32[{out}]{{0}}', f'%a, %b), {more}', kinds
+  )
+  assert flops == 2 * expected
 
 
 def test_a_kernels_schedule_is_counted_where_it_was_written(tmp_path):
@@ -86,7 +136,7 @@ def test_a_deeper_network_has_more_of_what_layers_cost():
 
 
 def test_unknown_slices_are_refused_by_name():
-  with pytest.raises(ValueError, match='knows no slice of 3 chips'):
+  with pytest.raises(ValueError, match='knows no slice of 3 devices'):
     tpu_compiler.devices('v5e', 3)
   with pytest.raises(ValueError, match='v6e'):
     tpu_compiler.devices('h100', 8)

@@ -43,6 +43,10 @@ from ptune.tools import tpu_compiler
 from ptune.training import privacy as privacy_lib
 from ptune.training import state as state_lib
 
+# Instead of a mesh's memory: the TPU's compiler makes no program that needs
+# more than a device has.
+TOO_LARGE = 'no, says the compiler'
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -149,7 +153,13 @@ def measure(
         f' divisible by {mesh.shape["data"]}'
       )
       continue
-    found = [_measured(run, p.on(mesh), accelerator) for p in shallow]
+    try:
+      found = [_measured(run, p.on(mesh), accelerator) for p in shallow]
+    except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      table[parts] = TOO_LARGE
+      continue
     temporary, decoding, seconds = (
       at_depth(_depth(run), sizes, values)
       for values in zip(*found, strict=True)

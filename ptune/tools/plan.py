@@ -29,17 +29,25 @@ from ptune.host.columns import aligned
 from ptune.model import parameters
 from ptune.model.models import Decoding
 from ptune.tools import tpu_compiler
-from ptune.tools.memory import Memory, Run, depths, fake_devices, measure
+from ptune.tools.memory import (
+  TOO_LARGE,
+  Memory,
+  Run,
+  depths,
+  fake_devices,
+  measure,
+)
 
 GIB = 2**30
 
-# Memory of one device in bytes: of a chip, or of a GPU as CUDA counts it.
+# Memory of one device in bytes: of a chip, of half a v7x (to JAX, a chip of it
+# is two devices), or of a GPU as CUDA counts it.
 ACCELERATORS: Mapping[str, int] = {
   'v4': 32 * GIB,
   'v5e': 16 * GIB,
   'v5p': 95 * GIB,
   'v6e': 32 * GIB,
-  'v7x': 192 * GIB,
+  'v7x': 96 * GIB,
   'a100-40': int(39.4 * GIB),
   'a100-80': int(79.2 * GIB),
   'h100': int(79.2 * GIB),
@@ -201,7 +209,7 @@ def describe(
     ValueError: If no mesh is possible.
   """
   possible = {m: x for m, x in table.items() if isinstance(x, Memory)}
-  if not possible:
+  if not possible and TOO_LARGE not in table.values():
     raise UserError('\n'.join(str(why) for why in table.values()))
   names = [accelerator] if accelerator else list(ACCELERATORS)
   head = [
@@ -286,7 +294,8 @@ def describe_time(
     return ''
   lengths = run.feature_lengths
   tokens = run.batch_size * (lengths['inputs'] + lengths['targets'])
-  hours = run.train_steps * memory.seconds * devices / 3600
+  chips = devices / tpu_compiler.CHIPS[accelerator].per_chip
+  hours = run.train_steps * memory.seconds * chips / 3600
   return (
     f'a step: {1000 * memory.seconds:,.0f} ms,'
     f' {tokens / memory.seconds:,.0f} tokens a second;'

@@ -19,6 +19,7 @@ It is an estimate, not a measurement:
 
 import collections
 import dataclasses
+import functools
 import glob
 import math
 import os
@@ -34,23 +35,31 @@ from ptune.model import tpu_attention
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What the vendor says of one chip, and the slices it is sold in.
+  """What the vendor says of a chip, and the slices it is sold in.
+
+  All numbers are those of one device as JAX counts them: of a chip, or of half
+  a v7x.
 
   Attributes:
     flops: Peak FLOP a second in bfloat16.
     bandwidth: Bytes a second from HBM.
     clock: Cycles a second.
-    topologies: By the number of chips.
+    topologies: By the number of devices.
+    per_chip: Devices in a chip.
+    options: What libtpu is to know besides the topology.
   """
 
   flops: float
   bandwidth: float
   clock: float
   topologies: Mapping[int, str]
+  per_chip: int = 1
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 _FLAT = {
   1: '1x1',
+  2: '1x2',
   4: '2x2',
   8: '2x4',
   16: '4x4',
@@ -66,16 +75,26 @@ _CUBES = {
   16: '2x2x4',
   32: '2x4x4',
   64: '4x4x4',
+  128: '4x4x8',
+  256: '4x8x8',
+  512: '8x8x8',
 }
+# Both cores of a v4 are one device to JAX; libtpu takes them for two.
+_MEGACORE = {'chip_config_name': 'megacore'}
 
 # By the names of `plan.ACCELERATORS`; libtpu calls v7x tpu7x. The clock is the
-# peak by the products that a chip makes in a cycle.
+# peak by the products that a device makes in a cycle. That of v7x follows from
+# four matrix units of 256 x 256 a device, which nobody has confirmed here.
 CHIPS: Mapping[str, Chip] = {
-  'v4': Chip(275e12, 1.228e12, 1.05e9, _CUBES),
+  'v4': Chip(275e12, 1.228e12, 1.05e9, _CUBES, options=_MEGACORE),
   'v5e': Chip(197e12, 0.819e12, 1.503e9, _FLAT),
   'v5p': Chip(459e12, 2.765e12, 1.75e9, _CUBES),
   'v6e': Chip(918e12, 1.64e12, 1.75e9, _FLAT),
-  'v7x': Chip(2307e12, 7.38e12, 2.2e9, _CUBES),
+  'v7x': Chip(
+    *(2307e12 / 2, 7.38e12 / 2, 2.2e9),
+    {2 * chips: shape for chips, shape in _CUBES.items()},
+    per_chip=2,
+  ),
 }
 
 
@@ -91,7 +110,7 @@ def devices(chip: str, count: int) -> Sequence[Any]:
 
   Args:
     chip: A name in `CHIPS`.
-    count: How many chips.
+    count: How many devices.
 
   Raises:
     UserError: If there is no such slice, or no libtpu.
@@ -100,7 +119,7 @@ def devices(chip: str, count: int) -> Sequence[Any]:
   if count not in known:
     slices = {name: list(c.topologies) for name, c in CHIPS.items()}
     raise UserError(
-      f"the TPU's compiler knows no slice of {count} chips of {chip!r}; it"
+      f"the TPU's compiler knows no slice of {count} devices of {chip!r}; it"
       f' knows {slices}'
     )
   if not available():
@@ -114,11 +133,13 @@ def devices(chip: str, count: int) -> Sequence[Any]:
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   jax.config.update('jax_platforms', 'cpu')
   name = 'tpu7x' if chip == 'v7x' else chip
-  # A host has four chips, which a slice of one does not.
-  alone = {'chips_per_host_bounds': (1, 1, 1)} if count == 1 else {}
+  options = dict(CHIPS[chip].options)
+  if count // CHIPS[chip].per_chip < 4:  # By default, a host has four chips.
+    options['chips_per_host_bounds'] = (1, 1, 1)
   topology = topologies.get_topology_desc(
-    platform='tpu', topology_name=f'{name}:{known[count]}', **alone
+    platform='tpu', topology_name=f'{name}:{known[count]}', **options
   )
+  assert len(topology.devices) == count, topology.devices
   return topology.devices
 
 
@@ -191,16 +212,24 @@ class Cost:
     cycles: The compiler's estimate, Pallas kernels aside.
     kernel_cycles: Of Pallas kernels, see at the top.
     bytes: Moved from and to HBM.
+    flops: Of matrix products, two for each multiplication. Other operations are
+      not counted: they run beside the matrix unit.
   """
 
   cycles: float = 0.0
   kernel_cycles: float = 0.0
   bytes: float = 0.0
+  flops: float = 0.0
 
   def add(self, other: 'Cost', times: float = 1.0) -> None:
     self.cycles += times * other.cycles
     self.kernel_cycles += times * other.kernel_cycles
     self.bytes += times * other.bytes
+    self.flops += times * other.flops
+
+  def seconds(self, chip: str) -> float:
+    """Estimated seconds, without collectives."""
+    return (self.cycles + self.kernel_cycles) / CHIPS[chip].clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,8 +257,7 @@ class Estimate:
 
   def seconds(self, chip: str) -> float:
     """Estimated seconds of one run, without collectives."""
-    total = self.total
-    return (total.cycles + total.kernel_cycles) / CHIPS[chip].clock
+    return self.total.seconds(chip)
 
   def deepened(self, times: float) -> 'Estimate':
     """The same of a network with `times` as many layers."""
@@ -270,6 +298,57 @@ def _split(rest: str) -> tuple[str, str, str]:
   return kind, opcode, after
 
 
+def _shape(text: str) -> list[int]:
+  """The shape of the first array in a type: 'f32[2,3]{1,0}' -> [2, 3]."""
+  found = _ARRAY.search(text)
+  return [int(n) for n in found[2].split(',') if n] if found else []
+
+
+def _product_flops(kind: str, after: str, kinds: Mapping[str, str]) -> float:
+  """FLOP of a convolution, which the TPU's compiler makes of every product.
+
+  A batched product is one too: each batch is a position of a window that has
+  zeros between the values of the others. Only what meets a value is counted.
+
+  Args:
+    kind: Type of the output.
+    after: What follows the opcode.
+    kinds: Types of the instructions before, by name.
+  """
+  names = re.findall(r'%([\w.<>-]+)', after.split(')')[0])
+  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', after)
+  if labels is None or len(names) != 2 or not all(n in kinds for n in names):
+    return 0.0
+  shapes = (*(_shape(kinds[n]) for n in names), _shape(kind))
+  left, right, out = (
+    dict(zip(term, shape, strict=True))
+    for term, shape in zip(labels.groups(), shapes, strict=True)
+  )
+  window = dict(
+    entry.split('=')
+    for entry in re.findall(r'\w+=[\dx_-]+', after.partition('window={')[2])
+  )
+
+  def of(name: str, dimension: int, default: int) -> int:
+    values = window.get(name, '').split('x')
+    text = values[dimension] if values[0] else ''
+    return int(text.split('_')[0]) if text else default
+
+  flops = 2.0 * out['b'] * out['f'] * right['i']
+  for d in range(len(labels[3]) - 2):
+    size, stride, low = of('size', d, 1), of('stride', d, 1), of('pad', d, 0)
+    apart, wide = of('lhs_dilate', d, 1), of('rhs_dilate', d, 1)
+    last = (left[str(d)] - 1) * apart
+    flops *= sum(
+      0 <= at <= last and at % apart == 0
+      for position in range(out[str(d)])
+      for at in range(
+        position * stride - low, position * stride - low + size * wide, wide
+      )
+    )
+  return flops
+
+
 def _part(line: str) -> str:
   found = re.search(r'op_name="([^"]*)"', line)
   for name, pattern in PARTS:
@@ -303,6 +382,18 @@ def estimate(text: str, chip: str, schedules: str | None = None) -> Estimate:
   kernels: dict[str, float] = collections.Counter()
   scheduled = True
 
+  @functools.cache
+  def products(computation: str) -> float:
+    """FLOP of the products that are fused in a computation."""
+    total, kinds = 0.0, {}
+    for name, rest in computations[computation]:
+      kinds[name], opcode, after = _split(rest)
+      if opcode == 'fusion':
+        total += sum(map(products, re.findall(_CALLED, rest)))
+      elif opcode == 'convolution':
+        total += _product_flops(kinds[name], after, kinds)
+    return total
+
   def walk(computation: str, times: float) -> None:
     nonlocal scheduled
     kinds: dict[str, str] = {}
@@ -322,17 +413,21 @@ def estimate(text: str, chip: str, schedules: str | None = None) -> Estimate:
       cost = Cost()
       if cycles := re.search(r'"estimated_cycles":"(\d+)"', rest):
         cost.cycles = float(cycles[1])
+      if opcode == 'fusion':
+        cost.flops = sum(map(products, re.findall(_CALLED, rest)))
+      elif opcode == 'convolution':
+        cost.flops = _product_flops(kinds[name], after, kinds)
       if kernel or not (opcode.endswith('-start') or opcode == 'custom-call'):
         operands = re.findall(r'%([\w.<>-]+)', after.split('), ')[0])
         cost.bytes = _bytes(kinds[name])
         cost.bytes += sum(_bytes(kinds.get(o, '')) for o in operands)
       if kernel:
         kernels[_label(name)] += times
-        steps, flops = _attention(rest, name)
+        steps, cost.flops = _attention(rest, name)
         found = bundles(schedules, name) if schedules else 0
         scheduled &= found > 0
         about = CHIPS[chip]
-        cost.kernel_cycles = steps * found or 2 * flops / (
+        cost.kernel_cycles = steps * found or 2 * cost.flops / (
           about.flops / about.clock
         )
       base = opcode.removesuffix('-start')
