@@ -1,11 +1,11 @@
-"""The `ptune` command: flags and gin files in, one program run.
+"""The `ptune` command: it reads flags and gin files, and runs one program.
 
     ptune train --gin_file=models/t5_1_1_small.gin --gin_file=... \\
       --gin.MODEL_DIR="'/runs/sst2'"
 
-takes T5X's command lines. Gin files are looked for in the directories of
---gin_search_paths, in the working directory, and in ptune's own `gin/`.
-Nothing heavy is imported before the command line has been read.
+It accepts T5X's command lines. It looks for gin files in the directories of
+--gin_search_paths, then in the working directory, then in ptune's own `gin/`.
+It imports nothing heavy before it has read the command line.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ptune.errors import UserError
 from ptune.host import paths, processes, terminal
 from ptune.host.quiet import quiet_stderr
 
-# Programs that gin configures: module, function, what it does.
+# Programs that gin configures: module, function, help.
 PROGRAMS = {
   'train': ('ptune.train', 'train', 'tune a prompt on a task'),
   'eval': (
@@ -34,7 +34,7 @@ PROGRAMS = {
   'distill': (
     'ptune.distill',
     'distill',
-    'put a prompt in place of a long text',
+    'train a prompt to replace a long text',
   ),
   'ablate': (
     'ptune.analysis.ablate',
@@ -49,20 +49,20 @@ PROGRAMS = {
   'plan': (
     'ptune.tools.plan',
     'plan',
-    'say what each device would hold in a training run; build nothing',
+    'estimate the memory of each device in a training run; build nothing',
   ),
   'doctor': (
     'ptune.tools.doctor',
     'preflight',
-    'check whether a run could start',
+    'check whether a run can start',
   ),
 }
-# Programs with flags of their own, added by the module's `add_arguments`.
+# Programs with their own flags, which the module's `add_arguments` adds.
 TOOLS = {
-  'demo': ('ptune.tools.demo', 'see what a prompt does, on a model of 2 MB'),
+  'demo': ('ptune.tools.demo', 'see a prompt work, on a model of 2 MB'),
   'serve': (
     'ptune.serving.serve',
-    'answer over HTTP, with one model and many prompts',
+    'serve one model and many prompts over HTTP',
   ),
   'export': (
     'ptune.convert.commands',
@@ -70,32 +70,32 @@ TOOLS = {
   ),
   'import': (
     'ptune.convert.commands',
-    "write another program's prompt as ptune's",
+    "convert another program's prompt to ptune's format",
   ),
   'convert': (
     'ptune.convert.commands',
-    "copy a model between T5X's and Hugging Face's layout",
+    "convert a model between T5X's and Hugging Face's layout",
   ),
   'push': (
     'ptune.convert.commands',
     'publish a prompt on the Hugging Face Hub, with a model card',
   ),
-  'inspect': ('ptune.convert.commands', 'say what a file or directory is'),
+  'inspect': ('ptune.convert.commands', 'describe a file or directory'),
   'neighbours': (
     'ptune.analysis.neighbours',
-    'name the vocabulary pieces that a prompt points at',
+    'list the vocabulary pieces nearest to each row of a prompt',
   ),
   'similarity': (
     'ptune.analysis.similarity',
-    'compare prompts, or find those that are like one',
+    'compare prompts, or find the prompts most similar to one',
   ),
   'recycle': (
     'ptune.analysis.recycle',
-    "move a prompt to another model, by their embeddings' likeness",
+    'move a prompt to another model, matching their embeddings',
   ),
   'methods': (
     'ptune.tools.list_methods',
-    'list methods, and how much they train',
+    'list the methods, and how many parameters each trains',
   ),
   'tasks': ('ptune.tools.list_tasks', 'list tasks, or show examples of one'),
 }
@@ -105,18 +105,18 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs one program.
 
   Args:
-    argv: The command line. If not given, that of this process, which then also
-      answers Ctrl-C and SIGTERM.
+    argv: The command line. If it is None, this process's own command line is
+      used, and Ctrl-C and SIGTERM are handled too.
 
   Returns:
-    The exit status: 0, 1 if the run failed, 2 if the command line or what it
-    names is wrong.
+    The exit status: 0 for success, 1 if the run failed, 2 if the command line
+    is wrong or names something that is wrong.
 
   Raises:
-    Exception: A bug, in ptune or in a task; not what users can mend.
+    Exception: A bug in ptune or in a task, which users cannot fix.
   """
   given = sys.argv[1:] if argv is None else list(argv)
-  if given[:1] == ['tasks']:  # Has commands and gin flags of its own.
+  if given[:1] == ['tasks']:  # It has subcommands and its own gin flags.
     from ptune.tools import list_tasks
 
     terminal.set_up_logging()
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal.leave_on_signals(args.program)
   terminal.set_up_logging()
   try:
-    # Before the imports, which take seconds.
+    # Read the settings before the imports, which take seconds.
     settings = None if args.program in TOOLS else _read(args)
     _initialize_processes(args)
     with paths.nothing_left():
@@ -159,7 +159,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
       flags.add_arguments(name, command)
   for name, (module, what) in TOOLS.items():
     command = _add_command(commands, name, what)
-    if argv[:1] == [name]:  # Its flags stand in a module that imports more.
+    if argv[:1] == [name]:  # Its flags are in a module that imports more.
       importlib.import_module(module).add_arguments(name, command)
   bindings = [a.removeprefix('--gin.') for a in argv if a.startswith('--gin.')]
   args, unknown = parser.parse_known_args(
@@ -175,8 +175,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     (args.process_count is None) != (args.process_index is None)
   ):
     parser.error(
-      '--coordinator_address, --process_count and --process_index are given'
-      ' together or not at all'
+      'give --coordinator_address, --process_count and --process_index'
+      ' together, or none of them'
     )
   if several and not 0 <= args.process_index < args.process_count:
     parser.error(
@@ -212,7 +212,7 @@ def _read(args: argparse.Namespace) -> gin_files.Settings:
   flags.resolve(args)
   if not args.gin_file and args.program != 'doctor':
     raise UserError(
-      'there is nothing to do; give\n       ' + flags.usage(args.program)
+      'no settings were given; usage:\n       ' + flags.usage(args.program)
     )
   search_paths = [p for p in args.gin_search_paths.split(',') if p]
   return gin_files.read(args.gin_file, args.gin_bindings, search_paths)
@@ -227,11 +227,11 @@ def _run(args: argparse.Namespace, settings: gin_files.Settings) -> int:
     program: Callable[..., int | None] = getattr(
       importlib.import_module(module), function
     )
-  # Where users keep the module that registers their tasks. Last, so that no
-  # directory of theirs hides a package.
+  # Users often keep the module that registers their tasks here. We append the
+  # directory last, so that nothing in it hides an installed package.
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
-  # A plan or a preflight reads few macros; others need not be set.
+  # A plan or a preflight reads few macros; the others may be unset.
   whole = args.program not in ('plan', 'doctor')
   gin_files.bind(settings, program if whole else None)
   if args.tfds_data_dir:
@@ -255,7 +255,7 @@ def _run(args: argparse.Namespace, settings: gin_files.Settings) -> int:
 
 
 def _initialize_processes(args: argparse.Namespace) -> None:
-  """Sets up JAX, and joins the other processes where there are any."""
+  """Sets up JAX, and joins the other processes if there are any."""
   import jax
 
   from ptune.host import jax_setup
@@ -268,17 +268,17 @@ def _initialize_processes(args: argparse.Namespace) -> None:
     processes.join(
       args.coordinator_address, args.process_count, args.process_index
     )
-    if jax.process_index() > 0:  # Process 0 tells it for all.
+    if jax.process_index() > 0:  # Process 0 logs for all.
       from absl import logging
 
       logging.set_verbosity(logging.WARNING)
 
 
 def _is_for_users(error: Exception) -> bool:
-  """Whether an error is one line for the user, or a bug with its traceback.
+  """Returns whether to print one line for the user; a bug gets its traceback.
 
-  What users can mend is a `UserError`, or what the file system says. Gin
-  raises plain ValueErrors, and a TypeError where a call lacks an argument.
+  Users can fix a `UserError` and errors of the file system. Gin raises plain
+  ValueErrors, and a TypeError if a call lacks an argument.
   """
   if isinstance(error, UserError | OSError | FloatingPointError):
     return True
@@ -295,7 +295,7 @@ def _is_for_users(error: Exception) -> bool:
 
 
 def _message(error: Exception) -> str:
-  """An error's message, without what gin adds about its configurables."""
+  """Returns an error's message without gin's lines about configurables."""
   return re.sub(r'\n\s*In call to configurable .*', '', str(error))
 
 

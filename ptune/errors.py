@@ -1,4 +1,4 @@
-"""What users can mend: said in one line, without a traceback."""
+"""Errors that users can fix: printed as one line, without a traceback."""
 
 import difflib
 import numbers
@@ -7,24 +7,24 @@ from typing import Any
 
 
 class UserError(ValueError):
-  """A setting, a file or an argument cannot be used as it is.
+  """A setting, a file or an argument cannot be used.
 
-  The message says what was got, what is expected, and the fix. The command
-  line prints it and ends with status 2; any other ValueError is a bug, and
-  shown with its traceback.
+  The message says what was got, what is expected, and how to fix it. The
+  command line prints it and exits with status 2. Any other ValueError is a bug
+  and keeps its traceback.
   """
 
 
 def nearest(
   name: str, known: Iterable[str], *, most: int = 120, cutoff: float = 0.6
 ) -> str:
-  """'; did you mean ...?', or what there is if no known name is like it.
+  """Returns '; did you mean ...?', or the known names if none is similar.
 
   Args:
-    name: What was given.
-    known: The names that there are.
-    most: If there are more names than this, they are not listed.
-    cutoff: How like the name a suggestion must be, from 0 to 1.
+    name: The name that was given.
+    known: The valid names.
+    most: If there are more valid names than this, they are not listed.
+    cutoff: How similar a suggestion must be, from 0 to 1.
   """
   by_lower = {k.lower(): k for k in sorted(set(known))}
   near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=cutoff)
@@ -35,11 +35,11 @@ def nearest(
 
 
 def check_counts(optional: bool = False, **counts: Any) -> None:
-  """Raises UserError unless each is a whole number of at least 1.
+  """Raises UserError unless each value is a whole number of at least 1.
 
   Args:
-    optional: Whether None will do too.
-    **counts: By the name that users know.
+    optional: Whether None is also valid.
+    **counts: The values, by the names that users know.
   """
   wrong = [
     f'{name} is {value!r}'

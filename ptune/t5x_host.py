@@ -1,19 +1,19 @@
-"""Hosted by T5X: what `python -m t5x.train` needs to run ptune's modules.
+"""Runs ptune's modules inside T5X's own programs (`python -m t5x.train`).
 
-T5X keeps its programs, its trainer, partitioner and checkpoints; the files of
-`gin/t5x/` put in ptune's network, methods, prompt initialisers and optimizers,
-the same objects as under `ptune train`. This module is what lies between:
+T5X keeps its programs, trainer, partitioner and checkpoints. The files of
+`gin/t5x/` add ptune's network, methods, prompt initialisers and optimizers,
+the same objects that `ptune train` uses. This module connects the two:
 
-    Model              the network under T5X's loss, metrics and decoding
-    logical_axis_rules axes that T5X does not know
+    Model              the network with T5X's loss, metrics and decoding
+    logical_axis_rules rules for axes that T5X does not know
     factor_rules       the same, for T5X's own Adafactor
     Trained            an optimizer that sees only what the method trains
-    Initializer        the base from a checkpoint, the adapter initialised
-    save_adapter       what was trained alone, beside each checkpoint
-    Reader             a checkpoint, or a base and PROMPT_FILE, to evaluate
+    Initializer        restores the base, initialises the adapter
+    save_adapter       saves the trained parameters beside each checkpoint
+    Reader             reads a checkpoint, or a base and PROMPT_FILE
 
-This is the only module that imports T5X, and nothing imports it: T5X is not on
-the package index (`t5x` there is an empty placeholder).
+Only this module imports T5X, and no other module imports this one, because T5X
+is not on the package index (the package `t5x` there is an empty placeholder).
 """
 
 try:
@@ -26,7 +26,7 @@ try:
   from t5x import utils as t5x_utils
 except ImportError as error:
   raise ImportError(
-    'ptune.t5x_host needs T5X, which must be installed from'
+    'ptune.t5x_host needs T5X; install it from'
     ' https://github.com/google-research/t5x (the package t5x of the package'
     f' index is an empty placeholder): {error}. Without T5X, use `ptune train`'
   ) from error
@@ -68,12 +68,12 @@ Rules = list[tuple[str, str | None]]
 
 
 class Model(t5x_models.EncoderDecoderModel):
-  """ptune's network as an encoder-decoder of T5X.
+  """ptune's network as a T5X encoder-decoder model.
 
   Attributes:
     config: The network's sizes.
-    method: What is added to the network, and trained.
-    task: The SeqIO task, whose vocabulary is the model's.
+    method: Adds trainable parameters to the network.
+    task: The SeqIO task, which provides the vocabulary.
   """
 
   def __init__(
@@ -86,22 +86,22 @@ class Model(t5x_models.EncoderDecoderModel):
     loss: Callable[..., Any] = models_lib.EncoderDecoderModel,
     decoding: models_lib.Decoding = models_lib.Decoding(),
   ):
-    """Puts the model together.
+    """Builds the model.
 
     Args:
       config: The network's sizes.
-      method: What is added to the network, and trained.
+      method: Adds trainable parameters to the network.
       mixture_or_task_name: The SeqIO task or mixture.
-      mixture_or_task_module: Imported first; registers the task.
-      optimizer_def: Needed to train.
-      loss: ptune's model; its loss settings are handed to T5X.
-      decoding: How predictions are made, unless T5X's own settings say
-        otherwise.
+      mixture_or_task_module: The module that registers the task; it is imported
+        first.
+      optimizer_def: The optimizer; training needs it.
+      loss: ptune's model class; T5X gets its loss settings.
+      decoding: Decoding settings; T5X's own settings override them.
     """
     if config.scan:
       raise UserError(
-        'SCAN is an option of ptune train: under T5X each layer has its'
-        ' parameters for itself. Leave it out'
+        'SCAN works only with ptune train: under T5X each layer has its own'
+        ' parameters. Remove it'
       )
     if config.ids.pad or config.ids.start:
       raise UserError(
@@ -117,7 +117,7 @@ class Model(t5x_models.EncoderDecoderModel):
     settings = loss(network)
     if settings.objective is not None:
       raise UserError(
-        'T5X minimises the cross entropy; leave the file of losses/ out, or'
+        'T5X minimises the cross entropy; remove the file of losses/, or'
         ' train with ptune train'
       )
     super().__init__(
@@ -135,7 +135,7 @@ class Model(t5x_models.EncoderDecoderModel):
     )
 
   def get_initial_variables(self, rng, input_shapes, input_types=None):
-    """Initialises with integer tokens: t5x.eval names no types."""
+    """Initialises with integer tokens, because t5x.eval gives no types."""
     types = input_types or dict.fromkeys(input_shapes, jnp.int32)
     return super().get_initial_variables(rng, input_shapes, types)
 
@@ -147,11 +147,11 @@ class Model(t5x_models.EncoderDecoderModel):
     decoder_input_tokens,
     prefill_decoder_prompt=False,
   ):
-    """Makes the cache with what was encoded, where T5X takes tokens of 1.
+    """Makes the cache from the encoded inputs; T5X would pass tokens of 1.
 
-    A prompt of the decoder lies in it, and has read the input.
+    A decoder prompt is in the cache and has attended to the input.
     """
-    assert not prefill_decoder_prompt  # T5X asks only networks that can.
+    assert not prefill_decoder_prompt  # T5X asks only networks that support it.
     tokens = jnp.ones_like(decoder_input_tokens)
     _, made = self.module.apply(
       {'params': params},
@@ -168,16 +168,16 @@ class Model(t5x_models.EncoderDecoderModel):
 
 
 def _decode_fn(decoding: models_lib.Decoding) -> Callable[..., Any]:
-  """T5X's decoding function with the settings of ptune's."""
+  """Returns T5X's decoding function with ptune's decoding settings."""
   if decoding.num_beams > 1:
     return functools.partial(t5x_decoding.beam_search, alpha=decoding.alpha)
   return functools.partial(
     t5x_decoding.temperature_sample,
     temperature=decoding.temperature or 1.0,
-    # T5X takes the best token where top_k is 1, ptune where temperature is 0.
+    # T5X is greedy if top_k is 1, ptune if temperature is 0.
     topk=decoding.top_k if decoding.temperature else 1,
     topp=decoding.top_p if decoding.temperature else 0.0,
-    # Scores are log probabilities: rescaled ones are 0 for a greedy choice.
+    # Scores are log probabilities; rescaled, they are 0 for a greedy choice.
     rescale_log_probs=False,
   )
 
@@ -186,9 +186,9 @@ def _decode_fn(decoding: models_lib.Decoding) -> Callable[..., Any]:
 
 
 def logical_axis_rules() -> Rules:
-  """The rules that T5X's standard ones lack, all of them replicated.
+  """Returns the rules that T5X's standard rules lack; all axes are replicated.
 
-  For `partitioning.standard_logical_axis_rules.additional_rules`.
+  Bind it to `partitioning.standard_logical_axis_rules.additional_rules`.
   """
   known = {axis for axis, _ in t5x_partitioning.standard_logical_axis_rules()}
   return [
@@ -199,11 +199,11 @@ def logical_axis_rules() -> Rules:
 
 
 def factor_rules() -> Mapping[str, t5x_adafactor.FactorDim]:
-  """T5X's factor rules, and one for each axis that they lack.
+  """Returns T5X's factor rules, and one for each axis that they lack.
 
-  For `adafactor.Adafactor.logical_factor_rules`, where T5X's Adafactor stands
-  in `Trained`. It wants a rule for every axis, though it goes by size, as
-  ptune's does, for arrays of at most two: a prompt is factored from 128 rows.
+  Bind it to `adafactor.Adafactor.logical_factor_rules` if `Trained` wraps T5X's
+  Adafactor. T5X needs a rule for every axis. Yet for arrays of up to two axes
+  it decides by size, as ptune does: it factors a prompt of 128 or more rows.
   """
   rules = unfreeze(t5x_adafactor.standard_logical_factor_rules())
   for axis, _ in partitioning.LOGICAL_AXIS_RULES:
@@ -220,12 +220,13 @@ def optimizer(
   method: Method,
   initial_checkpoint_path: str | None,
 ) -> 'Trained':
-  """An optimizer of ptune, for what a method trains.
+  """Returns one of ptune's optimizers, for the parameters that a method trains.
 
   Args:
     make: One of `optim` (OPTIMIZER); called with `initial_step=`.
     method: The method.
-    initial_checkpoint_path: The base model, whose step it is; None for 0.
+    initial_checkpoint_path: The base model, whose step the optimizer starts
+      from; None for step 0.
   """
   tx = make(initial_step=_step(initial_checkpoint_path))
   return Trained(Optax(tx), method)
@@ -234,9 +235,10 @@ def optimizer(
 def learning_rate(
   schedule: optim.Schedule, *, initial_checkpoint_path: str | None
 ) -> Callable[[jax.Array], Any]:
-  """A schedule of the run's own steps as one of T5X's, which go on counting.
+  """Returns a schedule for T5X, whose steps continue from the base model's.
 
-  For `trainer.Trainer.learning_rate_fn`: T5X's log, and T5X's own optimizers.
+  ptune's schedules count only the run's own steps. Bind it to
+  `trainer.Trainer.learning_rate_fn`, for T5X's log and T5X's own optimizers.
   """
   start = _step(initial_checkpoint_path)
   return lambda step: schedule(step - start)
@@ -249,10 +251,10 @@ def _step(initial_checkpoint_path: str | None) -> int:
 
 
 class Trained(t5x_optimizers.OptimizerDef):
-  """An optimizer of T5X that is shown only the trained parameters.
+  """A T5X optimizer that sees only the trained parameters.
 
-  Its state holds nothing of the frozen ones, not even None, which T5X's Orbax
-  checkpoints can save and not restore:
+  Its state has no entries for frozen parameters, not even None, because T5X's
+  Orbax checkpoints can save None but not restore it:
 
       params        {encoder: {prompt: p, layers_0: ...}, decoder: ...}
       param_states  {encoder: {prompt: v}}
@@ -264,7 +266,7 @@ class Trained(t5x_optimizers.OptimizerDef):
     self._method = method
 
   def _trained(self, tree: Any) -> dict[str, Any]:
-    """The trained part of a tree that is shaped like the parameters."""
+    """Returns the trained part of a tree shaped like the parameters."""
     flat = parameters.flatten(unfreeze(tree))
     return parameters.unflatten(
       {path: x for path, x in flat.items() if self._method.trains(path)}
@@ -302,7 +304,7 @@ class Trained(t5x_optimizers.OptimizerDef):
         'state': state_dict['state'],
       },
     )
-    # T5X's Orbax mode restores counters in the parameters' type.
+    # T5X's Orbax mode restores counters in the parameters' dtype.
     state = jax.tree.map(_like, opt_state, state)
     return target, state
 
@@ -319,22 +321,22 @@ class Trained(t5x_optimizers.OptimizerDef):
 
 
 def _like(template: Any, x: Any) -> Any:
-  """An array in the type of another; what is no array, as it is."""
+  """Casts an array to the dtype of another; returns other values unchanged."""
   if hasattr(x, 'dtype') and hasattr(template, 'dtype'):
     return x if x.dtype == template.dtype else x.astype(template.dtype)
   return x
 
 
 class Optax(t5x_optimizers.OptaxWrapper):
-  """An optax optimizer in T5X, whatever its state is.
+  """An optax optimizer in T5X, with any state.
 
-  T5X knows the states of some optimizers only; Adafactor's is not among them.
+  T5X supports the states of only some optimizers, not Adafactor's.
   """
 
   def derive_logical_axes(self, optimizer, param_logical_axes):
     param_states = optax.tree_utils.tree_map_params(
       self.optax_optimizer,
-      # A factored moment has fewer axes than its parameter: held whole.
+      # A factored moment has fewer axes than its parameter; we replicate it.
       lambda leaf, p, axes: axes if leaf.shape == p.shape else None,
       optimizer.state.param_states,
       optimizer.target,
@@ -352,11 +354,11 @@ class Optax(t5x_optimizers.OptaxWrapper):
 
 
 class Initializer(t5x_utils.TrainStateInitializer):
-  """Makes the first state of a run: a restored base, an initialised adapter.
+  """Makes a run's first state: restores the base, initialises the adapter.
 
-  T5X asks for a state from scratch where MODEL_DIR has no checkpoint yet. The
-  base is then read by ptune's readers: T5X's two formats and Hugging Face's,
-  every parameter or an error. The step goes on from the base's.
+  T5X asks for a state from scratch if MODEL_DIR has no checkpoint yet. ptune's
+  readers then restore the base, from T5X's two formats or Hugging Face's. They
+  restore every parameter or raise an error. The step continues from the base's.
   """
 
   def __init__(
@@ -372,19 +374,19 @@ class Initializer(t5x_utils.TrainStateInitializer):
     use_cached: bool = False,
     seed: int | None = 0,
   ):
-    """Works out the state's shapes; the first five are given by T5X.
+    """Computes the state's shapes; T5X provides the first five arguments.
 
     Args:
       optimizer_def: The optimizer.
       init_fn: Method of a `Model`.
       input_shapes: Shapes of the batch.
-      partitioner: Lays the state out.
+      partitioner: Shards the state.
       input_types: Types of the batch.
-      initial_checkpoint_path: The base model; None, where all is trained, to
-        start from random weights.
+      initial_checkpoint_path: The base model. If the method trains every
+        parameter, None starts from random weights.
       task_feature_lengths: Longest inputs and targets, in tokens.
       use_cached: USE_CACHED_TASKS.
-      seed: Of the initialisation.
+      seed: Seed of the initialisation.
     """
     super().__init__(
       optimizer_def, init_fn, input_shapes, partitioner, input_types
@@ -397,7 +399,7 @@ class Initializer(t5x_utils.TrainStateInitializer):
     self._seed = seed or 0
 
   def from_scratch(self, init_rng):
-    """Restores the base and initialises the adapter, whatever `init_rng`."""
+    """Restores the base and initialises the adapter; ignores `init_rng`."""
     task = self._model.task
     plan = _plan(
       self._model.config,
@@ -450,28 +452,29 @@ def save_adapter(
   model_dir: str,
   method: Method,
 ) -> tuple[Mapping[str, Any], Any]:
-  """Writes what is trained by itself, as `ptune train` does to prompts/.
+  """Writes the trained parameters alone, as `ptune train` does in prompts/.
 
       MODEL_DIR/numpy_checkpoints/checkpoint_N/encoder.prompt.prompt.prompt
 
-  is the prompt, a NumPy file where the paper's implementation has it. Methods
-  that are no single prompt leave adapter.safetensors and .json in its place.
-  PROMPT_FILE takes both. Nothing is written where the whole model is trained.
+  holds the prompt as a NumPy file, at the path that the paper's implementation
+  uses. A method that is not a single prompt writes adapter.safetensors and
+  adapter.json there instead. PROMPT_FILE accepts both. If the method trains the
+  whole model, nothing is written.
 
-  For `utils.SaveCheckpointConfig.state_transformation_fns`, which T5X calls
+  Bind it to `utils.SaveCheckpointConfig.state_transformation_fns`. T5X calls it
   when it saves checkpoint N, in both of its modes.
 
   Args:
-    state_dict: What T5X is about to save; returned as it is.
-    parameter_infos: Returned as it is.
+    state_dict: The state that T5X is about to save; returned unchanged.
+    parameter_infos: Returned unchanged.
     model_dir: MODEL_DIR.
     method: The method.
 
   Raises:
-    ValueError: If what is trained is no longer finite; T5X then saves nothing.
+    ValueError: If a trained parameter is not finite; T5X then saves nothing.
   """
   flat = parameters.flatten(unfreeze(state_dict['target']))
-  # By all processes that share it.
+  # All processes take part, because they share the arrays.
   trained = {
     path: np.asarray(parameters.whole(x), np.float32)
     for path, x in flat.items()
@@ -506,11 +509,12 @@ def save_adapter(
 
 
 class Reader:
-  """Reads what t5x.eval and t5x.infer are given, all of it or an error.
+  """Restores parameters for t5x.eval and t5x.infer; all of them or an error.
 
-  For `utils.RestoreCheckpointConfig.checkpoint_manager_cls`. CHECKPOINT_PATH
-  is a checkpoint of a run under T5X, which holds base and adapter; or, with
-  PROMPT_FILE, the base model in any format that ptune reads.
+  Bind it to `utils.RestoreCheckpointConfig.checkpoint_manager_cls`.
+  CHECKPOINT_PATH is a checkpoint of a run under T5X, which holds the base and
+  the adapter. With PROMPT_FILE, it is the base model, in any format that ptune
+  reads.
   """
 
   def __init__(
@@ -524,16 +528,16 @@ class Reader:
     restore_dtype: Any = None,
     **unused: Any,
   ):
-    """Called by T5X, with settings of its own checkpoint managers beside.
+    """Takes T5X's arguments, including settings for its own managers.
 
     Args:
       train_state: Shapes of the state.
-      partitioner: Lays it out.
+      partitioner: Shards the state.
       config: The network's sizes.
       method: The method.
-      prompt_file: What `save_adapter` or `ptune train` wrote.
-      restore_dtype: Type of the parameters, if not their own.
-      **unused: Where and how T5X's managers would save.
+      prompt_file: A file that `save_adapter` or `ptune train` wrote.
+      restore_dtype: Dtype of the parameters; None keeps the checkpoint's.
+      **unused: Settings of T5X's managers for saving.
     """
     del unused
     self._train_state = train_state
@@ -582,7 +586,7 @@ def _plan(
   shapes: Any,
   axes: Any,
 ) -> parameters.Plan:
-  """ptune's plan of all parameters, in T5X's types and sharding."""
+  """Returns ptune's plan of all parameters, with T5X's types and sharding."""
   mesh = partitioner.mesh
   plan = parameters.plan(config, method, mesh)
   shapes = parameters.flatten(unfreeze(shapes))

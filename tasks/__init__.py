@@ -1,6 +1,6 @@
-"""Tasks that come with ptune, one module a family, and a user's own rows.
+"""Tasks that come with ptune, one module a family, and tasks of your own rows.
 
-A module of SeqIO tasks is named in MIXTURE_OR_TASK_MODULE, or imported by one
-that is; it imports SeqIO and TensorFlow. `files`, `hugging_face`, `rows`,
-`templates` and `texts` make tasks of a user's rows and import neither.
+Name a module of SeqIO tasks in MIXTURE_OR_TASK_MODULE, or import it in a module
+that you name there; it imports SeqIO and TensorFlow. `files`, `hugging_face`,
+`rows`, `templates` and `texts` make tasks of your rows and import neither.
 """

@@ -1,17 +1,17 @@
-"""C4 (Raffel et al., 2020): what T5 is trained on, and adapted with.
+"""C4 (Raffel et al., 2020): the data for training and adapting T5.
 
     c4_v220_prefix_lm                       adapts T5 to language modelling
     c4_v220_span_corruption                 T5's own objective
     c4_v220_span_corruption_no_sentinel     targets begin with a lost token
     byt5_c4_v220_span_corruption            the same in bytes
 
-A prompt suits a model best that was adapted by prefix LM; of the others, the
-second one has only seen targets that begin with a sentinel (Lester et al.,
-2021, section 2.2). Train on these with runs/pretrain.gin.
+Prompt tuning works best on a model adapted by prefix LM. A model trained by
+span corruption alone has seen only targets that begin with a sentinel (Lester
+et al., 2021, section 2.2). Train on these tasks with runs/pretrain.gin.
 
-Names that end with `unsupervised` are the reference's for span corruption.
-TFDS calls the parts en.realnewslike and en.webtextlike realnewslike and
-webtextlike today. Preparing C4 takes a cluster: see TFDS.
+The reference's names for span corruption end with `unsupervised`. TFDS now
+calls the parts en.realnewslike and en.webtextlike realnewslike and webtextlike.
+You need a cluster to prepare C4: see TFDS.
 """
 
 import functools
@@ -30,7 +30,7 @@ SPAN_CORRUPTION = {
 NO_SENTINEL = {'c4_v220_span_corruption_no_sentinel': 'c4/en:2.2.0'}
 PREFIX_LM = {'c4_v220_prefix_lm': 'c4/en:2.2.0'}
 
-# mT5's vocabulary does not tell SeqIO which of its pieces are sentinels.
+# mT5's vocabulary does not tell SeqIO which pieces are sentinels.
 WITH_SENTINELS = ('', 'byt5_')
 
 for _table, _add, _vocabularies in (

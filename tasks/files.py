@@ -1,33 +1,33 @@
-"""A user's own rows as a task, without Python: TSV, CSV, JSON lines.
+"""A task of your own rows, without Python: TSV, CSV, JSON lines.
 
     ptune train --gin_file=tasks/from_files.gin \\
       --gin.TASK_FILES="{'train': 'train.tsv', 'validation': 'dev.tsv'}" \\
       --gin.INPUTS="'sentence: {sentence}'" --gin.TARGETS="'{label}'" \\
       --gin.LABEL_NAMES="['negative', 'positive']" ...
 
-`from_files` reads files, `from_rows` takes rows of Python: dicts by column (of
-pandas: `frame.to_dict('records')`; a data set of Hugging Face as it is), or
-pairs of inputs and targets. Both make a `texts.TextTask`, by the same rules.
+`from_files` reads files. `from_rows` takes rows from Python: dicts by column
+(for pandas, `frame.to_dict('records')`; a Hugging Face data set as it is), or
+pairs of inputs and targets. Both make a `texts.TextTask` by the same rules.
 
-The first line of a TSV or CSV file names the columns; a template has them in
-braces. TSV knows no quotes: a tab ends a field, a line end a row. CSV fields
-may stand in double quotes, with commas and line ends in them; a CSV file may
-have semicolons or tabs in place of commas. A line of JSON is an object whose
-values are texts, numbers or booleans. Files are UTF-8, local or on gs://, may
-be compressed with gzip (`.gz`), and are kept in memory.
+The first line of a TSV or CSV file names the columns; a template has the names
+in braces. TSV has no quotes: a tab ends a field, and a line end ends a row. A
+CSV field may be in double quotes, with commas and line ends inside. A CSV file
+may use semicolons or tabs instead of commas. A line of JSON is an object whose
+values are strings, numbers or booleans. Files are UTF-8, local or on gs://.
+They may be compressed with gzip (`.gz`). They are kept in memory.
 
-With LABEL_NAMES the task is a classification. The column in TARGETS has, in
-every format:
+With LABEL_NAMES the task is a classification. In every format, the column in
+TARGETS may hold:
 
-    a label's name           goes first
+    a label's name           checked first
     a label's number         0, 1, ..., also as 1.0, as pandas writes it
     a boolean                true and false in any case: names, or 1 and 0
-    -1, nothing or null      the row has no label: it is not trained on
+    -1, nothing or null      the row has no label and is not trained on
 
-A number that is also the name of another label is refused. LABEL_NAMES may be a
-dict then: what the column has, and the label's name.
+A number that is also the name of another label is an error. Then make
+LABEL_NAMES a dict: the column's value -> the label's name.
 
-Whatever is wrong with a row stops the run and names file and line, unless
+A bad row stops the run with an error that names file and line, unless
 SKIP_BAD_ROWS is set.
 """
 
@@ -53,17 +53,17 @@ def task_of(
   skip_bad_rows: bool,
   **settings: Any,
 ) -> TextTask:
-  """A task of rows that are read when a split is needed.
+  """Makes a task that reads a split's rows when the split is needed.
 
   Args:
-    name: Of the task.
-    rows: A split to its rows, each with where it stands.
+    name: The task's name.
+    rows: Takes a split and yields its rows, each with its location.
     splits: The names of the splits.
-    inputs: See `from_files`, as the others.
+    inputs: See `from_files`, also for the next arguments.
     targets: The template of the targets.
     label_names: The names of a classification's labels.
-    skip_bad_rows: Whether bad rows are counted and listed, not an error.
-    **settings: Others of `texts.TextTask`.
+    skip_bad_rows: Whether to count and list bad rows instead of stopping.
+    **settings: Further arguments of `texts.TextTask`.
   """
   templates = templates_of(inputs, targets, label_names)
   for macro, value in (
@@ -103,22 +103,21 @@ def from_files(
   """Makes a task that reads a user's files.
 
   Args:
-    files: TASK_FILES: for each split a file or several, which may have stars.
+    files: TASK_FILES: a file or several for each split; `*` is a wildcard.
     inputs: The template of the inputs, such as 'sentence: {sentence}'.
     targets: The template of the targets.
-    label_names: The names of a classification's labels 0, 1, ..., which take
-      the label's place in the targets; or a dict: what the column has, and the
-      name.
+    label_names: The names of a classification's labels 0, 1, ..., which replace
+      the label in the targets; or a dict: the column's value -> the name.
     metrics: See `texts.TextTask`.
-    skip_bad_rows: Whether bad rows are counted and listed, not an error.
+    skip_bad_rows: Whether to count and list bad rows instead of stopping.
     rank: See `texts.TextTask`.
-    name: Of the task.
+    name: The task's name.
     vocabulary: See `texts.TextTask`.
-    rows: Rows of Python in place of the files, by split: see `from_rows`.
+    rows: Rows from Python instead of files, by split: see `from_rows`.
 
   Raises:
-    UserError: The arguments do not fit together. What is wrong with a file is
-      raised when its split is read.
+    UserError: The arguments do not fit together. Errors in a file are raised
+      when its split is read.
   """
   if rows is not None:
     return from_rows(
@@ -163,18 +162,18 @@ def from_rows(
   name: str = 'from_rows',
   vocabulary: Vocabulary | None = None,
 ) -> TextTask:
-  """Makes a task of rows that Python has.
+  """Makes a task of rows from Python.
 
   Args:
-    rows: For each split its rows: dicts by column, or pairs of inputs and
-      targets, whose columns are called so.
-    inputs: See `from_files`, as the others.
+    rows: The rows of each split: dicts by column, or pairs of inputs and
+      targets, which become columns of these names.
+    inputs: See `from_files`, also for the next arguments.
     targets: The template of the targets.
     label_names: The names of a classification's labels.
     metrics: See `texts.TextTask`.
-    skip_bad_rows: Whether bad rows are counted and listed, not an error.
+    skip_bad_rows: Whether to count and list bad rows instead of stopping.
     rank: See `texts.TextTask`.
-    name: Of the task.
+    name: The task's name.
     vocabulary: See `texts.TextTask`.
 
   Raises:
@@ -213,7 +212,7 @@ def from_rows(
 
 
 def _paths(files: Any) -> dict[str, list[str]]:
-  """TASK_FILES with a list of files for each split."""
+  """Returns TASK_FILES with a list of files for each split."""
   example = "{'train': 'train.tsv', ...}"
   if not isinstance(files, Mapping) or not files:
     raise UserError(f'TASK_FILES is {files!r}, expected {example}')

@@ -1,4 +1,4 @@
-"""SeqIO tasks of generated text: what ptune's own models learn, and reviews.
+"""SeqIO tasks of generated text, for pre-training and for prompts.
 
 Pre-training, `generated_pretraining`: a mixture of
 
@@ -7,11 +7,11 @@ Pre-training, `generated_pretraining`: a mixture of
     generated_tasks      192 small classification tasks
     generated_described  all latents of a sentence, in words
 
-A row of the last two starts with ids that tell the task (see `prefixes`). Those
-that are no pieces make EMBEDDING_ROWS rows of the embedding in all; they are
-cut off when the model is exported (`ptune.pretrained.make`).
+A row of the last two starts with ids that identify the task (see `prefixes`).
+Some of these ids are not pieces. With them the embedding has EMBEDDING_ROWS
+rows; `ptune.pretrained.make` cuts these rows off when it exports the model.
 
-Downstream, for prompts, with 2,000 training rows each:
+Downstream tasks for prompts, with 2,000 training rows each:
 
     generated_sentiment               of reviews
     generated_topics                  of reports
@@ -36,9 +36,9 @@ PIECES, SENTINELS = 2980, 20
 VOCABULARY_ROWS = PIECES + SENTINELS
 TASKS, PREFIX = 192, prefixes.PREFIX
 EMBEDDING_ROWS = VOCABULARY_ROWS + (TASKS + 1) * PREFIX
-# Examples of a source; each is seen about twice in 4,000 steps of 56.
+# Examples of a source; 4,000 steps of 56 rows see each about twice.
 LINES, ROWS = 60_000, 60_000
-# Of 56 rows: 8 of text, 32 of the tasks, 16 descriptions.
+# In every 56 rows: 8 of text, 32 of the tasks, 16 descriptions.
 RATES = {'spans': 4, 'prefixes': 4, 'tasks': 32, 'described': 16}
 
 vocabulary = seqio.SentencePieceVocabulary(
@@ -48,13 +48,14 @@ feature = seqio.Feature(vocabulary, add_eos=True)
 
 
 def _source(make, **sizes: int) -> seqio.FunctionDataSource:
-  """A source whose split is `make(seed, size)`: a dict of columns."""
+  """Returns a source whose split is `make(seed, size)`: a dict of columns."""
   make = functools.cache(make)
 
   def read(split: str, shuffle_files: bool, seed: int | None = None):
-    del shuffle_files, seed  # Rows are in random order as they are.
+    del shuffle_files, seed  # The rows are already in random order.
     columns = make(f'{SEED} {split}', sizes[split])
-    # As arrays: TensorFlow takes a tuple for a structure, and lists slowly.
+    # Arrays, because TensorFlow takes a tuple for a structure and is slow on
+    # lists.
     return tf.data.Dataset.from_tensor_slices(
       {name: np.array(column) for name, column in columns.items()}
     )
@@ -65,7 +66,7 @@ def _source(make, **sizes: int) -> seqio.FunctionDataSource:
 
 
 def prefix_ids(task: int) -> list[int]:
-  """The ids that a task's rows start with."""
+  """Returns the ids that a task's rows start with."""
   return prefixes.prefix_ids(SEED, task, PIECES, VOCABULARY_ROWS)
 
 
@@ -124,7 +125,7 @@ seqio.MixtureRegistry.add(
   'generated_pretraining',
   [(f'generated_{name}', rate) for name, rate in RATES.items()],
 )
-# For comparison: what a model learns from text alone.
+# For comparison: a model that learns from text alone.
 seqio.MixtureRegistry.add(
   'generated_text_only', ['generated_spans', 'generated_prefixes'], 1
 )

@@ -1,18 +1,19 @@
-"""English that a small grammar makes, so that a model can be trained anywhere.
+"""English sentences from a small grammar, so that a model can train anywhere.
 
-A *sentence* says who did what, where and when, and how good it was; those
-facts are its latents. Pre-training reads sentences, a few docstrings, and rows
-of many small tasks about the latents. *Reviews* (and *reports*, of which the
-topic is asked) are what prompts are tuned on: other templates over the same
-words, with labels that pre-training never reads.
+A *sentence* says who did what, where and when, and how good it was; those facts
+are its latents. Pre-training reads sentences, a few docstrings, and rows of
+many small tasks about the latents. Prompts are tuned on *reviews* and on
+*reports*, whose topic is asked. These use other templates over the same words,
+and labels that pre-training never reads.
 
     sentence  anna cooked three green noodles at the market in the morning and
               that was not really stale .
     review    i gave this noodle to my sister and we both find it stale
               -> negative
 
-All is a pure function of a seed (and, of docstrings, of the Python release).
-Neither SeqIO nor TensorFlow is imported here: `ptune demo` has no time for it.
+Everything is a pure function of a seed (docstrings also depend on the Python
+release). This module imports neither SeqIO nor TensorFlow, because `ptune demo`
+must start fast.
 """
 
 import ast
@@ -29,7 +30,7 @@ from ptune.tasks import prefixes
 
 
 class Domain(NamedTuple):
-  """What a sentence of one topic is made of."""
+  """The words of sentences about one topic."""
 
   nouns: tuple[str, ...]
   places: tuple[str, ...]
@@ -175,7 +176,7 @@ TENSES = ('past', 'present', 'future')
 PLACES = sorted({place for d in DOMAINS.values() for place in d.places})
 POLARITIES = ('good', 'bad')
 DEGREES = ('', '', 'very ', 'really ', 'quite ', 'so ')
-NEGATED = 0.2  # How often `not` stands before an adjective of the other kind.
+NEGATED = 0.2  # Probability of `not` before an adjective of the other polarity.
 
 VALUES = {
   'polarity': POLARITIES,
@@ -187,8 +188,8 @@ VALUES = {
   'number': tuple(NUMBERS),
   'time': tuple(TIMES),
 }
-# Of what the tasks of pre-training ask. Sentiment and topic are what one asks
-# a small model most often.
+# How often pre-training tasks ask for an attribute. Users ask a small model
+# most often for sentiment and topic.
 WEIGHTS = {'polarity': 4, 'domain': 3}
 
 SENTENCES = (
@@ -239,14 +240,14 @@ TOPICS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-  """A sentence and the facts it was made from."""
+  """A sentence and its facts."""
 
   text: str
   latents: dict[str, str]
 
 
 def sentence(rng: random.Random, **given: str) -> Sentence:
-  """Draws a sentence, with some latents given."""
+  """Draws a sentence; some latents may be given."""
   latents = {k: given.get(k) or rng.choice(v) for k, v in VALUES.items()}
   domain = DOMAINS[latents['domain']]
   if 'place' not in given:
@@ -262,7 +263,7 @@ def sentence(rng: random.Random, **given: str) -> Sentence:
 
 
 def _conjugate(verb: str, tense: str) -> str:
-  """The third person: cook -> cooked, cooks, will cook."""
+  """Returns the third person: cook -> cooked, cooks, will cook."""
   if tense == 'future':
     return f'will {verb}'
   if tense == 'past':
@@ -278,7 +279,7 @@ def _conjugate(verb: str, tense: str) -> str:
 
 
 def _judgement(rng: random.Random, domain: Domain, polarity: str) -> str:
-  """An adjective of a polarity, or the denial of its contrary."""
+  """Returns an adjective of a polarity, or `not` and one of the opposite."""
   good = polarity == 'good'
   negated = rng.random() < NEGATED
   degree = rng.choice(DEGREES)
@@ -301,7 +302,7 @@ def reviews(
   domains: Sequence[str] = tuple(DOMAINS),
   templates: Sequence[str] = REVIEWS,
 ) -> list[tuple[str, str]]:
-  """Draws reviews and their sentiment, half of them of each."""
+  """Draws reviews and their sentiment, half of them positive."""
   rng = random.Random(f'reviews {seed}')
   rows = []
   for i in range(count):
@@ -315,7 +316,7 @@ def reviews(
 def paraphrases(
   seed: int, count: int, templates: Sequence[str] = REVIEWS
 ) -> list[tuple[str, str]]:
-  """Draws pairs of texts, and whether they say the same of the same thing."""
+  """Draws pairs of texts, and whether both say the same of the same thing."""
   rng = random.Random(f'paraphrases {seed}')
   rows = []
   for i in range(count):
@@ -334,7 +335,7 @@ def paraphrases(
 
 
 def topics(seed: int, count: int) -> list[tuple[str, str]]:
-  """Draws reports from four topics and their topic, as many of each."""
+  """Draws reports and their topic, equally many from each of four topics."""
   rng = random.Random(f'topics {seed}')
   rows = []
   for i in range(count):
@@ -371,15 +372,15 @@ def _fill(
 
 
 def withheld() -> frozenset[str]:
-  """The words that pre-training may not read: the labels of the reviews."""
+  """Returns the labels of the reviews, which pre-training may not read."""
   return frozenset([*SENTIMENT.values(), *TOPICS.values()])
 
 
 @functools.cache
 def docstrings() -> tuple[str, ...]:
-  """Paragraphs of the docstrings of this Python's standard library.
+  """Returns paragraphs of the docstrings of this Python's standard library.
 
-  Lower case, one paragraph an item; none holds a withheld word.
+  They are in lower case, one paragraph an item, and have no withheld word.
   """
   found = []
   for file in sorted(pathlib.Path(sysconfig.get_path('stdlib')).glob('*.py')):
@@ -416,7 +417,7 @@ def text(seed: int, count: int, docstring_share: float = 0.2) -> list[str]:
 
 
 def label_words() -> list[str]:
-  """400 invented words, such as `bolan`, to label anything with."""
+  """Returns 400 invented words, such as `bolan`, which serve as labels."""
   rng = random.Random('label words')
   starts = 'b c ch d f g h j k l m n p r s st t tr v w pl br'.split()
   middles = 'a e i o u'.split()
@@ -429,17 +430,18 @@ def label_words() -> list[str]:
 
 
 def vocabulary_text(seed: int, count: int) -> list[str]:
-  """Text to train the SentencePiece vocabulary on.
+  """Returns the training text of the SentencePiece vocabulary.
 
-  Beside the text itself, lists of its words: the trainer only considers pieces
-  that two different words begin with, such as `stale,` and `stale.`. Every
-  other label word is among them, so that answers have one piece or several.
+  It adds lists of the text's words to the text, because the trainer considers
+  only pieces that begin two different words, such as `stale,` and `stale.`. The
+  lists have every other label word, so that some answers are one piece and some
+  are several.
   """
   lines = text(seed, count)
   words = {w for s in sentences(seed, count) for w in s.text.split()}
   known = sorted(word for word in words if word.isalpha())
   rng = random.Random(f'vocabulary {seed}')
-  # Often enough to be worth a piece.
+  # Repeated often enough that the trainer gives each word a piece.
   for words in [known] * 6 + [label_words()[::2]] * 40:
     words = rng.sample(words, len(words))
     for end in ',.;':
@@ -456,7 +458,7 @@ def prefix_tasks(seed: int, count: int) -> list[prefixes.PrefixTask]:
 def prefix_rows(
   seed: int, count: int, tasks: Sequence[prefixes.PrefixTask]
 ) -> list[tuple[int, str, str]]:
-  """Draws (number of the task, sentence, label)."""
+  """Draws (task number, sentence, label)."""
   rng = random.Random(f'prefix rows {seed}')
   rows = []
   for _ in range(count):

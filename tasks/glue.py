@@ -5,13 +5,13 @@
     taskless_glue_mrpc_from_qqp_zeroshot_v002    trained on QQP, tested on MRPC
     glue_v002_proportional                       all, by their sizes
 
-A name's version is TFDS's: v002 is 1.0.0, v200 is 2.0.0, which has QQP from
-another place. `spot_glue_...` are aliases for v200, but for MNLI, whose three
-splits are a task each.
+A name ends with TFDS's version: v002 is 1.0.0, v200 is 2.0.0, which gets QQP
+from another source. `spot_glue_...` are aliases for v200, except for MNLI,
+where each of the three splits is a task.
 
-The reference's tasks `..._from_...` without `_examples` cannot be evaluated,
-and its mixtures `taskless_glue_mnli_and_dev_...` hold the plain tasks; here
-they are what their names say.
+In the reference, tasks `..._from_...` without `_examples` cannot be evaluated,
+and mixtures `taskless_glue_mnli_and_dev_...` hold the tasks that are not
+taskless. Here these tasks and mixtures match their names.
 """
 
 import functools
@@ -23,7 +23,7 @@ VERSIONS = {'v002': '1.0.0', 'v200': '2.0.0'}
 
 NLI = ('entailment', 'neutral', 'contradiction')
 PAIR = ('sentence1', 'sentence2')
-# Data set: its word, its fields in their order, its labels, its metrics and
+# For each data set: its word, its fields in order, its labels, its metrics and
 # the number of its task index token.
 TABLE = {
   'ax': ('mnli', ('hypothesis', 'premise'), NLI, [], 1),
@@ -95,7 +95,7 @@ TABLE = {
 STS_B_INDEX = 7
 SPLITS = {'ax': ('test',)}
 
-# Rows to train on, of TFDS 1.0.0; RTE counts double in SuperGLUE's mixtures.
+# Training rows in TFDS 1.0.0; SuperGLUE's mixtures count RTE double.
 SIZES = {
   'ax': 0,
   'cola': 8551,
@@ -110,7 +110,7 @@ SIZES = {
   'stsb': 5749,
 }
 
-# A task and where its prompt comes from: what that one's labels mean here.
+# A task and the task whose prompt it uses: the latter's labels -> the former's.
 TRANSFER = {
   ('mrpc', 'qqp'): {
     'duplicate': 'equivalent',

@@ -1,11 +1,11 @@
-"""Data sets of Hugging Face as tasks, with the package `datasets`.
+"""Hugging Face data sets as tasks, with the package `datasets`.
 
     ptune train --gin_file=tasks/from_hugging_face.gin \\
       --gin.DATASET="'imdb'" --gin.SPLITS="{'validation': 'test'}" \\
       --gin.INPUTS="'review: {text}'" --gin.TARGETS="'{label}'" ...
 
-Templates, labels and metrics are those of `files`. A directory that
-`save_to_disk` wrote is opened without network. `pip install 'ptune[datasets]'`.
+Templates, labels and metrics work as in `files`. A directory that
+`save_to_disk` wrote needs no network. `pip install 'ptune[datasets]'`.
 """
 
 import os
@@ -18,14 +18,14 @@ from ptune.tasks.texts import TextTask
 
 
 def _load(dataset: str, config: str | None, split: str) -> Any:
-  """Opens one split of a directory or of the hub."""
+  """Opens one split of a directory or of a data set on the hub."""
   try:
     import datasets
   except ModuleNotFoundError as error:
     raise UserError(
       "DATASET needs the package datasets: pip install 'ptune[datasets]'"
     ) from error
-  saved = ('dataset_dict.json', 'state.json')  # Of several splits, and of one.
+  saved = ('dataset_dict.json', 'state.json')  # Several splits; one split.
   if not any(os.path.isfile(os.path.join(dataset, name)) for name in saved):
     return datasets.load_dataset(dataset, config, split=split)
   parts = datasets.load_from_disk(dataset)
@@ -54,24 +54,24 @@ def from_hugging_face(
   rank: bool = False,
   name: str = 'from_hugging_face',
 ) -> TextTask:
-  """Makes a task that reads a data set of Hugging Face.
+  """Makes a task that reads a Hugging Face data set.
 
   Args:
     dataset: Its name on the hub, or a directory of `save_to_disk`.
     inputs: The template of the inputs, see `files.from_files`.
-    targets: That of the targets.
-    splits: The task's name of a split to that of `datasets`, which may be a
-      slice such as 'train[:90%]'; train and validation if not given.
-    config: Which of several configurations of the data set.
+    targets: The template of the targets.
+    splits: The task's splits -> the splits of `datasets`, which may be slices
+      such as 'train[:90%]'; the default is train and validation.
+    config: The configuration, if the data set has several.
     label_names: See `files.from_files`.
     metrics: See `texts.TextTask`.
     skip_bad_rows: See `files.from_files`.
     rank: See `texts.TextTask`.
-    name: Of the task.
+    name: The task's name.
 
   Raises:
-    UserError: The arguments do not fit together. What is wrong with the data
-      set is raised when a split is read.
+    UserError: The arguments do not fit together. Errors in the data set are
+      raised when a split is read.
   """
   splits = splits or {'train': 'train', 'validation': 'validation'}
 

@@ -1,9 +1,9 @@
 """Labels as the vocabulary writes them.
 
-A model answers in token ids. A label with a character that the vocabulary
-lacks, with two blanks or with a line end in it is decoded to another text than
-it was: '<=50K' becomes ' ⁇ =50K'. So an answer is compared with what the
-vocabulary makes of each label.
+A model answers in token ids. If a label has a character that the vocabulary
+lacks, two blanks or a line end, encoding and decoding it gives another text:
+'<=50K' becomes ' ⁇ =50K'. So we compare an answer with the decoded form of each
+label.
 """
 
 import dataclasses
@@ -18,24 +18,24 @@ from ptune.tasks import postprocessors
 
 
 class Vocabulary(Protocol):
-  """What is needed of a vocabulary, SeqIO's or `ptune.convert.pieces`'."""
+  """The needed methods of a vocabulary, SeqIO's or `ptune.convert.pieces`'."""
 
   def encode(self, text: str) -> Sequence[int]: ...
   def decode(self, ids: Sequence[int]) -> str: ...
 
 
 def written(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, str]:
-  """What the vocabulary writes for each label, to the label.
+  """Returns the decoded form of each label, mapped to the label.
 
   Args:
     labels: All labels of a classification.
-    vocabulary: That of the task's targets.
+    vocabulary: The vocabulary of the task's targets.
 
   Returns:
-    {'⁇ =50K': '<=50K', 'other': 'other'}; those that differ are logged.
+    {'⁇ =50K': '<=50K', 'other': 'other'}; forms that differ are logged.
 
   Raises:
-    UserError: Some labels have no tokens, or become the same text.
+    UserError: Some labels have no tokens, or have the same decoded form.
   """
   by_text: dict[str, list[str]] = {}
   empty = []
@@ -44,7 +44,7 @@ def written(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, str]:
     empty += [] if ids else [label]
     by_text.setdefault(vocabulary.decode(ids), []).append(label)
   same = [some for some in by_text.values() if len(some) > 1]
-  # A label that another one becomes would count as that one.
+  # If the decoded form of a label is another label, it would count as that one.
   same += [
     [label, text]
     for text, (label, *_) in by_text.items()
@@ -52,14 +52,14 @@ def written(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, str]:
   ]
   if same or empty:
     raise UserError(
-      f'LABEL_NAMES are {list(labels)}, and the vocabulary {vocabulary} cannot'
-      f' tell apart or cannot write {[*same, *empty]}; choose other names'
+      f'LABEL_NAMES are {list(labels)}, but the vocabulary {vocabulary} cannot'
+      f' distinguish or cannot write {[*same, *empty]}; choose other names'
     )
   changed = {some[0]: t for t, some in by_text.items() if some[0] != t}
   if changed:
     logging.warning(
-      'the vocabulary %s writes some labels in another way, and answers are'
-      ' compared with that: %s',
+      'the vocabulary %s writes some labels differently, and answers are'
+      ' compared with these forms: %s',
       vocabulary,
       changed,
     )
@@ -69,11 +69,11 @@ def written(labels: Sequence[str], vocabulary: Vocabulary) -> dict[str, str]:
 def cut(
   labels: Sequence[str], vocabulary: Vocabulary, length: int
 ) -> str | None:
-  """Says which labels do not fit into targets with their EOS, if any.
+  """Returns a message if some labels with EOS do not fit, or None.
 
   Args:
     labels: The labels.
-    vocabulary: That of the task's targets.
+    vocabulary: The vocabulary of the task's targets.
     length: TASK_FEATURE_LENGTHS['targets'].
   """
   sizes = {label: len(vocabulary.encode(label)) + 1 for label in labels}
@@ -93,7 +93,7 @@ class LabelIds:
 
   Attributes:
     labels: The labels.
-    vocabulary: Makes the vocabulary of the targets, when an answer comes.
+    vocabulary: Returns the vocabulary of the targets, when it is first needed.
     other_words: See `postprocessors.label_id`.
   """
 
@@ -103,18 +103,18 @@ class LabelIds:
 
   @functools.cached_property
   def written(self) -> dict[str, str]:
-    """See `written`; read when it is first needed."""
+    """See the function `written`; computed on first use."""
     return written(self.labels, self.vocabulary())
 
   def __call__(self, text: str, example: Any = None, is_target: bool = False):
     """See `postprocessors`."""
-    if not is_target:  # The target is a label as it was given.
+    if not is_target:  # A target is already in its original form.
       text = self.written.get(text, text)
     return postprocessors.label_id(text, self.labels, self.other_words)
 
 
 def of(postprocessor: Any) -> LabelIds | None:
-  """The labels that a task's postprocessor compares with, if it does."""
+  """Returns the labels that a task's postprocessor compares with, or None."""
   while isinstance(postprocessor, functools.partial):
     postprocessor = postprocessor.keywords.get('then')
   return postprocessor if isinstance(postprocessor, LabelIds) else None

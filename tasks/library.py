@@ -1,4 +1,4 @@
-"""Registers the whole library. Each of its modules can be imported alone."""
+"""Registers the whole library. You can also import each module alone."""
 
 from ptune.tasks import (  # noqa: F401
   c4,

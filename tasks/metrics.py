@@ -1,11 +1,11 @@
 """Metrics: functions (targets, predictions) -> {name: score}.
 
 Scores go from 0 to 100. Rows without a label do not count, so a split without
-any has no scores. A prediction that is no legal label is wrong, whatever the
-target, and `invalid` says how many there are.
+labels has no scores. A prediction that is not a legal label is wrong, whatever
+the target, and `invalid` counts these.
 
-They equal those of the reference implementation (t5 0.9.4) but for what is
-said in the docstrings.
+The metrics equal those of the reference implementation (t5 0.9.4); docstrings
+name the exceptions.
 """
 
 import collections
@@ -28,7 +28,7 @@ _UNLABELLED = (-1, UNLABELLED, [])
 
 
 def _library(module: str) -> Any:
-  """Imports what computes a metric, when it is first asked for.
+  """Imports a metric's library when the metric is first used.
 
   Raises:
     ValueError: It is not installed.
@@ -46,7 +46,7 @@ def _value(of: Any) -> Any:
 
 
 def _labelled(targets: Sequence[Any], predictions: Sequence[Any]):
-  """Both as pairs, without those that have no label."""
+  """Returns pairs of both, without those that have no label."""
   pairs = zip(targets, predictions, strict=True)
   return [pair for pair in pairs if _value(pair[0]) not in _UNLABELLED]
 
@@ -56,7 +56,7 @@ def _percent(values: Sequence[float]) -> float:
 
 
 def _wrong_if_invalid(pairs) -> tuple[list[int], list[int]]:
-  """0 and 1 only: an invalid prediction is the label that is wrong."""
+  """Returns only 0 and 1: an invalid prediction becomes the wrong label."""
   targets = [_value(target) for target, _ in pairs]
   predictions = [
     _value(p) if _value(p) in (0, 1) else 1 - target
@@ -66,7 +66,7 @@ def _wrong_if_invalid(pairs) -> tuple[list[int], list[int]]:
 
 
 def accuracy(targets, predictions) -> Scores:
-  """How many are equal. T5's takes an unlabelled target for a label -1."""
+  """The share that is equal. T5 takes an unlabelled target as the label -1."""
   pairs = _labelled(targets, predictions)
   if not pairs:
     return {}
@@ -74,7 +74,7 @@ def accuracy(targets, predictions) -> Scores:
 
 
 def invalid(targets, predictions) -> Scores:
-  """How many predictions are no legal label. Less is better."""
+  """The share of predictions that are not a legal label. Lower is better."""
   del targets
   if not predictions:
     return {}
@@ -93,7 +93,7 @@ def f1(targets, predictions) -> Scores:
 
 
 def macro_f1(classes: int) -> Metric:
-  """Makes the mean F1 of so many labels, each counting the same."""
+  """Makes the mean of the labels' F1 scores, all with equal weight."""
 
   def metric(targets, predictions) -> Scores:
     pairs = _labelled(targets, predictions)
@@ -113,14 +113,14 @@ def macro_f1(classes: int) -> Metric:
 def matthews(targets, predictions) -> Scores:
   """Matthews' correlation of two labels; 0 if it is undefined.
 
-  T5's makes invalid predictions a third label, which is no longer the
-  coefficient of CoLA (Warstadt et al., 2018).
+  T5 makes invalid predictions a third label, so its score is no longer CoLA's
+  coefficient (Warstadt et al., 2018).
   """
   pairs = _labelled(targets, predictions)
   if not pairs:
     return {}
   metrics = _library('sklearn.metrics')
-  with warnings.catch_warnings():  # That there is one label only.
+  with warnings.catch_warnings():  # A warning that there is only one label.
     warnings.simplefilter('ignore')
     score = metrics.matthews_corrcoef(*_wrong_if_invalid(pairs))
   return {'matthews_corrcoef': 100.0 * float(score)}
@@ -141,26 +141,26 @@ def _correlation(name: str, targets, predictions) -> Scores:
 
 
 def pearson(targets, predictions) -> Scores:
-  """Pearson's correlation; 0, not T5's NaN, if it is undefined.
+  """Pearson's correlation; 0 if it is undefined, where T5's is NaN.
 
-  An untrained prompt's predictions may all be the same, and a NaN would hide
-  every later score from what chooses the best.
+  An untrained prompt may predict the same for all rows. A NaN there would hide
+  every later score when the best prompt is chosen.
   """
   return _correlation('pearson', targets, predictions)
 
 
 def spearman(targets, predictions) -> Scores:
-  """Spearman's correlation of ranks; 0, not T5's NaN, if it is undefined."""
+  """Spearman's rank correlation; 0 if it is undefined, where T5's is NaN."""
   return _correlation('spearman', targets, predictions)
 
 
 def multirc_f1(targets, predictions) -> Scores:
-  """MultiRC's F1a: of all answers, whatever question they belong to."""
+  """MultiRC's F1a: over all answers, regardless of their questions."""
   return f1(targets, predictions)
 
 
 def multirc_exact_match(targets, predictions) -> Scores:
-  """MultiRC's EM: questions of which every answer is judged rightly."""
+  """MultiRC's EM: the share of questions whose answers are all judged right."""
   right = collections.defaultdict(lambda: True)
   for target, prediction in _labelled(targets, predictions):
     right[target['group']] &= target['value'] == prediction['value']
@@ -182,14 +182,14 @@ _TRIVIA_QA_BLANKS = string.punctuation + '‘’´`'  # noqa: RUF001
 
 
 def _trivia_qa_form(text: str) -> str:
-  """The same, but punctuation becomes blanks, curly quotes too."""
+  """As `_squad_form`, but punctuation and curly quotes become blanks."""
   blanks = str.maketrans(dict.fromkeys(_TRIVIA_QA_BLANKS, ' '))
   text = text.lower().translate(blanks)
   return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
 
 
 def _token_f1(target: str, prediction: str) -> float:
-  """F1 of words. SQuAD's is 0 for two texts without words, this one 1."""
+  """F1 of words. For two texts without words, SQuAD's is 0, this one is 1."""
   expected, found = target.split(), prediction.split()
   if not expected or not found:
     return float(expected == found)
@@ -198,7 +198,7 @@ def _token_f1(target: str, prediction: str) -> float:
 
 
 def _best_match(targets, predictions, form: Callable[[str], str]) -> Scores:
-  """Exact match and F1 with the answer that suits best."""
+  """Exact match and F1 with the best answer of each question."""
   em, f1s = [], []
   for answers, prediction in _labelled(targets, predictions):
     found = form(prediction)
@@ -221,7 +221,7 @@ def trivia_qa(targets, predictions) -> Scores:
 
 
 def record(targets, predictions) -> Scores:
-  """ReCoRD's EM and F1: a query counts once, however many answers it has."""
+  """ReCoRD's EM and F1: each query counts once, however many answers it has."""
   first = {}
   for target, prediction in zip(targets, predictions, strict=True):
     first.setdefault(target['group'], (target['value'], prediction['value']))
@@ -232,7 +232,7 @@ def record(targets, predictions) -> Scores:
 
 
 def exact_match(targets, predictions) -> Scores:
-  """How many texts are equal."""
+  """The share of texts that are equal."""
   scores = accuracy(targets, predictions)
   return {'exact_match': scores['accuracy']} if scores else {}
 
@@ -240,8 +240,8 @@ def exact_match(targets, predictions) -> Scores:
 def rouge(targets, predictions) -> Scores:
   """Mean F1 of ROUGE-1, -2 and -Lsum, by rouge-score without stemming.
 
-  A line, or what ends with ' . ', is a sentence. T5's is the median of a
-  bootstrap without a seed, which differs from call to call.
+  A line, or text that ends with ' . ', is a sentence. T5's score is the median
+  of a bootstrap without a seed, which differs from call to call.
   """
   if not targets:
     return {}
@@ -261,8 +261,8 @@ def rouge(targets, predictions) -> Scores:
 def bleu(targets, predictions) -> Scores:
   """Corpus BLEU by sacrebleu, tokenised by Unicode's classes.
 
-  A target is a text, or a list of texts that are all right. T5's reads such a
-  list as if it went over the rows.
+  A target is a text, or a list of texts that are all right. T5 reads such a
+  list as if it ran over the rows.
   """
   if not targets:
     return {}
@@ -279,11 +279,11 @@ def bleu(targets, predictions) -> Scores:
 
 
 def is_right(target: Any, prediction: Any) -> bool | None:
-  """Whether one prediction is right, None where there is no label.
+  """Returns whether one prediction is right, or None without a label.
 
-  Answers are compared as SQuAD does, everything else as it is. For generated
-  text, a score is a better judge. None, too, of what a task of others holds
-  that has no plain right or wrong.
+  Answers are compared as in SQuAD, all other values directly. For generated
+  text, a score is more useful. The result is also None for targets of other
+  people's tasks that have no plain right or wrong.
   """
   target, prediction = _value(target), _value(prediction)
   if isinstance(target, Mapping | np.ndarray) or target in _UNLABELLED:
@@ -300,16 +300,16 @@ def ranked(metrics: Sequence[Metric], labels: int) -> Metric:
   """Makes a metric of scores: each row's best label is its prediction.
 
   Args:
-    metrics: What is then computed of predictions.
-    labels: How many labels each row has. Rows of which EVAL_STEPS has left out
-      some do not count.
+    metrics: The metrics to compute on these predictions.
+    labels: How many labels each row has. If EVAL_STEPS cuts off some labels of
+      a row, the row does not count.
 
   Returns:
     A function (targets, scores) whose targets are `postprocessors.ranked`.
   """
 
   def metric(targets, scores) -> Scores:
-    if isinstance(scores, tuple):  # T5X gives what is behind them as well.
+    if isinstance(scores, tuple):  # T5X also gives the intermediate values.
       scores = scores[0]
     rows = collections.defaultdict(list)
     for target, score in zip(targets, scores, strict=True):
@@ -331,7 +331,7 @@ def ranked(metrics: Sequence[Metric], labels: int) -> Metric:
   return metric
 
 
-# What METRICS of tasks/from_files.gin may name, by what they compare.
+# The names that METRICS of tasks/from_files.gin may have, by what they compare.
 BY_NAME = {
   'label': {'accuracy': accuracy, 'f1': f1, 'matthews': matthews},
   'number': {'pearson': pearson, 'spearman': spearman},

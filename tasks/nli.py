@@ -5,9 +5,9 @@
     spot_anli_r1_v010         ANLI's rounds 1, 2 and 3
     spot_doc_nli_v100
 
-SNLI's rows on which annotators did not agree have the target '<unk>'. Unlike
-the reference, which compares texts, labels are numbers: what is no label can
-be told.
+SNLI's rows without a majority label have the target '<unk>'. The reference
+compares texts; here labels are numbers, so that we can count predictions that
+are not a label.
 """
 
 import functools
@@ -17,7 +17,7 @@ from ptune.tasks import metrics, preprocessors, registry
 THREE = ('entailment', 'neutral', 'contradiction')
 TWO = ('not_entailment', 'entailment')
 
-# Name: TFDS's name, its word, the column of the premise, its labels.
+# A name: TFDS's name, its word, the column of the premise, its labels.
 TABLE = {
   'snli_v110': ('snli:1.1.0', 'snli', 'premise', THREE),
   'anli_r1_v010': ('anli/r1:0.1.0', 'anli_r1', 'context', THREE),

@@ -1,7 +1,8 @@
-"""Decoded outputs to values: what the metrics compare.
+"""Converts decoded outputs to the values that metrics compare.
 
-SeqIO calls each with the decoded text, the example (strings are bytes, lists
-are arrays) and whether the text is the target's. What is no legal value is -1.
+SeqIO calls each function with the decoded text, the example (strings are bytes,
+lists are arrays) and whether the text is the target's. A value that is not
+legal becomes -1.
 """
 
 import functools
@@ -25,13 +26,13 @@ def label_id(
   example: Example | None = None,
   is_target: bool = False,
 ) -> int:
-  """The number of a label; -1 for every other text, so also for '<unk>'.
+  """Returns the number of a label; -1 for every other text, such as '<unk>'.
 
   Args:
     text: The decoded text.
     labels: The labels.
-    other_words: Texts that mean a label as well. A prompt that was trained on
-      one data set answers in its words on another (Lester et al., 2021,
+    other_words: Other texts that mean a label. A prompt trained on one data set
+      answers with that data set's labels on another (Lester et al., 2021,
       section 5.2): {'duplicate': 'equivalent'}.
     example: Not used.
     is_target: Not used.
@@ -44,9 +45,9 @@ def label_id(
 def number(
   text: str, example: Example | None = None, is_target: bool = False
 ) -> float:
-  """A finite number in ordinary writing; -1.0 for every other text.
+  """Returns a finite number in ordinary notation; -1.0 for every other text.
 
-  T5's code also takes 'nan', 'inf' and '1_0', of which a single one spoils a
+  T5's code also accepts 'nan', 'inf' and '1_0'; a single one would spoil a
   correlation.
   """
   del example, is_target
@@ -63,7 +64,7 @@ def multirc(
   is_target: bool = False,
   then: Callable[..., int] | None = None,
 ):
-  """MultiRC: {'value': label}, and for a target the question it belongs to."""
+  """MultiRC: {'value': label}, and for a target also its question."""
   then = then or functools.partial(label_id, labels=('False', 'True'))
   value = {'value': then(text, example=example, is_target=is_target)}
   if is_target:
@@ -72,7 +73,7 @@ def multirc(
 
 
 def record(text: str, example: Example, is_target: bool = False):
-  """ReCoRD: {'value': text}; for a target all answers, and which query."""
+  """ReCoRD: {'value': text}; for a target, all answers and its query."""
   if not is_target:
     return {'value': text}
   return {
@@ -82,7 +83,7 @@ def record(text: str, example: Example, is_target: bool = False):
 
 
 def answers(text: str, example: Example, is_target: bool = False):
-  """Questions: the text; for a target the list of all right answers."""
+  """Questions: the text; for a target, the list of all right answers."""
   if not is_target:
     return text
   return [_text(answer) for answer in example['answers']]
@@ -103,12 +104,12 @@ _DETERMINERS = frozenset(
 
 
 def wsc(text: str, example: Example, is_target: bool = False) -> int:
-  """WSC: whether the text names the candidate, which is the row's label.
+  """WSC: whether the text names the candidate; the target is the row's label.
 
-  It does if, without case and determiners, the words of one are among those
+  It does if, without case and determiners, the words of one are among the words
   of the other ('piano', 'the old piano'), and both or neither have an
-  apostrophe (not 'Bob' for "Bob's hat"). An answer without any other word is
-  -1 (Raffel et al., 2020, appendix B).
+  apostrophe (not 'Bob' for "Bob's hat"). An answer that has no other word is -1
+  (Raffel et al., 2020, appendix B).
   """
   if is_target:
     return int(example['label'])
@@ -131,7 +132,7 @@ def without_sentinel(
   example: Example | None = None,
   is_target: bool = False,
 ):
-  """Takes '<extra_id_0>' and blanks off the start, then postprocesses."""
+  """Removes '<extra_id_0>' and blanks from the start, then postprocesses."""
   text = text.lstrip().removeprefix('<extra_id_0>').lstrip()
   return then(text, example=example, is_target=is_target) if then else text
 
@@ -142,9 +143,9 @@ def ranked(
   example: Example,
   is_target: bool = False,
 ):
-  """A label that was scored: its value, its row, and the row's target.
+  """Returns the scored label's value, its row, and the row's target.
 
-  Only targets come here: what the model gives is a score. See
+  It is called only for targets, because the model's output is a score. See
   `registry.rank_labels`.
   """
   assert is_target

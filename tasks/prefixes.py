@@ -1,33 +1,34 @@
-"""Small tasks of pre-training, each told by ids that its rows start with.
+"""Small pre-training tasks; the first ids of a row say which task it is.
 
-A task asks for one attribute of a text and has a word of its own, drawn at
-random, for each value. Its rows start with ids that tell which task it is: some
-pieces of the vocabulary, drawn once for the task, and as many that only this
-task has. These are no pieces but rows of the embedding beyond the vocabulary,
-so that a model learns to be steered by vectors in front of its input:
+A task asks for one attribute of a text. It has its own word, drawn at random,
+for each value of the attribute. Its rows start with ids that identify the task:
+some pieces of the vocabulary, drawn once for the task, and as many ids that
+only this task uses. The latter are not pieces but rows of the embedding beyond
+the vocabulary. So the model learns to follow vectors in front of its input:
 
     inputs   1029 1711 806 122 3140 3141 3142 3143 <text> </s>
     targets  <label> </s>
 
 `generated` makes such tasks of generated text, examples/real_text of real text.
-TensorFlow is not imported here: `pretraining.prepend_prefix` puts ids to text.
+This module does not import TensorFlow; `pretraining.prepend_prefix` adds the
+ids to a text.
 """
 
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 
-PREFIX = 4  # Ids of each kind.
-FIRST_PIECE = 259  # After the special pieces and those of bytes.
+PREFIX = 4  # Number of ids of each kind.
+FIRST_PIECE = 259  # After the special pieces and the byte pieces.
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefixTask:
-  """A task of pre-training: to name one attribute by arbitrary labels.
+  """A pre-training task: name one attribute with arbitrary labels.
 
   Attributes:
-    attribute: Which one is asked for.
-    labels: The value -> the word that is to be answered.
+    attribute: The attribute that the task asks for.
+    labels: The attribute's value -> the word that answers it.
   """
 
   attribute: str
@@ -44,10 +45,10 @@ def draw_tasks(
   """Draws tasks: an attribute, 2 to 4 of its values, a word for each.
 
   Args:
-    seed: Of all that is drawn.
+    seed: Seed of everything that is drawn.
     count: How many tasks.
     values: The values of each attribute.
-    weights: How often an attribute is drawn, if not once.
+    weights: How often an attribute is drawn; the default is 1.
     words: The labels to draw from.
   """
   rng = random.Random(f'tasks {seed}')
@@ -66,13 +67,13 @@ def draw_tasks(
 def prefix_ids(
   seed: int, task: int, pieces: int, vocabulary_rows: int
 ) -> list[int]:
-  """The ids that a task's rows start with: PREFIX pieces, as many of its own.
+  """Returns the ids that a task's rows start with: PREFIX of each kind.
 
   Args:
-    seed: Of the pieces.
-    task: Its number.
-    pieces: Of the vocabulary, without sentinels.
-    vocabulary_rows: With them; a task's own ids are beyond.
+    seed: Seed of the pieces.
+    task: The task's number.
+    pieces: Pieces in the vocabulary, without sentinels.
+    vocabulary_rows: Pieces with sentinels; a task's own ids come after them.
   """
   rng = random.Random(f'prefix {seed} {task}')
   shared = [rng.randrange(FIRST_PIECE, pieces) for _ in range(PREFIX)]

@@ -1,12 +1,12 @@
 """Rows of a data set to text: `inputs` and `targets`, before tokenisation.
 
 Every function here is a SeqIO preprocessor from a `tf.data.Dataset` to another.
-The texts are those that T5 was trained with (Raffel et al., 2020, appendix D),
-down to blanks: a prompt for a T5 checkpoint should find its input as the
-checkpoint knows it. Where the reference implementation makes of a row something
-that cannot be meant, the docstring says what is done instead.
+The texts are exactly those of T5's training (Raffel et al., 2020, appendix D),
+including blanks, because a prompt works best if a T5 checkpoint gets its inputs
+in the form that it was trained on. In a few rows the reference implementation's
+text is clearly a mistake; then the docstring says what we do instead.
 
-A row without a label (-1 in TFDS) has the target '<unk>', and no metric counts
+A row without a label (-1 in TFDS) has the target '<unk>', and metrics ignore
 it.
 """
 
@@ -24,22 +24,22 @@ def _map(dataset: tf.data.Dataset, function) -> tf.data.Dataset:
 
 
 def _words(*parts: str | tf.Tensor) -> tf.Tensor:
-  """Joins parts with blanks and keeps every character of them."""
+  """Joins parts with blanks and keeps all their characters."""
   return tf.strings.join(parts, separator=' ')
 
 
 def one_blank(text: tf.Tensor) -> tf.Tensor:
-  """Turns each run of ASCII white space into one blank."""
+  """Replaces each run of ASCII white space with one blank."""
   return tf.strings.regex_replace(text, r'\s+', ' ')
 
 
 def pad_punctuation(text: tf.Tensor) -> tf.Tensor:
-  """Sets ASCII punctuation between blanks: 'a.b' -> 'a . b', 'a.' -> 'a . '."""
+  """Puts blanks around ASCII punctuation: 'a.b' -> 'a . b', 'a.' -> 'a . '."""
   return one_blank(tf.strings.regex_replace(text, r'([[:punct:]])', r' \1 '))
 
 
 def remove_first_word(dataset: tf.data.Dataset) -> tf.data.Dataset:
-  """Takes away the inputs' first word, which names the data set."""
+  """Removes the inputs' first word, which names the data set."""
 
   def remove(example):
     rest = tf.strings.regex_replace(
@@ -51,7 +51,7 @@ def remove_first_word(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _label_text(label: tf.Tensor, labels: Sequence[str]) -> tf.Tensor:
-  """The text of a label; one that is out of range stops the run."""
+  """Returns a label's text; a label out of range stops the run."""
   if label.dtype == tf.string:
     label = tf.strings.to_number(label, tf.int64)
   names = tf.constant([UNLABELLED, *labels])
@@ -59,7 +59,7 @@ def _label_text(label: tf.Tensor, labels: Sequence[str]) -> tf.Tensor:
 
 
 def _index(example: Example) -> dict[str, tf.Tensor]:
-  """The row's number: `idx`, or `idx/question` and the like."""
+  """Returns the row's number: `idx`, or `idx/question` and the like."""
   idx = example.get('idx')
   if isinstance(idx, Mapping):
     return {f'idx/{name}': value for name, value in idx.items()}
@@ -74,7 +74,7 @@ def classification(
   html: bool = False,
   collapse: bool = False,
 ) -> tf.data.Dataset:
-  """Rows of text fields with an integer label.
+  """Converts rows of text fields with an integer label.
 
       before  {'hypothesis': 'B.', 'premise': 'A.', 'label': 0, 'idx': 7}
       after   {'inputs': 'mnli hypothesis: B. premise: A.',
@@ -84,10 +84,10 @@ def classification(
     dataset: The rows.
     name: The first word of the inputs.
     fields: The columns in the order of the inputs; a mapping gives the word
-      that stands in front of each column.
+      before each column.
     labels: The text of each label.
-    html: Whether to remove MultiRC's markup: <br> becomes a blank, <b> goes.
-    collapse: Whether runs of white space become one blank.
+    html: Whether to remove MultiRC's markup: <br> becomes a blank, <b> nothing.
+    collapse: Whether to replace runs of white space with one blank.
   """
   if not isinstance(fields, Mapping):
     fields = {field: field for field in fields}
@@ -113,9 +113,9 @@ def classification(
 def sts_b(dataset: tf.data.Dataset) -> tf.data.Dataset:
   """STS-B: a similarity from 0 to 5, as the text of the nearest fifth.
 
-  What lies between two fifths goes to the even one, as in T5: 2.5 -> '2.4'.
-  Unlike T5's, an unlabelled row's target is '<unk>' and not '-1.0', and no
-  target is '-0.0'.
+  A value halfway between two fifths rounds to the even one, as in T5: 2.5 ->
+  '2.4'. T5 gives an unlabelled row the target '-1.0' and may write '-0.0'; here
+  an unlabelled row has '<unk>', and no target is '-0.0'.
   """
 
   def to_text(row):
@@ -133,15 +133,15 @@ def sts_b(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def record(dataset: tf.data.Dataset) -> tf.data.Dataset:
-  """ReCoRD: a passage, and a query with a gap that an entity fills.
+  """ReCoRD: a passage, and a query with a gap for an entity.
 
-  Each row becomes one example for each of its answers, equal but for the
-  target. A row without answers becomes one with the target '<unk>'.
+  Each row becomes one example for each answer; these differ only in the target.
+  A row without answers becomes one example with the target '<unk>'.
   """
 
   def to_text(row):
     passage = row['passage']
-    # A highlight begins a sentence, so the one before it ends with a stop.
+    # A highlight begins a sentence, so the sentence before it gets a full stop.
     for pattern, end in (
       (r"""([.?!"'])\n@highlight\n""", r'\1 '),
       (r'\n@highlight\n', '. '),
@@ -170,23 +170,23 @@ def record(dataset: tf.data.Dataset) -> tf.data.Dataset:
 def wsc(
   dataset: tf.data.Dataset, only_correct: bool = False
 ) -> tf.data.Dataset:
-  """WSC as generation: a text with a marked pronoun -> what it stands for.
+  """WSC as generation: a text with a marked pronoun -> the noun it stands for.
 
       before  {'text': 'Ann left as she was ill.', 'span2_text': 'she', ...}
       after   {'inputs': 'wsc: Ann left as *she* was ill.', 'targets': 'Ann'}
 
-  The pronoun that is marked is the one nearest to the row's index, set apart
-  from punctuation. T5's own code marks every word ' X ' of the text as well,
-  leaves a blank behind a pronoun at the end, and stops at a pronoun that is
-  the first word or is not where the index says; none of this is followed.
+  We mark the pronoun nearest to the row's index, and separate it from
+  punctuation. T5's own code also marks every word ' X ' of the text, and leaves
+  a blank after a pronoun at the end. It stops if the pronoun is the first word
+  or is not at the row's index. We do none of that.
 
   Args:
     dataset: The rows of super_glue/wsc.fixed.
-    only_correct: Whether to leave out rows whose candidate is a wrong one,
-      which cannot be trained on.
+    only_correct: Whether to leave out rows whose candidate is wrong, because
+      they cannot be trained on.
 
   Raises:
-    InvalidArgumentError: On reading, a text does not have its pronoun.
+    InvalidArgumentError: On reading, a text does not contain its pronoun.
   """
 
   def to_text(row):
@@ -217,10 +217,10 @@ def wsc(
 
 
 def definite_pronoun(dataset: tf.data.Dataset) -> tf.data.Dataset:
-  """DPR in WSC's form: the first place of the pronoun as a word is marked.
+  """DPR in WSC's form: marks the first place where the pronoun is a word.
 
-  T5's own code marks one only between a blank and a blank, full stop or comma,
-  so not at the start of a sentence, and sometimes a later one instead.
+  T5's own code marks it only between a blank and a blank, full stop or comma,
+  so not at the start of a sentence, and sometimes marks a later place instead.
   """
 
   def to_text(row):
@@ -238,7 +238,7 @@ def definite_pronoun(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _answered(answers: tf.Tensor) -> tf.Tensor:
-  """The first of padded answers, '<unk>' if there are none."""
+  """Returns the first of padded answers, '<unk>' if there are none."""
   first = tf.concat([answers, [UNLABELLED]], 0)[0]
   return tf.strings.strip(first)
 
@@ -248,9 +248,9 @@ def squad(
 ) -> tf.data.Dataset:
   """SQuAD: a question and its context -> the first answer.
 
-  Punctuation stands between blanks. Unlike T5's, a target that ends with
-  punctuation has no blank behind it, and a question without answers has the
-  target '<unk>' instead of stopping the run.
+  Punctuation has blanks around it. T5 leaves a blank after a target that ends
+  with punctuation, and stops on a question without answers; here there is no
+  such blank, and the target is '<unk>'.
   """
 
   def to_text(row):
@@ -274,7 +274,7 @@ def squad(
 
 
 def mrqa(dataset: tf.data.Dataset, name: str = '') -> tf.data.Dataset:
-  """MRQA in SQuAD's form, with a first word if it has a `name`."""
+  """MRQA in SQuAD's form; the inputs begin with `name` if it is given."""
 
   def to_text(row):
     question = pad_punctuation(row['question'])
@@ -297,7 +297,7 @@ def mrqa(dataset: tf.data.Dataset, name: str = '') -> tf.data.Dataset:
 def generation(
   dataset: tf.data.Dataset, prefix: str, source: str, target: str
 ) -> tf.data.Dataset:
-  """One column to another, behind a prefix such as 'summarize:'."""
+  """One column to another, with a prefix such as 'summarize:'."""
 
   def to_text(row):
     return {'inputs': _words(prefix, row[source]), 'targets': row[target]}

@@ -1,25 +1,25 @@
 """Pre-training on plain text: span corruption and prefix language modelling.
 
-Lines of text are tokenised and laid end to end, and cut into pieces. From the
-piece a b c d e f g h:
+Lines of text are tokenised, laid end to end, and cut into pieces. For example,
+the piece a b c d e f g h becomes:
 
     span corruption  inputs   a b <extra_id_0> e f <extra_id_1> </s>
                      targets  <extra_id_0> c d <extra_id_1> g h </s>
     prefix LM        inputs   a b c </s>
                      targets  d e f g h </s>
 
-Span corruption is what T5 was trained with (Raffel et al., 2020, sections
-3.1.4 and 3.3.4), prefix LM what it was adapted with before its prompts were
-tuned (Lester et al., 2021, section 2.2, "LM adaptation"). A module that
-registers both for the files of a directory:
+T5 was trained with span corruption (Raffel et al., 2020, sections 3.1.4 and
+3.3.4). It was then adapted with prefix LM before prompts were tuned (Lester et
+al., 2021, section 2.2, "LM adaptation"). This module registers both for the
+files of a directory:
 
     source = pretraining.text_files('/data/corpus/*.txt.gz')
     vocabulary = seqio.SentencePieceVocabulary('/data/vocab.model', 100)
     pretraining.add_span_corruption('my_spans', source, vocabulary)
     pretraining.add_prefix_lm('my_prefixes', source, vocabulary)
 
-Train on them with runs/pretrain.gin: it streams tasks, so that every epoch
-draws anew. A task kept in memory would draw once.
+Train on them with runs/pretrain.gin. It streams tasks, so that every epoch
+draws new spans; a task kept in memory would draw them once.
 """
 
 import functools
@@ -32,9 +32,9 @@ from ptune.errors import UserError
 
 NOISE_DENSITY = 0.15
 MEAN_NOISE_SPAN_LENGTH = 3.0
-# What text files are shuffled in: blocks of lines, so that most neighbours in
-# a piece are neighbours in a file. Of lines of 300 bytes, 2,000 blocks are 40
-# MB. SeqIO then shuffles pieces, but only 1,000, which is less than a file.
+# Text files are shuffled in blocks of lines, so that most neighbours in a piece
+# are neighbours in a file. If lines have 300 bytes, 2,000 blocks are 40 MB.
+# SeqIO then shuffles pieces, but only 1,000, which is less than a file.
 LINES_IN_BLOCK, SHUFFLED_BLOCKS, FILES_AT_ONCE = 64, 2000, 16
 
 
@@ -43,19 +43,19 @@ def text_files(
 ) -> seqio.FunctionDataSource:
   """Returns the lines of text files as a source with two splits.
 
-  Every 100th line of a file, counted without blank lines, is in `validation`
-  and all others are in `train`. So a file's lines keep their splits whatever
-  other files there are; a text that occurs on two lines may be in both.
+  Every 100th line of a file, not counting blank lines, is in `validation`; all
+  others are in `train`. So a file's lines keep their splits whatever other
+  files there are. A text that occurs on two lines may be in both splits.
 
   Args:
-    pattern: Globs of files of UTF-8 text with one paragraph a line. Those
-      that end in `.gz` are compressed. They are looked for when a task reads
-      them, so a module can register tasks where the files are not.
-    validation_every: Which lines are held out.
+    pattern: Globs of UTF-8 text files with one paragraph a line. Files that end
+      in `.gz` are compressed. The files are searched for when a task reads
+      them, so you can register a task on a machine without the files.
+    validation_every: Interval of the validation lines.
 
   Returns:
-    A source of {'text': string}: lines in the order of the files' names or,
-    if shuffled, in another order in each epoch.
+    A source of {'text': string}: lines in the order of the files' names. If
+    shuffled, the order differs in each epoch.
 
   Raises:
     ValueError: `validation_every` leaves nothing to train on; on reading: no
@@ -97,10 +97,11 @@ def text_files(
 def _blocks(
   file: tf.Tensor, split: str, validation_every: int
 ) -> tf.data.Dataset:
-  """Reads those lines of one file that belong to a split, some at a time."""
+  """Reads the lines of one file that belong to a split, in blocks."""
   compressed = tf.strings.regex_full_match(file, r'.*\.gz')
   lines = tf.data.TextLineDataset(file, tf.where(compressed, 'GZIP', ''))
-  # Blank lines go first: every other line may be blank, and every 100th then.
+  # Remove blank lines first: otherwise a file with every other line blank could
+  # have no text on its 100th lines.
   lines = lines.filter(lambda line: tf.strings.strip(line) != '').enumerate()
   held_out = split == 'validation'
   lines = lines.filter(
@@ -114,12 +115,12 @@ def noise_counts(
 ) -> tuple[int, int]:
   """Returns how many tokens of a piece are noise, and in how many spans.
 
-  They depend on the length alone, so pieces of one length stay of one length
-  when they are corrupted. Halves are rounded to even, as in T5.
+  Both depend only on the length, so pieces of equal length keep equal lengths
+  when they are corrupted. Halves round to even, as in T5.
   """
   noise = min(max(round(length * noise_density), 1), length - 1)
   spans = max(round(noise / mean_noise_span_length), 1)
-  return noise, min(spans, noise, length - noise)  # no span may be empty
+  return noise, min(spans, noise, length - noise)  # Every span has a token.
 
 
 def span_corruption_lengths(
@@ -129,8 +130,8 @@ def span_corruption_lengths(
 ) -> tuple[int, int]:
   """Returns the tokens in a piece, and in its targets with sentinels and EOS.
 
-  Corrupted, a piece fills inputs of `inputs_length` to the last place. For
-  512 these are 568 and 114, T5's numbers.
+  A corrupted piece fills inputs of `inputs_length` exactly. For 512 the result
+  is 568 and 114, T5's numbers.
 
   Raises:
     ValueError: A parameter is out of range.
@@ -149,7 +150,7 @@ def span_corruption_lengths(
     noise, spans = counts(length)
     return length - noise + spans + 1
 
-  length = 2  # the shortest piece: one token that is seen and one that is not
+  length = 2  # The shortest piece: one token is kept and one is noise.
   if corrupted(length) > inputs_length:
     raise UserError(
       f"TASK_FEATURE_LENGTHS['inputs'] is {inputs_length}, expected at least "
@@ -170,21 +171,21 @@ def span_corruption(
 ) -> tf.data.Dataset:
   """A preprocessor: tokens in `targets` -> corrupted inputs and the noise.
 
-  A piece begins with a token that is kept and ends with noise. How many tokens
-  are noise, and how many spans, is given by its length; where the spans lie is
-  random, all possibilities being equally likely. All pieces are full, but for
-  the last one of a dataset that ends.
+  A piece begins with a kept token and ends with noise. Its length determines
+  the numbers of noise tokens and spans. The positions of the spans are random;
+  all possibilities are equally likely. All pieces are full, except the last
+  piece of a finite dataset.
 
   Args:
-    dataset: {'targets': [tokens] int32} without EOS, which a preprocessor
-      after this one appends.
+    dataset: {'targets': [tokens] int32} without EOS, which a later preprocessor
+      appends.
     sequence_length: TASK_FEATURE_LENGTHS.
-    output_features: Those of the task.
-    noise_density: The share of the tokens that is noise.
-    mean_noise_span_length: Tokens in a span of noise, on average.
+    output_features: The task's output features.
+    noise_density: The fraction of tokens that are noise.
+    mean_noise_span_length: Average number of tokens in a span of noise.
     sentinel_first: Whether the targets begin with the first sentinel, as T5's
-      do. Without, they begin with the first token of noise; the sentinels
-      between spans stay.
+      do. Otherwise they begin with the first noise token; the sentinels between
+      spans stay.
 
   Raises:
     ValueError: A parameter is out of range, the targets do not fit their
@@ -196,7 +197,7 @@ def span_corruption(
     lengths['inputs'], *parameters
   )
   targets_length -= not sentinel_first
-  counts = [(0, 0), (0, 0)]  # of no and of one token, which are left out
+  counts = [(0, 0), (0, 0)]  # For 0 and 1 tokens; such pieces are left out.
   counts += [noise_counts(n, *parameters) for n in range(2, length + 1)]
   vocabulary = output_features['targets'].vocabulary
   spans = counts[length][1]
@@ -239,7 +240,7 @@ def _corrupt(piece, seeds, counts, vocab_size, sentinel_first):
 
 
 def _segments(total: tf.Tensor, parts: tf.Tensor, seed) -> tf.Tensor:
-  """Draws the lengths [parts] of non-empty parts that make up `total`."""
+  """Draws the lengths [parts] of non-empty parts whose sum is `total`."""
   places = tf.random.experimental.stateless_shuffle(tf.range(1, total), seed)
   edges = tf.concat([[0], tf.sort(places[: parts - 1]), [total]], 0)
   return edges[1:] - edges[:-1]
@@ -248,7 +249,7 @@ def _segments(total: tf.Tensor, parts: tf.Tensor, seed) -> tf.Tensor:
 def spans_to_sentinels(
   tokens: tf.Tensor, mask: tf.Tensor, vocab_size: int
 ) -> tf.Tensor:
-  """Puts a sentinel in the place of each run of tokens that a mask marks.
+  """Replaces each run of masked tokens with a sentinel.
 
   The first sentinel is the last token of the vocabulary. With 1,100 tokens:
 
@@ -259,7 +260,7 @@ def spans_to_sentinels(
   Args:
     tokens: [length] int32
     mask: [length] bool
-    vocab_size: Of the vocabulary with its sentinels.
+    vocab_size: Size of the vocabulary with its sentinels.
   """
   begins = mask & ~tf.concat([[False], mask[:-1]], 0)
   sentinels = vocab_size - tf.cumsum(tf.cast(begins, tokens.dtype))
@@ -271,12 +272,12 @@ def prefix_lm(
 ) -> tf.data.Dataset:
   """A preprocessor: tokens in `targets` -> a prefix and its continuation.
 
-  Pieces have as many tokens as the shorter feature, so that wherever one is
-  cut, both parts fit with EOS. Every place between two tokens is as likely.
+  A piece has as many tokens as the shorter feature. So both parts fit with EOS,
+  wherever it is cut. Every cut between two tokens is equally likely.
 
   Args:
-    dataset: {'targets': [tokens] int32} without EOS, which a preprocessor
-      after this one appends.
+    dataset: {'targets': [tokens] int32} without EOS, which a later preprocessor
+      appends.
     sequence_length: TASK_FEATURE_LENGTHS. Give both features one length.
 
   Raises:
@@ -311,7 +312,7 @@ def _feature_lengths(
 
 
 def _pieces(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:
-  """Lays tokens end to end and cuts them, over lines and over epochs.
+  """Lays tokens end to end and cuts them, across lines and epochs.
 
   With a length of 4:
 
@@ -320,7 +321,7 @@ def _pieces(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:
   """
   tokens = dataset.map(lambda example: example['targets']).unbatch()
   pieces = tokens.batch(length)
-  # A last piece of one token has nothing to predict it from.
+  # In a last piece of one token, nothing is left to predict it from.
   pieces = pieces.filter(lambda piece: tf.size(piece) > 1)
   return pieces.map(lambda piece: {'targets': piece})
 
@@ -333,10 +334,10 @@ def prepend_sentinel(
 ) -> tf.data.Dataset:
   """A preprocessor: puts the sentinel <extra_id_{offset}> before a feature.
 
-  A model trained by span corruption alone has only seen targets that begin
-  with one, so targets of downstream tasks may suit it better when they do
-  (Lester et al., 2021, section 2.2, "Span Corruption + Sentinel"). It stands
-  after tokenize and before EOS is appended.
+  A model trained by span corruption alone has seen only targets that begin with
+  a sentinel. Downstream tasks may suit it better if their targets begin with
+  one too (Lester et al., 2021, section 2.2, "Span Corruption + Sentinel"). Use
+  it after tokenize and before EOS is appended.
   """
   sentinel = output_features[feature].vocabulary.vocab_size - 1 - offset
 
@@ -351,8 +352,8 @@ def prepend_sentinel(
 def prepend_prefix(dataset: tf.data.Dataset) -> tf.data.Dataset:
   """A preprocessor: puts the ids in `prefix` before the tokens of `inputs`.
 
-  So a row tells its task, see `prefixes`. It stands after tokenize and before
-  EOS is appended.
+  The ids say which task a row belongs to, see `prefixes`. Use it after tokenize
+  and before EOS is appended.
   """
 
   def prepend(example):
@@ -380,7 +381,7 @@ def _add(name, source, vocabulary, objective) -> seqio.Task:
     preprocessors=[
       _text_to_targets,
       functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
-      # What is random comes after, so a cached task still draws anew.
+      # Random steps come after the cache, so a cached task still draws anew.
       seqio.CacheDatasetPlaceholder(),
       objective,
       seqio.preprocessors.append_eos_after_trim,
@@ -400,16 +401,16 @@ def add_span_corruption(
   """Registers a task of span corruption, without metrics.
 
   Args:
-    name: Of the task.
+    name: The task's name.
     source: A source of examples with a field `text`.
-    vocabulary: With as many sentinels (extra_ids) as pieces have spans.
+    vocabulary: It needs as many sentinels (extra_ids) as a piece has spans.
     noise_density: As for `span_corruption`.
     mean_noise_span_length: As for `span_corruption`.
     sentinel_first: As for `span_corruption`.
 
   Raises:
-    ValueError: A task has this name. What does not suit TASK_FEATURE_LENGTHS
-      is raised when the task is read.
+    ValueError: A task has this name. Values that do not suit
+      TASK_FEATURE_LENGTHS raise when the task is read.
   """
   objective = functools.partial(
     span_corruption,
@@ -425,6 +426,7 @@ def add_prefix_lm(
 ) -> seqio.Task:
   """Registers a task of prefix language modelling, without metrics.
 
-  Args and errors are those of `add_span_corruption`; no sentinels are needed.
+  Arguments and errors are as for `add_span_corruption`, but it needs no
+  sentinels.
   """
   return _add(name, source, vocabulary, prefix_lm)

@@ -2,15 +2,15 @@
 
     squad_v010_allanswers              trained on the first of several answers
     mrqa_hotpot_qa_v100                in MRQA's training domains
-    mrqa_bio_asq_v100                  out of them: a test split, as validation
+    mrqa_bio_asq_v100                  outside them: a test split, as validation
     squad_to_bio_asq_examples          a mixture: trained on SQuAD, tested there
-    squad_to_mrqa_examples             tested in all domains out of training
+    squad_to_mrqa_examples             tested in all domains outside training
 
 The mixtures are the domain shifts of Lester et al., 2021, section 5.1. Inputs
-name no data set, so there are no taskless variants, but for `spot_mrqa_...`.
+do not name the data set, so only `spot_mrqa_...` has taskless variants.
 
-Unlike the reference's, `squad_v010` compares with its one answer, not with
-that answer's letters.
+The reference's `squad_v010` compares with the letters of its one answer; here
+it compares with the answer itself.
 """
 
 import functools

@@ -1,18 +1,20 @@
-"""How the modules beside this one register their data sets with SeqIO.
+"""Registers the data sets of the modules beside it with SeqIO.
 
-A data set has up to three variants, and each of them three vocabularies:
+A data set has up to three variants, each with three vocabularies:
 
     glue_cola_v200              inputs begin with the data set's name, 'cola'
-    taskless_glue_cola_v200     they do not: what prompts are tuned on
-    task_index_glue_cola_v200   a token of its own stands in the name's place
+    taskless_glue_cola_v200     they do not; prompts are tuned on these
+    task_index_glue_cola_v200   a special token replaces the name
     mt5_..., byt5_...           the same in another vocabulary
 
-Names are those of the reference implementations, t5 and prompt-tuning. There,
-`_examples` behind a name wrote texts to TensorBoard as well; here every task's
-predictions are written with their texts, and such a name is an alias.
+Names are those of the reference implementations, t5 and prompt-tuning. In the
+reference, a name with `_examples` at the end also writes texts to TensorBoard.
+Here every task writes its predictions with their texts, and such a name is an
+alias.
 
-`..._rank` behind a classification task evaluates it by scoring every label,
-where the task itself generates text: see `rank_labels`. Both are trained alike.
+A classification task generates text. With `_rank` at the end of its name, it is
+evaluated by scoring every label instead: see `rank_labels`. Training is the
+same.
 """
 
 import copy
@@ -38,9 +40,9 @@ Preprocessor = Callable[..., tf.data.Dataset]
 
 
 def t5_vocabulary() -> seqio.Vocabulary:
-  """The vocabulary of all tasks without a prefix; a file is read when used.
+  """Returns the vocabulary of all tasks without a prefix, read on first use.
 
-  It is `texts.chosen_vocabulary`, as it is when the first task is registered.
+  It is the `texts.chosen_vocabulary` at the time of the first registration.
   """
   path, extra_ids = chosen_vocabulary()
   if path.endswith('.model') or extra_ids is not None:
@@ -54,18 +56,18 @@ def t5_vocabulary() -> seqio.Vocabulary:
 
 @functools.cache
 def vocabulary(prefix: str = '') -> seqio.Vocabulary:
-  """The vocabulary of the tasks with a prefix: '', 'mt5_' or 'byt5_'."""
+  """Returns the vocabulary of a prefix: '', 'mt5_' or 'byt5_'."""
   if prefix == 'byt5_':
     return seqio.ByteVocabulary()
   if prefix == 'mt5_':
-    # Its file has the 100 sentinels among its pieces.
+    # The 100 sentinels are already pieces in its file.
     return seqio.SentencePieceVocabulary(MT5_VOCABULARY)
   return t5_vocabulary()
 
 
 @functools.cache
 def features(prefix: str = '') -> Mapping[str, seqio.Feature]:
-  """The output features of the tasks with a prefix."""
+  """Returns the output features of the tasks with a prefix."""
   feature = seqio.Feature(vocabulary(prefix), add_eos=True)
   return {'inputs': feature, 'targets': feature}
 
@@ -79,7 +81,7 @@ def add_task(
   preprocessors: Sequence[Preprocessor],
   **arguments: Any,
 ) -> None:
-  """Registers one task, unless its name is taken: what others named stays."""
+  """Registers one task, unless its name is taken; users' tasks are kept."""
   if name not in seqio.TaskRegistry.names():
     seqio.TaskRegistry.add(
       name, source=source, preprocessors=preprocessors, **arguments
@@ -89,7 +91,7 @@ def add_task(
 def tokenized(
   text: Sequence[Preprocessor], *after: Preprocessor
 ) -> list[Preprocessor]:
-  """The steps from rows to ids, cached before those that come after."""
+  """Returns the steps from rows to ids; the cache comes before `after`."""
   return [
     *text,
     seqio.preprocessors.tokenize,
@@ -104,12 +106,13 @@ def rank_labels(
   text: Sequence[Preprocessor],
   labels: Sequence[str],
 ) -> seqio.DataSource:
-  """A source of texts: rows to train on, elsewhere each with every label.
+  """Makes a source of texts: training rows; in other splits, row times label.
 
-  In `train` there is one example a row, as in the task itself. In all other
-  splits there is one for each label, whose text is the target, with the `row`
-  it belongs to and the `gold` text that the row has. An evaluation's `loss` and
-  `token_accuracy` are over all of them, so they say nothing of the task.
+  The split `train` has one example a row, as the task itself has. Every other
+  split has one example for each label of a row. Its target is the label's text;
+  `row` is the row's number, and `gold` is the row's own text. An evaluation's
+  `loss` and `token_accuracy` are computed over all of these, so they say
+  nothing about the task.
   """
 
   def every_label(number, example):
@@ -125,7 +128,7 @@ def rank_labels(
       dataset = step(dataset)
     if split == 'train':
       return dataset
-    # Unique over the shards that seqio_cache_tasks reads one by one.
+    # Unique over the shards, which seqio_cache_tasks reads one by one.
     shard = how.get('shard_info')
     first = shard.index << 40 if shard else 0
     return dataset.enumerate(first).flat_map(every_label)
@@ -142,7 +145,7 @@ def ranking(
   postprocess: Callable[..., Any],
   metrics: Sequence[metrics_lib.Metric],
 ) -> dict[str, Any]:
-  """The arguments of a task that is evaluated by scoring every label."""
+  """Returns the arguments of a task that scores every label in evaluation."""
   return {
     'source': rank_labels(source, text, labels),
     'preprocessors': tokenized([]),
@@ -169,20 +172,20 @@ def register(
   """Registers a data set under all its names.
 
   Args:
-    names: Its names without prefixes, the first one and aliases.
+    names: Its names without prefixes: the main one and aliases.
     source: Its rows.
     text: The steps from rows to text.
     postprocess: See `postprocessors`; with labels, it gets their numbers as
       `then`.
     metrics: See `metrics`.
-    labels: All targets of a classification task. It is then also registered
-      with `_rank`, and tells how many predictions are no label.
+    labels: All targets of a classification task. The task is then also
+      registered with `_rank`, and counts predictions that are not a label.
     other_words: See `postprocessors.label_id`; there is no `_rank` then.
-    variants: Which there are.
-    task_index: Says which token stands for the data set: 0 is the last one of
-      the vocabulary.
-    sentinel_name: A name under which a sentinel ends the inputs and begins the
-      targets, as a model of span corruption knows it (Raffel et al., 2020).
+    variants: The variants to register.
+    task_index: The number of the token that replaces the data set's name: 0 is
+      the last token of the vocabulary.
+    sentinel_name: A name for a variant in which a sentinel ends the inputs and
+      begins the targets, as in span corruption (Raffel et al., 2020).
   """
   names = [names] if isinstance(names, str) else list(names)
   metrics = list(metrics)
@@ -236,7 +239,7 @@ def _postprocessor(
   labels: Sequence[str] | None,
   other_words: Mapping[str, str] | None,
 ) -> Callable[..., Any] | None:
-  """What comes before the metrics of a task in one of VOCABULARIES."""
+  """Returns the postprocessor of a task in one of VOCABULARIES."""
   if labels is None:
     return postprocess
   ids = labels_lib.LabelIds(
@@ -252,9 +255,9 @@ def append_sentinel(
   output_features: Mapping[str, seqio.Feature],
   sequence_length: Mapping[str, int] | None = None,
 ) -> tf.data.Dataset:
-  """A preprocessor: puts the sentinel <extra_id_0> behind the inputs.
+  """A preprocessor: appends the sentinel <extra_id_0> to the inputs.
 
-  Inputs are trimmed before, so that it keeps its place with EOS behind it.
+  It trims the inputs first, so that the sentinel and EOS both fit.
   """
   sentinel = output_features['inputs'].vocabulary.vocab_size - 1
   limit = (sequence_length or {}).get('inputs')
@@ -273,8 +276,8 @@ def register_mixture(
   """Registers a mixture of tasks in all vocabularies, unless a name is taken.
 
   Args:
-    names: Its names, the first one and aliases.
-    rates: For each task how often it is drawn, in relation to the others.
+    names: Its names: the main one and aliases.
+    rates: The relative rate of each task.
   """
   names = [names] if isinstance(names, str) else names
   for vocab in VOCABULARIES:
@@ -286,9 +289,9 @@ def register_mixture(
 
 
 class _TfdsSource(seqio.TfdsDataSource):
-  """Prepares a data set when its splits are asked for and are not known.
+  """Prepares a data set when its splits are needed and not yet known.
 
-  SeqIO's own says that there are none until the data set has been read.
+  SeqIO's own source says that there are none until the data set is prepared.
   """
 
   def _prepare(self):
@@ -307,5 +310,5 @@ class _TfdsSource(seqio.TfdsDataSource):
 
 
 def tfds(name: str, splits: Any = None) -> seqio.TfdsDataSource:
-  """A data set of TFDS, 'glue/cola:2.0.0', with some or all of its splits."""
+  """Returns a TFDS data set, 'glue/cola:2.0.0', with some or all splits."""
   return _TfdsSource(tfds_name=name, splits=splits)

@@ -1,4 +1,4 @@
-"""Rows of TSV, CSV and JSON lines, each with its place or what is wrong."""
+"""Rows of TSV, CSV and JSON lines, each with its location, or its error."""
 
 import collections
 import csv
@@ -13,27 +13,27 @@ from ptune.convert import storage
 from ptune.errors import UserError
 
 SUFFIXES = ('.tsv', '.csv', '.jsonl')
-SHOWN_COLUMNS = 20  # that a message lists
-LARGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit is 131,072
+SHOWN_COLUMNS = 20  # Columns that a message lists.
+LARGEST_FIELD = 2**31 - 1  # In a CSV file; Python's own limit is 131,072.
 
 Row = Mapping[str, Any]
 
 
 class BadRow(UserError):
-  """What is wrong with one row; whoever reads it knows where it is."""
+  """The error of one row; the caller adds the row's location."""
 
 
 def read_rows(
   file: str, name: str = 'TASK_FILES', may_be_empty: bool = False
 ) -> Iterator[tuple[str, Row | BadRow]]:
-  """Yields where each row of a file stands, 'dev.tsv:7', and the row.
+  """Yields the location of each row of a file, 'dev.tsv:7', and the row.
 
-  Blank lines are left out. A row that cannot be read is yielded as the error.
+  Blank lines are left out. For a row that cannot be read, it yields the error.
 
   Args:
     file: The file.
-    name: The setting that names it, for messages.
-    may_be_empty: Whether a file without any row will do.
+    name: The setting that names the file, for messages.
+    may_be_empty: Whether the file may have no rows.
 
   Raises:
     UserError: The file does not exist, has no rows or an unknown suffix.
@@ -60,7 +60,7 @@ def suffix_of(file: str) -> str:
 
 
 def read_lines(file: str, name: str) -> list[bytes]:
-  """The lines of a text file, which may end in .gz.
+  """Returns the lines of a text file, which may end in .gz.
 
   Lines end with LF or CR LF, or with CR in a file that has no LF.
 
@@ -72,14 +72,16 @@ def read_lines(file: str, name: str) -> list[bytes]:
     try:
       data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
-      raise UserError(f'{name} has {file!r}, no gzip file: {error}') from error
+      raise UserError(
+        f'{name} has {file!r}, not a gzip file: {error}'
+      ) from error
   if data.startswith((b'\xff\xfe', b'\xfe\xff')):
     raise UserError(f'{name} has {file!r}, which is UTF-16; save it as UTF-8')
   return split_lines(data)
 
 
 def split_lines(data: bytes) -> list[bytes]:
-  """The lines of a text, without their ends and a byte order mark."""
+  """Returns the lines of a text without line ends and byte order mark."""
   data = data.removeprefix(b'\xef\xbb\xbf')
   if b'\n' not in data:
     return data.split(b'\r')
@@ -87,16 +89,16 @@ def split_lines(data: bytes) -> list[bytes]:
 
 
 def decoded(line: bytes) -> str:
-  """The text of a line; raises BadRow if it is not UTF-8."""
+  """Returns the text of a line; raises BadRow if it is not UTF-8."""
   try:
     text = line.decode('utf-8')
   except UnicodeDecodeError as error:
     raise BadRow(
-      f'byte {error.object[error.start]:#04x}, the {error.start + 1}. of the '
+      f'byte {error.object[error.start]:#04x}, number {error.start + 1} of the '
       'line, is not UTF-8'
     ) from None
   if '\0' in text:
-    raise BadRow(f'character {text.index(chr(0)) + 1} is NUL; this is no text')
+    raise BadRow(f'character {text.index(chr(0)) + 1} is NUL; this is not text')
   return text
 
 
@@ -118,7 +120,7 @@ def _columns(file: str, fields: Sequence[str]) -> Sequence[str]:
 
 
 def listed(columns: Iterable[Any]) -> str:
-  """The names of columns, the first few of many."""
+  """Returns the names of columns, only the first few if there are many."""
   names = [f'{name!s:.80}' for name in columns]
   more = ['...'] if len(names) > SHOWN_COLUMNS else []
   return ', '.join([*names[:SHOWN_COLUMNS], *more])
@@ -155,7 +157,7 @@ def _header(file: str, line: bytes) -> str:
 
 
 def _separator(header: str) -> str:
-  """What ends the fields of a CSV file, told by the line of the columns."""
+  """Returns the field separator of a CSV file, found in its header."""
   if ',' in header:
     return ','
   return ';' if ';' in header else '\t' if '\t' in header else ','
@@ -163,7 +165,7 @@ def _separator(header: str) -> str:
 
 def _read_csv(file, lines):
   csv.field_size_limit(LARGEST_FIELD)
-  # Bytes that are no UTF-8 become characters of their own, told by them.
+  # Bytes that are not UTF-8 become special characters, which we detect later.
   texts = [line.decode('utf-8', errors='surrogateescape') for line in lines]
   separator = _separator(next(text for text in texts if text.strip()))
   columns = None
@@ -186,10 +188,10 @@ def _read_csv(file, lines):
 
 
 def _records(texts: Sequence[str], separator: str):
-  """Yields the line where each record begins, and its fields.
+  """Yields the first line number of each record, and its fields.
 
-  A record that is not CSV, such as one whose quote is never closed, is an
-  error; reading goes on behind its first line.
+  A record that is not CSV, such as one with an unclosed quote, is an error;
+  reading continues after its first line.
   """
   start = 0
   while start < len(texts):
@@ -220,7 +222,7 @@ def _read_jsonl(file, lines):
       raise
     except RecursionError:
       raise BadRow('is nested too deeply') from None
-    except ValueError as error:  # Also of a number of thousands of digits.
+    except ValueError as error:  # Also for a number of thousands of digits.
       raise BadRow(f'is not JSON: {error}') from None
     if not isinstance(record, dict):
       raise BadRow('is not a JSON object, expected {"column": value, ...}')

@@ -1,12 +1,12 @@
-"""A user's own rows as a SeqIO task: for T5X, `seqio_cache_tasks` and others.
+"""A user's own rows as a SeqIO task, for T5X, `seqio_cache_tasks` and others.
 
     # mine.py, a MIXTURE_OR_TASK_MODULE
     from ptune.tasks import files, seqio_texts
 
     seqio_texts.register(files.from_files({'train': 'a.tsv'}, ...))
 
-ptune itself needs none of this. Here SeqIO shuffles, and rows without a label
-stay in the training split; ptune leaves them out, T5X does not.
+ptune itself does not need this. Here SeqIO shuffles, and rows without a label
+stay in the training split. ptune leaves such rows out, but T5X trains on them.
 """
 
 import seqio
@@ -17,7 +17,7 @@ from ptune.tasks.texts import TextTask
 
 
 def source(task: TextTask) -> seqio.DataSource:
-  """The rows of a task; of one that is ranked, each with every label."""
+  """Returns the rows of a task; if it ranks, each row with every label."""
 
   def dataset(split, shuffle_files, seed=None):
     texts = dict(task.texts(split))
@@ -27,7 +27,7 @@ def source(task: TextTask) -> seqio.DataSource:
     return rows
 
   made = seqio.FunctionDataSource(dataset, splits=list(task.splits))
-  # Counted only when asked for: rows of an unused split are never read.
+  # Count only when needed, because rows of an unused split are never read.
   made.num_input_examples = lambda split: len(task.texts(split)['inputs'])
   return (
     registry.rank_labels(made, [], task.labels or ()) if task.rank else made
@@ -35,10 +35,10 @@ def source(task: TextTask) -> seqio.DataSource:
 
 
 def register(task: TextTask) -> str:
-  """Registers a task with SeqIO; again under a name replaces it.
+  """Registers a task with SeqIO; it replaces a task of the same name.
 
   Returns:
-    Its name.
+    The task's name.
   """
   seqio.TaskRegistry.remove(task.name)
   seqio.TaskRegistry.add(

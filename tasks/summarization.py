@@ -5,9 +5,9 @@
     spot_gigaword_v120         the data set's name, 'summarize: ', a document
     taskless_spot_samsum_v100  without the name
 
-TFDS 4.9.10 serves CNN/DailyMail and Multi-News in newer versions than the
-reference's, 3.4.0 and 2.1.0: names that say others are aliases for these.
-Newsroom has to be downloaded by hand.
+TFDS 4.9.10 serves newer versions of CNN/DailyMail and Multi-News, 3.4.0 and
+2.1.0, than the reference used; names with the old versions are aliases. You
+must download Newsroom by hand.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""SuperGLUE (Wang et al., 2019), with WSC as generation and DPR for it.
+"""SuperGLUE (Wang et al., 2019), with WSC as generation, and DPR beside WSC.
 
     taskless_super_glue_boolq_v102                        a task
     taskless_super_glue_wsc_and_dev_v102_simple           WSC: train, validation
@@ -6,15 +6,15 @@
     task_index_super_glue_with_dpr_v102_examples_proportional
     super_glue_boolq_v102_1_sentinel                      with a sentinel
 
-WSC asks which noun a marked pronoun stands for. It can only be trained on rows
-whose candidate is right (`..._simple_train`), and is evaluated on all
-(`..._simple_eval`): Raffel et al., 2020, section 2.4. DPR (Rahman and Ng,
-2012) is data of the same form. AX-b and AX-g have a test split only, and take
-what RTE's prompt knows.
+WSC asks which noun a marked pronoun stands for. Only rows whose candidate is
+right can be trained on (`..._simple_train`); all rows are evaluated
+(`..._simple_eval`): Raffel et al., 2020, section 2.4. DPR (Rahman and Ng, 2012)
+has data of the same form. AX-b and AX-g have only a test split; use RTE's
+prompt for them.
 
-The reference's `task_index_dpr_v001_simple...` have the metrics of another
-task, and its `..._dpr_v001_simple_examples` cannot be evaluated; here all DPR
-tasks have the same accuracy.
+In the reference, `task_index_dpr_v001_simple...` have the metrics of another
+task, and `..._dpr_v001_simple_examples` cannot be evaluated. Here all DPR tasks
+have the same accuracy metric.
 """
 
 import functools
@@ -25,7 +25,7 @@ VARIANTS = (registry.PLAIN, registry.TASKLESS, registry.TASK_INDEX)
 
 ENTAILMENT = ('entailment', 'not_entailment')
 BOOLEAN = ('False', 'True')
-# Data set: its word, its fields in their order, its labels, its metrics and
+# For each data set: its word, its fields in order, its labels, its metrics and
 # the number of its task index token.
 TABLE = {
   'axb': (
@@ -77,7 +77,7 @@ SPLITS = {'axb': ('test',), 'axg': ('test',)}
 RECORD_INDEX = 4
 WSC_INDEX = 7
 
-# How often a task is drawn: its rows to train on, RTE's double.
+# Rates in mixtures: the number of training rows; RTE counts double.
 SIZES = {
   'super_glue_boolq_v102': 9427,
   'super_glue_cb_v102': 250,

@@ -1,4 +1,4 @@
-"""Rows to texts: templates with columns in braces, and labels by one rule."""
+"""Rows to texts: templates with columns in braces, and the rule for labels."""
 
 import math
 import string
@@ -12,20 +12,20 @@ from ptune.tasks.metrics import UNLABELLED
 from ptune.tasks.rows import BadRow, Row
 from ptune.tasks.rows import listed as listed_columns
 
-SHOWN = 20  # bad rows that a message lists; it counts all
+SHOWN = 20  # Bad rows that a message lists; it counts all.
 
 LabelNames = Sequence[str] | Mapping[str, str]
 
 
 def columns_of(template: str, macro: str) -> list[str]:
-  """The columns that a template names.
+  """Returns the columns in a template.
 
   Args:
     template: Such as 'sentence: {sentence}'.
-    macro: Its name, for messages.
+    macro: The macro that sets it, for messages.
 
   Raises:
-    UserError: It is no template.
+    UserError: It is not a template.
   """
   if not isinstance(template, str):
     raise UserError(
@@ -56,10 +56,10 @@ def columns_of(template: str, macro: str) -> list[str]:
 
 
 def fill(template: str, row: Row) -> str:
-  """A template with the columns of a row.
+  """Fills a template with the columns of a row.
 
   Raises:
-    BadRow: A column is missing, or no text.
+    BadRow: A column is missing, or is not text.
   """
   text = []
   for literal, column, _, _ in string.Formatter().parse(template):
@@ -88,7 +88,7 @@ def _value(row: Row, column: str) -> str:
     try:
       str(value).encode()
     except UnicodeEncodeError as error:
-      raise BadRow(f'column {column!r} is no Unicode text: {error}') from None
+      raise BadRow(f'column {column!r} is not Unicode: {error}') from None
     except ValueError as error:  # An integer of thousands of digits.
       raise BadRow(f'column {column!r}: {error}') from None
     return str(value)
@@ -96,7 +96,7 @@ def _value(row: Row, column: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-  """A value of Python for one of NumPy, which DataFrames have."""
+  """Converts a NumPy value, as in a DataFrame, to a Python value."""
   return value.item() if getattr(value, 'ndim', None) == 0 else value
 
 
@@ -108,7 +108,7 @@ class Labels(NamedTuple):
 
   Attributes:
     column: The column that has them.
-    names: Their names; of a dict, what the column has.
+    names: Their names; if LABEL_NAMES is a dict, the values of the column.
     texts: The targets, in the same order.
     exact: Whether the column has these names and no numbers.
   """
@@ -120,7 +120,7 @@ class Labels(NamedTuple):
 
 
 def labels_of(targets: str, names: LabelNames) -> Labels:
-  """LABEL_NAMES and the template TARGETS as labels.
+  """Returns the labels that LABEL_NAMES and the template TARGETS describe.
 
   Raises:
     UserError: They do not fit together.
@@ -156,7 +156,7 @@ _BOOLEANS = {'true': 1, 'false': 0}
 
 
 def _label(row: Row, labels: Labels) -> str:
-  """The target of a row: see the module's docstring."""
+  """Returns the target of a row, by the rules in the docstring of `files`."""
   column, names, texts, exact = labels
   value = _plain(row[column]) if column in row else _value(row, column)
   missing = value is None or (isinstance(value, float) and math.isnan(value))
@@ -179,8 +179,8 @@ def _label(row: Row, labels: Labels) -> str:
     if as_number != named[0]:
       raise BadRow(
         f'label {value!r} in column {column!r} is the name of a label and the '
-        f'number of {meant}. Make LABEL_NAMES a dict, of what the column has '
-        f"and the label's name: {dict(zip(names, names, strict=True))}"
+        f"number of {meant}. Make LABEL_NAMES a dict, from the column's value "
+        f"to the label's name: {dict(zip(names, names, strict=True))}"
       )
   if named:
     return texts[named[0]]
@@ -190,7 +190,7 @@ def _label(row: Row, labels: Labels) -> str:
 
 
 def _number(text: str) -> int | None:
-  """'1' and '1.0' -> 1; anything that is no whole number -> None."""
+  """Parses '1' and '1.0' as 1; returns None for other texts."""
   try:
     number = float(text)
   except ValueError:
@@ -213,11 +213,11 @@ def _in_range(row: Row, labels: Labels, number: int | None) -> int:
 
 
 class Templates(NamedTuple):
-  """What makes texts of rows.
+  """Makes texts of rows.
 
   Attributes:
     inputs: The template of the inputs.
-    targets: That of the targets.
+    targets: The template of the targets.
     labels: The labels of a classification.
   """
 
@@ -226,21 +226,21 @@ class Templates(NamedTuple):
   labels: Labels | None
 
   def of_inputs(self, row: Row) -> str:
-    """The inputs of a row; raises BadRow."""
+    """Returns the inputs of a row; raises BadRow."""
     return fill(self.inputs, row)
 
   def of_targets(self, row: Row) -> str:
-    """The targets of a row; raises BadRow."""
+    """Returns the targets of a row; raises BadRow."""
     return _label(row, self.labels) if self.labels else fill(self.targets, row)
 
 
 def templates_of(
   inputs: str, targets: str, label_names: LabelNames | None
 ) -> Templates:
-  """INPUTS, TARGETS and LABEL_NAMES, checked.
+  """Checks INPUTS, TARGETS and LABEL_NAMES, and returns them as `Templates`.
 
   Raises:
-    UserError: They are no templates, or do not fit together.
+    UserError: They are not templates, or do not fit together.
   """
   columns_of(inputs, 'INPUTS'), columns_of(targets, 'TARGETS')
   labels = labels_of(targets, label_names) if label_names else None
@@ -257,9 +257,9 @@ def to_texts(
   """Fills the templates with rows.
 
   Args:
-    rows: Where each row stands, and the row or what is wrong with it.
+    rows: Each row's location, and the row or its error.
     inputs: The template of the inputs.
-    targets: That of the targets.
+    targets: The template of the targets.
     label_names: See `files.from_files`.
     skip_bad_rows: Whether to leave out bad rows, which are logged.
 
@@ -267,7 +267,7 @@ def to_texts(
     'inputs' and 'targets': lists of the same length.
 
   Raises:
-    UserError: There are bad rows, which are listed, or no good ones.
+    UserError: There are bad rows, which it lists, or no good rows.
   """
   templates = templates_of(inputs, targets, label_names)
   texts: dict[str, list[str]] = {'inputs': [], 'targets': []}
@@ -284,7 +284,7 @@ def to_texts(
     texts['targets'].append(target)
   if bad and not skip_bad_rows:
     raise UserError(
-      f'{len(bad)} bad rows; mend them, or set SKIP_BAD_ROWS = True to leave '
+      f'{len(bad)} bad rows; fix them, or set SKIP_BAD_ROWS = True to leave '
       f'them out:{listed(bad)}'
     )
   if bad:
@@ -295,6 +295,6 @@ def to_texts(
 
 
 def listed(bad: Sequence[str]) -> str:
-  """The first bad rows, one a line, and how many more there are."""
+  """Returns the first bad rows, one a line, and the number of further ones."""
   more = [f'and {len(bad) - SHOWN} more'] if len(bad) > SHOWN else []
   return ''.join(f'\n  {line}' for line in [*bad[:SHOWN], *more])

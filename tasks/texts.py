@@ -4,13 +4,13 @@
     task = files.from_rows(rows, labels=['negative', 'positive'])
     Batches(task, {'inputs': 64, 'targets': 8}, 32)
 
-A `TextTask` stands wherever a SeqIO task does: `MIXTURE_OR_TASK_NAME`, and
-everything that takes a task. It has the names of `seqio.Task` for what both
-have. Inputs and targets are encoded by one vocabulary and end with EOS, behind
-what is left after trimming to TASK_FEATURE_LENGTHS.
+You can use a `TextTask` wherever you can use a SeqIO task: in
+`MIXTURE_OR_TASK_NAME`, and as any argument that is a task. Its attributes have
+the same names as those of `seqio.Task`. One vocabulary encodes inputs and
+targets. Both are trimmed to TASK_FEATURE_LENGTHS and then end with EOS.
 
-The order of training is ptune's own, the same for rows from Python, flags or
-`tasks/from_files.gin`: epoch e is numpy's permutation of the rows, drawn by
+ptune defines the training order, which is the same for rows from Python, flags
+or `tasks/from_files.gin`. Epoch e is numpy's permutation of the rows, drawn by
 Philox with the key (seed, e), then bucketed; see `ptune.data.batches`.
 """
 
@@ -33,7 +33,7 @@ from ptune.tasks.templates import Templates
 VOCABULARY_VARIABLE = 'PTUNE_VOCABULARY'
 T5_VOCABULARY = 'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model'
 
-# For a split: 'inputs' and 'targets', lists of equal length.
+# One split: 'inputs' and 'targets', lists of equal length.
 Texts = Mapping[str, Sequence[str]]
 
 
@@ -41,13 +41,14 @@ Texts = Mapping[str, Sequence[str]]
 def chosen_vocabulary(
   path: str | None = None, extra_ids: int | None = None
 ) -> tuple[str, int | None]:
-  """Which vocabulary tasks have that do not name one.
+  """Returns the vocabulary of tasks that do not name one.
 
   Args:
     path: VOCABULARY: a SentencePiece file, local or on gs://, a model's
-      directory with one in it, or a model by its name, such as `ptune://tiny`.
-      If not given, what PTUNE_VOCABULARY names, and T5's if it names none.
-    extra_ids: Sentinels to add; as many as are missing if not given.
+      directory that contains one, or a model's name, such as `ptune://tiny`.
+      The default is the environment variable PTUNE_VOCABULARY, then T5's
+      vocabulary.
+    extra_ids: Sentinels to add; the default is as many as are missing.
 
   Returns:
     The path, and extra_ids.
@@ -59,7 +60,7 @@ def chosen_vocabulary(
 
 
 def default_vocabulary() -> Vocabulary:
-  """The vocabulary of `chosen_vocabulary`; a file is read when it is used."""
+  """Returns `chosen_vocabulary`; its file is read on first use."""
   return open_vocabulary(*chosen_vocabulary())
 
 
@@ -69,14 +70,14 @@ class TextTask:
   Attributes:
     name: The name in logs, files and scores.
     splits: The names of the splits.
-    vocabulary: Of inputs and targets.
+    vocabulary: The vocabulary of inputs and targets.
     labels: All targets of a classification, None for other tasks. A row without
       a label has the target `UNLABELLED`.
-    rank: Whether an evaluation scores every label of a row. If not, the model
-      writes one.
-    postprocess_fn: A decoded text to what metrics compare, as of a seqio.Task.
+    rank: Whether an evaluation scores every label of a row. If False, the model
+      generates one.
+    postprocess_fn: Converts a decoded text for the metrics, as in seqio.Task.
     metric_fns: Functions of (targets, predictions), or of (targets, scores).
-    templates: What made the texts of rows, None if they were texts.
+    templates: The templates that made the texts; None if rows were texts.
   """
 
   def __init__(
@@ -90,16 +91,16 @@ class TextTask:
     vocabulary: Vocabulary | None = None,
     templates: Templates | None = None,
   ):
-    """Puts a task together; nothing is read.
+    """Builds a task without reading anything.
 
     Args:
-      name: Of the task.
-      read: For each split what reads its texts, called once when needed.
+      name: The task's name.
+      read: For each split a function that reads its texts, called at most once.
       labels: All targets of a classification.
-      metrics: METRICS: names in `metrics.BY_NAME`, or 'macro_f1'; if not given,
-        accuracy for a classification and exact_match for other tasks.
+      metrics: METRICS: names in `metrics.BY_NAME`, or 'macro_f1'. The default
+        is accuracy for a classification and exact_match for other tasks.
       rank: See above.
-      vocabulary: The one that VOCABULARY names if not given.
+      vocabulary: The default is VOCABULARY.
       templates: See above.
 
     Raises:
@@ -114,7 +115,7 @@ class TextTask:
       )
     postprocess, functions = _scoring(metrics, labels)
     if rank and not labels:
-      raise UserError('RANK is True, expected LABEL_NAMES to be scored')
+      raise UserError('RANK is True, but there are no LABEL_NAMES to score')
     if metrics_lib.exact_match in functions:
       postprocess = self._as_written
     if labels:
@@ -135,23 +136,24 @@ class TextTask:
     return self.name
 
   def texts(self, split: str) -> Texts:
-    """All rows of a split, kept when they were read."""
+    """Returns all rows of a split; they are read once."""
     if split not in self._texts:
       self._texts[split] = self._read[split]()
     return self._texts[split]
 
   def training(self, split: str) -> tuple[list[str], list[str], int]:
-    """What is trained on: inputs, targets, and how many rows have no label."""
+    """Returns training inputs, targets, and how many rows have no label."""
     texts = self.texts(split)
     pairs = list(zip(texts['inputs'], texts['targets'], strict=True))
     kept = [p for p in pairs if self.labels is None or p[1] != UNLABELLED]
     return [i for i, _ in kept], [t for _, t in kept], len(pairs) - len(kept)
 
   def examples(self, split: str) -> list[dict[str, Any]]:
-    """What is evaluated: 'inputs' and 'targets' as texts, in order.
+    """Returns the evaluation rows: 'inputs' and 'targets' as texts, in order.
 
-    To rank, a row is there once for each label, with its number as `row` and
-    its own target as `gold`. An evaluation's `loss` is over all of them.
+    If the task ranks, each row appears once for each label, with its number as
+    `row` and its own target as `gold`. An evaluation's `loss` is then over
+    all of these.
     """
     texts = self.texts(split)
     rows = zip(texts['inputs'], texts['targets'], strict=True)
@@ -166,7 +168,7 @@ class TextTask:
   def _as_written(
     self, text: str, example=None, is_target: bool = False
   ) -> str:
-    """A target as the vocabulary writes it, which is what a model can say."""
+    """Returns a target as the vocabulary, and so a model, can write it."""
     del example
     if not is_target:
       return text
@@ -176,7 +178,7 @@ class TextTask:
 def _scoring(
   metrics: Sequence[str] | None, labels: Sequence[str] | None
 ) -> tuple[Callable[..., Any] | None, list[metrics_lib.Metric]]:
-  """The postprocessor and the functions of METRICS."""
+  """Returns the postprocessor and the functions of METRICS."""
   if metrics is None:
     metrics = ['accuracy' if labels else 'exact_match']
   if isinstance(metrics, str) or not all(isinstance(m, str) for m in metrics):
@@ -199,8 +201,8 @@ def _scoring(
   compared = {kinds[name] for name in metrics}
   if len(compared) > 1:
     raise UserError(
-      f'METRICS is {list(metrics)}, expected what compares the same; these '
-      f'compare {", ".join(f"{name}: {kinds[name]}" for name in metrics)}'
+      f'METRICS is {list(metrics)}, expected metrics of one kind; these are '
+      f'of {", ".join(f"{name}: {kinds[name]}" for name in metrics)}'
     )
   kind = compared.pop() if compared else 'text'
   if (kind == 'label') != (labels is not None and bool(metrics)):

@@ -1,10 +1,10 @@
-"""Trains a SentencePiece vocabulary, of the kind that T5 has, on text files.
+"""Trains a SentencePiece vocabulary like T5's on text files.
 
     python -m ptune.tasks.vocabulary --input='/data/corpus/*.txt.gz' \\
       --vocab_size=8000 --output=/data/vocab.model
 
-Use it as seqio.SentencePieceVocabulary('/data/vocab.model', extra_ids=100): the
-100 sentinels are added to --vocab_size, so this model has 8,100 tokens.
+Use it as seqio.SentencePieceVocabulary('/data/vocab.model', extra_ids=100). The
+100 sentinels come on top of --vocab_size, so this model has 8,100 tokens.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SAMPLE = 'The 42 naïve cats said “hello” 😀.'
 
 
 def read_lines(files: Sequence[str]) -> Iterator[str]:
-  """Yields the lines of text files, of which some may end in .gz.
+  """Yields the lines of text files, some of which may end in .gz.
 
   Raises:
     ValueError: A file is not UTF-8 text.
@@ -50,19 +50,19 @@ def train_vocabulary(
 
   Args:
     patterns: Globs of local files, `.txt` or `.txt.gz`, one paragraph a line.
-    vocab_size: Pieces, the special ones and those of bytes among them.
-    output: The file to write. It appears when it is complete.
-    byte_fallback: Whether a character without a piece is written in its UTF-8
-      bytes, for which ids 3..258 are set aside. Without, it is unknown.
+    vocab_size: Number of pieces, including special pieces and byte pieces.
+    output: The file to write. It appears only when it is complete.
+    byte_fallback: Whether to write a character without a piece as its UTF-8
+      bytes, which have the ids 3 to 258. If False, it is unknown.
 
   Raises:
     ValueError: No file matches a pattern, the output cannot be written, a
-      file is no text, or the text does not suit `vocab_size`.
+      file is not text, or the text does not suit `vocab_size`.
   """
   empty = [pattern for pattern in patterns if not glob.glob(pattern)]
   if empty:
     raise UserError(
-      f'No file matches --input {", ".join(empty)}, expected at least one for '
+      f'No file matches --input {", ".join(empty)}; expected at least one for '
       f'each. A relative path starts at {os.getcwd()}.'
     )
   files = sorted({file for pattern in patterns for file in glob.glob(pattern)})
@@ -71,7 +71,7 @@ def train_vocabulary(
     if os.path.isdir(output):
       raise IsADirectoryError(f'{output} is a directory')
     os.makedirs(folder, exist_ok=True)
-    # Made before the training, which takes minutes, to see that it can be.
+    # Create it before training, which takes minutes, to see if that works.
     scratch = tempfile.TemporaryDirectory(dir=folder)
   except OSError as error:
     raise UserError(
@@ -103,20 +103,20 @@ def _train(
       eos_id=1,
       unk_id=2,
       bos_id=-1,
-      # The default leaves out lines of more than 4,192 bytes, silently.
+      # By default, lines of more than 4,192 bytes are silently left out.
       max_sentence_length=2**30,
-      num_threads=16,  # the default, fixed: the order of sums depends on it
+      num_threads=16,  # The default; fixed, because sums depend on its order.
       minloglevel=2,
     )
   except RuntimeError as error:
     raise UserError(
-      f'No vocabulary of --vocab_size {vocab_size} comes of the text in '
+      f'Cannot train a vocabulary of --vocab_size {vocab_size} on the text of '
       f'{len(files)} files, first {files[0]}: {error}'
     ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  """Runs the command line; what is wrong with it goes to stderr, status 2."""
+  """Runs the command line; an error goes to stderr, with status 2."""
   parser = argparse.ArgumentParser(
     prog='python -m ptune.tasks.vocabulary',
     description='Trains a SentencePiece vocabulary of the kind that T5 has.',

@@ -79,10 +79,10 @@ def train_with(*more, without=(), **macros):
     ([], 'the following arguments are required: COMMAND'),
     (
       ['train'],
-      'nothing to do; give\n       ptune train --base=BASE --train=FILE',
+      'no settings were given; usage:\n       ptune train --base=BASE',
     ),
     (['train', '--modl_dir=/x'], '--modl_dir=/x; did you mean --model_dir'),
-    (['train', '--process_count=2'], 'are given together or not at all'),
+    (['train', '--process_count=2'], 'together, or none of them'),
     (
       [
         *('train', '--coordinator_address=a:1', '--process_count=1'),
@@ -118,7 +118,7 @@ def test_a_wrong_command_is_answered_in_a_line(says, arguments, message):
     ('XQZ=5', "no macro 'XQZ'; there are BATCH_SIZE, BEST_METRIC"),
     (
       'PROMPT_FILE="a"',
-      'has no effect: the gin files do not read it; prompts/f',
+      'has no effect: no gin file reads it; prompts/f',
     ),
     # Values.
     (
@@ -126,10 +126,10 @@ def test_a_wrong_command_is_answered_in_a_line(says, arguments, message):
       'has no value; expected --gin.NAME=VALUE, such as --gin.TRA',
     ),
     ('TRAIN_STEPS 5', 'has no value'),
-    ('TRAIN_STEPS=', 'cannot be read .*Values are written as in Python'),
+    ('TRAIN_STEPS=', 'cannot be read .*Write values as in Python'),
     (
       'MODEL_DIR=/tmp/x',
-      'strings have quotes, .* --gin.MODEL_DIR="\'/runs/sst2',
+      'a string needs quotes, .* --gin.MODEL_DIR="\'/runs/sst2',
     ),
     ('TRAIN_STEPS=abc', 'cannot be read'),
     ('LEARNING_RATE=inf', 'cannot be read'),
@@ -200,9 +200,12 @@ def test_all_that_is_missing_is_named_with_an_example(says):
   assert 'METHOD, by a --gin_file: one of methods/adept.gin' in said
   assert 'OPTIMIZER' not in said
   _, said = says(*train_with(without=['runs/']))
-  assert 'do not say what to run; add --gin_file=runs/' in said
+  assert 'no gin file says which program to run; add --gin_file=runs/' in said
   _, said = says('eval', *train_with()[1:])
-  assert 'do not say what to run; add --gin_file=runs/eval.gin' in said
+  assert (
+    'no gin file says which program to run; add --gin_file=runs/eval.gin'
+    in said
+  )
 
 
 def test_a_bug_shows_where_it_is(monkeypatch):

@@ -165,7 +165,7 @@ def test_an_activation_that_t5x_does_not_say_is_given(tmp_path):
   (tmp_path / 'a').mkdir()
   write_t5x(epath.Path(tmp_path / 'a'), _leaves(_tiny()))
   lines = convert(tmp_path / 'a', 'huggingface', tmp_path / 'b')
-  assert "('gelu', 'linear') were taken" in '\n'.join(lines)
+  assert "took mlp_activations ('gelu', 'linear')" in '\n'.join(lines)
   silu = ('silu', 'linear')
   convert(tmp_path / 'a', 'huggingface', tmp_path / 'c', activations=silu)
   assert open_checkpoint(tmp_path / 'c').activations == silu
@@ -215,7 +215,9 @@ def test_a_part_of_a_model_is_refused(tmp_path):
   half = {k: v for k, v in arrays.items() if not k.startswith('encoder/')}
   (tmp_path / 'h').mkdir()
   write_t5x(epath.Path(tmp_path / 'h'), _leaves(half))
-  with pytest.raises(ValueError, match=r"no whole model.*'num_encoder_layers'"):
+  with pytest.raises(
+    ValueError, match=r"not a whole model.*'num_encoder_layers'"
+  ):
     convert(tmp_path / 'h', 't5x', tmp_path / 'b')
   assert not (tmp_path / 'b').exists()
 

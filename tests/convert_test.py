@@ -539,7 +539,7 @@ def test_a_directory_of_checkpoints_names_them(tmp_path, name):
   [
     ((), 'it is empty'),
     (('notes.txt',), 'found notes.txt'),
-    (('config.json', 'tf_model.h5'), 'Save the model as safetensors'),
+    (('config.json', 'tf_model.h5'), 'save it as safetensors'),
     (('adapter_config.json', 'adapter_model.safetensors'), 'PEFT adapter'),
   ],
 )
@@ -552,7 +552,7 @@ def test_other_directories_are_refused(tmp_path, files, message):
 
 def test_a_file_is_refused(tmp_path):
   (tmp_path / 'prompt.npy').write_text('')
-  with pytest.raises(ValueError, match='is a file; give the directory'):
+  with pytest.raises(ValueError, match='is a file; give its directory'):
     open_checkpoint(tmp_path / 'prompt.npy')
 
 
@@ -797,10 +797,10 @@ def test_missing_shard_is_named(params, tmp_path):
 @pytest.mark.parametrize(
   'weight_map, message',
   [
-    ({'shared.weight': '../model.safetensors'}, 'no proper weight_map'),
-    ({'shared.weight': '/model.safetensors'}, 'no proper weight_map'),
-    ({'shared.weight': 3}, 'no proper weight_map'),
-    (None, 'no proper weight_map'),
+    ({'shared.weight': '../model.safetensors'}, 'no valid weight_map'),
+    ({'shared.weight': '/model.safetensors'}, 'no valid weight_map'),
+    ({'shared.weight': 3}, 'no valid weight_map'),
+    (None, 'no valid weight_map'),
     (
       {'no.such': 'model-00001-of-00002.safetensors'},
       'do not have:\n  no.such in model-00001',

@@ -175,24 +175,24 @@ def test_each_task_of_a_multitask_adapter_has_its_prompt(tmp_path):
       read_prompt(path, task)
   tensors['prefix_task_rows'] = tensors['prefix_task_rows'][:2]
   path = _adapter(tmp_path / 'b', tensors, peft_type=kind)
-  with pytest.raises(ValueError, match='do not go with a prompt'):
+  with pytest.raises(ValueError, match='do not fit a prompt'):
     read_prompt(path, 0)
 
 
 @pytest.mark.parametrize(
   'tensors, config, message',
   [
-    ({ROWS: _rows(2)}, {'peft_type': 'LORA'}, 'of type LORA, which is no pro'),
-    ({ROWS: _rows(2)}, {'peft_type': ['LORA']}, 'which is no prompt'),
+    ({ROWS: _rows(2)}, {'peft_type': 'LORA'}, 'of type LORA, not a prompt'),
+    ({ROWS: _rows(2)}, {'peft_type': ['LORA']}, 'not a prompt'),
     ({ROWS: _rows(2)}, {'task_type': 'CAUSAL_LM'}, "task_type 'CAUSAL_LM'"),
-    ({ROWS: _rows(3)}, {}, 'has 3 rows, and.*num_virtual_tokens 2'),
+    ({ROWS: _rows(3)}, {}, 'has 3 rows, but.*num_virtual_tokens 2'),
     ({ROWS: _rows(2)}, {'num_virtual_tokens': '2'}, 'num_virtual_tokens 2'),
     ({ROWS: _rows(2)}, {'token_dim': 5}, r'\[2, 4\]; expected \[prompt, 5\]'),
     ({ROWS: _rows(2)[0]}, {}, r'is \[4\]; expected'),
     ({'x': _rows(2)}, {}, r"holds \['x'\]; expected"),
     ({ROWS: _rows(2), 'lm_head': _rows(2)}, {}, "holds .*'lm_head'"),
     ({ROWS: _rows(2) * np.nan}, {}, 'NaN or infinity'),
-    ({ROWS: _rows(2).astype('i4')}, {}, 'dtype that is not read'),
+    ({ROWS: _rows(2).astype('i4')}, {}, 'unsupported dtype'),
   ],
 )
 def test_adapters_that_are_no_prompt_are_refused(
@@ -523,11 +523,11 @@ def test_a_directory_that_is_no_output_is_never_replaced(run, tmp_path):
       export(read_prompt(run), layout, home, overwrite=True)
   (tmp_path / 'p.npy').mkdir()
   (tmp_path / 'p.npy' / 'x').mkdir()
-  with pytest.raises(ValueError, match='x: and no file'):
+  with pytest.raises(ValueError, match='x, not a file'):
     export(read_prompt(run), 'npy', tmp_path / 'p', overwrite=True)
   # Nor one that holds what is read.
   (tmp_path / 'adapter_config.json').write_text('')
-  with pytest.raises(ValueError, match='which is read'):
+  with pytest.raises(ValueError, match='an input'):
     export(read_prompt(run), 'peft', tmp_path, overwrite=True)
   assert (home / 'letter.txt').read_text() == 'dear'
   with pytest.raises(ValueError, match='is not local'):

@@ -306,7 +306,7 @@ def test_what_is_written_is_read_by_transformers_as_it_was(
   [
     ('scaled head', 'logits are scaled, and not tied'),
     ('tied mt5', 'logits are not scaled, and tied'),
-    ('embedding of the decoder', 'embedding of its own'),
+    ('embedding of the decoder', 'its own embedding'),
   ],
 )
 def test_what_t5x_has_no_network_for_is_refused(directory, tmp_path, kind, why):

@@ -95,7 +95,7 @@ def test_rows_may_be_those_of_a_seqio_task():
     ({'train': 'a.csv', 'test': 'b.txt'}, "--test is 'b.txt'; expected a file"),
     ({'method': 'lor'}, "there is no method 'lor'; did you mean lora"),
     ({'model': 't5_1_1_bas'}, 'did you mean t5_1_1_base'),
-    ({'split': 'test'}, '--split is a flag of ablate, eval, infer'),
+    ({'split': 'test'}, '--split is only a flag of ablate, eval, infer'),
   ],
 )
 def test_a_wrong_setting_is_named(given, message):
@@ -191,7 +191,7 @@ def test_rows_of_another_file_are_asked_of_a_run(files, tmp_path):
 
 def test_what_is_no_run_is_said(tmp_path, capsys):
   assert cli.main(['eval', str(tmp_path)]) == 2
-  assert 'holds no run of ptune train: config.gin is not' in (
+  assert 'is not a run of ptune train: it has no config.gin' in (
     capsys.readouterr().err
   )
   args = argparse.Namespace(runs=[str(tmp_path)], base=None, prompts=None)

@@ -70,7 +70,7 @@ def test_without_huggingface_hub_the_error_says_what_to_install(monkeypatch):
   'name', ['hf://', 'hf://a/b/c', 'hf://a b', 'hf:///etc', 'hf://a/b@']
 )
 def test_what_is_no_name_is_refused(name):
-  with pytest.raises(ValueError, match='is no name on the Hub'):
+  with pytest.raises(ValueError, match='is not a name on the Hub'):
     download(name)
 
 
@@ -81,7 +81,7 @@ def test_the_real_library_offline(monkeypatch, tmp_path):
   )
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
   monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
-  with pytest.raises(ValueError, match='Without network, give the path'):
+  with pytest.raises(ValueError, match='Without a network, give the path'):
     download('hf://google/flan-t5-base')
 
 

@@ -96,7 +96,7 @@ def test_other_families_are_refused(name, other, field):
 
 def test_sizes_of_ones_own_have_no_file_to_take():
   config = sizes.T5Config(11, 4, 2, 3, 5, 2, 1)
-  with pytest.raises(ValueError, match='No published model is like this'):
+  with pytest.raises(ValueError, match='No published model matches this'):
     check_config(_source(config), sizes.SIZES['t5_small'])
 
 
@@ -104,7 +104,7 @@ def test_a_prompt_alone_contradicts_no_model():
   leaf = Leaf((5, 4), np.dtype('float32'), np.zeros((5, 4)).__getitem__)
   source = Source('/run', 'ptune', 3, {'encoder/prompt/prompt/prompt': leaf})
   check_config(source, sizes.SIZES['t5_small'])
-  with pytest.raises(ValueError, match='no whole model'):
+  with pytest.raises(ValueError, match='not a whole model'):
     identity.config(source)
 
 

@@ -262,7 +262,7 @@ def test_what_is_wrong_is_named_by_file_and_line(trained, tmp_path):
     ),
     (
       {'input_file': write(tmp_path / 'g.jsonl', r'{"inputs": "\ud800"}')},
-      "g.jsonl:1: column 'inputs' is no Unicode text",
+      "g.jsonl:1: column 'inputs' is not Unicode",
     ),
     (
       {

@@ -272,7 +272,7 @@ def test_other_adapters_that_peft_saved_are_refused(numerics, tmp_path):
   base = numerics / 'hf' / 't5_1_1'
   config = peft.LoraConfig(task_type='SEQ_2_SEQ_LM', r=2)
   peft.get_peft_model(_load(base), config).save_pretrained(tmp_path / 'peft')
-  with pytest.raises(ValueError, match='of type LORA, which is no prompt'):
+  with pytest.raises(ValueError, match='of type LORA, not a prompt'):
     read_prompt(tmp_path / 'peft')
 
 

@@ -84,7 +84,7 @@ def test_the_labels_that_are_changed_are_logged(caplog, vocabulary):
 )
 def test_labels_that_become_the_same_are_refused(labels, vocabulary):
   task = task_of(labels, vocabulary)
-  with pytest.raises(UserError, match='cannot tell apart or cannot write'):
+  with pytest.raises(UserError, match='cannot distinguish or cannot write'):
     seqio_task.check(task, LENGTHS, 'train')
 
 
@@ -154,5 +154,5 @@ def test_tasks_of_the_library_compare_alike(monkeypatch, vocabulary):
   with pytest.raises(UserError, match='do not fit TASK_FEATURE_LENGTHS'):
     seqio_task.check(task, {'inputs': 8, 'targets': 3}, 'train')
   for name in ('odd_labels_alike', 'odd_labels_alike_rank'):
-    with pytest.raises(UserError, match='cannot tell apart'):
+    with pytest.raises(UserError, match='cannot distinguish'):
       seqio_task.check(seqio.get_mixture_or_task(name), LENGTHS, 'train')

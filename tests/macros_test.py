@@ -126,10 +126,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     ('# é\nBATCH_SIZE = 8'.encode('latin-1'), 'mine.gin is not UTF-8: .* at 2'),
     (b'BATCH_SIZE\0 = 8\n', 'mine.gin, .*cannot be read'),
     (b'train.train:\n\tseed = 1\n  pack = 2\n', 'mine.gin, .*cannot be read'),
-    (f"include '{mine}'".encode(), 'mine.gin includes .*mine.gin; take one'),
+    (f"include '{mine}'".encode(), 'mine.gin includes .*mine.gin; remove one'),
     (
       f"include '{other}'".encode(),
-      'mine.gin includes .*other.gin includes .*mine.gin; take one',
+      'mine.gin includes .*other.gin includes .*mine.gin; remove one',
     ),
   ):
     mine.write_bytes(content)

@@ -513,7 +513,7 @@ def test_export_refuses_what_cannot_be(lora_run, tmp_path, capsys):
   file = path / 'prompts' / 'step_2.safetensors'
   other = tiny.make_base(tmp_path / 'other', seed=1)
   for arguments, says in (
-    (['--format=peft'], 'holds what a method trained, and no prompt'),
+    (['--format=peft'], 'a method that is not a prompt'),
     (['--format=t5x', f'--base={other}'], 'was trained on a model of finger'),
   ):
     out = tmp_path / 'out'

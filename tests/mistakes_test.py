@@ -133,7 +133,7 @@ def files(name):
 
 # Which room says it, the command, and what is said.
 MISTAKES = [
-  ('cli', ['train'], 'there is nothing to do; give'),
+  ('cli', ['train'], 'no settings were given; usage'),
   ('config', ['eval', 'good.tsv'], 'good.tsv'),
   ('config', train('--gin_file=nosuch.gin'), "no gin file 'nosuch.gin'"),
   ('config', train('--gin.TRAIN_STEPS=abc'), 'cannot be read'),
@@ -171,7 +171,7 @@ MISTAKES = [
   ('tasks', train(TARGETS='{nosuch}'), 'nosuch'),
   ('tasks', train(METRICS=['acuracy']), 'did you mean accuracy'),
   ('tasks', train(LABEL_NAMES=['a', 'a']), 'LABEL_NAMES'),
-  ('tasks', train(LABEL_NAMES=['a b', 'a  b']), 'cannot tell apart'),
+  ('tasks', train(LABEL_NAMES=['a b', 'a  b']), 'cannot distinguish'),
   ('tasks', train(RANK=True, LABEL_NAMES=None), 'RANK'),
   # The task.
   (

@@ -552,7 +552,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     ({'INITIAL_CHECKPOINT_PATH': None}, ['freezes the base model']),
     (
       {'models.EncoderDecoderModel.objective': 'any'},
-      ['leave the file of losses/ out'],
+      ['remove the file of losses/, or'],
     ),
   ],
 )

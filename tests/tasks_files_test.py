@@ -158,7 +158,7 @@ BAD = {
       5: 'is a list',
       6: 'not UTF-8',
       7: "column 'text' is null",
-      9: 'is no Unicode text',
+      9: 'is not Unicode',
     },
   ),
 }
@@ -274,9 +274,9 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
     ('a.tsv', b't\xffxt\tlabel\na\tb\n', 'a.tsv:1.*not UTF-8'),
     ('a.txt', b'a', 'ends in one of .tsv, .csv, .jsonl'),
     ('a.tsv', b'text,label\na,1\n', "seem to be separated by ','"),
-    ('a.tsv', b't\0\tlabel\na\t1\n', 'is NUL; this is no text'),
+    ('a.tsv', b't\0\tlabel\na\t1\n', 'is NUL; this is not text'),
     ('a.tsv', 'text\tlabel\na\t1'.encode('utf-16'), 'save it as UTF-8'),
-    ('a.tsv.gz', b'text', 'no gzip file'),
+    ('a.tsv.gz', b'text', 'not a gzip file'),
     (None, b'', 'cannot be read'),
   ],
 )
@@ -462,7 +462,7 @@ def test_a_text_that_the_vocabulary_writes_in_another_way_can_be_matched():
 def test_labels_that_become_the_same_or_are_cut_are_refused():
   rows = {'train': [('a', 'x  y')]}
   task = files.from_rows(rows, label_names=['x  y', 'x y', 'z'])
-  with pytest.raises(ValueError, match=r"cannot tell apart.*'x  y', 'x y'"):
+  with pytest.raises(ValueError, match=r"cannot distinguish.*'x  y', 'x y'"):
     seqio_task.check(task, LENGTHS, 'train')
   task = files.from_rows(rows, label_names=['x  y', 'a rather long label'])
   size = len(task.vocabulary.encode('a rather long label')) + 1
@@ -599,6 +599,6 @@ def test_gin_files_and_flags_alone_make_a_task(sentiment, capsys):
   finally:
     gin.clear_config()
   out = capsys.readouterr().out
-  assert out.startswith('mine: rows of yours')
+  assert out.startswith('mine: your rows')
   assert 'accuracy, f1, invalid' in out
   assert "'text: 0 good film'" in out

@@ -109,8 +109,11 @@ def test_byt5_of_the_golden_data(numerics):
       'holds no vocabulary. Found: con',
     ),
     ({'config__json': {}, 'merges__txt': ''}, 'holds no vocabulary'),
-    ({'spiece__model': b'garbage'}, 'spiece.model is no SentencePiece model'),
-    ({'spiece__model': b''}, 'spiece.model is no SentencePiece model'),
+    (
+      {'spiece__model': b'garbage'},
+      'spiece.model is not a SentencePiece model',
+    ),
+    ({'spiece__model': b''}, 'spiece.model is not a SentencePiece model'),
     ({'config__json': ['x']}, 'holds a list, not an object'),
   ],
 )

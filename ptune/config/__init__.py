@@ -1,4 +1,4 @@
-"""What a user sets: gin files, macros and flags, found, read and checked.
+"""User settings: finds, reads and checks gin files, macros and flags.
 
-Nothing heavy is imported, and no setting is acted on.
+It imports nothing heavy and acts on no setting.
 """

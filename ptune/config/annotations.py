@@ -1,8 +1,8 @@
-"""Values against the annotations of what takes them.
+"""Checks values against the annotations of the functions that receive them.
 
-Gin passes anything to anything, so that `models.Decoding.top_k = '5'` would
-fail in the middle of a compilation. The annotations of ptune's functions say
-what they take.
+Gin passes any value to any parameter, so `models.Decoding.top_k = '5'` would
+fail in the middle of a compilation. The annotations of ptune's functions give
+the expected types.
 """
 
 import collections.abc
@@ -19,13 +19,12 @@ _LISTS = (list, tuple, collections.abc.Sequence, collections.abc.Iterable)
 
 
 def check_bindings() -> None:
-  """Checks what gin has read for ptune's functions.
+  """Checks the values that gin has bound to ptune's functions.
 
-  What a reference or a macro stands for is not known yet; those are passed
-  over.
+  References and macros have no value yet, so they are skipped.
 
   Raises:
-    UserError: It lists each value that is not of the annotated type.
+    UserError: It lists each value that does not have the annotated type.
   """
   import gin
 
@@ -45,7 +44,7 @@ def check_fields(dataclass: Any) -> None:
   """Checks the fields of a dataclass.
 
   Raises:
-    UserError: It lists each value that is not of the annotated type.
+    UserError: It lists each value that does not have the annotated type.
   """
   hints = _hints(type(dataclass))
   wrong = _wrong({name: getattr(dataclass, name) for name in hints}, hints)
@@ -64,18 +63,18 @@ def _wrong(
 
 
 def _hints(annotated: Callable[..., Any]) -> dict[str, Any]:
-  """The annotations of a function's parameters, or of a class's fields."""
+  """Returns the annotations of a function's parameters, or a class's fields."""
   try:
     return typing.get_type_hints(inspect.unwrap(annotated))
-  except NameError:  # Of a module that only type checkers import.
+  except NameError:  # The name's module is imported only for type checking.
     return {}
 
 
 def fits(value: Any, hint: Any) -> bool:
-  """Whether a value is of an annotated type; if that cannot be told, True.
+  """Returns whether a value has an annotated type; True if we cannot tell.
 
-  A whole number is a number too, but a boolean is neither, and NaN and infinity
-  are none. A list is a tuple.
+  A whole number is also a number. A boolean, NaN or infinity is not a number.
+  A list counts as a tuple.
   """
   import gin
 
@@ -107,13 +106,13 @@ def fits(value: Any, hint: Any) -> bool:
     return callable(value)
   if hint is typing.Any or not isinstance(hint, type):
     return True
-  # Literals of gin are of no other class.
+  # Gin's literals have no other classes.
   plain = value is None or isinstance(value, str | int | float | Sequence)
   return not plain or isinstance(value, hint) or hint is object
 
 
 def text(hint: Any) -> str:
-  """A type in words: 'a number, or None'."""
+  """Returns a type in words: 'a number, or None'."""
   words = {
     None: 'None',
     type(None): 'None',

@@ -1,11 +1,11 @@
-"""Short settings, of the command line and of Python: macros by their names.
+"""Short settings, on the command line and in Python: macros by their names.
 
     ptune train --base=ptune://tiny --train=train.csv --validation=dev.csv \\
       --inputs='{text}' --targets='{label}' --steps=300 --model_dir=runs/mine
 
-means what a long command line says with gin files and `--gin.NAME=VALUE`:
-`--model_dir` is the macro MODEL_DIR, and so on. The few in `NAMED` are no
-macros. `ptune eval RUN` takes all settings from what the run recorded.
+does the same as a long command line with gin files and `--gin.NAME=VALUE`:
+`--model_dir` is the macro MODEL_DIR, and so on. The few settings in `NAMED` are
+not macros. `ptune eval RUN` takes all settings from the run's record.
 """
 
 import argparse
@@ -28,24 +28,25 @@ SHORT = {
   'steps': 'TRAIN_STEPS',
 }
 SPLITS = ('train', 'validation', 'test')
-# Settings that are no macros: what each is, and an example.
+# Settings that are not macros: help, and an example.
 NAMED = {
   'base': ('the base model', 'hf://google/flan-t5-base'),
-  'train': ('rows to train on, a file or the name of a task', 'train.csv'),
-  'validation': ('rows that choose the best prompt, a file', 'dev.csv'),
-  'test': ('rows of the split test, a file', 'test.csv'),
-  'method': ('what is trained, by a file of methods/ or prompts/', 'lora'),
-  'model': ('sizes of the network, by a file of models/', 't5_1_1_base'),
-  'split': ('the split that is asked', 'test'),
+  'train': ('training rows, a file or the name of a task', 'train.csv'),
+  'validation': ('rows that pick the best prompt, a file', 'dev.csv'),
+  'test': ('rows of the test split, a file', 'test.csv'),
+  'method': ('what to train: a file of methods/ or prompts/', 'lora'),
+  'model': ('sizes of the network: a file of models/', 't5_1_1_base'),
+  'split': ('the split to run on', 'test'),
 }
-# Macros that a file sets to a reference.
+# Macros that a gin file sets to a reference.
 CHOSEN = ('METHOD', 'MODEL', 'OPTIMIZER', 'STUDIES')
 SUFFIXES = ('.tsv', '.csv', '.jsonl')
 CONFIG, RUN_FILE = 'config.gin', 'run.json'
-# Programs that train, and those that ask a trained model by a split's macro.
+# Programs that train, and programs that run a trained model on a split: the
+# macro of the split.
 TRAINING = ('train', 'plan', 'doctor')
 ASKING = {'ablate': 'EVAL_SPLIT', 'eval': 'EVAL_SPLIT', 'infer': 'INFER_SPLIT'}
-# How programs are called; others have gin files alone.
+# How to call the programs; those that are not listed take gin files alone.
 USAGES = {
   'train': 'ptune train --base=BASE --train=FILE --inputs=TEMPLATE'
   ' --targets=TEMPLATE --model_dir=DIR [FLAGS]\n'
@@ -57,9 +58,9 @@ USAGES = {
   'infer': 'ptune infer RUN FILE [FLAGS]\n'
   '       ptune infer --gin_file=FILE --gin_file=FILE ... [FLAGS]',
 }
-# Attributes that argparse keeps the flags of macros in begin with it.
+# Prefix of the attributes in which argparse keeps the flags of macros.
 _DEST = 'macro_'
-# The flags that `ptune PROGRAM --help` explains; others are few programs'.
+# The flags that `ptune PROGRAM --help` explains; few programs use the others.
 GROUPS = {
   'most used': (
     *('base', 'train', 'validation', 'test', 'inputs', 'targets', 'labels'),
@@ -94,13 +95,13 @@ GROUPS = {
 
 
 def names() -> dict[str, str]:
-  """The macro of each flag that is one, by the flag."""
+  """Returns {flag: macro} for the flags that are macros."""
   plain = {name.lower(): name for name in MACROS if name not in CHOSEN}
   return SHORT | plain
 
 
 def explained(program: str) -> dict[str, dict[str, str]]:
-  """What `ptune PROGRAM --help` says: {group: {flag: help}}."""
+  """Returns what `ptune PROGRAM --help` lists: {group: {flag: help}}."""
   trains, macros = program in TRAINING, names()
   files = ['methods/prompt.gin', 'tasks/from_files.gin']
   files += ['runs/train.gin' if trains else f'runs/{program}.gin']
@@ -126,9 +127,9 @@ def add_arguments(program: str, command: argparse.ArgumentParser) -> None:
   command.usage = usage(program)
   command.epilog = '\n'.join(
     [
-      'Each flag is the macro of its name: --batch_size=8 is'
+      'Each flag is the macro of the same name: --batch_size=8 is'
       ' --gin.BATCH_SIZE=8.',
-      'A value is written as in Python, a text without quotes.',
+      'Write a value as in Python; a string needs no quotes.',
       '',
       'gin files:',
       *(f'  {file}' for file in own_files()),
@@ -139,7 +140,7 @@ def add_arguments(program: str, command: argparse.ArgumentParser) -> None:
       'run',
       nargs='?',
       metavar='RUN',
-      help='the MODEL_DIR of a run, whose settings are taken',
+      help='the MODEL_DIR of a run; its settings are used',
     )
   if program == 'infer':
     command.add_argument(
@@ -149,7 +150,7 @@ def add_arguments(program: str, command: argparse.ArgumentParser) -> None:
     command.add_argument(
       'study',
       metavar='NAME',
-      help='a gin file of studies/ without its ending, or one of your own',
+      help='a gin file of studies/ without its ending, or your own gin file',
     )
   if program == 'plan':
     _add_plan_flags(command)
@@ -183,13 +184,13 @@ def _add_gin_flags(group) -> None:
     '--gin_file',
     action='append',
     default=[],
-    help='a gin file; repeat it for several, in any order. Your files go before'
-    " ptune's, and flags before both",
+    help='a gin file; repeat it for several, in any order. Your files override'
+    " ptune's, and flags override both",
   )
   add(
     '--gin_search_paths',
     default='',
-    help='directories to look for gin files in, separated by commas',
+    help='directories to search for gin files, separated by commas',
   )
   add(
     '--gin_bindings',
@@ -197,11 +198,11 @@ def _add_gin_flags(group) -> None:
     default=[],
     help='one binding, like --gin.NAME=VALUE; may be repeated',
   )
-  add('--tfds_data_dir', help='where TFDS keeps data sets')
+  add('--tfds_data_dir', help='directory in which TFDS keeps data sets')
   add(
     '--seqio_additional_cache_dirs',
     default='',
-    help='where seqio_cache_tasks wrote tasks, separated by commas; read with'
+    help='where seqio_cache_tasks wrote tasks, separated by commas; needs'
     ' --use_cached_tasks=True',
   )
 
@@ -228,17 +229,18 @@ def _add_plan_flags(command: argparse.ArgumentParser) -> None:
   add(
     '--compiler',
     choices=('cpu', 'tpu'),
-    help="tpu, the default for TPUs if libtpu is installed, asks the TPU's own",
+    help="which compiler estimates: tpu is the TPU's own, the default for TPUs"
+    ' if libtpu is installed',
   )
 
 
 def usage(program: str) -> str:
-  """How a program is called."""
+  """Returns how to call a program."""
   return USAGES.get(program, f'ptune {program} --gin_file=FILE ... [FLAGS]')
 
 
 def like(program: str, unknown: Sequence[str]) -> str:
-  """Flags that there are not, and those that they are like."""
+  """Returns unknown flags, each with the known flags most like it."""
   known = [f'--{flag}' for flag in (*names(), *NAMED)]
   if program not in (*TRAINING, *ASKING):
     return ' '.join(unknown)
@@ -247,10 +249,10 @@ def like(program: str, unknown: Sequence[str]) -> str:
 
 
 def resolve(args: argparse.Namespace) -> None:
-  """Makes gin files and bindings of what a command line says in short.
+  """Turns the short settings of a command line into gin files and bindings.
 
   Raises:
-    UserError: As `expand`, or if a value is none of its macro's type.
+    UserError: As `expand`, or if a value does not have its macro's type.
   """
   if args.program == 'study':
     own = args.study.endswith('.gin')
@@ -274,17 +276,17 @@ def resolve(args: argparse.Namespace) -> None:
 
 
 def _with_includes(file: str) -> str:
-  """The text of one of ptune's own gin files, and of those it includes."""
+  """Returns the text of one of ptune's gin files, and of those it includes."""
   text = (own_directory() / file).read_text()
   included = re.findall(r"^include '(.*)'", text, re.MULTILINE)
   return '\n'.join([text, *map(_with_includes, included)])
 
 
 def value_of(flag: str, text: str) -> Any:
-  """What the text of a macro's flag means: '5' -> 5, 'a,b' -> ['a', 'b'].
+  """Returns the value of a macro's flag: '5' -> 5, 'a,b' -> ['a', 'b'].
 
   Raises:
-    UserError: If it is no value of the macro's type.
+    UserError: If it does not have the macro's type.
   """
   example = MACROS[names()[flag]].example
   expected = ast.literal_eval(example)
@@ -303,7 +305,7 @@ def value_of(flag: str, text: str) -> Any:
 
 
 def is_file(rows: str) -> bool:
-  """Whether rows are named by a file, and not by a SeqIO task."""
+  """Returns whether rows are given as a file, not as a SeqIO task."""
   return rows.lower().removesuffix('.gz').endswith(SUFFIXES)
 
 
@@ -313,13 +315,13 @@ def expand(
   files: Sequence[str] = (),
   run: str | None = None,
 ) -> tuple[list[str], list[str]]:
-  """The gin files and bindings that short settings mean.
+  """Returns the gin files and bindings that short settings stand for.
 
   Args:
     program: One of TRAINING or ASKING.
     given: Settings, by their names in `NAMED` and `names()`.
-    files: Gin files that are given besides.
-    run: The MODEL_DIR of a trained run, whose settings hold for the rest.
+    files: Additional gin files.
+    run: The MODEL_DIR of a trained run, which provides all other settings.
 
   Raises:
     UserError: If the settings contradict each other, or there is no such run.
@@ -345,7 +347,7 @@ def expand(
   files += _choices(given, files, default=trains and bool(rows))
   if 'split' in given:
     if trains:
-      raise UserError(f'--split is a flag of {", ".join(ASKING)}')
+      raise UserError(f'--split is only a flag of {", ".join(ASKING)}')
     bound[ASKING[program]] = given.pop('split')
   macros = names()
   bound |= {macros[name]: value for name, value in given.items()}
@@ -353,26 +355,26 @@ def expand(
 
 
 def _has(files: Sequence[str], *kinds: str) -> bool:
-  """Whether one of ptune's own files of some kinds is given."""
+  """Returns whether one of ptune's own files of some kinds is given."""
   return not {*files}.isdisjoint(own_files(kinds))
 
 
 def _config(run: str) -> pathlib.Path:
-  """The gin file with the settings of a run."""
+  """Returns the gin file with the settings of a run."""
   config = pathlib.Path(run, CONFIG)
   if not config.is_file():
     raise UserError(
-      f'{run} holds no run of ptune train: {CONFIG} is not there. Give a'
-      ' MODEL_DIR, or the settings by --gin_file and --gin.NAME'
+      f'{run} is not a run of ptune train: it has no {CONFIG}. Give a'
+      ' MODEL_DIR, or give the settings by --gin_file and --gin.NAME'
     )
   return config
 
 
 def _base(base: str | None, run: str | None, trains: bool) -> dict[str, str]:
-  """The macros of the base model."""
+  """Returns the macros of the base model."""
   bound = {}
   if run is not None:
-    # Recorded so that it is found from any working directory.
+    # Absolute, so that a later command finds it from any working directory.
     record = json.loads(pathlib.Path(run, RUN_FILE).read_text())
     bound['INITIAL_CHECKPOINT_PATH'] = record['initial_checkpoint_path']
   if base is not None and (trains or run is not None):
@@ -383,16 +385,16 @@ def _base(base: str | None, run: str | None, trains: bool) -> dict[str, str]:
 
 
 def _rows(rows: Mapping[str, str]) -> dict[str, Any]:
-  """The macros of the rows of some splits."""
+  """Returns the macros of the rows of some splits."""
   if list(rows) == ['train'] and not is_file(rows['train']):
     return {'MIXTURE_OR_TASK_NAME': rows['train']}
   if wrong := [split for split in rows if not is_file(rows[split])]:
     raise UserError(
       ', '.join(f'--{split} is {rows[split]!r}' for split in wrong)
-      + f'; expected a file that ends in {", ".join(SUFFIXES)}. A SeqIO task,'
-      ' which has its own splits, is named by --train alone'
+      + f'; expected a file that ends in {", ".join(SUFFIXES)}. For a SeqIO'
+      ' task, give only --train: a task has its own splits'
     )
-  # config.gin is to find them from any working directory.
+  # Absolute, so that config.gin works from any working directory.
   return {
     'TASK_FILES': {split: _absolute(file) for split, file in rows.items()}
   }
@@ -405,7 +407,7 @@ def _absolute(file: str) -> str:
 def _choices(
   given: dict[str, Any], files: Sequence[str], default: bool
 ) -> list[str]:
-  """The files that `model` and `method` name, which it takes from `given`."""
+  """Removes `model` and `method` from `given`, and returns their files."""
   chosen = []
   if (model := given.pop('model', None)) is not None:
     chosen.append(_choice('model', model, ['models']))
@@ -420,7 +422,7 @@ def _choices(
 
 
 def _choice(flag: str, name: str, kinds: Sequence[str]) -> str:
-  """The gin file of a name: 'lora' -> 'methods/lora.gin'."""
+  """Returns the gin file of a name: 'lora' -> 'methods/lora.gin'."""
   by_name = {pathlib.Path(file).stem: file for file in own_files(kinds)}
   if name not in by_name:
     raise UserError(f'there is no {flag} {name!r}{nearest(name, by_name)}')

@@ -1,8 +1,9 @@
-"""Gin files and --gin flags: how they are found, read and checked.
+"""Gin files and --gin flags: finds, reads and checks them.
 
-What gin would take without a word (a macro that nothing reads, a file that
-overrides another by its place in the command) is refused here, and what gin
-says of the rest is made one line that names the nearest right thing.
+Gin silently accepts some mistakes, such as a macro that nothing reads, or a
+file that overrides another because it comes later. This module refuses them. It
+also turns gin's other errors into one line that suggests the nearest right
+name.
 """
 
 import contextlib
@@ -20,13 +21,13 @@ from ptune.config.gin_source import Reference, Source
 from ptune.config.macros import MACROS, flag
 from ptune.errors import UserError, nearest
 
-# Macros that are set by choosing a file of such a directory, which sets the
-# others beside them too.
+# Macros that a user sets by choosing a file of such a directory. The file sets
+# related macros too.
 CHOICES = {
   'MODEL': (('models',), ()),
   'METHOD': (('methods', 'prompts'), ('OPTIMIZER', 'LEARNING_RATE')),
 }
-# Read if no file and no binding sets MODEL.
+# The file that is read if no file and no binding sets MODEL.
 DEFAULT_MODEL = 'models/from_checkpoint.gin'
 KINDS = ('losses', 'methods', 'models', 'prompts', 'runs', 'studies', 'tasks')
 
@@ -34,19 +35,19 @@ KINDS = ('losses', 'methods', 'models', 'prompts', 'runs', 'studies', 'tasks')
 _NAMES = re.compile(r'@([\w.]+)|^([\w.]+)\.\w+\s*=|^([\w.]+):', re.MULTILINE)
 
 
-# A file with those that it includes: its own first.
+# A file and the files that it includes: the file first.
 Sources = dict[pathlib.Path, Source]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Gin files and flags that have been read and checked: see `read`.
+  """Gin files and flags after `read` has checked them.
 
   Attributes:
-    files: Paths in the order in which gin has to read them.
-    bindings: Flags, which come last.
-    folders: Where gin looks for files.
-    sources: All files, those too that others include.
+    files: Paths, in the order in which gin must read them.
+    bindings: Flags, which gin reads last.
+    folders: The directories that gin searches for files.
+    sources: All files, including the files that others include.
   """
 
   files: Sequence[pathlib.Path]
@@ -60,15 +61,15 @@ class Settings:
 
 
 def own_directory() -> pathlib.Path:
-  """Where ptune's own gin files lie."""
-  # In a wheel `ptune.gin` lies inside the package, in a checkout beside it.
+  """Returns the directory of ptune's own gin files."""
+  # In a wheel, `ptune.gin` is inside the package; in a checkout, beside it.
   package = pathlib.Path(__file__).resolve().parents[1]
   inside = package / 'gin'
   return inside if inside.is_dir() else package.parent / 'gin'
 
 
 def own_files(kinds: Iterable[str] = KINDS) -> list[str]:
-  """The names of ptune's own files, such as 'runs/train.gin'."""
+  """Returns the names of ptune's own files, such as 'runs/train.gin'."""
   directory = own_directory()
   return sorted(
     str(path.relative_to(directory))
@@ -78,10 +79,10 @@ def own_files(kinds: Iterable[str] = KINDS) -> list[str]:
 
 
 def find(file: str, search_paths: Iterable[str] = ()) -> pathlib.Path:
-  """The gin file of a name.
+  """Returns the path of a gin file.
 
   Raises:
-    UserError: If there is none; it names the nearest ones.
+    UserError: If there is no such file; the error suggests the nearest names.
   """
   places = [*search_paths, '.', str(own_directory())]
   for place in places:
@@ -100,7 +101,7 @@ def parse(
   search_paths: Sequence[str] = (),
   program: Callable[..., object] | None = None,
 ) -> None:
-  """`read`s gin files and bindings, and `bind`s what they set."""
+  """`read`s gin files and bindings, then `bind`s their values."""
   bind(read(files, bindings, search_paths), program)
 
 
@@ -111,19 +112,18 @@ def read(
 ) -> Settings:
   """Reads gin files and bindings, and checks every macro; imports nothing.
 
-  ptune's own files set different macros each, the user's are read after them,
-  and the bindings last: the order in which the files are named makes no
-  difference.
+  The order of the files makes no difference: each of ptune's own files sets
+  different macros, the user's files are read after them, and the bindings last.
 
   Args:
     files: Names of gin files.
-    bindings: What stands behind `--gin.`; a later one replaces an earlier one.
-    search_paths: Where files are looked for, before the working directory and
+    bindings: The texts after `--gin.`; a later one replaces an earlier one.
+    search_paths: Directories to search, before the working directory and
       ptune's own.
 
   Raises:
-    UserError: If a file or macro is unknown or cannot be read, two files set
-      the same macro, or a macro has a value that it cannot have.
+    UserError: If a file or macro is unknown or unreadable, two files set the
+      same macro, or a macro has an invalid value.
   """
   own = own_directory()
   found = sorted({find(file, search_paths) for file in files})
@@ -157,24 +157,23 @@ def read(
 def bind(
   settings: Settings, program: Callable[..., object] | None = None
 ) -> None:
-  """Gives gin what has been read; imports the modules that the files name.
+  """Gives the settings to gin, and imports the modules that the files name.
 
   Args:
-    settings: Of `read`.
-    program: What is to be run; that it can be is checked if given.
+    settings: The result of `read`.
+    program: The program to run. If it is given, we check that it can run.
 
   Raises:
-    UserError: If a name is unknown, a module cannot be imported, a value is
-      of another type than its parameter, or macros are not set, or have no
-      effect.
+    UserError: If a name is unknown, a module cannot be imported, a value does
+      not have its parameter's type, or macros are unset or have no effect.
   """
   import gin
 
   texts = [source.text for source in settings.sources.values()]
   for folder in settings.folders:
     gin.add_config_file_search_path(folder)
-  # Not among Python's packages, of which gin takes a directory runs/ for one,
-  # and fails: `read` has found all files.
+  # Keep gin from searching Python's packages: it takes a directory runs/ for a
+  # package, and fails. `read` has already found all files.
   reader = functools.partial(open, encoding='utf-8-sig')
   gin.config._FILE_READERS[:] = [(reader, os.path.isfile)]
   for path in settings.files:
@@ -187,12 +186,12 @@ def bind(
   if program is not None:
     _check_needed(program)
     _check_read(settings)
-  # Not finalised: modules of tasks, imported later, may be configurable too.
+  # Not finalised: a task's module, imported later, may define configurables.
 
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-  """Gives the code inside a gin without settings; those outside come back."""
+  """Runs the code inside with an empty gin config; restores the old one."""
   import gin
   from gin import config
 
@@ -211,31 +210,31 @@ def isolated() -> Iterator[None]:
     config._set_config_is_locked(locked)
 
 
-# ----------------------------------------------------------------- what is said
+# --------------------------------------------------------------------- sources
 
 
 def _included(
   path: pathlib.Path, file: str, folders: Iterable[str]
 ) -> pathlib.Path:
-  """The file that one file includes."""
+  """Returns the path of an included file."""
   for place in ('.', *folders):
     if pathlib.Path(place, file).is_file():
       return pathlib.Path(place, file).resolve()
   raise UserError(
-    f'{path} includes {file!r}, which is in none of ., {", ".join(folders)}'
+    f'{path} includes {file!r}, which is not in ., {", ".join(folders)}'
     + nearest(file, own_files())
   )
 
 
 def _with_includes(path: pathlib.Path, folders: Sequence[str]) -> Sources:
-  """A file, and those that it includes, directly or not."""
+  """Returns a file and all files that it includes, directly or not."""
   found: Sources = {}
 
   def add(path: pathlib.Path, above: tuple[pathlib.Path, ...]) -> None:
     if path in above:
       raise UserError(
-        f'{" includes ".join(map(str, (*above, path)))}; take one of these'
-        ' includes out'
+        f'{" includes ".join(map(str, (*above, path)))}; remove one of these'
+        ' includes'
       )
     if path not in found:
       found[path] = gin_source.read_file(path)
@@ -249,7 +248,7 @@ def _with_includes(path: pathlib.Path, folders: Sequence[str]) -> Sources:
 def _lacks(
   macro: str, sources: Mapping[pathlib.Path, Sources], flags: Sequence[Source]
 ) -> bool:
-  """Whether a macro is read, and nothing sets it."""
+  """Returns whether a macro is read and nothing sets it."""
   given = [*flags, *(s for some in sources.values() for s in some.values())]
   return any(macro in source.reads for source in given) and not any(
     macro in source.macros for source in given
@@ -259,9 +258,9 @@ def _lacks(
 def _in_order(
   path: pathlib.Path, sources: Sources, folders: Sequence[str]
 ) -> Iterator[Source]:
-  """A file and its includes as gin reads them: what a file sets comes last.
+  """Returns a file and its includes in gin's order: the file itself is last.
 
-  Files include others at their top; a later include would be read later.
+  Files include others at their top; gin would read a later include later.
   """
   for file in sources[path].includes:
     yield from _in_order(_included(path, file, folders), sources, folders)
@@ -269,7 +268,7 @@ def _in_order(
 
 
 def _resolved(name: str, values: Mapping[str, Any]) -> Any:
-  """The value of a macro, in which other macros are their values."""
+  """Returns a macro's value, with the macros in it replaced by their values."""
 
   def value_of(value: Any, above: tuple[str, ...]) -> Any:
     if isinstance(value, Reference):
@@ -290,7 +289,7 @@ def _resolved(name: str, values: Mapping[str, Any]) -> Any:
 
 
 def _is_literal(value: Any) -> bool:
-  """Whether no part of a value is left to gin."""
+  """Returns whether a value is complete: gin has nothing left to resolve."""
   if isinstance(value, Reference):
     return False
   if isinstance(value, dict):
@@ -304,10 +303,10 @@ def _is_literal(value: Any) -> bool:
 def _check_one_sets_each(
   group: Mapping[pathlib.Path, Sources], own: pathlib.Path
 ) -> None:
-  """Refuses two files that set the same, such as two of models/."""
+  """Refuses two files that set the same macro, such as two of models/."""
   set_by: dict[str, tuple[pathlib.Path, pathlib.Path]] = {}
   for path, sources in group.items():
-    # A file may set anew what one that it includes sets.
+    # A file may override the files that it includes.
     for source, text in sources.items():
       for key in text.sets:
         other, its_source = set_by.setdefault(key, (path, source))
@@ -317,7 +316,7 @@ def _check_one_sets_each(
 
 
 def _check_one_choice(sources: Sources, own: pathlib.Path) -> None:
-  """Refuses two models, or methods, also where a user's file includes one."""
+  """Refuses two models or methods, even if a user's file includes one."""
   ours = {p: s for p, s in sources.items() if p.is_relative_to(own)}
   included = {
     _included(path, file, [str(own)])
@@ -348,7 +347,7 @@ def _names(own: pathlib.Path, *paths: pathlib.Path) -> str:
 def _check_known(
   settings: Settings, yours: Mapping[pathlib.Path, Sources]
 ) -> None:
-  """Refuses macros that are not known: ptune's, and what any source reads."""
+  """Refuses macros that neither ptune knows nor any file reads."""
   known = set(MACROS).union(*(source.reads for source in settings.all))
   for source in settings.bindings:
     for macro in source.macros:
@@ -367,17 +366,17 @@ def _check_known(
 def _one_line(
   texts: Iterable[str], binding: str | None = None
 ) -> Iterator[None]:
-  """Makes what gin says of a file or a binding one line, with the remedy.
+  """Turns gin's error about a file or binding into one line with the fix.
 
   Args:
-    texts: Those of all gin files, in which the nearest names are found.
-    binding: If gin reads one, and not a file.
+    texts: The texts of all gin files, which provide the names to suggest.
+    binding: The binding, if gin was reading one and not a file.
   """
   where = '' if binding is None else f'--gin.{binding}: '
   try:
     yield
   except (ValueError, ImportError, AttributeError) as error:
-    # Behind gin's message: the file and line, and the text of that line.
+    # After gin's message come the file and line, and the text of that line.
     message, *rest = str(error).strip().splitlines()
     if binding is None:
       where = ''.join(f'{part.strip()}: ' for part in rest)
@@ -395,27 +394,27 @@ def _parameters(configurable: str) -> list[str]:
   import gin
 
   found = gin.get_configurable(configurable)
-  # Of a class gin makes a subclass, whose __init__ takes anything.
+  # Gin makes a subclass of a class; the subclass's __init__ takes anything.
   original = found.__mro__[1] if isinstance(found, type) else found
   return list(inspect.signature(original).parameters)
 
 
 def _check_needed(program: Callable[..., object]) -> None:
-  """Refuses a command without its file of runs/, and macros that are not set.
+  """Refuses a command without a file of runs/, or with unset macros.
 
-  All that are missing are named.
+  The error names all macros that are missing.
   """
   import gin
 
   module = program.__module__.rpartition('.')[2]
   try:
     bound = gin.get_bindings(program, resolve_references=False)
-  except ValueError:  # No file has named it.
+  except ValueError:  # No file has imported it.
     bound = {}
   if not bound:
     files = [f for f in own_files(['runs']) if _mentions(f, f'{module}.')]
     raise UserError(
-      'the gin files do not say what to run; add'
+      'no gin file says which program to run; add'
       f' --gin_file={" or --gin_file=".join(files)}'
     )
   config = gin.config_str()
@@ -447,7 +446,7 @@ def _check_read(settings: Settings) -> None:
         continue
       readers = [f for f in own_files() if _mentions(f, f'%{name}\n')]
       raise UserError(
-        f'--gin.{name} has no effect: the gin files do not read it'
+        f'--gin.{name} has no effect: no gin file reads it'
         + (f'; {" and ".join(readers)} would' if readers else '')
         + nearest(name, read, most=0)
       )

@@ -1,4 +1,4 @@
-"""What gin files and flags say, by gin's own parser; nothing is imported."""
+"""Parses gin files and flags with gin's own parser, and imports nothing."""
 
 import dataclasses
 import pathlib
@@ -13,19 +13,19 @@ from ptune.errors import UserError
 
 
 class Reference(NamedTuple):
-  """What stands for a value: '%MACRO', or '@configurable'."""
+  """Stands for a value that gin resolves later: '%MACRO' or '@configurable'."""
 
   name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """What a gin file or a flag says. Nothing is imported to know it.
+  """The parsed contents of a gin file or a flag.
 
   Attributes:
-    text: As it is written.
-    statements: As gin's parser gives them, with `Reference`s in their values.
-    reads: The macros in its values.
+    text: The source text.
+    statements: The parser's statements; their values hold `Reference`s.
+    reads: The macros that its values refer to.
   """
 
   text: str
@@ -34,7 +34,7 @@ class Source:
 
   @property
   def macros(self) -> dict[str, Any]:
-    """The macros that it sets; those of a scope have that before them."""
+    """The macros that it sets; a scope comes before the name."""
     return {
       f'{s.scope}/{s.selector}'.lstrip('/'): s.value
       for s in self.statements
@@ -43,7 +43,7 @@ class Source:
 
   @property
   def sets(self) -> list[str]:
-    """What it sets: macros, and parameters as `configurable.name`."""
+    """All that it sets: macros, and parameters as `configurable.name`."""
     return [
       f'{s.scope}/{s.selector}.{s.arg_name}'.strip('/.')
       for s in self.statements
@@ -61,7 +61,7 @@ class Source:
 
 
 def read_file(path: pathlib.Path) -> Source:
-  """The source of a gin file.
+  """Reads and parses a gin file.
 
   Raises:
     UserError: If it cannot be read.
@@ -77,10 +77,10 @@ def read_file(path: pathlib.Path) -> Source:
 
 
 def read_flag(binding: str) -> Source:
-  """The source of what stands behind `--gin.`.
+  """Parses the text after `--gin.`.
 
   Raises:
-    UserError: If it cannot be read.
+    UserError: If it cannot be parsed.
   """
   text = binding.strip()
   name = re.split(r'[=:\s]', text, maxsplit=1)[0]
@@ -93,7 +93,7 @@ def read_flag(binding: str) -> Source:
 
 
 class _Parser(config_parser.ParserDelegate):
-  """Makes `Reference`s of what gin would look up."""
+  """Makes a `Reference` where gin would look up a value."""
 
   def __init__(self):
     self.reads: set[str] = set()
@@ -109,7 +109,7 @@ class _Parser(config_parser.ParserDelegate):
 
 
 def parse(text: str, where: str = '') -> Source:
-  """The source of a text; `where` begins what is said of its mistakes."""
+  """Parses a text; errors about it begin with `where`."""
   parser = _Parser()
   try:
     statements = list(config_parser.ConfigParser(text, parser))
@@ -118,9 +118,9 @@ def parse(text: str, where: str = '') -> Source:
     if isinstance(error, SyntaxError) and error.lineno and '\n' in text:
       line = f'line {error.lineno}: {(error.text or "").strip()}: '
     raise UserError(
-      f'{where}{line}this cannot be read ({_reason(error)}). Values are'
-      ' written as in Python: strings have quotes, which on a command line need'
-      f' others around them, as in {flag("MODEL_DIR")}'
+      f'{where}{line}this cannot be read ({_reason(error)}). Write values as in'
+      ' Python: a string needs quotes, and on a command line a second pair of'
+      f' quotes around them, as in {flag("MODEL_DIR")}'
     ) from error
   except RecursionError as error:
     raise UserError(f'{where}brackets are nested too deeply') from error
@@ -128,7 +128,7 @@ def parse(text: str, where: str = '') -> Source:
 
 
 def _reason(error: Exception) -> str:
-  """What Python or gin say of a syntax error, on one line."""
+  """Returns the message of a syntax error of Python or gin, on one line."""
   reason = error.msg if isinstance(error, SyntaxError) else str(error.args[0])
   return reason.split('\n')[0].rstrip('.')
 

@@ -1,4 +1,4 @@
-"""The macros that gin files read: what each is, and which values it may have.
+"""The macros that gin files read: the meaning and the valid values of each.
 
 `check` refuses wrong values before anything is imported, allocated or written.
 """
@@ -13,10 +13,10 @@ from ptune.host import paths
 
 # Steps and seeds are int32 on the devices.
 INT32 = 2**31 - 1
-LONGEST = 2**20  # Tokens; T5's attention fits no longer input.
+LONGEST = 2**20  # Tokens; a longer input does not fit T5's attention.
 LONGEST_PROMPT = 2**16
 
-# Says what is expected in place of a value: '' if the value is right.
+# Returns the expected value in words, or '' if the value is valid.
 Kind = Callable[[Any], str]
 
 
@@ -24,9 +24,9 @@ class Macro(NamedTuple):
   """A macro.
 
   Attributes:
-    what: What it is, in a few words.
-    example: How a value is written.
-    kind: The values that it may have.
+    what: Its meaning, in a few words.
+    example: A value, as a user writes it.
+    kind: Tells which values are valid.
   """
 
   what: str
@@ -38,13 +38,13 @@ class Macro(NamedTuple):
 
 
 def whole(least: int = 1, most: int = INT32) -> Kind:
-  """Whole numbers within bounds. True is none, although Python counts it."""
+  """Whole numbers within bounds. True is not one, although Python says so."""
   expected = f'a whole number from {least} to {most}'
   return lambda x: '' if type(x) is int and least <= x <= most else expected
 
 
 def number(least: float, most: float) -> Kind:
-  """Numbers within bounds, so neither NaN nor infinite."""
+  """Numbers within bounds; NaN and infinity are outside."""
   expected = f'a number from {least:g} to {most:g}'
   return lambda x: (
     '' if type(x) in (int, float) and least <= x <= most else expected
@@ -52,7 +52,7 @@ def number(least: float, most: float) -> Kind:
 
 
 def one_of(*values: str) -> Kind:
-  """A few texts."""
+  """One of a few strings."""
   expected = ' or '.join(map(repr, values))
   return lambda x: '' if isinstance(x, str) and x in values else expected
 
@@ -68,7 +68,7 @@ def or_none(kind: Kind) -> Kind:
 
 
 def either(one: Kind, other: Kind) -> Kind:
-  """The values of two kinds."""
+  """The values of either of two kinds."""
 
   def fault(value):
     expected = one(value) and other(value)
@@ -78,7 +78,7 @@ def either(one: Kind, other: Kind) -> Kind:
 
 
 def list_of(kind: Kind, least: int = 1) -> Kind:
-  """Lists or tuples of values of a kind."""
+  """Lists or tuples whose items are of one kind."""
 
   def fault(values):
     if not isinstance(values, list | tuple):
@@ -92,7 +92,7 @@ def list_of(kind: Kind, least: int = 1) -> Kind:
 
 
 def by_name(kind: Kind) -> Kind:
-  """Dicts from texts to values of a kind."""
+  """Dicts from strings to values of one kind."""
 
   def fault(values):
     if not isinstance(values, Mapping) or not values:
@@ -119,7 +119,7 @@ def _path(value: Any) -> str:
 
 
 def _task(value: Any) -> str:
-  """A name that SeqIO takes, and that names a directory on any system."""
+  """A name that SeqIO accepts and that can name a directory on any system."""
   name = r'[A-Za-z0-9_:#-][\w.:#-]{0,199}'
   if isinstance(value, str) and re.fullmatch(name, value, re.ASCII):
     return ''
@@ -127,7 +127,7 @@ def _task(value: Any) -> str:
 
 
 def _chosen(value: Any) -> str:
-  """What a file chooses, by a reference."""
+  """A reference, which the user sets by choosing a gin file."""
   return 'a reference, which the named file sets'
 
 
@@ -142,18 +142,18 @@ MACROS = {
   ),
   **_each(
     or_none(_text),
-    CONTEXT=('a text that is distilled', "'Say whether it is good.'"),
-    BEST_METRIC=('what chooses the best prompt', "'accuracy'"),
+    CONTEXT=('the text that is distilled', "'Say whether it is good.'"),
+    BEST_METRIC=('the metric that picks the best prompt', "'accuracy'"),
     DATASET_CONFIG=('the configuration of DATASET', "'sst2'"),
-    DEFAULT_PROMPT=('of rows that name none', "'sst2'"),
-    EVAL_SPLIT=('the split that is evaluated', "'validation'"),
-    INFER_SPLIT=('the split that is predicted', "'test'"),
-    PROMPTS=('several prompts', "'sst2=a.npy,rte=b.npy'"),
-    USUAL=('the model of studies of one size', "'xl'"),
+    DEFAULT_PROMPT=('the prompt for rows that name none', "'sst2'"),
+    EVAL_SPLIT=('the split to evaluate', "'validation'"),
+    INFER_SPLIT=('the split to predict', "'test'"),
+    PROMPTS=('the prompts, by name', "'sst2=a.npy,rte=b.npy'"),
+    USUAL=('the model of studies that use one size', "'xl'"),
   ),
   **_each(
     or_none(whole(1, LONGEST)),
-    BUCKET_MULTIPLE=('lengths are padded to a multiple of it', '32'),
+    BUCKET_MULTIPLE=('lengths are padded to a multiple of this', '32'),
   ),
   **_each(
     or_none(_path),
@@ -165,28 +165,28 @@ MACROS = {
     INITIAL_CHECKPOINT_PATH=('the base model', "'/models/t5_1_1_small'"),
     MODEL_DIR=('where a run writes', "'/runs/sst2'"),
     PROMPT_FILE=('a saved prompt', "'/runs/sst2/prompts/best.npy'"),
-    VOCABULARY=('of the tasks that come with ptune', "'ptune://tiny'"),
+    VOCABULARY=('the vocabulary of built-in tasks', "'ptune://tiny'"),
   ),
   **_each(
     whole(),
     CHECKPOINT_PERIOD=('steps between checkpoints', '1000'),
     EVAL_PERIOD=('steps between evaluations', '1000'),
     MEMBERS=('prompts of an ensemble', '5'),
-    MICROBATCHES=('parts that a batch is computed in', '4'),
+    MICROBATCHES=('parts into which a batch is split', '4'),
     MODEL_PARALLEL=('devices that hold one copy of the weights', '4'),
-    PIECES=('that a row is cut in to be pruned', '16'),
-    SEEDS=('how often a study repeats all', '3'),
-    TOGETHER=('most trainings in one program', '8'),
+    PIECES=('parts into which pruning cuts a row', '16'),
+    SEEDS=('how often a study repeats each training', '3'),
+    TOGETHER=('most trainings that share one program', '8'),
     TRAIN_STEPS=('steps of this run', '30000'),
   ),
   **_each(
     or_none(list_of(_text)),
     CLASS_LABELS=('labels that initialise the prompt', "['no', 'yes']"),
-    MODELS=('of a study', "['tiny', 'mini']"),
+    MODELS=('the models of a study', "['tiny', 'mini']"),
   ),
   **_each(
     _path,
-    DATASET=('of Hugging Face datasets', "'imdb'"),
+    DATASET=('a data set of Hugging Face datasets', "'imdb'"),
   ),
   **_each(
     number(0, 0.999),
@@ -194,40 +194,40 @@ MACROS = {
   ),
   **_each(
     one_of('float32', 'bfloat16'),
-    DTYPE=('what activations are computed in', "'bfloat16'"),
+    DTYPE=('dtype of activations', "'bfloat16'"),
   ),
   **_each(
     or_none(whole()),
     EARLY_STOPPING=('evaluations without a better score', '5'),
     EVAL_STEPS=('batches of an evaluation, None for all', '20'),
-    KEEP_CHECKPOINTS=('how many are kept, None for all', '3'),
-    KEEP_PIECES=('pieces of a pruned prompt that are not 0', '80'),
-    KEEP_ROWS=('rows of a pruned prompt', '10'),
+    KEEP_CHECKPOINTS=('checkpoints to keep, None for all', '3'),
+    KEEP_PIECES=('pieces that a pruned prompt keeps', '80'),
+    KEEP_ROWS=('rows that a pruned prompt keeps', '10'),
   ),
   **_each(
     or_none(one_of('float32', 'bfloat16', 'int8')),
-    FROZEN_DTYPE=('what frozen matrices are kept in', "'int8'"),
+    FROZEN_DTYPE=('dtype in which frozen matrices are stored', "'int8'"),
   ),
   **_each(
     or_none(_boolean),
-    FUSED_ATTENTION=("an accelerator's attention; None: on TPUs", 'True'),
+    FUSED_ATTENTION=('fused attention; None: on TPUs only', 'True'),
   ),
   **_each(
     _boolean,
-    FSDP=('frozen matrices split over all devices', 'True'),
+    FSDP=('split frozen matrices over all devices', 'True'),
     RANK=('score every label instead of writing one', 'True'),
-    REMAT=('compute layers again in the backward pass', 'True'),
+    REMAT=('recompute layers in the backward pass', 'True'),
     SCAN=('compile one layer of each stack, and loop over them', 'True'),
-    SKIP_BAD_ROWS=('count and list them, do not stop', 'True'),
+    SKIP_BAD_ROWS=('list bad rows instead of stopping', 'True'),
     USE_CACHED_TASKS=('read tasks cached by SeqIO', 'True'),
   ),
   **_each(
     one_of('leave_one_out', 'gradient'),
-    IMPORTANCE=('leave_one_out or gradient', "'leave_one_out'"),
+    IMPORTANCE=('how rows are scored', "'leave_one_out'"),
   ),
   **_each(
     one_of('predict', 'score'),
-    INFER_MODE=('predict or score', "'predict'"),
+    INFER_MODE=('predict, or score given targets', "'predict'"),
   ),
   **_each(
     _text,
@@ -235,7 +235,10 @@ MACROS = {
     INPUTS=('template of the inputs', "'review: {text}'"),
     MIXTURE_OR_TASK_NAME=('the SeqIO task', "'my_sst2'"),
     TARGETS=('template of the targets', "'{label}'"),
-    TARGET_TEXT=('text that a loss draws the prompt to', "'Say yes or no:'"),
+    TARGET_TEXT=(
+      'the text that a loss pulls the prompt to',
+      "'Say yes or no:'",
+    ),
   ),
   **_each(
     or_none(either(list_of(_text, 2), by_name(_text))),
@@ -243,23 +246,23 @@ MACROS = {
   ),
   **_each(
     number(0, 1e4),
-    CLIP_NORM=('longest gradient of a row, see losses/private.gin', '1.0'),
+    CLIP_NORM=("bound on a row's gradient, see losses/private.gin", '1.0'),
     LEARNING_RATE=('peak learning rate', '0.3'),
-    NOISE_MULTIPLIER=('noise over CLIP_NORM', '1.0'),
-    OFFSET_LEARNING_RATE=('of what is added to the inputs', '0.001'),
+    NOISE_MULTIPLIER=('noise, as a multiple of CLIP_NORM', '1.0'),
+    OFFSET_LEARNING_RATE=('learning rate of the input offsets', '0.001'),
   ),
   **_each(
     number(0, 1),
-    DELTA=('of differential privacy', '1e-5'),
+    DELTA=('delta of differential privacy', '1e-5'),
   ),
   **_each(
     or_none(number(0, 1e9)),
-    EPSILON=('of differential privacy, at which a run stops', '8.0'),
+    EPSILON=('epsilon of differential privacy, which ends a run', '8.0'),
   ),
   **_each(
     list_of(number(0, 1e4)),
-    FACTORS=('of the learning rates of a study', '[0.3, 1.0, 3.0]'),
-    LEARNING_RATES=('of a sweep', '[0.1, 0.3]'),
+    FACTORS=("multiples of a method's learning rate", '[0.3, 1.0, 3.0]'),
+    LEARNING_RATES=('learning rates of a sweep', '[0.1, 0.3]'),
   ),
   **_each(
     list_of(whole(1, LONGEST_PROMPT)),
@@ -274,20 +277,20 @@ MACROS = {
   ),
   **_each(
     or_none(list_of(_text, 0)),
-    METHODS=('that a study compares', "['prompt', 'lora']"),
-    METRICS=('by name, see tasks/from_files.gin', "['accuracy']"),
+    METHODS=('the methods that a study compares', "['prompt', 'lora']"),
+    METRICS=('names of metrics, see tasks/from_files.gin', "['accuracy']"),
   ),
   **_each(
     or_none(either(_text, list_of(_text))),
-    MIXTURE_OR_TASK_MODULE=('registers the task', "'my_tasks'"),
+    MIXTURE_OR_TASK_MODULE=('the module that registers it', "'my_tasks'"),
   ),
   **_each(
     whole(0, 2**16),
-    PACK=('rows with room for so many of the longest examples', '4'),
+    PACK=('how many of the longest examples fit in a row', '4'),
   ),
   **_each(
     or_none(whole(0)),
-    PROFILE_STEPS=('steps traced into MODEL_DIR/profile', '5'),
+    PROFILE_STEPS=('steps to trace, into MODEL_DIR/profile', '5'),
   ),
   **_each(
     whole(1, LONGEST_PROMPT),
@@ -295,15 +298,15 @@ MACROS = {
   ),
   **_each(
     whole(0),
-    RANDOM_SEED=('of data order, initialisation, dropout', '0'),
+    RANDOM_SEED=('seed of data order, initialisation, dropout', '0'),
   ),
   **_each(
     one_of('miniature', 'paper'),
-    SETTING=('miniature or paper', "'paper'"),
+    SETTING=('the size of a study', "'paper'"),
   ),
   **_each(
     or_none(one_of('trackio', 'wandb')),
-    TRACKER=('where figures go beside MODEL_DIR', "'trackio'"),
+    TRACKER=('experiment tracker that gets the figures too', "'trackio'"),
   ),
   **_each(
     list_of(_path),
@@ -311,15 +314,18 @@ MACROS = {
   ),
   **_each(
     or_none(list_of(number(0, 1e30))),
-    SOURCE_WEIGHTS=('of their mean', '[0.7, 0.3]'),
+    SOURCE_WEIGHTS=('weights of their mean', '[0.7, 0.3]'),
   ),
   **_each(
     or_none(by_name(_text)),
-    SPLITS=('of DATASET, by those of the task', "{'train': 'train'}"),
+    SPLITS=("splits of the task -> DATASET's", "{'train': 'train'}"),
   ),
   **_each(
     by_name(whole(1, LONGEST)),
-    TASK_FEATURE_LENGTHS=('in tokens', "{'inputs': 128, 'targets': 8}"),
+    TASK_FEATURE_LENGTHS=(
+      'longest inputs and targets, in tokens',
+      "{'inputs': 128, 'targets': 8}",
+    ),
   ),
   **_each(
     by_name(either(_path, list_of(_path))),
@@ -327,7 +333,7 @@ MACROS = {
   ),
   **_each(
     _task,
-    TASK_NAME=('of the task made of files', "'mine'"),
+    TASK_NAME=('name of the task made of files', "'mine'"),
   ),
 }
 
@@ -343,11 +349,11 @@ def flag(name: str) -> str:
 
 
 def check(values: Mapping[str, Any]) -> None:
-  """Checks settings by the names of their macros; other names are passed over.
+  """Checks settings by the names of their macros, and ignores other names.
 
   Raises:
-    UserError: It lists each value that is not of its kind; or a batch is larger
-      than the memory of this machine.
+    UserError: It lists each invalid value; or a batch is larger than this
+      machine's memory.
   """
   wrong = [
     f'{name} ({macro.what}) is {_shown(values[name])}; expected {expected},'
@@ -366,7 +372,7 @@ def _shown(value: Any) -> str:
 
 
 def _check_memory(values: Mapping[str, Any]) -> None:
-  """Refuses batches of which the token ids alone exceed the memory."""
+  """Refuses a batch whose token ids alone exceed the memory."""
   used = ('BATCH_SIZE', 'TASK_FEATURE_LENGTHS', 'PACK')
   rows, lengths, pack = map(values.get, used)
   if rows is None or lengths is None:

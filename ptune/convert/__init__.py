@@ -1,14 +1,14 @@
-"""Checkpoints of T5X, Hugging Face and ptune, read as one.
+"""Reads checkpoints of T5X, Hugging Face and ptune through one interface.
 
     source = open_checkpoint('gs://.../checkpoint_1100000')
     check_config(source, config)
     params = restore(source, abstract)
     print(restore_table(source, params))
 
-`open_checkpoint` finds out who wrote a directory and returns a `Source`: every
-parameter under its T5X name, none of them read yet. `restore` reads what this
-process's devices hold, strictly. A format is one module, loaded when a
-directory of its kind is opened; none of them loads TensorFlow.
+`open_checkpoint` detects the format of a directory and returns a `Source`: all
+parameters by their T5X names, without their values. `restore` reads the part
+that this process's devices hold, and is strict. Each format has a module, which
+is imported when a directory of that format is opened. None imports TensorFlow.
 """
 
 import re
@@ -41,13 +41,13 @@ Expected the directory of one of
     model.safetensors.index.json), or hf://org/name for one on the Hub;
   a ptune run (MODEL_DIR with checkpoints/N), or one step of it."""
 
-# Weights that other frameworks read.
+# Weights in formats of other frameworks.
 FOREIGN_WEIGHTS = ('flax_model.msgpack', 'tf_model.h5')
 TORCH_WEIGHTS = ('pytorch_model.bin', 'pytorch_model.bin.index.json')
 
 
 def open_checkpoint(path: epath.PathLike) -> Source:
-  """Opens a checkpoint, whoever wrote it; reads names and shapes only.
+  """Opens a checkpoint of any supported format; reads only names and shapes.
 
   Args:
     path: A directory, local or gs://: a T5X checkpoint (msgpack and zarr, or
@@ -59,17 +59,15 @@ def open_checkpoint(path: epath.PathLike) -> Source:
     The parameters, by their T5X names.
 
   Raises:
-    FileNotFoundError: nothing is at `path`.
-    ValueError: what is there is no such checkpoint, is damaged, or holds a
-      model that ptune has no network for.
+    FileNotFoundError: `path` does not exist.
+    ValueError: `path` is not such a checkpoint, is damaged, or holds a model
+      that ptune has no network for.
   """
   path = locate(path)
   if not path.exists():
     raise FileNotFoundError(_absent(path))
   if not path.is_dir():
-    raise UserError(
-      f'{path} is a file; give the directory that holds it.\n{EXPECTED}'
-    )
+    raise UserError(f'{path} is a file; give its directory.\n{EXPECTED}')
   names = _listing(path)
   # Orbax before `checkpoint`: older Orbax trees have a file of that name too.
   if {'_METADATA', 'manifest.ocdbt'} & set(names) or (
@@ -104,7 +102,7 @@ def _has_safetensors(names: Iterable[str]) -> bool:
 
 
 def _newest(checkpoints: epath.Path) -> epath.Path:
-  """The highest step; what Orbax had not finished has another name."""
+  """Returns the highest step; Orbax names an unfinished one differently."""
   names = _listing(checkpoints)
   steps = [name for name in names if name.isdecimal()]
   if not steps:
@@ -116,7 +114,7 @@ def _newest(checkpoints: epath.Path) -> epath.Path:
 
 
 def _shown(names: list[str]) -> str:
-  """A directory's names for a message, cut where they are too many."""
+  """Lists a directory's names for a message, only the first if too many."""
   if not names:
     return 'it is empty'
   more = f' and {len(names) - 20} more' if len(names) > 20 else ''
@@ -124,9 +122,9 @@ def _shown(names: list[str]) -> str:
 
 
 def _absent(path: epath.Path) -> str:
-  """Says that nothing is at `path`, and what is nearest to it."""
+  """Says that `path` does not exist, and what exists near it."""
   message = f'Nothing is at {path}.'
-  # A bucket's own root cannot be listed by everyone who can read in it.
+  # Someone who can read in a bucket may lack the right to list its root.
   parents = [path.parent] if '://' in str(path) else path.parents
   parent = next((p for p in parents if p.exists()), None)
   if parent is not None and parent.is_dir():
@@ -144,20 +142,20 @@ def _unrecognised(path: epath.Path, names: list[str]) -> str:
   foreign = [n for n in names if n in FOREIGN_WEIGHTS]
   if foreign:
     return (
-      f'{found}\n{foreign[0]} is not read. Save the model as safetensors: '
+      f'{found}\nptune does not read {foreign[0]}; save it as safetensors: '
       "AutoModelForSeq2SeqLM.from_pretrained('...').save_pretrained('...')."
     )
   if 'config.json' in names and str(path.parent.name) == 'snapshots':
     from ptune.convert.torch_files import both_ways
 
     return (
-      f'{found}\nThe Hub has no safetensors of this model, nor a pull request'
-      f' of its bot that adds them. What it has is read by torch:'
+      f'{found}\nOn the Hub, this model has no safetensors, and no pull request'
+      " of the Hub's bot adds them. torch can read its files:"
       f' {both_ways(path)}'
     )
   if 'adapter_config.json' in names:
     return (
-      f'{found}\nThis is a PEFT adapter; the base model it was trained on '
-      'is named in its adapter_config.json.'
+      f'{found}\nThis is a PEFT adapter; its adapter_config.json names its '
+      'base model.'
     )
   return f'{found}\n{EXPECTED}'

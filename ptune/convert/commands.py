@@ -1,6 +1,6 @@
 """The commands export, import, convert, inspect and push: flags and calls.
 
-They copy files: no accelerator is used, and no gin file.
+They copy files and use neither an accelerator nor gin files.
 """
 
 import argparse
@@ -13,14 +13,14 @@ COMMANDS = ('export', 'import', 'convert', 'inspect', 'push')
 
 
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
-  """Adds the flags of a command of COMMANDS."""
+  """Adds the flags of one of these commands."""
   if command == 'inspect':
     parser.add_argument('path', help='a checkpoint, run, prompt or adapter')
     parser.add_argument('--json', action='store_true', help='print JSON')
     parser.add_argument(
       '--fingerprint',
       action='store_true',
-      help='read a base model to its end, for its fingerprint',
+      help='read the whole base model, to compute its fingerprint',
     )
     return
   if command == 'push':
@@ -34,33 +34,33 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
       '--private', action='store_true', help='a new repository is private'
     )
     parser.add_argument(
-      '--task', type=int, help='which prompt, of multi-task runs and adapters'
+      '--task', type=int, help='index of the prompt in a multi-task run'
     )
     return
   if command == 'export':
     parser.add_argument(
-      'run', nargs='?', metavar='RUN', help='a MODEL_DIR: its best prompt'
+      'run', nargs='?', metavar='RUN', help='a MODEL_DIR; takes its best prompt'
     )
     parser.add_argument(
-      '--prompt', help='in place of RUN, a file of its prompts/, or an adapter'
+      '--prompt', help='instead of RUN, a file of its prompts/, or an adapter'
     )
     parser.add_argument(
       '--format',
       default='peft',
       choices=['npy', 'peft', 't5x', 'safetensors', 'huggingface'],
-      help='what is no prompt is merged into the base: t5x or huggingface'
+      help='t5x and huggingface merge other methods than prompts into the base'
       ' (%(default)s)',
     )
     parser.add_argument(
       '--base',
-      help='the model that the prompt was trained on; that of its run if not'
-      ' given',
+      help='the model that the prompt was trained on (the one that its run'
+      ' recorded)',
     )
     parser.add_argument(
-      '--base_name', help='what PEFT shall call it, such as google/t5-v1_1-base'
+      '--base_name', help="the base's name for PEFT: google/t5-v1_1-base"
     )
   else:
-    parser.add_argument('path', help='what is read')
+    parser.add_argument('path', help='the input')
   if command == 'convert':
     parser.add_argument(
       '--format', required=True, choices=['t5x', 'huggingface']
@@ -68,11 +68,11 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
       '--activations',
       type=lambda text: tuple(text.split(',')),
-      help='of the MLP, such as gelu,linear; T5X does not say them',
+      help='MLP activations, such as gelu,linear; T5X does not store them',
     )
     parser.add_argument(
       '--vocabulary',
-      help="what transformers shall tokenise with; the model's if not given",
+      help="the vocabulary for transformers (the model's own)",
     )
     parser.add_argument(
       '--base_only',
@@ -81,7 +81,9 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     )
   if command != 'convert':
     parser.add_argument(
-      '--task', type=int, help='which prompt, of multi-task runs and adapters'
+      '--task',
+      type=int,
+      help='index of the prompt, for multi-task runs and adapters',
     )
   if command != 'import':
     parser.add_argument(
@@ -90,11 +92,10 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--output',
     required=command != 'export',
-    help='what is written'
-    + (', RUN/export/FORMAT if not given' if command == 'export' else ''),
+    help='the output' + (' (RUN/export/FORMAT)' if command == 'export' else ''),
   )
   parser.add_argument(
-    '--overwrite', action='store_true', help='replace what is there'
+    '--overwrite', action='store_true', help='replace an earlier output'
   )
 
 
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
   """Runs the command `args.program`, and prints what it did.
 
   Raises:
-    ValueError, OSError: what a user can mend.
+    ValueError, OSError: Errors that users can fix.
   """
   if args.program == 'inspect':
     from ptune.convert import inspection
@@ -174,7 +175,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _ends(args: argparse.Namespace) -> tuple[str, str]:
-  """What `ptune export` reads, and what it writes."""
+  """Returns the input and the output of `ptune export`."""
   path = args.run or args.prompt
   if path is None or (args.run and args.prompt):
     raise UserError(
@@ -183,5 +184,5 @@ def _ends(args: argparse.Namespace) -> tuple[str, str]:
   if args.output is not None:
     return path, args.output
   if args.run is None:
-    raise UserError('--output is needed with --prompt: what is written')
+    raise UserError('--prompt needs --output, the path to write')
   return path, os.path.join(args.run, 'export', args.format)

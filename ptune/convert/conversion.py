@@ -1,6 +1,6 @@
 """`ptune convert`: whole models, from any layout to T5X's or Hugging Face's.
 
-Bit by bit: values are copied as they are, and transposed where torch wants it.
+Values are copied bit by bit, and transposed where torch needs it.
 """
 
 from etils import epath
@@ -12,7 +12,7 @@ from ptune.errors import UserError
 from ptune.model.sizes import Config, T5Config, TokenIds
 from ptune.model.t5gemma_sizes import T5GemmaConfig
 
-# What a directory must hold one of, to be replaced as an earlier output.
+# An output directory that is replaced must contain one of these.
 MARKS = {'t5x': ('checkpoint',), 'huggingface': ('config.json',)}
 
 
@@ -30,25 +30,25 @@ def convert(
   """Writes a model in another layout; holds one array at a time.
 
   Args:
-    path: What `open_checkpoint` takes.
+    path: As for `open_checkpoint`.
     layout: 't5x' (the older layout, which T5X reads with any setting) or
       'huggingface'.
-    directory: Where to.
-    step: The training step; that of the checkpoint if not given. Adafactor's
-      decay goes on from it.
-    activations: Of the MLP, where the files do not say it and it is not that
-      of the published models.
-    base_only: Leaves out prompts and other adapters.
-    overwrite: Replaces an earlier output.
-    vocabulary: What is written for transformers to tokenise with; what lies
-      with the model if not given.
+    directory: The directory to write.
+    step: The training step; the checkpoint's if not given. Adafactor's decay
+      continues from it.
+    activations: MLP activations, if the files do not say them and they differ
+      from those of the published models.
+    base_only: Whether to leave out prompts and other adapters.
+    overwrite: Whether to replace an earlier output.
+    vocabulary: The vocabulary to write for transformers; the one beside the
+      model if not given.
 
   Returns:
     Lines that say what was done.
 
   Raises:
-    ValueError: it is no whole model, a value is NaN or infinite, or the output
-      is there.
+    ValueError: The model is not complete, a value is NaN or infinite, or the
+      output exists.
   """
   target = output.check(
     directory, overwrite, MARKS[layout], inputs=(str(path),)
@@ -65,10 +65,10 @@ def convert(
   beyond = sorted(source.leaves.keys() - leaves.keys())
   if beyond and not base_only:
     raise UserError(
-      f'{path} holds more than the model, which has no place in the other '
-      'layout:\n'
+      f'{path} holds more than the model, and the other layout has no '
+      'place for it:\n'
       + '\n'.join(f'  {name}' for name in beyond)
-      + '\nTake a prompt with ptune import, and leave it out here with '
+      + '\nConvert a prompt with ptune import, and leave it out here with '
       '--base_only'
     )
   step = source.step if step is None else step
@@ -87,23 +87,23 @@ def convert(
       written_vocabulary = write_vocabulary(
         temporary, vocabulary or path, config.vocab_size, config.ids.pad
       )
-    # Reads its own names and shapes again, before anything is replaced.
+    # Check its names and shapes again before anything is replaced.
     written = open_checkpoint(temporary)
     assert written.shapes == {name: x.shape for name, x in leaves.items()}
   lines = [f'read {source.describe()}', f'base {checksums.digest()}']
   told = source.activations or source.config
   if layout == 'huggingface' and told is None:
     lines.append(
-      f'mlp_activations {config.mlp_activations} were taken: what was read '
-      'does not say them; --activations sets others'
+      f'took mlp_activations {config.mlp_activations}, because the input does '
+      'not say them; --activations sets others'
     )
   if layout == 't5x' and config.ids != TokenIds():
     lines.append(
-      f'T5X keeps no special tokens, and this model has {config.ids}: name it'
-      ' by a file of models/, or set sizes.t5.ids'
+      f'T5X stores no special tokens, and this model has {config.ids}: choose'
+      ' its file of models/, or set sizes.t5.ids'
     )
   if layout == 't5x' and step is None:
-    lines.append('the step was taken as 0: --step=N sets another')
+    lines.append('the step was taken as 0; set it with --step=N')
   return [*lines, *written_vocabulary, f'wrote {target}']
 
 
@@ -113,7 +113,7 @@ def _check_t5x(source: Source, config: Config) -> None:
   if isinstance(config, T5GemmaConfig):
     wrong.append('it is a T5Gemma')
   elif config.decoder_embedding:
-    wrong.append('its decoder has an embedding of its own')
+    wrong.append('its decoder has its own embedding')
   if isinstance(config, T5Config) and (
     config.scales_outputs != config.logits_via_embedding
   ):
@@ -122,8 +122,8 @@ def _check_t5x(source: Source, config: Config) -> None:
     wrong.append(f'its logits {scaled} scaled, and {tied}')
   if wrong:
     raise UserError(
-      f'{source.path} cannot be a checkpoint of T5X, which has no such network:'
-      f' {"; ".join(wrong)}'
+      f'{source.path} cannot become a T5X checkpoint, because T5X has no such'
+      f' network: {"; ".join(wrong)}'
     )
 
 

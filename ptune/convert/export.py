@@ -1,7 +1,7 @@
-"""`ptune export` and `ptune import`: a prompt for other programs, or for ours.
+"""`ptune export` and `ptune import`: convert prompts to and from other formats.
 
 npy          PATH.npy [prompt, embed] and PATH.json, as a run writes them
-safetensors  one file, with what is known of the prompt in its metadata
+safetensors  one file, with the facts about the prompt in its metadata
 peft         a directory that PeftModel.from_pretrained loads
 t5x          a whole checkpoint: the base model, and the prompt in it
 """
@@ -27,11 +27,11 @@ from ptune.convert.source import Leaf, Source, sizes
 from ptune.convert.tokenizer_files import write_vocabulary
 from ptune.errors import UserError
 
-# Methods whose prompts stand before the first token, and are all there is.
+# Methods whose prompt stands before the first token and is their only part.
 PLAIN = ('prompt', 'p_tuning/mlp', 'p_tuning/lstm', 'residual')
 FORMATS = ('npy', 'peft', 't5x', 'safetensors')
 
-# What a directory must hold one of, to be replaced as an earlier output.
+# An output directory that is replaced must contain one of these.
 MARKS = {'peft': (peft.CONFIG,), 't5x': ('checkpoint',)}
 
 
@@ -50,27 +50,26 @@ def export(
   Args:
     prompt: From `prompts.read_prompt`.
     layout: One of FORMATS.
-    path: The file or directory to be written; a file's suffix is added.
-    base: The base model, as `open_checkpoint` takes it. If not given, the one
-      that the prompt's run was started from, where that is still there. It
-      must be the model that the prompt was trained on.
-    base_name: What PEFT shall call the base model, such as
-      'google/t5-v1_1-base'.
-    step: The step of a T5X checkpoint; that of the base and the prompt's if
-      not given.
-    overwrite: Replaces an earlier output.
+    path: The file or directory to write; a file's suffix is added.
+    base: The base model, as for `open_checkpoint`. If not given, the base that
+      the prompt's run recorded, if it still exists. It must be the model that
+      the prompt was trained on.
+    base_name: The base model's name for PEFT, such as 'google/t5-v1_1-base'.
+    step: The step of a T5X checkpoint; if not given, the base's step plus the
+      prompt's.
+    overwrite: Whether to replace an earlier output.
 
   Returns:
     Lines that say what was done.
 
   Raises:
-    ValueError: the prompt is not for this format, the base is another model,
-      or the output is there.
+    ValueError: The prompt does not suit the format, the base is another model,
+      or the output exists.
   """
   if layout == 'huggingface':
     raise UserError(
-      f'{prompt.path} is a prompt, for which a model of Hugging Face has no'
-      ' place; --format=peft writes it as an adapter beside the model'
+      f'{prompt.path} is a prompt, and a Hugging Face model has no place for'
+      ' it; --format=peft writes it as an adapter beside the model'
     )
   if layout not in FORMATS:
     raise UserError(f'--format={layout}; expected one of {", ".join(FORMATS)}')
@@ -86,15 +85,15 @@ def export(
   method = prompt.facts.get('method', 'prompt')
   if method not in PLAIN:
     raise UserError(
-      f'{prompt.path} was trained by method {method!r}; {layout} puts a prompt '
-      'before the first token, and nothing else, so that it would mean '
-      'something else there. Export it as npy or safetensors'
+      f'{prompt.path} was trained by method {method!r}; {layout} only puts a '
+      'prompt before the first token, so it would mean something else there. '
+      'Export it as npy or safetensors'
     )
   named = base is not None
   base = base or recorded_base(prompt.path)
   if base is None and layout == 't5x':
     raise UserError(
-      'A T5X checkpoint holds the base model too; name it with --base=PATH'
+      'A T5X checkpoint includes the base model; name it with --base=PATH'
     )
   lines = []
   source = None
@@ -116,7 +115,7 @@ def export(
 
 
 def _facts(prompt: Prompt) -> dict[str, Any]:
-  """What is written beside a prompt."""
+  """Returns the facts to write beside a prompt."""
   return {
     **prompt.facts,
     'prompt_length': prompt.array.shape[0],
@@ -170,7 +169,7 @@ def _export_peft(
   if name is None:
     lines.append(
       'no Hugging Face model is named, so load it as PeftModel.from_pretrained('
-      'model, path); --base_name=org/name sets one'
+      'model, path); name one with --base_name=org/name'
     )
   with output.new_directory(target) as temporary:
     peft.write_peft(temporary, prompt.array, _facts(prompt), model, name)
@@ -208,24 +207,24 @@ def check_base(
   source: Source,
   fingerprint: str,
 ) -> str:
-  """Compares the fingerprints of a base and of what was trained on one.
+  """Compares the fingerprint of a base with the one that a prompt recorded.
 
   Args:
-    path: What was trained, for messages.
-    facts: What is known of it.
+    path: The trained file, for messages.
+    facts: The facts about it.
     source: The base.
-    fingerprint: Of the base.
+    fingerprint: The fingerprint of the base.
 
   Returns:
-    A line that says that they are equal, or that nothing is known.
+    A line that says that they are equal, or that none is recorded.
 
   Raises:
     ValueError: They differ.
   """
   if 'base' not in facts:
     return (
-      f'nothing says on which model {path} was trained; its width alone was '
-      'compared with the base'
+      f'{path} does not record its base model; only its width was compared '
+      'with the base'
     )
   if fingerprint != facts['base']:
     raise UserError(
@@ -247,7 +246,7 @@ def check_width(prompt: Prompt, source: Source) -> None:
 
 
 def step_after(facts: Mapping[str, Any], source: Source) -> int:
-  """The step of T5X, which counts the base's too, after a training on it."""
+  """Returns T5X's step after a training, which includes the base's steps."""
   for key, before in (('t5x_step', 0), ('step', source.step or 0)):
     steps = facts.get(key)
     if isinstance(steps, int) and 0 <= steps < 2**31 - before:
@@ -256,7 +255,7 @@ def step_after(facts: Mapping[str, Any], source: Source) -> int:
 
 
 def recorded_base(path: epath.PathLike) -> str | None:
-  """The base that a run was started from, for a file of its prompts/."""
+  """Returns the base that a run recorded, for a file of its prompts/."""
   run = epath.Path(path).parent.parent / 'run.json'
   if not run.is_file():
     return None

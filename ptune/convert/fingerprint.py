@@ -1,6 +1,6 @@
-"""Whether two models have the same weights: a fingerprint of arrays.
+"""A fingerprint of arrays, which tells whether two models have equal weights.
 
-`identity.fingerprint` gives the same of a checkpoint, without devices.
+`identity.fingerprint` computes the same from a checkpoint, without devices.
 """
 
 import hashlib
@@ -14,10 +14,10 @@ from ptune.convert.identity import spread
 
 
 def of_params(params: Mapping[str, jax.Array]) -> str:
-  """Identifies a model's weights.
+  """Returns a fingerprint of a model's weights.
 
-  Equal for the same weights on any mesh, in float32 or bfloat16: it is made
-  of integer sums over the values rounded to bfloat16.
+  It is equal for the same weights on any mesh, in float32 or bfloat16, because
+  it consists of integer sums over the values rounded to bfloat16.
 
   Args:
     params: The base parameters, by path.
@@ -37,8 +37,8 @@ def _checksums(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
   def checksum(x):
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
     bits = bits.astype(jnp.uint32)
-    # Each value counts by its position, so that a permutation is noticed.
-    # uint32 sums wrap around: the order of summation does not matter.
+    # A value's weight depends on its position, so permutations are detected.
+    # uint32 sums wrap around, so the order of summation does not matter.
     position = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(x.shape):
       i = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)

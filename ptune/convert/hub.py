@@ -1,4 +1,4 @@
-"""Models by name: hf://google/flan-t5-base, or ptune://tiny of our own."""
+"""Models by name: hf://google/flan-t5-base, or ptune's own ptune://tiny."""
 
 import re
 from collections.abc import Iterator
@@ -12,21 +12,21 @@ from ptune.convert import torch_files
 from ptune.errors import UserError
 from ptune.host import paths
 
-# No weights but safetensors, if there are any; see `_with_weights`.
+# If there are safetensors, other weights are not downloaded: `_with_weights`.
 FILES = ('*.json', '*.safetensors', '*.model', 'merges.txt')
 TORCH_FILES = ('pytorch_model*.bin',)
-# The account whose pull requests add safetensors made of a repository's own
-# weights, and how many are looked for without network.
+# This account's pull requests add safetensors that it makes from a repository's
+# own weights; and the number of pull requests to try without network.
 CONVERTER = 'SFconvertbot'
 PULL_REQUESTS = 30
 SCHEME = 'hf://'
 
 
 def locate(path: epath.PathLike) -> epath.Path:
-  """Where a model lies: the path itself, or the directory of a name.
+  """Returns the path itself, or the directory of a name.
 
   Raises:
-    ValueError: A name is unknown, or cannot be had.
+    ValueError: A name is unknown, or its model is not available.
   """
   if str(path).startswith(SCHEME):
     return download(str(path))
@@ -36,22 +36,22 @@ def locate(path: epath.PathLike) -> epath.Path:
 
 
 def download(name: str) -> epath.Path:
-  """Brings a repository's files into the local cache of huggingface_hub.
+  """Downloads a repository's files into huggingface_hub's local cache.
 
   Args:
     name: hf://org/name, or hf://org/name@revision.
 
   Returns:
-    The directory; without network, the one of an earlier call.
+    The directory; without network, the directory of an earlier call.
 
   Raises:
     ValueError: huggingface_hub is not installed, there is no such repository,
-      or neither network nor an earlier copy.
+      or there is neither a network nor an earlier copy.
   """
   match = re.fullmatch(r'hf://([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?', name)
   if not match:
     raise UserError(
-      f'{name} is no name on the Hub; expected hf://org/name or '
+      f'{name} is not a name on the Hub; expected hf://org/name or '
       'hf://org/name@revision'
     )
   hub = library(name, 'Or download the directory, and give its path')
@@ -65,17 +65,17 @@ def download(name: str) -> epath.Path:
     if revision is None and _lacks_weights(found):
       return _with_weights(hub, repository, found)
     return found
-  # Its errors come from HTTP, the file system and its own checks.
+  # Errors come from HTTP, the file system and huggingface_hub's own checks.
   except Exception as error:
     raise UserError(
       f'{name} cannot be downloaded, and is not in the local cache: '
-      f'{type(error).__name__}: {error}\nWithout network, give the path of a '
-      'directory that was downloaded elsewhere'
+      f'{type(error).__name__}: {error}\nWithout a network, give the path of a '
+      'directory that you downloaded elsewhere'
     ) from error
 
 
 def _lacks_weights(directory: epath.Path) -> bool:
-  """Whether a model lies there, whose weights were not downloaded."""
+  """Returns whether a directory has a model without its weights."""
   names = {child.name for child in directory.iterdir()}
   return (
     'config.json' in names
@@ -85,10 +85,10 @@ def _lacks_weights(directory: epath.Path) -> bool:
 
 
 def _with_weights(hub: Any, repository: str, main: epath.Path) -> epath.Path:
-  """The directory of a model that has no safetensors on its main branch.
+  """Returns a directory of a model without safetensors on its main branch.
 
-  Many older models (T5 1.1, mT5) have them in a pull request only, made by the
-  Hub's own converter. Else torch's files are taken, if torch is installed.
+  Many older models (T5 1.1, mT5) have safetensors only in a pull request by the
+  Hub's own converter. Without one, we read torch's files if torch is installed.
   """
   for revision, how in _conversions(hub, repository):
     try:
@@ -97,11 +97,11 @@ def _with_weights(hub: Any, repository: str, main: epath.Path) -> epath.Path:
           repository, revision=revision, allow_patterns=list(FILES), **how
         )
       )
-    except Exception:  # Not in the cache, without network.
+    except Exception:  # There is no network, and it is not in the cache.
       continue
     if not _lacks_weights(found):
       logging.info(
-        '%s has no safetensors; those of its pull request %s are read, made by'
+        '%s has no safetensors; reading those of its pull request %s, made by'
         ' %s',
         repository,
         revision,
@@ -120,13 +120,13 @@ def _with_weights(hub: Any, repository: str, main: epath.Path) -> epath.Path:
 def _conversions(
   hub: Any, repository: str
 ) -> Iterator[tuple[str, dict[str, bool]]]:
-  """Revisions that may have safetensors, and how they are downloaded."""
+  """Returns revisions that may have safetensors, and how to download them."""
   try:
     requests = hub.HfApi().get_repo_discussions(
       repository, author=CONVERTER, discussion_type='pull_request'
     )
     numbers = [request.num for request in requests]
-  except Exception:  # Without network: what was downloaded before.
+  except Exception:  # Without network, use earlier downloads.
     for number in range(1, PULL_REQUESTS + 1):
       yield f'refs/pr/{number}', {'local_files_only': True}
     return
@@ -135,11 +135,11 @@ def _conversions(
 
 
 def library(what: str, otherwise: str = '') -> Any:
-  """The package huggingface_hub, which comes with the extra `hub`.
+  """Imports huggingface_hub, which the extra `hub` installs.
 
   Args:
-    what: What needs it.
-    otherwise: What can be done without it.
+    what: The feature that needs it.
+    otherwise: What the user can do without it.
 
   Raises:
     UserError: It is not installed.

@@ -2,7 +2,7 @@
 
 config.json        sizes, activation, whether the output layer is tied, ids
 model.safetensors  or shards, and model.safetensors.index.json
-pytorch_model.bin  where there are no safetensors, or its shards
+pytorch_model.bin  or its shards, if there are no safetensors
 """
 
 import json
@@ -33,18 +33,18 @@ CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 GENERATION = 'generation_config.json'
-STEP = 'step'  # In the metadata of the weights.
+STEP = 'step'  # A key in the metadata of the weights.
 
-# Rows of the embedding by which these are known.
+# The number of embedding rows identifies these.
 BYT5 = 384
 MT5 = 250112
 
-# mT5 and T5 are one network; UMT5 has a position bias in every layer.
+# mT5 and T5 have the same network; UMT5 has a position bias in every layer.
 PER_LAYER = 'umt5'
 MODEL_TYPES = ('t5', 'mt5', PER_LAYER)
 
 # feed_forward_proj -> mlp_activations. Its 'gated-gelu' is the tanh
-# approximation, as is ptune's gelu; its plain 'gelu' is not, hence absent.
+# approximation, as is ptune's gelu; its plain 'gelu' is not, so it is absent.
 ACTIVATIONS = {
   'relu': ('relu',),
   'gelu_new': ('gelu',),
@@ -55,11 +55,11 @@ ACTIVATIONS = {
   'gated-silu': ('silu', 'linear'),
 }
 
-# What transformers calls these activations, once it has read the above.
+# transformers' names for these activations, after it reads the above.
 DENSE_ACT_FN = {'gelu': 'gelu_new'}
 
-# config.json's name for a size of T5Config, and the name that stands for it
-# where that is absent.
+# config.json's name for a size of T5Config, and the name to use if that is
+# absent.
 CONFIG_SIZES = {
   'vocab_size': ('vocab_size', None),
   'emb_dim': ('d_model', None),
@@ -76,8 +76,8 @@ def open_huggingface(path: epath.Path) -> Source:
   """Opens a directory with config.json and safetensors.
 
   Raises:
-    ValueError: a file is damaged or missing, a tensor is unknown, config.json
-      disagrees with the tensors, or the network is one that ptune has not.
+    ValueError: A file is damaged or missing, a tensor is unknown, config.json
+      contradicts the tensors, or ptune does not have the network.
   """
   config = read_json(path / CONFIG)
   if config.get('model_type') in t5gemma.MODEL_TYPES:
@@ -113,7 +113,7 @@ def open_huggingface(path: epath.Path) -> Source:
     leaves.pop(LOGITS, None)
   if tied and own is not None and not _is_shared(tensors, embedding):
     raise UserError(
-      f'{path}: the output layer is tied to {EMBEDDINGS[0]}, and the encoder'
+      f'{path}: the output layer is tied to {EMBEDDINGS[0]}, but the encoder'
       f" reads another embedding, {embedding}; ptune ties it to the encoder's"
     )
   used = {table[ours][0] for ours in leaves}
@@ -134,15 +134,15 @@ def open_huggingface(path: epath.Path) -> Source:
 
 
 def _open_t5gemma(path: epath.Path, said: Mapping[str, Any]) -> Source:
-  """The same of T5Gemma and T5Gemma 2; what reads images is left out."""
+  """Opens a T5Gemma or T5Gemma 2, without the part that reads images."""
   ids = _token_ids(t5gemma.token_ids(said), path)
   config = t5gemma.read_config(said, ids, path / CONFIG)
   tensors, metadata = _tensors(path)
-  # transformers has this name in memory, and the shorter one in files.
+  # transformers uses this name in memory, and the shorter one in files.
   tensors = {k.replace('.text_model.', '.'): x for k, x in tensors.items()}
   leaves, used = {}, set()
   for ours, (theirs, transposed) in t5gemma.layout(config).items():
-    # torch saves whichever of a shared tensor's names it likes.
+    # A shared tensor has several names; torch may save any of them.
     names = [theirs, *t5gemma.copies(config, ours)]
     found = [name for name in names if name in tensors]
     if found:
@@ -159,7 +159,7 @@ def _open_t5gemma(path: epath.Path, said: Mapping[str, Any]) -> Source:
   _refuse_unknown(path, left - vision)
   if vision:
     logging.info(
-      '%s: %d tensors of the part that reads images are left out; text is read',
+      '%s: left out the %d tensors that read images; ptune reads text only',
       path,
       len(vision),
     )
@@ -191,15 +191,15 @@ def write_huggingface(
   config: Config,
   step: int | None = None,
 ) -> None:
-  """Writes config.json, as published models have it, and model.safetensors.
+  """Writes config.json, like that of published models, and model.safetensors.
 
-  One tensor is in memory at a time, so that a model of any size can be written.
+  It holds one tensor at a time in memory, so the model can have any size.
 
   Args:
-    directory: An empty one.
+    directory: An empty directory.
     leaves: The parameters of the model, by T5X's path.
     config: The model.
-    step: The training step, kept in the metadata of the weights.
+    step: The training step, stored in the metadata of the weights.
 
   Raises:
     ValueError: Hugging Face has no name for the activation, or no such model.
@@ -232,15 +232,15 @@ def write_huggingface(
 
 
 def _config_json(config: T5Config) -> dict[str, Any]:
-  """The config.json of a T5, as published models have it."""
+  """Returns the config.json of a T5, like that of published models."""
   if config.decoder_only:
     raise UserError(
-      'a decoder alone is no model of Hugging Face; use --format=t5x'
+      'Hugging Face has no model of a decoder alone; use --format=t5x'
     )
   projections = {names: text for text, names in reversed(ACTIVATIONS.items())}
   if config.mlp_activations not in projections:
     raise UserError(
-      f'mlp_activations {config.mlp_activations} have no feed_forward_proj; '
+      f'no feed_forward_proj means mlp_activations {config.mlp_activations}; '
       f'known: {sorted(projections)}'
     )
   tied, scaled = config.logits_via_embedding, config.scales_outputs
@@ -262,7 +262,7 @@ def _config_json(config: T5Config) -> dict[str, Any]:
     'output_past': True,
     'pad_token_id': config.ids.pad,
     'relative_attention_max_distance': 128,
-    # transformers takes this for "the logits are scaled", too.
+    # transformers also reads this as "the logits are scaled".
     'tie_word_embeddings': tied,
     'use_cache': True,
     **{
@@ -278,7 +278,7 @@ def _config_json(config: T5Config) -> dict[str, Any]:
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:
-  """Reads a JSON object; raises ValueError where there is none."""
+  """Reads a JSON object; raises ValueError if there is none."""
   if not file.exists():
     found = sorted(child.name for child in file.parent.iterdir())
     raise UserError(f'{file} is missing. Found: {", ".join(found)}')
@@ -295,7 +295,7 @@ def read_json(file: epath.Path) -> dict[str, Any]:
 def _activations(
   config: Mapping[str, Any], file: epath.Path
 ) -> tuple[str, ...]:
-  """The MLP's activations; refuses networks other than T5's."""
+  """Returns the MLP's activations; refuses networks other than T5's."""
   # Published T5 1.0 configurations have no feed_forward_proj.
   default = 'relu' if config.get('model_type') == 't5' else 'gated-gelu'
   projection = str(config.get('feed_forward_proj', default))
@@ -313,7 +313,7 @@ def _activations(
   for key, value in (
     ('layer_norm_epsilon', 1e-6),
     ('relative_attention_max_distance', 128),
-    # transformers takes these where they contradict feed_forward_proj.
+    # If these contradict feed_forward_proj, transformers uses these.
     ('dense_act_fn', act),
     ('is_gated_act', len(activations) > 1),
     ('tie_encoder_decoder', False),
@@ -330,23 +330,23 @@ def _activations(
 
 
 def _step(metadata: Mapping[str, str]) -> int | None:
-  """The training step that `write_huggingface` keeps."""
+  """Returns the training step that `write_huggingface` stored."""
   text = metadata.get(STEP, '')
   if not text.isdecimal() or len(text) > 15:
     return None
   step, most = int(text), np.iinfo(np.int32).max
   if step > most:
     raise UserError(
-      f'the metadata of the weights say {STEP} {step}; expected at most {most}'
+      f'the metadata of the weights has {STEP} {step}; expected at most {most}'
     )
   return step
 
 
 def _tensors(path: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
-  """Every tensor of a directory, as it is stored; and the files' metadata."""
+  """Returns every tensor of a directory, as stored, and the files' metadata."""
   tensors, metadata = _read_tensors(path)
   if not tensors:
-    raise UserError(f'{path} holds weights without a single tensor')
+    raise UserError(f'{path} has weights without a single tensor')
   return tensors, metadata
 
 
@@ -362,7 +362,7 @@ def _read_tensors(
       return reader(path / whole)
     if parts in names:
       return _shards(path, path / parts, reader)
-  read_json(path / INDEX)  # Says that it is missing.
+  read_json(path / INDEX)  # Raises the error that it is missing.
   raise AssertionError(path)
 
 
@@ -371,7 +371,7 @@ def _shards(
   index_file: epath.Path,
   open_file: Callable[[epath.Path], tuple[dict[str, Leaf], dict[str, str]]],
 ) -> tuple[dict[str, Leaf], dict[str, str]]:
-  """The tensors of all files that an index names."""
+  """Returns the tensors of all files that an index names."""
   index = read_json(index_file)
   where = index.get('weight_map')
   if not isinstance(where, dict) or not all(
@@ -379,14 +379,14 @@ def _shards(
     for file in where.values()
   ):
     raise UserError(
-      f'{index_file} has no proper weight_map; expected one that maps '
+      f'{index_file} has no valid weight_map; expected one that maps '
       'tensors to files beside it.'
     )
   names = sorted(set(where.values()))
   missing = [file for file in names if not (path / file).exists()]
   if missing:
     raise UserError(
-      f'{index_file} names {len(names)} files, of which are missing: '
+      f'{index_file} names {len(names)} files, and these are missing: '
       f'{", ".join(missing)}. Download them again.'
     )
   opened = {file: open_file(path / file) for file in names}
@@ -415,9 +415,9 @@ def _transposed(leaf: Leaf) -> Leaf:
 
 
 def _token_ids(config: Mapping[str, Any], path: epath.Path) -> TokenIds:
-  """The special tokens, as transformers takes them.
+  """Returns the special tokens that transformers would use.
 
-  Generation is told by generation_config.json, where there is one.
+  For generation, generation_config.json takes precedence if it exists.
   """
   generation = path / GENERATION
   told = read_json(generation) if generation.exists() else {}
@@ -433,8 +433,8 @@ def _token_ids(config: Mapping[str, Any], path: epath.Path) -> TokenIds:
   if isinstance(eos, list) and eos:
     if len(eos) > 1:
       logging.warning(
-        '%s: answers end with any of the tokens %s; ptune ends them with %s'
-        ' only',
+        '%s: answers end with any of the tokens %s, but ptune ends them only'
+        ' with %s',
         path,
         eos,
         eos[0],
@@ -462,10 +462,10 @@ def _token_ids(config: Mapping[str, Any], path: epath.Path) -> TokenIds:
 def _embeddings(
   path: epath.Path, tensors: Mapping[str, Leaf]
 ) -> tuple[str, str | None]:
-  """The embedding of the encoder, and the decoder's if it has its own.
+  """Returns the encoder's embedding, and the decoder's if it has its own.
 
-  torch saves whichever of a shared tensor's names it likes. Where they differ,
-  transformers reads each stack's tokens with its own.
+  A shared tensor has several names, and torch may save any of them. If they
+  differ, transformers reads each stack's tokens with the stack's own.
   """
   shared, encoder, decoder = EMBEDDINGS
   found = [name for name in (encoder, shared, decoder) if name in tensors]
@@ -476,7 +476,7 @@ def _embeddings(
     reads = shared
   if decoder not in tensors or _equal(tensors[reads], tensors[decoder]):
     return reads, None
-  logging.info('%s: the decoder has an embedding of its own', path)
+  logging.info('%s: the decoder has its own embedding', path)
   return reads, decoder
 
 
@@ -488,11 +488,11 @@ def _is_shared(tensors: Mapping[str, Leaf], embedding: str) -> bool:
 def _output(
   config: Mapping[str, Any], embedding: Leaf | None, head: Leaf | None
 ) -> tuple[bool, bool]:
-  """Whether the embedding makes the logits, and whether they are scaled.
+  """Returns whether the embedding makes the logits, and whether they scale.
 
-  The tensors decide: transformers 5 writes tie_word_embeddings true even where
-  the head is distinct. Only a head that is a mere copy of the embedding leaves
-  open whether logits are scaled, and there the configuration is asked.
+  The tensors decide, because transformers 5 writes tie_word_embeddings true
+  even if the head is distinct. If the head is a mere copy of the embedding, the
+  tensors do not say whether logits are scaled; then the configuration decides.
   """
   scaled = config.get('scale_decoder_outputs')
   if scaled is None and config.get('model_type') == 'mt5':
@@ -514,7 +514,7 @@ def _output(
 
 
 def _equal(a: Leaf, b: Leaf) -> bool:
-  """Compares matrices by blocks of rows, up to the first that differs."""
+  """Compares matrices by blocks of rows, up to the first difference."""
   if a.shape != b.shape or a.dtype != b.dtype or len(a.shape) != 2:
     return False
   rows, columns = a.shape
@@ -531,12 +531,12 @@ def _refuse_unknown(path: epath.Path, names: set[str]) -> None:
       f'{path} has {len(names)} tensors that no T5 for conditional '
       'generation has:\n'
       + '\n'.join(f'  {name}' for name in sorted(names))
-      + '\nMerge adapters into the model, or take the base model itself.'
+      + '\nMerge adapters into the model, or use the base model itself.'
     )
 
 
 def _check_config(config: Mapping[str, Any], source: Source) -> None:
-  """Raises where config.json and the tensors tell different sizes."""
+  """Raises an error if config.json and the tensors give different sizes."""
   found = sizes(source.shapes)
   wrong = []
   for ours, (key, other) in CONFIG_SIZES.items():

@@ -1,4 +1,4 @@
-"""Which model a checkpoint holds: by name, by its sizes, by its weights."""
+"""Identifies a checkpoint's model: by name, by its sizes, by its weights."""
 
 import dataclasses
 import hashlib
@@ -24,8 +24,8 @@ from ptune.host.columns import aligned
 from ptune.model.sizes import SIZES, Config, T5Config
 from ptune.model.t5gemma_sizes import T5GemmaConfig
 
-# The fields of T5Config that tell one model from another; the rest (dropout,
-# dtype) is free.
+# The fields of T5Config that differ between models; the others (dropout, dtype)
+# are free.
 FIELDS = (
   'vocab_size',
   'emb_dim',
@@ -44,15 +44,15 @@ FIELDS = (
 )
 
 
-# Those that T5X's checkpoints do not tell; the published models' if not given.
+# T5X's checkpoints do not have these; the default is the published models'.
 UNTOLD = {'scale_decoder_outputs', 'ids'}
 
 
 def facts(source: Source) -> dict[str, Any]:
-  """The fields of T5Config, or of T5GemmaConfig, that a checkpoint tells.
+  """Returns the fields of T5Config, or T5GemmaConfig, that a checkpoint gives.
 
-  T5X's files do not name the activation: there, mlp_activations has '?' for
-  it, and tells only whether the MLP is gated.
+  T5X's files do not name the activation. Then mlp_activations has '?' for it,
+  and says only whether the MLP is gated.
   """
   if source.config is not None:
     return t5gemma.told(source.config)
@@ -71,9 +71,10 @@ def facts(source: Source) -> dict[str, Any]:
 
 
 def names(found: Mapping[str, Any]) -> list[str]:
-  """The published models that have these facts: ['t5_1_1_base', ...].
+  """Returns the published models with these facts: ['t5_1_1_base', ...].
 
-  Several where one network has several names, none where a fact is missing.
+  There are several if one network has several names, and none if a fact is
+  missing.
   """
   return [
     name
@@ -84,15 +85,15 @@ def names(found: Mapping[str, Any]) -> list[str]:
 
 
 def config(source: Source, **changes: Any) -> Config:
-  """The configuration of a whole model that lies in a checkpoint.
+  """Returns the configuration of the whole model in a checkpoint.
 
   Args:
     source: The checkpoint.
-    **changes: Fields that it does not tell, such as `dtype`; mlp_activations
-      too where the files are T5X's (the published models' if not given).
+    **changes: Fields that it does not give, such as `dtype`. For T5X's files
+      also mlp_activations; the default is the published models'.
 
   Raises:
-    ValueError: it holds no whole model.
+    ValueError: The checkpoint has no whole model.
   """
   if source.config is not None:
     return dataclasses.replace(source.config, **changes)
@@ -100,9 +101,9 @@ def config(source: Source, **changes: Any) -> Config:
   missing = sorted(set(FIELDS) - set(found) - UNTOLD)
   if missing:
     raise UserError(
-      f'The {source.describe()} is no whole model: it does not tell {missing}.'
+      f'The {source.describe()} is not a whole model: it lacks {missing}.'
     )
-  # The published models of these sizes say what T5X's files do not.
+  # T5X's files lack some fields; published models of these sizes provide them.
   published = {
     (SIZES[name].mlp_activations, SIZES[name].ids) for name in names(found)
   }
@@ -118,14 +119,14 @@ def config(source: Source, **changes: Any) -> Config:
 
 
 def from_checkpoint(path: str | None = None) -> Config:
-  """The configuration of the model in a checkpoint, which is not read further.
+  """Returns the configuration of a checkpoint's model; reads no weights.
 
   Args:
     path: INITIAL_CHECKPOINT_PATH or CHECKPOINT_PATH.
 
   Raises:
-    FileNotFoundError: nothing is at `path`.
-    ValueError: `path` is not given, or holds no whole model.
+    FileNotFoundError: `path` does not exist.
+    ValueError: `path` is not given, or has no whole model.
   """
   if path is None:
     raise UserError(
@@ -140,21 +141,21 @@ def from_checkpoint(path: str | None = None) -> Config:
 
 
 def check_whole(source: Source, config: Config) -> None:
-  """Raises ValueError where parameters of a model are missing or misshapen."""
+  """Raises ValueError if parameters are missing or have a wrong shape."""
   gemma = isinstance(config, T5GemmaConfig)
   expected = t5gemma.shapes(config) if gemma else shapes(config)
   got = {path: leaf.shape for path, leaf in base_leaves(source).items()}
   wrong = misshapen(got, expected)
   if wrong:
     raise UserError(
-      f'The {source.describe()} is no whole model:\n' + '\n'.join(wrong)
+      f'The {source.describe()} is not a whole model:\n' + '\n'.join(wrong)
     )
 
 
 def misshapen(
   got: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]
 ) -> list[str]:
-  """A line for each parameter that is missing, unexpected or of other shape."""
+  """Returns a line for each missing, unexpected or misshapen parameter."""
   return [
     f'  {path}: {list(got[path]) if path in got else "missing"}, expected '
     f'{list(expected[path]) if path in expected else "none"}'
@@ -164,10 +165,10 @@ def misshapen(
 
 
 def check_config(source: Source, config: Config) -> None:
-  """Raises ValueError where a checkpoint holds another model than configured.
+  """Raises ValueError if a checkpoint's model is not the configured one.
 
-  Its text shows both, and names the gin file to take. What the shapes of the
-  parameters cannot tell is compared too: the activation.
+  The error shows both, and names the gin file to use. It also compares the
+  activation, which the shapes of the parameters do not show.
   """
   found = facts(source)
   differing = _differing(found, config)
@@ -178,10 +179,10 @@ def check_config(source: Source, config: Config) -> None:
   rows = [('', 'checkpoint', 'model')]
   rows += [(f, str(found[f]), str(_all(config).get(f, '-'))) for f in differing]
   table = '\n'.join(f'  {line}' for line in aligned(rows))
-  advice = 'No published model is like this checkpoint; set sizes.t5 in a gin'
-  advice += ' file of your own.'
+  advice = 'No published model matches this checkpoint; set sizes.t5 in your'
+  advice += ' own gin file.'
   if theirs:
-    advice = f'Take --gin_file=models/{theirs[0]}.gin.'
+    advice = f'Use --gin_file=models/{theirs[0]}.gin.'
   raise UserError(
     'The checkpoint does not fit the model; nothing was restored.\n'
     f'checkpoint: {" or ".join(theirs) or "no published size"}\n'
@@ -212,7 +213,7 @@ def _differing(found: Mapping[str, Any], config: Config) -> list[str]:
 
 
 def base_leaves(source: Source) -> dict[str, Leaf]:
-  """The parameters of the model itself, without prompts and other adapters."""
+  """Returns the model's own parameters, without prompts and other adapters."""
   if t5gemma.is_t5gemma(source.shapes):
     kept = t5gemma.paths(source.shapes)
     return {path: leaf for path, leaf in source.leaves.items() if path in kept}
@@ -227,10 +228,10 @@ def base_leaves(source: Source) -> dict[str, Leaf]:
 
 
 def fingerprint(source: Source) -> str:
-  """What `fingerprint.of_params` gives of the base; holds a leaf at a time.
+  """Returns `fingerprint.of_params` of the base; holds one leaf at a time.
 
   Raises:
-    ValueError: a value is NaN or infinite.
+    ValueError: A value is NaN or infinite.
   """
   checksums = Checksums()
   for path, leaf in base_leaves(source).items():
@@ -239,23 +240,23 @@ def fingerprint(source: Source) -> str:
 
 
 class Checksums:
-  """The fingerprint of parameters that are read for another end as well.
+  """Computes a fingerprint of parameters while something else reads them.
 
-  The sums of `fingerprint.of_params`, by NumPy and block by block: no device
-  is needed, nor the whole model.
+  It has the sums of `fingerprint.of_params`, computed by NumPy in blocks. It
+  needs neither a device nor the whole model in memory.
   """
 
   def __init__(self):
     self._lines: dict[str, str] = {}
 
   def reading(self, path: str, leaf: Leaf) -> Leaf:
-    """The leaf; it takes part in the fingerprint when it is read whole.
+    """Returns the leaf; a whole read adds it to the fingerprint.
 
-    Reading it raises ValueError where a value is NaN or infinite.
+    A read raises ValueError if a value is NaN or infinite.
     """
 
     def fetch(index: Index) -> np.ndarray:
-      give_back()  # Of the leaf before.
+      give_back()  # The memory of the previous leaf.
       array = leaf.fetch(index)
       if not is_finite(array):
         raise UserError(
@@ -269,15 +270,15 @@ class Checksums:
     return Leaf(leaf.shape, leaf.dtype, fetch)
 
   def digest(self) -> str:
-    """16 hexadecimal digits, of what was read so far."""
+    """Returns 16 hexadecimal digits for everything read so far."""
     text = ''.join(self._lines[path] for path in sorted(self._lines))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def spread(position: Any) -> Any:
-  """A weight for each position, uint32, jax or numpy; unlike for near ones.
+  """Returns a uint32 weight for each position (jax or numpy), well mixed.
 
-  The finaliser of MurmurHash3 (Appleby 2011), a bijection of uint32.
+  It is the finaliser of MurmurHash3 (Appleby 2011), a bijection of uint32.
   """
   w = position + np.uint32(1)
   w = (w ^ (w >> np.uint32(16))) * np.uint32(0x85EBCA6B)
@@ -286,7 +287,7 @@ def spread(position: Any) -> Any:
 
 
 def _checksum(array: np.ndarray) -> int:
-  """The sum of the values as bfloat16 bits, each weighted by its position."""
+  """Returns the sum of values as bfloat16 bits, weighted by their position."""
   total = 0
   first = 0
   for part in parts(array):

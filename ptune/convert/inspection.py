@@ -1,4 +1,4 @@
-"""`ptune inspect`: what a file or directory is, in a few lines or as JSON."""
+"""`ptune inspect`: describes a file or directory, in a few lines or as JSON."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from ptune.convert.trained import SUFFIX, open_trained
 from ptune.model.parameters import format_bytes
 
 RUN_FILE = 'run.json'
-# Facts of a run or a prompt that are shown, in this order.
+# Facts of a run or a prompt to show, in this order.
 SHOWN = (
   'task',
   'method',
@@ -36,21 +36,21 @@ SHOWN = (
 def inspect(
   path: epath.PathLike, *, fingerprint: bool = False
 ) -> dict[str, Any]:
-  """Finds out what lies at a path; reads no more than it must.
+  """Finds out what a path holds; reads no more than necessary.
 
   Args:
     path: A checkpoint, a run, a prompt, an adapter, or hf://org/name.
     fingerprint: Whether to read a whole base model for its fingerprint.
 
   Returns:
-    `path`, `kind`, and what applies of: `model` (published names that fit),
+    `path`, `kind`, and those that apply of: `model` (published names that fit),
     `config`, `parameters`, `arrays`, `bytes`, `dtypes`, `step`, `prompt`
     (`length`, `width`, `file` and statistics), `base` (fingerprint), `task`,
     `method`, `scores`, `checkpoints` (steps), `tensors`, `notes`.
 
   Raises:
-    FileNotFoundError: nothing is there.
-    ValueError: it is nothing that ptune knows, or is damaged.
+    FileNotFoundError: `path` does not exist.
+    ValueError: ptune does not know the format, or it is damaged.
   """
   whole = locate(path)
   place = prompts.find(whole)
@@ -65,7 +65,7 @@ def inspect(
 
 
 def _file(place: epath.Path) -> dict[str, Any]:
-  """What one file holds: a prompt, or what another method trained."""
+  """Describes one file: a prompt, or another method's parameters."""
   if place.suffix == SUFFIX and set(open_file(place)[0]) != prompts.ONE:
     source, facts = open_trained(place)
     return {'kind': 'safetensors', **_tensors(source.leaves), **_shown(facts)}
@@ -95,7 +95,7 @@ def _adapter(place: epath.Path) -> dict[str, Any]:
   kind = str(config.get('peft_type'))
   if kind in ('PROMPT_TUNING', 'P_TUNING'):
     return _prompt(place)
-  # Others are read no further than this.
+  # We read no more of other kinds.
   file = place / peft.WEIGHTS
   tensors = open_file(file)[0] if file.exists() else {}
   found = {'kind': f'PEFT adapter ({kind})', **_tensors(tensors)}
@@ -141,7 +141,7 @@ def _checkpoint(place: epath.Path, fingerprint: bool) -> dict[str, Any]:
 
 
 def _model(source: Source, fingerprint: bool) -> dict[str, Any]:
-  """What there is to say of a checkpoint."""
+  """Describes a checkpoint."""
   base = identity.base_leaves(source)
   facts = identity.facts(source)
   found: dict[str, Any] = {'kind': f'{source.kind} checkpoint'}
@@ -166,7 +166,7 @@ def _model(source: Source, fingerprint: bool) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-  """A fact as JSON has it."""
+  """Converts a fact to a JSON value."""
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     return dataclasses.asdict(value)
   return list(value) if isinstance(value, tuple) else value
@@ -186,7 +186,7 @@ def _shown(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text(found: Mapping[str, Any]) -> str:
-  """What `inspect` found, one fact a line."""
+  """Formats the result of `inspect`, one fact a line."""
   rows = []
   for key, value in found.items():
     if key == 'model':

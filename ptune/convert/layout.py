@@ -1,6 +1,6 @@
-"""The parameters of a T5: their shapes, and what Hugging Face calls them.
+"""The parameters of a T5: their shapes, and their Hugging Face names.
 
-torch keeps a kernel as [out, in], T5X as [in, out]. The table serves both
+torch stores a kernel as [out, in], T5X as [in, out]. One table serves both
 directions.
 """
 
@@ -11,20 +11,20 @@ from ptune.model.sizes import T5Config
 
 HEAD = 'lm_head.weight'
 
-# The shared embedding under its other names: torch saves whichever of a shared
-# tensor's names it likes.
+# Other names of the shared embedding: a shared tensor has several names, and
+# torch may save any of them.
 EMBEDDINGS = (
   'shared.weight',
   'encoder.embed_tokens.weight',
   'decoder.embed_tokens.weight',
 )
 
-# In the published T5 1.0 files; no released code has used it.
+# The published T5 1.0 files have it; no released code has used it.
 STRAY = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
 
 ATTENTION = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
 DENSE = {name: name for name in ('wi', 'wi_0', 'wi_1', 'wo')}
-# Of a layer, in order: our module and its norm, their module, its kernels.
+# The parts of a layer, in order: our module, our norm, their module, kernels.
 SUBLAYERS = {
   'encoder': (
     ('attention', 'pre_attention_layer_norm', 'SelfAttention', ATTENTION),
@@ -60,14 +60,14 @@ def layout(
   ('encoder.block.0.layer.1.DenseReluDense.wo.weight', True)
 
   Args:
-    encoder_layers: Numbers of the encoder's layers.
-    decoder_layers: Numbers of the decoder's layers.
+    encoder_layers: Indices of the encoder's layers.
+    decoder_layers: Indices of the decoder's layers.
     relative_attention_per_layer: As in T5Config.
     decoder_embedding: As in T5Config.
 
   Returns:
-    Every parameter that one or another member of the family has: gated and
-    plain MLPs, with and without an output kernel.
+    All parameters that any member of the family has: gated and plain MLPs, with
+    and without an output kernel.
   """
   table = {EMBEDDING: (EMBEDDINGS[0], False), LOGITS: (HEAD, True)}
   if decoder_embedding:
@@ -96,7 +96,7 @@ def layout(
 
 
 def shapes(config: T5Config) -> dict[str, Shape]:
-  """What `network.parameters` says of a model, without tracing it."""
+  """Returns the shapes that `network.parameters` gives, without tracing."""
   embed, mlp = config.emb_dim, config.mlp_dim
   joined = config.num_heads * config.head_dim
   by_name = {

@@ -1,7 +1,7 @@
-"""`ptune export` of a method that is no prompt: the base model, changed.
+"""`ptune export` of methods other than prompts: merges them into the base.
 
-A merged model has the base's own parameters and answers as the base with the
-method's adapters; any program that reads the layout can use it.
+A merged model has the base's own parameters. It answers as the base does with
+the method's adapters, and any program that reads the layout can use it.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from ptune.model.sizes import T5Config
 
 
 def is_trained(place: epath.Path) -> bool:
-  """Whether a file holds what a method trained, and no prompts."""
+  """Returns whether a file holds a method's parameters, and not prompts."""
   if place.suffix != SUFFIX or place.is_dir():
     return False
   return set(open_file(place)[0]) not in (ONE, SEVERAL)
@@ -42,37 +42,38 @@ def export_merged(
   step: int | None = None,
   overwrite: bool = False,
 ) -> list[str]:
-  """Writes a merged model, in float32; holds one array of it at a time.
+  """Writes a merged model, in float32; holds one of its arrays at a time.
 
   Args:
     file: A .safetensors file of a run's `prompts/`.
     layout: 't5x' or 'huggingface'.
-    directory: Where to.
-    base: The base model, as `open_checkpoint` takes it; that of the run if not
-      given. It must be the model that was trained on.
-    step: The training step of a T5X checkpoint; that of the base and the run's
-      if not given.
-    overwrite: Replaces an earlier output.
+    directory: The directory to write.
+    base: The base model, as for `open_checkpoint`; the run's if not given. It
+      must be the model that the file was trained on.
+    step: The training step of a T5X checkpoint; if not given, the base's step
+      plus the run's.
+    overwrite: Whether to replace an earlier output.
 
   Returns:
     Lines that say what was done.
 
   Raises:
-    ValueError: the method cannot be merged, the base is another model, or the
-      output is there.
+    ValueError: The method cannot be merged, the base is another model, or the
+      output exists.
   """
   if layout not in MARKS:
     raise UserError(
-      f'{file} holds what a method trained, and no prompt: --format={layout}'
-      f' cannot hold it; {" and ".join(MARKS)} hold it merged into its base'
+      f'{file} holds the parameters of a method that is not a prompt:'
+      f' --format={layout} cannot hold them; use {" or ".join(MARKS)}, which'
+      ' merge them into the base'
     )
   trained, facts = open_trained(file)
   method = _method(file, facts)
   base = base or recorded_base(file)
   if base is None:
     raise UserError(
-      f'{file} is merged into the model that it was trained on; name it with'
-      ' --base=PATH'
+      f'{file} must be merged into the model that it was trained on; name that'
+      ' model with --base=PATH'
     )
   target = output.check(
     directory, overwrite, MARKS[layout], inputs=(str(file), base)
@@ -83,7 +84,7 @@ def export_merged(
   _check_shapes(method, trained, config)
   checksums = identity.Checksums()
   leaves = {
-    # The fingerprint is that of what was frozen.
+    # The fingerprint covers the frozen parameters.
     path: leaf if path in trained.leaves else checksums.reading(path, leaf)
     for path, leaf in identity.base_leaves(source).items()
   }
@@ -118,27 +119,26 @@ def export_merged(
 def _method(file: epath.PathLike, facts: Mapping[str, Any]) -> Method:
   if 'method' not in facts:
     raise UserError(
-      f'{file} does not say by which method it was trained: the .json that a'
-      ' run writes beside it is missing'
+      f'{file} does not say which method trained it: the .json that a run'
+      ' writes beside it is missing'
     )
   method = methods.make(facts['method'], facts.get('settings'))
   if method.merge is None:
     raise UserError(
-      f'{file} was trained by method {method.name!r}, as which no model'
-      ' without adapters answers, so that it cannot be merged. Use the file as'
-      ' PROMPT_FILE'
+      f'{file} was trained by method {method.name!r}; no model without adapters'
+      ' can answer like it, so it cannot be merged. Use the file as PROMPT_FILE'
     )
   return method
 
 
 def _check_shapes(method: Method, trained: Source, config: T5Config) -> None:
-  """Raises ValueError where something is missing, unknown or misshapen."""
+  """Raises ValueError if a parameter is missing, unknown or misshapen."""
   params = network.parameters(network.Transformer(config, method.placements))
   expected = {p: x.shape for p, x in params.items() if method.trains(p)}
   wrong = identity.misshapen(trained.shapes, expected)
   if wrong:
     raise UserError(
-      f'{trained.path} is not what method {method.name!r} trains of the base:\n'
+      f'{trained.path} does not match what method {method.name!r} trains:\n'
       + '\n'.join(wrong)
     )
 

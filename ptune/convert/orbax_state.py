@@ -3,9 +3,9 @@
     checkpoint_1100010/state/        {target: parameters, state: step, ...}
     MODEL_DIR/checkpoints/N/state/   {step, trainable: parameters, opt_state}
 
-`_METADATA` names the leaves; TensorStore opens and reads the wanted ones.
-Orbax itself could tell their shapes too, but opens all there are, optimizer
-state included, and reports damage from several threads at once.
+`_METADATA` names the leaves; TensorStore opens and reads those we want. Orbax
+itself can give their shapes too. But it opens all leaves, including the
+optimizer state, and reports damage from several threads at once.
 """
 
 import json
@@ -19,7 +19,7 @@ from ptune.convert.zarr import file_store, open_arrays, subdirectory
 from ptune.errors import UserError
 from ptune.host import paths
 
-# Where the parameters and the step lie in the tree, by kind of checkpoint.
+# The paths of the parameters and the step in the tree, by kind of checkpoint.
 LAYOUTS = {
   't5x_orbax': ('target', ('state', 'step')),
   'ptune': ('trainable', ('step',)),
@@ -27,10 +27,10 @@ LAYOUTS = {
 
 
 def open_orbax(path: epath.Path) -> Source:
-  """Opens an Orbax PyTree at `path` or, as items are laid out, `path`/state.
+  """Opens an Orbax PyTree at `path`, or at `path`/state, where items are.
 
   Raises:
-    ValueError: the files are damaged, or the tree is neither T5X's nor ptune's.
+    ValueError: The files are damaged, or the tree is neither T5X's nor ptune's.
   """
   item = path / 'state' if (path / 'state').is_dir() else path
   metadata = _metadata(item)
@@ -56,7 +56,7 @@ def open_orbax(path: epath.Path) -> Source:
   leaves = {
     '/'.join(key[1:]): arrays[_name(key)] for key in wanted if key != step
   }
-  if kind != 'ptune':  # A run's have one set of parameters a layer.
+  if kind != 'ptune':  # A run has one set of parameters for each layer.
     leaves = unrolled(path, leaves)
   return Source(
     path=str(path),
@@ -69,7 +69,7 @@ def open_orbax(path: epath.Path) -> Source:
 
 
 def _name(key: tuple[str, ...]) -> str:
-  """What Orbax calls a leaf: ('target', 'a', 'kernel') -> target.a.kernel."""
+  """Returns Orbax's name of a leaf: ('target', 'a') -> target.a."""
   return '.'.join(key)
 
 
@@ -84,8 +84,8 @@ def _metadata(item: epath.Path) -> dict[str, Any]:
   if not file.exists():
     found = sorted(child.name for child in item.iterdir())
     raise UserError(
-      f'{file} is missing, without which this is no Orbax PyTree; if it was '
-      f'one, copy it again. Found: {", ".join(found) or "nothing"}.'
+      f'{file} is missing, so this is not a complete Orbax PyTree; copy it '
+      f'again if it was one. Found: {", ".join(found) or "nothing"}.'
     )
   paths.check_file(file)
   try:
@@ -97,7 +97,7 @@ def _metadata(item: epath.Path) -> dict[str, Any]:
 
 
 def _keys(metadata: dict[str, Any], item: epath.Path) -> list[tuple[str, ...]]:
-  """The path of every leaf that has data; None and empty nodes have none."""
+  """Returns the path of each leaf with data; None and empty nodes have none."""
   try:
     return [
       tuple(str(part['key']) for part in entry['key_metadata'])
@@ -106,6 +106,6 @@ def _keys(metadata: dict[str, Any], item: epath.Path) -> list[tuple[str, ...]]:
     ]
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(
-      f'{item / "_METADATA"} is not as Orbax writes it ({error!r}); was the '
-      'checkpoint written by a newer Orbax?'
+      f'{item / "_METADATA"} has an unknown format ({error!r}); did a newer '
+      'Orbax write the checkpoint?'
     ) from error

@@ -1,7 +1,7 @@
-"""Outputs that are either whole or not there.
+"""Outputs that are either complete or absent.
 
-Everything is written beside its place under a temporary name, and renamed when
-it is complete. What is there is replaced only if asked for.
+An output is written under a temporary name beside its final path, and renamed
+when it is complete. An existing output is replaced only on request.
 """
 
 import contextlib
@@ -20,25 +20,25 @@ def check(
   marks: tuple[str, ...] = (),
   inputs: tuple[str, ...] = (),
 ) -> epath.Path:
-  """Finds out, before any work, whether an output can be written.
+  """Checks, before any work, whether an output can be written.
 
   Args:
     path: The file or directory.
-    overwrite: Whether one that is there may be replaced.
-    marks: Names of which a directory that is replaced must hold one: that it
-      is an output of the same kind, and not somebody's home.
-    inputs: What is read; must not lie in a directory that is replaced.
+    overwrite: Whether an existing output may be replaced.
+    marks: A directory to replace must contain one of these names. They show
+      that it is an earlier output, and not somebody's home.
+    inputs: Files that are read; they must not be in a directory to replace.
 
   Returns:
     The path.
 
   Raises:
-    ValueError: it is there, is not local, or is not to be replaced.
+    ValueError: It exists, is not local, or must not be replaced.
   """
   if '://' in os.fspath(path):
     raise UserError(
-      f'--output={path} is not local, where a rename is not atomic. Write it '
-      'to a disk and copy it: gcloud storage cp -r ...'
+      f'--output={path} is not local, and a rename elsewhere is not atomic.'
+      ' Write to a disk and copy it: gcloud storage cp -r ...'
     )
   path = epath.Path(os.path.abspath(epath.Path(path).expanduser()))
   if not path.exists():
@@ -52,24 +52,24 @@ def check(
     names = {child.name for child in path.iterdir()}
     if names and not names & set(marks):
       raise UserError(
-        f'--output={path} is a directory that holds '
-        f'{", ".join(sorted(names)[:10])}: '
-        + (f'none of {", ".join(marks)}' if marks else 'and no file')
-        + ', so that it is no earlier output. It is not replaced'
+        f'--output={path} is a directory with '
+        f'{", ".join(sorted(names)[:10])}, '
+        + (f'but none of {", ".join(marks)}' if marks else 'not a file')
+        + ', so it is not an earlier output and was not replaced'
       )
     for used in inputs:
       if epath.Path(os.path.abspath(used)).is_relative_to(path):
         raise UserError(
-          f'--output={path} holds {used}, which is read. Choose another'
+          f'--output={path} contains {used}, an input. Choose another'
         )
   return path
 
 
 @contextlib.contextmanager
 def new_directory(path: epath.Path) -> Iterator[epath.Path]:
-  """A temporary directory that takes the place of `path` at the end.
+  """Yields a temporary directory that replaces `path` at the end.
 
-  Does so only if the body raises nothing; otherwise all is as before.
+  If the body raises an error, nothing changes.
   """
   temporary = _beside(path, 'tmp')
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def new_directory(path: epath.Path) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def new_file(path: epath.Path) -> Iterator[epath.Path]:
-  """The same for a file."""
+  """Yields a temporary file that replaces `path` at the end."""
   temporary = _beside(path, 'tmp')
   path.parent.mkdir(parents=True, exist_ok=True)
   try:

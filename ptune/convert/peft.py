@@ -1,8 +1,8 @@
-"""PEFT's prompt adapters, read and written without PEFT.
+"""Reads and writes PEFT's prompt adapters, without PEFT.
 
-    adapter_config.json         what kind, how many rows, which base model
+    adapter_config.json         the kind, the number of rows, the base model
     adapter_model.safetensors   the rows, under the name `prompt_embeddings`
-    ptune.json                  what ptune knew of the prompt; PEFT ignores it
+    ptune.json                  ptune's facts about the prompt; PEFT ignores it
 
 PEFT puts the rows before the encoder's input embeddings, as ptune does: the
 same array means the same in both.
@@ -25,7 +25,7 @@ WEIGHTS = 'adapter_model.safetensors'
 FACTS = 'ptune.json'
 ROWS = 'prompt_embeddings'
 
-# By peft_type, the tensors of a file. A P-tuning file holds what its MLP made.
+# The tensors of a file, by peft_type. A P-tuning file holds its MLP's output.
 TENSORS = {
   'PROMPT_TUNING': {ROWS},
   'P_TUNING': {ROWS},
@@ -40,20 +40,20 @@ def read_peft(
 
   Args:
     path: The adapter's directory.
-    task: Which task's prompt, of a multi-task adapter.
+    task: The task whose prompt to read, for a multi-task adapter.
 
   Returns:
-    [prompt, embed], what is known of it, and what the user should know.
+    [prompt, embed], the facts about it, and notes for the user.
 
   Raises:
-    ValueError: the files are damaged, do not agree, or hold no prompt.
+    ValueError: The files are damaged, contradict each other, or have no prompt.
   """
   config = read_json(path / CONFIG)
   kind = str(config.get('peft_type'))
   if kind not in TENSORS:
     raise UserError(
-      f'{path} is a PEFT adapter of type {kind}, which is no prompt before the '
-      f'encoder; prompts are {", ".join(TENSORS)}'
+      f'{path} is a PEFT adapter of type {kind}, not a prompt before the '
+      f'encoder; the types of prompts are {", ".join(TENSORS)}'
     )
   if config.get('task_type') not in (None, 'SEQ_2_SEQ_LM'):
     raise UserError(
@@ -65,7 +65,7 @@ def read_peft(
   if kind == 'MULTITASK_PROMPT_TUNING':
     rows = _of_task(path, rows, tensors, task)
   elif task is not None:
-    raise UserError(f'{path} is of type {kind}: it has no tasks to choose of')
+    raise UserError(f'{path} is of type {kind}: it has no tasks to choose from')
   facts = read_json(path / FACTS) if (path / FACTS).exists() else {}
   base = config.get('base_model_name_or_path')
   if base and 'base_model' not in facts:
@@ -81,8 +81,8 @@ def _tensors(path: epath.Path, kind: str) -> dict[str, Leaf]:
     message = f'{path} has no {WEIGHTS}. Found: {", ".join(found)}.'
     if 'adapter_model.bin' in found:
       message += (
-        ' adapter_model.bin is not read (no pickle is ever loaded); load and '
-        'save the adapter with PEFT once, which writes safetensors.'
+        ' ptune does not read adapter_model.bin, because it never loads a '
+        'pickle; load and save the adapter with PEFT, which writes safetensors.'
       )
     raise UserError(message)
   tensors, _ = safetensors_files.open_file(path / WEIGHTS)
@@ -97,10 +97,10 @@ def _tensors(path: epath.Path, kind: str) -> dict[str, Leaf]:
 def _encoder_rows(
   path: epath.Path, config: Mapping[str, Any], rows: np.ndarray
 ) -> tuple[np.ndarray, list[str]]:
-  """Those of the rows that PEFT puts before the encoder's input.
+  """Returns the rows that PEFT puts before the encoder's input.
 
-  By default it makes as many again for the decoder and saves them. Its
-  `generate` never reads those, nor does its `forward`, except for multi-task
+  By default PEFT makes as many again for the decoder and saves them. Its
+  `generate` never reads those, and its `forward` reads them only for multi-task
   adapters: [2 prompt, embed] -> [prompt, embed].
   """
   length, width = config.get('num_virtual_tokens'), config.get('token_dim')
@@ -111,7 +111,7 @@ def _encoder_rows(
     )
   if not isinstance(length, int) or rows.shape[0] not in (length, 2 * length):
     raise UserError(
-      f'{path / WEIGHTS}: {ROWS} has {rows.shape[0]} rows, and {CONFIG} says '
+      f'{path / WEIGHTS}: {ROWS} has {rows.shape[0]} rows, but {CONFIG} says '
       f'num_virtual_tokens {length}; the files do not belong together'
     )
   if rows.shape[0] == length:
@@ -142,7 +142,7 @@ def _of_task(
   if not fits:
     raise UserError(
       f'{path / WEIGHTS}: prefix_task_cols {list(columns.shape)} and '
-      f'prefix_task_rows {list(factors.shape)} do not go with a prompt '
+      f'prefix_task_rows {list(factors.shape)} do not fit a prompt of '
       f'{list(rows.shape)}'
     )
   tasks = columns.shape[0]
@@ -167,11 +167,11 @@ def write_peft(
   """Writes an adapter that `PeftModel.from_pretrained` loads.
 
   Args:
-    directory: An empty one.
+    directory: An empty directory.
     prompt: [prompt, embed] float32.
-    facts: What is known of it.
-    sizes: Of the base model, as `identity.facts` gives them; may be empty.
-    base_name: What PEFT shall call the base model.
+    facts: The facts about it.
+    sizes: Sizes of the base model, from `identity.facts`; may be empty.
+    base_name: The base model's name for PEFT.
   """
   length, width = prompt.shape
   config = {

@@ -1,8 +1,8 @@
 """Vocabularies without TensorFlow: SentencePiece pieces, and bytes.
 
-They have the ids, the sentinels and the texts of SeqIO's vocabularies of the
-same files, and the attributes that ptune reads of any vocabulary: `vocab_size`,
-`pad_id`, `eos_id`, `unk_id`, `encode` and `decode`.
+They give the same ids, sentinels and texts as SeqIO's vocabularies of the same
+files, and have the attributes that ptune reads: `vocab_size`, `pad_id`,
+`eos_id`, `unk_id`, `encode` and `decode`.
 """
 
 import functools
@@ -18,16 +18,16 @@ from ptune.errors import UserError
 if TYPE_CHECKING:
   import sentencepiece
 
-# Sentinels of T5 and mT5, which Hugging Face's files leave to its tokenizers.
+# Sentinels of T5 and mT5; Hugging Face's tokenizers add them, not the files.
 EXTRA_IDS = 100
 
 
 class Vocabulary(Protocol):
-  """What ptune reads of a vocabulary, SeqIO's or its own."""
+  """The attributes of a vocabulary that ptune reads, SeqIO's or its own."""
 
   @property
   def vocab_size(self) -> int:
-    """Ids, the sentinels included."""
+    """The number of ids, including sentinels."""
     ...
 
   @property
@@ -40,11 +40,11 @@ class Vocabulary(Protocol):
   def unk_id(self) -> int: ...
 
   def encode(self, text: str) -> Sequence[int]:
-    """The ids of a text, without EOS."""
+    """Returns the ids of a text, without EOS."""
     ...
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids up to the first EOS."""
+    """Returns the text of ids up to the first EOS."""
     ...
 
 
@@ -54,7 +54,7 @@ def load_sentencepiece(
   """Reads a SentencePiece model.
 
   Raises:
-    UserError: The file cannot be read, or is no SentencePiece model.
+    UserError: The file cannot be read, or is not a SentencePiece model.
   """
   return _parse(file, read_bytes(file, 'VOCABULARY'))
 
@@ -69,7 +69,7 @@ def _parse(
     processor.LoadFromSerializedProto(contents)
   except (RuntimeError, OSError) as error:
     raise UserError(
-      f'{file} is no SentencePiece model, or is damaged: {error}'
+      f'{file} is not a SentencePiece model, or is damaged: {error}'
     ) from error
   return processor
 
@@ -77,11 +77,11 @@ def _parse(
 def sentinels(
   processor: 'sentencepiece.SentencePieceProcessor', rows: int | None = None
 ) -> int:
-  """How many sentinels must be added to a SentencePiece model.
+  """Returns how many sentinels to add to a SentencePiece model.
 
   Args:
     processor: The model. T5X's files have sentinels among their pieces.
-    rows: Rows of the embedding, if they are known: sentinels go no further.
+    rows: Rows of the embedding, if known; sentinels do not exceed them.
   """
   for piece in ('<extra_id_0>', '▁<extra_id_0>'):
     if processor.PieceToId(piece) not in (processor.unk_id(), -1):
@@ -92,7 +92,7 @@ def sentinels(
 
 
 class Pieces:
-  """A SentencePiece model with sentinels at its end; read at the first use."""
+  """A SentencePiece model with sentinels at its end; read on first use."""
 
   pad_id = 0  # As in SeqIO, whatever the file says.
 
@@ -102,11 +102,11 @@ class Pieces:
     extra_ids: int | None = None,
     rows: int | None = None,
   ):
-    """Names the file.
+    """Sets the file.
 
     Args:
       file: The SentencePiece model, local or on gs://.
-      extra_ids: Sentinels to add; as many as the file lacks if not given.
+      extra_ids: Sentinels to add; the default is as many as the file lacks.
       rows: See `sentinels`.
     """
     self.file = os.fspath(file)
@@ -129,7 +129,7 @@ class Pieces:
 
   @property
   def vocab_size(self) -> int:
-    """Ids, the sentinels included."""
+    """The number of ids, including sentinels."""
     return self.processor.vocab_size()
 
   @property
@@ -139,15 +139,15 @@ class Pieces:
 
   @property
   def unk_id(self) -> int:
-    """The id of what the vocabulary cannot write."""
+    """The id of text that the vocabulary cannot write."""
     return self.processor.unk_id()
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text, without EOS."""
+    """Returns the ids of a text, without EOS."""
     return self.processor.EncodeAsIds(text)
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids up to the first EOS."""
+    """Returns the text of ids up to the first EOS."""
     size = self.vocab_size
     known = [int(i) if i < size else self.unk_id for i in ids]
     return self.processor.DecodeIds(_up_to(known, self.eos_id))
@@ -157,7 +157,7 @@ class Pieces:
 
 
 class Bytes:
-  """UTF-8 bytes behind three special ids, and sentinels: ByT5's vocabulary."""
+  """ByT5's vocabulary: three special ids, the UTF-8 bytes, then sentinels."""
 
   pad_id, eos_id, unk_id = 0, 1, 2
 
@@ -165,11 +165,11 @@ class Bytes:
     self.vocab_size = 3 + 256 + extra_ids
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text, without EOS."""
+    """Returns the ids of a text, without EOS."""
     return [byte + 3 for byte in text.encode()]
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids up to the first EOS; broken characters are left out."""
+    """Returns the text of ids up to the first EOS; skips broken characters."""
     known = _up_to([int(i) for i in ids], self.eos_id)
     text = bytes(i - 3 for i in known if 3 <= i < 3 + 256)
     return text.decode(errors='ignore')

@@ -1,4 +1,4 @@
-"""A prompt file: found wherever it is, read, checked, written.
+"""Prompt files: finds, reads, checks and writes them.
 
 MODEL_DIR of ptune, its prompts/, one .npy   the best, else the newest
 MODEL_DIR of the paper's implementation      numpy_checkpoints/checkpoint_N
@@ -27,15 +27,15 @@ from ptune.methods import multitask, prompt_init, smop
 from ptune.methods.prompt import PATH
 from ptune.methods.prompt_init import read_array
 
-# What the paper's implementation calls the prompt's file.
+# The name of the prompt's file in the paper's implementation.
 REFERENCE_FILE = 'encoder.prompt.prompt.prompt'
 REFERENCE_DIRECTORY = 'numpy_checkpoints'
-# What a run calls the files in its prompts/.
+# The names of a run's files in prompts/.
 _BEST = ('best.npy', 'best.safetensors')
 _STEP = re.compile(r'step_(\d{1,15})\.(npy|safetensors)')
-# Where a .safetensors file keeps what is known of its prompt.
+# The metadata key for facts about the prompt in a .safetensors file.
 FACTS = 'ptune'
-# What such files hold: one prompt, or what `multitask` made of several.
+# The contents of such files: one prompt, or several made by `multitask`.
 ONE, SEVERAL = {peft.ROWS}, {multitask.SHARED, multitask.TASKS}
 
 EXPECTED = """\
@@ -47,16 +47,16 @@ model goes out by ptune convert.)"""
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """A prompt, and what is known of it.
+  """A prompt, and the facts about it.
 
   Attributes:
     array: [prompt, embed] float32.
     path: The file or directory that it was read from.
     kind: 'npy', 'peft', 'safetensors', or the kind of a checkpoint.
     facts: As in `prompts/step_N.json`: step, task, scores, base (the
-      fingerprint of the model it was trained on), method. Only what is known.
-      T5X counts the steps of the base too: `t5x_step`.
-    notes: What a user should know of how it was read.
+      fingerprint of the model it was trained on), method. Unknown facts are
+      absent. `t5x_step` is T5X's step, which includes the base's steps.
+    notes: What a user should know about how it was read.
   """
 
   array: np.ndarray
@@ -67,16 +67,16 @@ class Prompt:
 
 
 def read_prompt(path: epath.PathLike, task: int | None = None) -> Prompt:
-  """Reads a prompt, whoever wrote it.
+  """Reads a prompt of any supported format.
 
   Args:
-    path: See the module. Of a run, the best prompt is taken, or the newest
-      where none was evaluated.
-    task: Which task's prompt, of a multi-task run or PEFT adapter.
+    path: See the module. For a run, it takes the best prompt, or the newest if
+      none was evaluated.
+    task: The task whose prompt to read, for a multi-task run or PEFT adapter.
 
   Raises:
-    FileNotFoundError: nothing is there.
-    ValueError: there is no prompt, or its file is damaged.
+    FileNotFoundError: `path` does not exist.
+    ValueError: There is no prompt, or its file is damaged.
   """
   place = find(path)
   notes: list[str] = []
@@ -99,10 +99,10 @@ def read_prompt(path: epath.PathLike, task: int | None = None) -> Prompt:
 def write_prompt(
   file: epath.Path, array: np.ndarray, facts: Mapping[str, Any]
 ) -> None:
-  """Writes NAME.npy, and NAME.json with what is known of it.
+  """Writes NAME.npy, and NAME.json with the facts about it.
 
-  Each is whole or not there. The facts come first, so that a prompt is never
-  there without them.
+  Each file is complete or absent. The facts come first, so a prompt never
+  exists without them.
   """
   facts = {**facts, 'prompt_length': array.shape[0]}
   write_atomically(
@@ -112,14 +112,14 @@ def write_prompt(
 
 
 def npy(array: np.ndarray) -> bytes:
-  """An array as the contents of a .npy file."""
+  """Returns an array as the contents of a .npy file."""
   buffer = io.BytesIO()
   np.save(buffer, array)
   return buffer.getvalue()
 
 
 def read_rows(path: epath.PathLike) -> np.ndarray:
-  """[prompt, embed] float32 of a PROMPT_FILE: whatever `read_prompt` takes."""
+  """Returns the rows of a PROMPT_FILE, [prompt, embed]: see `read_prompt`."""
   place = locate(path)
   if place.is_dir() or place.suffix == '.safetensors':
     return read_prompt(place).array
@@ -127,14 +127,14 @@ def read_rows(path: epath.PathLike) -> np.ndarray:
 
 
 def find(path: epath.PathLike) -> epath.Path:
-  """The file or directory of a prompt: MODEL_DIR -> MODEL_DIR/prompts/best.npy.
+  """Returns a prompt's path: MODEL_DIR -> MODEL_DIR/prompts/best.npy.
 
-  What is returned is a file, a PEFT adapter, or some other directory: then a
-  checkpoint, if anything.
+  The result is a file, a PEFT adapter, or another directory, which can only be
+  a checkpoint.
 
   Raises:
-    FileNotFoundError: nothing is at `path`.
-    ValueError: it holds nothing that could be a prompt.
+    FileNotFoundError: `path` does not exist.
+    ValueError: It has nothing that could be a prompt.
   """
   path = locate(path)
   if not path.exists():
@@ -171,17 +171,17 @@ def find(path: epath.PathLike) -> epath.Path:
 
 
 def name_of(path: epath.Path) -> str:
-  """What a prompt is called that was given no name."""
+  """Returns a default name for a prompt."""
   return path.stem if path.suffix in ('.npy', SUFFIX) else path.name
 
 
 def is_of_a_run(file: epath.Path) -> bool:
-  """Whether a file has a name that a run gives to those in its `prompts/`."""
+  """Returns whether a file is named like those in a run's `prompts/`."""
   return file.name in _BEST or bool(_STEP.fullmatch(file.name))
 
 
 def _written(folder: epath.Path) -> epath.Path | None:
-  """The best file of a `prompts/` directory, or its newest."""
+  """Returns the best file of a `prompts/` directory, or its newest."""
   for best in _BEST:
     if (folder / best).is_file():
       return folder / best
@@ -194,7 +194,7 @@ def _written(folder: epath.Path) -> epath.Path | None:
 
 
 def _beside(file: epath.Path) -> dict[str, Any]:
-  """What is known of the prompt in a file of NumPy's."""
+  """Returns the facts about the prompt in a NumPy file."""
   if facts := facts_beside(file):
     return facts
   match = re.fullmatch(r'checkpoint_(\d{1,15})', file.parent.name)
@@ -216,7 +216,7 @@ def _of_checkpoint(path: epath.Path) -> tuple[str, np.ndarray, dict[str, Any]]:
 
 
 def is_multitask(file: epath.Path) -> bool:
-  """Whether a file holds the prompts of several tasks."""
+  """Returns whether a file holds the prompts of several tasks."""
   if file.suffix != SUFFIX or file.is_dir():
     return False
   return set(safetensors_files.open_file(file)[0]) == SEVERAL
@@ -230,8 +230,8 @@ def _of_task(
   settings = facts.pop('settings', None)
   if settings is None:
     raise UserError(
-      f'{file} holds the prompts of several tasks; the .json that a run wrote'
-      ' beside it says what they are made of, and is needed'
+      f'{file} holds the prompts of several tasks; it needs the .json that a'
+      ' run wrote beside it, which says how they are composed'
     )
   try:
     array = multitask.task_prompt(settings, trained, task)
@@ -251,16 +251,16 @@ def _of_safetensors(file: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
     )
   if set(tensors) != ONE:
     raise UserError(
-      f'{file} holds {sorted(tensors)[:20]}; the file of a prompt holds '
-      f'{peft.ROWS} alone. What another method trained is a PROMPT_FILE as it '
-      'is, and merged by ptune export --format=t5x or huggingface'
+      f'{file} holds {sorted(tensors)[:20]}; a prompt file holds only '
+      f'{peft.ROWS}. Use a file of another method as PROMPT_FILE, or merge it '
+      'with ptune export --format=t5x or huggingface'
     )
   try:
     facts = json.loads(metadata.get(FACTS, '{}'))
   except (ValueError, RecursionError):
     facts = None
   if not isinstance(facts, dict):
-    raise UserError(f'{file}: its metadata {FACTS!r} is no JSON object')
+    raise UserError(f'{file}: its metadata {FACTS!r} is not a JSON object')
   return tensors[peft.ROWS].read(), facts
 
 
@@ -273,7 +273,7 @@ def _of_npy(file: epath.Path) -> np.ndarray:
 
 
 def _checked(array: np.ndarray, place: epath.Path) -> np.ndarray:
-  """The array as float32; raises ValueError if it is no prompt."""
+  """Returns the array as float32; raises ValueError if it is not a prompt."""
   kind = array.dtype
   numbers = np.issubdtype(kind, np.floating) or kind.name == 'bfloat16'
   if array.ndim != 2 or not numbers or 0 in array.shape:
@@ -281,7 +281,7 @@ def _checked(array: np.ndarray, place: epath.Path) -> np.ndarray:
       f'{place} holds {kind} {list(array.shape)}; a prompt is [prompt, embed] '
       'floats'
     )
-  # What is too large for float32 becomes infinite, and is reported so.
+  # Values too large for float32 become infinite, and are reported as such.
   with np.errstate(over='ignore'):
     array = np.ascontiguousarray(array, np.float32)
   if not np.isfinite(array).all():

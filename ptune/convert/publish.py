@@ -1,8 +1,8 @@
 """`ptune push`: a prompt on the Hugging Face Hub, with a model card.
 
-The repository holds what other programs open: a PEFT adapter, the prompt as
-`prompt.npy`, the run's `config.gin`, and README.md, the card, which says what
-the prompt is for and how to load it. `hf://user/name` reads it again.
+The repository has files that other programs open: a PEFT adapter, the prompt as
+`prompt.npy`, the run's `config.gin`, and README.md. The latter is the model
+card: what the prompt is for and how to load it. `hf://user/name` reads it back.
 """
 
 import json
@@ -28,22 +28,22 @@ def push(
   private: bool = False,
   task: int | None = None,
 ) -> list[str]:
-  """Uploads a prompt; the repository is made if it is not there.
+  """Uploads a prompt, and creates the repository if necessary.
 
   Args:
-    path: A run, or any prompt that `read_prompt` takes.
+    path: A run, or any prompt that `read_prompt` reads.
     name: The repository, 'user/name'.
-    base: The base model, if the prompt does not say it.
+    base: The base model, if the prompt does not record it.
     base_name: The base's name on the Hub, such as 'google/flan-t5-base'.
     private: Whether a new repository is private.
-    task: Which task's prompt, of a multi-task run.
+    task: The task whose prompt to upload, for a multi-task run.
 
   Returns:
     Lines that say what was done; the last one is the address.
 
   Raises:
     UserError: huggingface_hub is not installed, nobody is logged in, the name
-      is taken or wrong, or there is no prompt for PEFT.
+      is taken or wrong, or PEFT cannot hold the prompt.
   """
   hub = library(f'pushing {name}')
   prompt = read_prompt(path, task)
@@ -58,7 +58,7 @@ def push(
         folder_path=os.fspath(place),
         commit_message=f'{prompt.array.shape[0]} tokens, by ptune',
       )
-    except Exception as error:  # Of HTTP, of its login, of its checks.
+    except Exception as error:  # From HTTP, its login, or its checks.
       raise UserError(
         f'{name} cannot be uploaded: {type(error).__name__}: {error}\nLog in'
         ' with `hf auth login` and a token that may write, and give a name as'
@@ -82,7 +82,7 @@ def write(
   export_lib.export(prompt, 'npy', folder / 'prompt')
   for file in (folder / 'ptune.json', folder / 'prompt.json'):
     facts = json.loads(file.read_text())
-    del facts['read_from']  # A path of this machine.
+    del facts['read_from']  # A path on this machine.
     file.write_text(json.dumps(facts, indent=2) + '\n')
   config = json.loads((folder / 'adapter_config.json').read_text())
   run = epath.Path(prompt.path).parent.parent / 'config.gin'
@@ -101,13 +101,13 @@ def write(
 def card(
   prompt: Prompt, name: str, *, base_name: str | None, reruns: bool
 ) -> str:
-  """The model card, in Markdown with the Hub's metadata before it.
+  """Returns the model card, in Markdown after the Hub's metadata.
 
   Args:
-    prompt: The prompt, and what is known of it.
+    prompt: The prompt, and the facts about it.
     name: The repository.
-    base_name: How the base model is called.
-    reruns: Whether the run's config.gin lies beside the card.
+    base_name: The base model's name.
+    reruns: Whether the run's config.gin is in the repository.
   """
   facts, (length, width) = prompt.facts, prompt.array.shape
   of_hub = base_name and not os.path.isabs(base_name) and '/' in base_name
@@ -160,7 +160,7 @@ def card(
     'import ptune',
     '',
     f'tuned = ptune.load({SCHEME + name!r})',
-    "print(tuned.predict(['an input, written as those of the task']))",
+    "print(tuned.predict(['an input, in the form of the task']))",
     '```',
     '',
     '## Use it with PEFT',
@@ -192,7 +192,7 @@ def card(
 
 
 def _results(hub: Any, scores: Mapping[str, Mapping[str, float]]):
-  """The Hub's records of scores."""
+  """Returns the Hub's records of scores."""
   return [
     hub.EvalResult(
       task_type='text2text-generation',

@@ -1,4 +1,4 @@
-"""What became of everything in a checkpoint and in a model: one table."""
+"""A table that accounts for everything in a checkpoint and in a model."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -18,16 +18,16 @@ def restore_table(
   restored: Mapping[str, Shaped],
   initialised: Mapping[str, Shaped] | None = None,
 ) -> str:
-  """A table of what was restored, initialised and ignored.
+  """Returns a table of what was restored, initialised and ignored.
 
   Args:
     source: The checkpoint.
-    restored: What was read from it, by path.
-    initialised: What the checkpoint does not hold: adapters.
+    restored: The parameters that were read from it, by path.
+    initialised: The parameters that it does not hold: adapters.
 
   Returns:
-    A line that names the checkpoint, and a row for each of the three; bytes
-    are those of one copy, as it lies on the devices or (if ignored) in files.
+    A line that names the checkpoint, and a row for each of the three. Bytes are
+    those of one copy, on the devices or (if ignored) in files.
   """
   rows = [('', 'arrays', 'values', 'bytes', '')]
   rows.append(('restored', *_sums(restored), _dtypes(restored)))
@@ -57,7 +57,7 @@ def _dtypes(arrays: Mapping[str, Shaped]) -> str:
 
 
 def _some(paths: Iterable[str]) -> str:
-  """A few names; many are told by what they begin with.
+  """Lists a few names; if there are many, only their common beginnings.
 
   state/param_states/encoder/..., state/param_states/decoder/... ->
   state/param_states/...

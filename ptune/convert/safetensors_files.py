@@ -1,8 +1,8 @@
 """Safetensors files: read slice by slice, written tensor by tensor.
 
-A file is a JSON header (name, dtype, shape and place of each tensor) and the
-tensors' bytes: https://github.com/huggingface/safetensors. Reading goes
-through that library; writing is done here, because it takes all tensors at
+A file is a JSON header (name, dtype, shape and position of each tensor) and the
+tensors' bytes: https://github.com/huggingface/safetensors. We read with that
+library. We write the format here, because the library takes all tensors at
 once, and a model need not fit into memory.
 """
 
@@ -31,7 +31,7 @@ DTYPES = {
 
 @contextlib.contextmanager
 def _opened(file: epath.Path) -> Iterator[Any]:
-  """Maps a safetensors file, and says which file it was if that fails."""
+  """Maps a safetensors file; an error names the file."""
   paths.check_file(file)
   try:
     with safetensors.safe_open(str(file), framework='numpy') as tensors:
@@ -43,14 +43,14 @@ def _opened(file: epath.Path) -> Iterator[Any]:
 
 
 def open_file(file: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
-  """Opens a local file; reads none of its values.
+  """Opens a local file without reading values.
 
   Returns:
-    Its tensors by name, as they are stored, and its metadata.
+    Its tensors by name, as stored, and its metadata.
 
   Raises:
-    ValueError: the file is damaged or not local, or a tensor has a dtype that
-      is not read.
+    ValueError: The file is damaged or not local, or a tensor has an unsupported
+      dtype.
   """
   if '://' in str(file):
     raise UserError(
@@ -70,14 +70,14 @@ def open_file(file: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
   ]
   if unknown:
     raise UserError(
-      f'{file} has tensors of a dtype that is not read (expected '
+      f'{file} has tensors of an unsupported dtype (expected '
       f'{", ".join(DTYPES)}):\n' + '\n'.join(unknown)
     )
 
   def leaf(name: str, shape: tuple[int, ...], dtype: str) -> Leaf:
     def fetch(index: Index) -> np.ndarray:
-      # Mapped anew for each read: pages of a mapping that stays open count as
-      # this process's memory until the whole file is in it.
+      # Map it again for each read: pages of an open mapping count as this
+      # process's memory, in the end for the whole file.
       with _opened(file) as tensors:
         return tensors.get_slice(name)[index]
 
@@ -105,15 +105,15 @@ def write(
   """Writes tensors one after the other; holds one at a time.
 
   Args:
-    f: Where to.
-    tensors: By name.
-    metadata: Stored beside them; `format: pt` is added, which transformers
-      asks for.
+    f: The file to write to.
+    tensors: The tensors, by name.
+    metadata: Stored beside them; `format: pt` is added because transformers
+      needs it.
   """
   names = {jnp.dtype(numpy): name for name, numpy in DTYPES.items()}
   header: dict[str, Any] = {'__metadata__': {'format': 'pt', **metadata}}
   end = 0
-  # Wide dtypes first, so that every tensor is aligned.
+  # Wide dtypes come first, so that every tensor is aligned.
   order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
   for name in order:
     start, end = end, end + nbytes(tensors[name])

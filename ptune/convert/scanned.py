@@ -1,7 +1,7 @@
-"""Checkpoints of scanned layers: one array for all layers of a stack.
+"""Checkpoints of scanned layers, which have one array for a stack's layers.
 
 T5X stacks the parameters of layers on axis 1, and some of its networks keep
-attention heads on an axis of their own:
+attention heads on a separate axis:
 
     encoder/encoder/mlp/wo/kernel           [mlp, layers, embed]
     encoder/encoder/attention/query/kernel  [embed, layers, heads, kv]
@@ -18,16 +18,15 @@ import numpy as np
 from ptune.convert.source import Index, Leaf, Shape
 from ptune.errors import UserError
 
-# Where T5X stacks the layers.
+# The paths at which T5X stacks the layers.
 AXIS = 1
 _STACKED = re.compile(r'(encoder|decoder)/(?!layers_\d)\w+/(.+)')
 
 
 class _Block:
-  """The block of a stacked array that was read last.
+  """The last block that was read of a stacked array.
 
-  Layers that are read one after the other share it, so that chunks which hold
-  all layers are read once.
+  Consecutive layers share it, so that a chunk with all layers is read once.
   """
 
   def __init__(self):
@@ -37,20 +36,20 @@ class _Block:
   def read(self, name: str, leaf: Leaf, index: Index) -> np.ndarray:
     key = name, tuple((s.start, s.stop) for s in index)
     if self._block is None or key != self._key:
-      self._block = None  # Two are never held.
+      self._block = None  # Never hold two.
       self._block, self._key = leaf.fetch(index), key
     return self._block
 
 
 def unrolled(path: Any, leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
-  """Gives each layer its own leaves; without scanned layers, all as they are.
+  """Gives each layer its own leaves; keeps the leaves of unscanned layers.
 
   Args:
     path: The checkpoint, for errors.
     leaves: Its parameters, by T5X's path.
 
   Raises:
-    UserError: The stacked arrays do not have one number of layers.
+    UserError: The stacked arrays differ in the number of layers.
   """
   block = _Block()
   found: dict[str, Leaf] = {}
@@ -71,7 +70,7 @@ def unrolled(path: Any, leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
     stacks.setdefault(name.split('/')[0], set()).add(count)
   if any(len(different) > 1 for different in stacks.values()):
     raise UserError(
-      f'{path} was trained with scanned layers, and its arrays do not have one'
+      f'{path} was trained with scanned layers, but its arrays differ in the'
       ' number of layers, on axis 1:\n'
       + '\n'.join(f'  {name} {list(leaves[name].shape)}' for name in counts)
     )
@@ -79,7 +78,7 @@ def unrolled(path: Any, leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
 
 
 def _scanned(leaves: Mapping[str, Leaf]) -> set[str]:
-  """Modules such as encoder/encoder that hold stacked kernels."""
+  """Returns modules such as encoder/encoder that have stacked kernels."""
   return {
     '/'.join(name.split('/')[:2])
     for name, leaf in leaves.items()
@@ -90,7 +89,7 @@ def _scanned(leaves: Mapping[str, Leaf]) -> set[str]:
 
 
 def _layer(block: _Block, name: str, leaf: Leaf, i: int) -> Leaf:
-  """One layer of a stacked leaf."""
+  """Returns one layer of a stacked leaf."""
   every = slice(0, leaf.shape[AXIS])
 
   def fetch(index: Index) -> np.ndarray:
@@ -105,7 +104,7 @@ def _without(shape: Shape) -> Shape:
 
 
 def _joined(name: str, leaf: Leaf) -> Leaf:
-  """An attention kernel with heads and their size on one axis."""
+  """Returns an attention kernel with heads and head size on one axis."""
   kernel = re.search(r'attention/(query|key|value|out)/kernel$', name)
   if not kernel or len(leaf.shape) != 3:
     return leaf
@@ -116,7 +115,7 @@ def _joined(name: str, leaf: Leaf) -> Leaf:
   shape[first : first + 2] = [shape[first] * size]
 
   def fetch(index: Index) -> np.ndarray:
-    """Reads whole heads, and cuts what was not asked for."""
+    """Reads whole heads, then cuts out the requested slices."""
     wanted = index[first]
     heads = slice(wanted.start // size, -(-wanted.stop // size))
     within = (*index[:first], heads, slice(0, size), *index[first + 1 :])

@@ -11,9 +11,10 @@ from ptune.convert.tokenizer_json import Tokenizer
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
-  """What `tokenizer_json.Tokenizer` reads, as SeqIO has vocabularies.
+  """A `tokenizer_json.Tokenizer` as a SeqIO vocabulary.
 
-  In TensorFlow it calls Python: a task must run in the process that made it.
+  Its TensorFlow functions call Python, so a task must run in the process that
+  made it.
   """
 
   def __init__(self, directory: epath.PathLike):
@@ -47,7 +48,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
     return self.tokenizer.decode(ids)
 
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-    if s.shape.rank:  # A text each: [texts] -> [texts, (ids)].
+    if s.shape.rank:  # A batch of texts: [texts] -> [texts, (ids)].
       spec = tf.RaggedTensorSpec([None], tf.int32, ragged_rank=0)
       return tf.map_fn(self._encode_tf, s, fn_output_signature=spec)
 

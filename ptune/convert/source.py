@@ -1,8 +1,8 @@
-"""An opened checkpoint, and its way onto the devices.
+"""An opened checkpoint, and `restore`, which puts it on the devices.
 
 A reader (`t5x`, `orbax_state`, `huggingface`) turns a directory into a
-`Source`: leaves under T5X's parameter names that are read slice by slice when
-asked. `restore` is the one place where they become arrays.
+`Source`: leaves under T5X's parameter names, which are read slice by slice on
+demand. Only `restore` turns them into arrays.
 """
 
 import ctypes
@@ -30,18 +30,18 @@ EMBEDDING = parameters.EMBEDDING
 LOGITS = 'decoder/logits_dense/kernel'
 DECODER_EMBEDDING = 'decoder_token_embedder/embedding'
 
-# Values looked at in one go; bounds the memory of what is made of them.
+# Values to process at once; this bounds the memory of temporaries.
 _PART = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One parameter that lies in a file.
+  """One parameter in a file.
 
   Attributes:
     shape: Its shape, in T5X's orientation.
     dtype: Its dtype as stored.
-    fetch: Reads the given slices; given by the reader of the format.
+    fetch: Reads the given slices; the reader of the format provides it.
   """
 
   shape: Shape
@@ -49,7 +49,7 @@ class Leaf:
   fetch: Callable[[Index], np.ndarray] = dataclasses.field(repr=False)
 
   def read(self, index: Index | None = None) -> np.ndarray:
-    """Reads a block, and only that, as it is stored.
+    """Reads a block as stored, and nothing else.
 
     Args:
       index: One slice a dimension, of step 1; None reads everything.
@@ -68,19 +68,18 @@ class Source:
   """The parameters of a checkpoint.
 
   Attributes:
-    path: Where it lies.
+    path: The checkpoint's path.
     kind: 't5x', 't5x_orbax', 'huggingface' or 'ptune'.
-    step: The training step it was saved at; None where there is none.
+    step: The training step at which it was saved; None if there is none.
     leaves: The model's parameters, by T5X's path.
-    activations: Of the MLP, as in T5Config; None where the files do not say
-      (`gated` is known from the names nevertheless).
-    scaled: Whether the output layer's input is scaled; None where the files
-      do not say.
-    ids: The special tokens; None where the files do not say.
-    config: The whole configuration, of a T5Gemma whose files say it.
-    ignored: What lies beside the parameters and is never read, by name:
-      optimizer state, second copies. With their bytes, None where the files
-      do not say.
+    activations: MLP activations, as in T5Config; None if the files do not say
+      (the parameters' names still give `gated`).
+    scaled: Whether the output layer's input is scaled; None if the files do not
+      say.
+    ids: The special tokens; None if the files do not say.
+    config: The whole configuration, for a T5Gemma whose files give it.
+    ignored: The names of other contents, which are never read: optimizer state,
+      second copies. With their bytes, or None if the files do not say.
   """
 
   path: str
@@ -99,7 +98,7 @@ class Source:
 
   @property
   def tied(self) -> bool:
-    """Whether the (scaled) embedding makes the logits: no kernel of its own."""
+    """Whether the (scaled) embedding makes the logits: there is no kernel."""
     return EMBEDDING in self.leaves and LOGITS not in self.leaves
 
   @property
@@ -114,7 +113,7 @@ class Source:
     return f'{self.kind} checkpoint {self.path}{step}'
 
   def describe(self) -> str:
-    """What it is and how large, on a line or two."""
+    """Describes its kind and size, on a line or two."""
     count = sum(math.prod(leaf.shape) for leaf in self.leaves.values())
     dtypes = sorted({leaf.dtype.name for leaf in self.leaves.values()})
     facts = [f'{len(self.leaves)} leaves, {count:,} values']
@@ -126,7 +125,7 @@ class Source:
 
 
 def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-  """The numbers of a T5Config that the shapes of its parameters tell.
+  """Returns the sizes of a T5Config that its parameters' shapes give.
 
   Args:
     shapes: Shapes by T5X path: {'token_embedder/embedding': (128, 32), ...}.
@@ -135,7 +134,7 @@ def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     Those of vocab_size, emb_dim, num_heads, head_dim, mlp_dim, gated,
     num_encoder_layers, num_decoder_layers, relative_attention_num_buckets,
     relative_attention_per_layer, decoder_embedding and logits_via_embedding
-    that can be told, under these names.
+    that the shapes give, under these names.
   """
 
   def matrix(pattern: str) -> Shape | None:
@@ -172,9 +171,9 @@ def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 
 def with_rows(plan: parameters.Plan, source: Source) -> parameters.Plan:
-  """The plan, with `rows` that read the base's embedding from a checkpoint.
+  """Returns the plan with `rows`, which reads embedding rows of a checkpoint.
 
-  They are read on the host, by the process that asks, each once.
+  The process that asks reads each row once, on the host.
   """
 
   @functools.lru_cache(maxsize=1)
@@ -198,29 +197,29 @@ def restore(
 ) -> dict[str, jax.Array]:
   """Reads the parameters of a model, all of them and no others.
 
-  Each leaf goes straight into its sharding: this process reads what its devices
-  hold of it, once, casts it on the host, and goes on to the next leaf. The
-  largest come first, while the devices hold little: what is read and cast
-  beside them then never exceeds the largest leaf by much.
+  Each leaf goes straight into its sharding. This process reads the part that
+  its devices hold, once, casts it on the host, and continues with the next
+  leaf. The largest leaves come first, while the devices hold little. So the
+  memory for reading and casting never exceeds the largest leaf by much.
 
   Args:
     source: From `open_checkpoint`.
-    abstract: Shape, dtype and (optionally) sharding of each parameter, by
-      path. Without a sharding it goes to the default device.
+    abstract: Shape, dtype and (optionally) sharding of each parameter, by path.
+      Without a sharding it goes to the default device.
     dtype: Replaces the dtypes of `abstract`.
     ignore: Paths that the checkpoint may have beyond `abstract`: a predicate,
-      or patterns in which `*` stands for any text, `/` included.
+      or patterns in which `*` matches any text, including `/`.
 
   Returns:
     The arrays, by path, in the order of `abstract`.
 
   Raises:
-    ValueError: something is missing, unexpected or of another shape (all of
-      it is listed, before anything is read), or a value is NaN or infinite.
+    ValueError: Parameters are missing, unexpected or of another shape (the
+      error lists all, before anything is read), or a value is NaN or infinite.
   """
   _check(source, abstract, _predicate(ignore))
   arrays, broken = {}, {}
-  # Layers that lie in one array of the checkpoint are read one after the other.
+  # Layers that share an array of the checkpoint are read consecutively.
   order = lambda path: (-nbytes(source.leaves[path]), scan.of_all(path))
   for path in sorted(abstract, key=order):
     spec = abstract[path]
@@ -235,13 +234,13 @@ def restore(
       + '\n'.join(broken[path] for path in abstract if path in broken)
       + f'\nin the {source.describe()}\nThe checkpoint is damaged, or was '
       'written after its training diverged, or its values do not fit the '
-      'dtype; take an earlier one or float32.'
+      'dtype; use an earlier one or float32.'
     )
   return {path: arrays[path] for path in abstract}
 
 
 def _bounds(index: Index | None, shape: Shape) -> Index:
-  """Slices with start and stop: (slice(None), slice(2)) -> 0:n, 0:2."""
+  """Returns slices with start and stop: (slice(None), slice(2)) -> 0:n, 0:2."""
   if index is None:
     index = (slice(None),) * len(shape)
   assert len(index) == len(shape), (index, shape)
@@ -268,7 +267,7 @@ def _check(
   abstract: Mapping[str, jax.ShapeDtypeStruct],
   ignore: Callable[[str], bool],
 ) -> None:
-  """Compares names and shapes; raises one error with all the differences."""
+  """Compares names and shapes; raises one error with all differences."""
   expected = {path: tuple(spec.shape) for path, spec in abstract.items()}
   got = source.shapes
   groups = {
@@ -304,8 +303,8 @@ def _check(
   if differing:
     lines.append('Its ' + '; its '.join(differing) + '.')
   lines.append(
-    'The gin file may be that of another size or family; pick the '
-    'models/*.gin of this checkpoint.'
+    'The gin file may be for another size or family; use the models/*.gin '
+    'of this checkpoint.'
   )
   raise UserError('\n'.join(lines))
 
@@ -313,8 +312,8 @@ def _check(
 def _place(
   leaf: Leaf, spec: jax.ShapeDtypeStruct, dtype: np.dtype
 ) -> tuple[jax.Array, bool]:
-  """Puts one leaf on its devices; tells too whether all read is finite."""
-  # On several hosts, only the part that this one's devices cover.
+  """Puts one leaf on its devices; returns also whether all of it is finite."""
+  # On several hosts, read only the part that this host's devices cover.
   held = _cover(spec.sharding, leaf.shape)
   whole = leaf.read(held)
   blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
@@ -330,8 +329,8 @@ def _place(
         slice(s.start - h.start, s.stop - h.start)
         for s, h in zip(index, held, strict=True)
       )
-      # A value that is too large for the dtype becomes infinite here, which
-      # is reported, not warned of.
+      # A value too large for the dtype becomes infinite here. We report that
+      # later, so numpy need not warn.
       with np.errstate(over='ignore', invalid='ignore'):
         blocks[key] = whole[within].astype(dtype, copy=False)
       finite = finite and is_finite(blocks[key])
@@ -345,10 +344,10 @@ def _place(
 
 
 def give_back() -> None:
-  """Returns to the system what TensorStore's threads have freed.
+  """Returns memory that TensorStore's threads have freed to the system.
 
-  glibc keeps it, thread by thread, for later: over a whole checkpoint that adds
-  up to more than the largest leaf.
+  glibc keeps it for each thread. Over a whole checkpoint that would add up to
+  more than the largest leaf.
   """
   trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
   if trim is not None:
@@ -356,7 +355,7 @@ def give_back() -> None:
 
 
 def _cover(sharding: jax.sharding.Sharding | None, shape: Shape) -> Index:
-  """The smallest block that holds all that this process's devices do."""
+  """Returns the smallest block that contains all of this process's parts."""
   if sharding is None:
     return _bounds(None, shape)
   indices = sharding.addressable_devices_indices_map(shape).values()
@@ -368,12 +367,12 @@ def _cover(sharding: jax.sharding.Sharding | None, shape: Shape) -> Index:
 
 
 def nbytes(leaf: Leaf) -> int:
-  """Bytes of a leaf, as it is stored."""
+  """Returns the bytes of a leaf, as stored."""
   return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def is_finite(block: np.ndarray) -> bool:
-  """Whether no value is NaN or infinite; needs little memory of its own."""
+  """Returns whether all values are finite; needs little memory of its own."""
   return all(bool(np.isfinite(part).all()) for part in parts(block))
 
 

@@ -1,4 +1,4 @@
-"""Files that users name: local, file://, or on gs://, read by TensorFlow."""
+"""Users' files: local, file://, or on gs://, which TensorFlow reads."""
 
 import glob as glob_lib
 import os
@@ -11,7 +11,7 @@ PathLike = str | os.PathLike[str]
 
 
 def local(path: PathLike) -> str | None:
-  """The path of a local file, or None if it is elsewhere."""
+  """Returns the path of a local file, or None if it is not local."""
   path = os.fspath(path).removeprefix('file://')
   return None if '://' in path else path
 
@@ -21,11 +21,11 @@ def read_bytes(path: PathLike, name: str) -> bytes:
 
   Args:
     path: The file.
-    name: The setting that named it, for messages.
+    name: The setting that names it, for messages.
 
   Raises:
-    UserError: It does not exist, cannot be read, or is no file: a directory, a
-      pipe or a device, which may never end.
+    UserError: It does not exist, cannot be read, or is not a regular file. A
+      pipe or a device might never end.
   """
   try:
     place = local(path)
@@ -56,7 +56,7 @@ def _read_remote(path: str) -> bytes:
 
 
 def glob(pattern: str) -> list[str]:
-  """The files that match a pattern with stars, sorted."""
+  """Returns the files that match a pattern with `*`, sorted."""
   place = local(pattern)
   if place is not None:
     return sorted(glob_lib.glob(place))

@@ -1,6 +1,6 @@
 """Hugging Face's T5Gemma and T5Gemma 2: configuration, names of parameters.
 
-Norms need no arithmetic: they are stored as their distance from 1 here, too.
+Norm scales are copied unchanged, because both formats store scale minus 1.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ MODEL_TYPES = {'t5gemma': 1, 't5gemma2': 2}
 HEAD = 'lm_head.out_proj.weight'
 # The decoder's own embedding.
 _OWN = 'decoder_token_embedder/'
-# Parts of T5Gemma 2 that read images.
+# The parts of T5Gemma 2 that read images.
 VISION = ('model.encoder.vision_tower.', 'model.encoder.multi_modal_projector.')
 
 _ATTENTION = {
@@ -29,7 +29,7 @@ _ATTENTION = {
   'out': 'o_proj',
 }
 _MLP = {'wi_0': 'gate_proj', 'wi_1': 'up_proj', 'wo': 'down_proj'}
-# Of a layer: our module and its norms, their module and norms, the kernels.
+# The parts of a layer: our module and norms, their module and norms, kernels.
 _SUBLAYERS = {
   'encoder': (
     ('attention', 'attention', 'self_attn', 'self_attn', _ATTENTION),
@@ -47,7 +47,7 @@ _SUBLAYERS = {
     ('mlp', 'mlp', 'mlp', 'feedforward', _MLP),
   ),
 }
-# Stack's name for a size, and config.json's.
+# A stack's name for a size, and config.json's.
 _SIZES = {
   'num_layers': 'num_hidden_layers',
   'emb_dim': 'hidden_size',
@@ -57,7 +57,7 @@ _SIZES = {
   'head_dim': 'head_dim',
   'window': 'sliding_window',
 }
-# transformers leaves out what is as in its defaults, which are those of 2B.
+# transformers omits values that equal its defaults, which are those of 2B.
 _DEFAULTS = {
   'num_hidden_layers': 26,
   'hidden_size': 2304,
@@ -68,9 +68,9 @@ _DEFAULTS = {
   'sliding_window': 4096,
   'query_pre_attn_scalar': 256,
 }
-_PATTERN = {1: 2, 2: 6}  # Of windows, by version.
-# What has one value in all published models: a network with another one is
-# not there. Their names in the configuration of a stack, and the value.
+_PATTERN = {1: 2, 2: 6}  # window_pattern, by version.
+# These have one value in all published models; we do not support others. Their
+# names in the configuration of a stack, and the value.
 _FIXED = {
   'hidden_activation': 'gelu_pytorch_tanh',
   'rms_norm_eps': 1e-6,
@@ -96,7 +96,7 @@ def layout(config: T5GemmaConfig) -> dict[str, tuple[str, bool]]:
 
 
 def copies(config: T5GemmaConfig, path: str) -> list[str]:
-  """Other names of the tensor that a parameter is tied to."""
+  """Returns other names of the tensor that a parameter is tied to."""
   ends = {'embedding': 'weight', 'eoi_embedding': 'eoi_embedding'}
   embedder, _, name = path.rpartition('/')
   if name not in ends or not config.logits_via_embedding:
@@ -108,7 +108,7 @@ def copies(config: T5GemmaConfig, path: str) -> list[str]:
 
 
 def paths(shapes: Mapping[str, Shape]) -> set[str]:
-  """Those of the parameters that are a T5Gemma's, and no adapter's."""
+  """Returns the parameters that belong to a T5Gemma and not to an adapter."""
   known = facts(shapes)
   layers = (
     known.get('encoder.num_layers', 0),
@@ -120,7 +120,7 @@ def paths(shapes: Mapping[str, Shape]) -> set[str]:
 def _layout(
   version: int, encoder_layers: int, decoder_layers: int
 ) -> dict[str, tuple[str, bool]]:
-  """The table with all that an untied model has."""
+  """Returns the table with everything that an untied model has."""
   roots = {'encoder': 'model.encoder', 'decoder': 'model.decoder'}
   table = {LOGITS: (HEAD, True)}
   for stack, embedder in (('encoder', 'token_embedder/'), ('decoder', _OWN)):
@@ -152,12 +152,12 @@ def _layout(
 
 
 def is_t5gemma(shapes: Mapping[str, Shape]) -> bool:
-  """Whether parameters are those of a T5Gemma: it alone has these norms."""
+  """Returns whether parameters are a T5Gemma's: only it has these norms."""
   return 'encoder/layers_0/post_mlp_layer_norm/scale' in shapes
 
 
 def facts(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-  """What the shapes tell, by the names that `told` has."""
+  """Returns the facts that the shapes give, by the names in `told`."""
   found: dict[str, Any] = {
     'version': 2
     if 'encoder/layers_0/attention/query_norm/scale' in shapes
@@ -178,7 +178,7 @@ def facts(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 
 def told(config: T5GemmaConfig) -> dict[str, Any]:
-  """What tells one model from another: {'encoder.emb_dim': 512, ...}."""
+  """Returns facts that identify a model: {'encoder.emb_dim': 512, ...}."""
   free = {field.name for field in dataclasses.fields(ModelConfig)}
   found: dict[str, Any] = {'vocab_size': config.vocab_size, 'ids': config.ids}
   for field in dataclasses.fields(config):
@@ -192,7 +192,7 @@ def told(config: T5GemmaConfig) -> dict[str, Any]:
 
 
 def shapes(config: T5GemmaConfig) -> dict[str, Shape]:
-  """What `network.parameters` says of a model, without tracing it."""
+  """Returns the shapes that `network.parameters` gives, without tracing."""
   found: dict[str, Shape] = {}
   for path in layout(config):
     stack = config.decoder if path.startswith('decoder') else config.encoder
@@ -209,7 +209,7 @@ def shapes(config: T5GemmaConfig) -> dict[str, Shape]:
       **dict.fromkeys(('query_norm', 'key_norm'), (stack.head_dim,)),
       **dict.fromkeys(('wi_0', 'wi_1'), (stack.emb_dim, stack.mlp_dim)),
     }
-    # Keys and values are made of what is attended to.
+    # Keys and values are computed from the attended sequence.
     seen = config.encoder if '/encoder_decoder_' in path else stack
     for site in ('key', 'value'):
       shape[site] = (seen.emb_dim, stack.num_kv_heads * stack.head_dim)
@@ -220,15 +220,15 @@ def shapes(config: T5GemmaConfig) -> dict[str, Shape]:
 def read_config(
   said: Mapping[str, Any], ids: TokenIds, file: epath.Path
 ) -> T5GemmaConfig:
-  """The model that a config.json describes.
+  """Returns the model that a config.json describes.
 
   Args:
     said: Its values.
     ids: The special tokens.
-    file: Where it lies, for messages.
+    file: Its path, for messages.
 
   Raises:
-    ValueError: It is a network that ptune has not; all that differs is listed.
+    ValueError: ptune does not have the network; it lists all differences.
   """
   version = MODEL_TYPES[said['model_type']]
   stacks = {name: _dict(said.get(name)) for name in ('encoder', 'decoder')}
@@ -247,7 +247,7 @@ def read_config(
   ]
   if wrong:
     raise _refusal(file, wrong)
-  # What our network has one of, and their configuration two.
+  # Our network has one of each, and the configuration two.
   common = {name: _common(values, version) for name, values in stacks.items()}
   wrong = [
     f'{key} is {value!r} in the encoder and {common["decoder"][key]!r} in the'
@@ -284,7 +284,7 @@ def read_config(
 
 
 def token_ids(said: Mapping[str, Any]) -> dict[str, Any]:
-  """The special tokens by the keys that a T5's config.json has for them."""
+  """Returns the special tokens, by the keys that a T5's config.json has."""
   values = {**_dict(said.get('decoder')), **said}
   return {
     'pad_token_id': values.get('pad_token_id', 0),
@@ -305,7 +305,7 @@ def _refusal(file: epath.Path, wrong: list[str]) -> UserError:
 
 
 def _unknown(values: Mapping[str, Any], version: int) -> list[str]:
-  """What a stack has that our network has not."""
+  """Returns the properties of a stack that our network does not support."""
   wrong = [
     f'{key} {values[key]!r}: expected {value!r}'
     for key, value in _FIXED.items()
@@ -341,17 +341,18 @@ def _unknown(values: Mapping[str, Any], version: int) -> list[str]:
 def _ropes(
   values: Mapping[str, Any], version: int
 ) -> dict[str, dict[str, Any]]:
-  """rope_type, rope_theta and factor of local and of global layers.
+  """Returns rope_type, rope_theta and factor of local and of global layers.
 
   Files of transformers 4 have rope_theta, rope_local_base_freq and
-  rope_scaling; those of 5 have rope_parameters, in version 2 by layer type.
+  rope_scaling. Files of transformers 5 have rope_parameters, in version 2 by
+  layer type.
   """
   given = _dict(values.get('rope_parameters'))
   scaling = _dict(values.get('rope_scaling'))
   theta = {_GLOBAL: values.get('rope_theta', (0, 1e4, 1e6)[version])}
   theta[_LOCAL] = values.get('rope_local_base_freq', 1e4)
   if version == 1:
-    # One for all layers.
+    # The same for all layers.
     theta[_LOCAL] = theta[_GLOBAL]
     given = {_GLOBAL: given, _LOCAL: given}
   ropes = {}
@@ -365,14 +366,14 @@ def _ropes(
 
 
 def _layer_types(count: int, pattern: int) -> list[str]:
-  """Those of so many layers, of which each `pattern`-th is global."""
+  """Returns the types of `count` layers; each `pattern`-th layer is global."""
   return [_LOCAL if (i + 1) % pattern else _GLOBAL for i in range(count)]
 
 
 def _pattern(types: list[list[str]], version: int) -> int | None:
-  """The window_pattern that all of these layer types follow.
+  """Returns the window_pattern that all of these layer types follow.
 
-  Where several do, in a model of few layers, the published one.
+  If several fit, in a model of few layers, it returns the published one.
   """
   longest = max(map(len, types))
   for n in (_PATTERN[version], *range(1, longest + 2)):
@@ -382,7 +383,7 @@ def _pattern(types: list[list[str]], version: int) -> int | None:
 
 
 def _common(values: Mapping[str, Any], version: int) -> dict[str, Any]:
-  """What both stacks must agree on."""
+  """Returns the values that must be equal in both stacks."""
   ropes = _ropes(values, version)
   caps = (50.0, 30.0) if version == 1 else (None, None)
   scalar = values['query_pre_attn_scalar']
@@ -402,7 +403,7 @@ def _stack(values: Mapping[str, Any]) -> Stack:
 
 
 def config_json(config: T5GemmaConfig) -> dict[str, Any]:
-  """The config.json that `read_config` reads as `config`."""
+  """Returns the config.json that `read_config` reads as `config`."""
   kind = {version: name for name, version in MODEL_TYPES.items()}[
     config.version
   ]

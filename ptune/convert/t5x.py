@@ -1,13 +1,13 @@
-"""T5X checkpoints of the older layout, which the public ones have.
+"""T5X checkpoints of the older layout, as the public ones are.
 
     checkpoint_1100000/
       checkpoint                               msgpack: names, small arrays
       target.encoder.layers_0.mlp.wo.kernel/   zarr, one directory a leaf
       state.param_states. ...                  optimizer state, never read
 
-Leaves in zarr stand in the msgpack as TensorStore specs whose paths are
-relative to the checkpoint, with a `gcs` driver and a placeholder for the
-bucket where they were written on Google Cloud.
+In the msgpack, a leaf in zarr is a TensorStore spec whose path is relative to
+the checkpoint. If it was written on Google Cloud, the spec has a `gcs` driver
+and a placeholder for the bucket.
 """
 
 import math
@@ -35,10 +35,10 @@ VERSIONS = (2, 3)
 
 
 def open_t5x(path: epath.Path) -> Source:
-  """Opens a directory that holds T5X's msgpack file `checkpoint`.
+  """Opens a directory with T5X's msgpack file `checkpoint`.
 
   Raises:
-    ValueError: a file is damaged or missing, or the layout is another.
+    ValueError: A file is damaged or missing, or the layout differs.
   """
   file = path / 'checkpoint'
   optimizer = _optimizer(file)
@@ -78,12 +78,12 @@ def write_t5x(
   """Writes a checkpoint as T5X does, one array at a time.
 
   Args:
-    directory: An empty one.
+    directory: An empty directory.
     leaves: The parameters, by path.
     step: The training step.
-    trained: Those that an optimizer of T5X would train: they get Adafactor's
-      state before its first step, the others None, as T5X's MultiOptimizer
-      has it.
+    trained: The parameters that a T5X optimizer would train. They get
+      Adafactor's state before its first step. The others get None, as in T5X's
+      MultiOptimizer.
   """
   target, states = {}, {}
   for path, leaf in leaves.items():
@@ -103,10 +103,10 @@ def write_t5x(
 
 
 def _adafactor(shape: Shape) -> dict[str, np.ndarray]:
-  """T5X's second moments of a parameter: factored from 128 x 128 on."""
+  """Returns T5X's second moments of a parameter: factored from 128 x 128 on."""
   unused = np.zeros((1,), np.float32)
   if len(shape) == 2 and min(shape) >= 128:
-    # By T5X's heuristic the shorter axis is the row, whichever it is.
+    # By T5X's heuristic the shorter axis is the row, wherever it is.
     row, column = (np.zeros((n,), np.float32) for n in sorted(shape))
     return {'m': unused, 'v': unused, 'v_row': row, 'v_col': column}
   full = np.zeros(shape, np.float32)
@@ -114,18 +114,18 @@ def _adafactor(shape: Shape) -> dict[str, np.ndarray]:
 
 
 def _optimizer(file: epath.Path) -> dict[str, Any]:
-  """The msgpack file's {'target': ..., 'state': ...}."""
+  """Returns the msgpack file's {'target': ..., 'state': ...}."""
   paths.check_file(file)
   data = file.read_bytes()
   if data.startswith(b'model_checkpoint_path'):
     raise UserError(
       f'{file} belongs to a checkpoint of TensorFlow (Mesh TensorFlow T5); '
-      'the same models converted to T5X lie in '
+      'find the same models converted to T5X in '
       'gs://t5-data/pretrained_models/t5x.'
     )
   try:
     contents = serialization.msgpack_restore(data)
-  except Exception as error:  # Whatever damage makes msgpack raise.
+  except Exception as error:  # Damaged files make msgpack raise any error.
     raise UserError(
       f'{file} ({len(data)} bytes) is not the msgpack file of a T5X '
       f'checkpoint, or is cut short; copy it again. {error}'
@@ -140,14 +140,14 @@ def _optimizer(file: epath.Path) -> dict[str, Any]:
     )
   if contents.get('version') not in VERSIONS:
     raise UserError(
-      f'{file} has version {contents.get("version")}; this reader knows '
+      f'{file} has version {contents.get("version")}; ptune reads '
       f'{VERSIONS}. Load and save it with T5X once.'
     )
   return optimizer
 
 
 def _is_spec(node: Any) -> bool:
-  """Whether a dict stands for an array in TensorStore."""
+  """Returns whether a dict is the spec of a TensorStore array."""
   return isinstance(node, dict) and isinstance(node.get('driver'), str)
 
 
@@ -158,10 +158,11 @@ def _flatten(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _relative_path(node: Any, where: str) -> Any:
-  """Where a spec says its array lies.
+  """Returns the path of an array in a spec.
 
-  {driver: zarr, kvstore: {driver: file, path: 'target.a.kernel/'}, ...} or, as
-  TensorStore had it in 2021, {driver: zarr, kvstore: {...}, path: ...}.
+  The spec is {driver: zarr, kvstore: {driver: file, path: 'target.a.kernel/'},
+  ...} or, in TensorStore's form of 2021, {driver: zarr, kvstore: {...},
+  path: ...}.
   """
   kvstore = node.get('kvstore') if _is_spec(node) else None
   if not isinstance(kvstore, dict) or node['driver'] != 'zarr':
@@ -171,14 +172,14 @@ def _relative_path(node: Any, where: str) -> Any:
     )
   if kvstore.get('driver') not in ('file', 'gfile', 'gcs'):
     raise UserError(
-      f'{where} lies in a {kvstore.get("driver")!r} store; expected file, '
+      f'{where} is in a {kvstore.get("driver")!r} store; expected file, '
       'gfile or gcs.'
     )
   return kvstore.get('path', node.get('path'))
 
 
 def _shape_and_dtype(node: Any, where: str) -> tuple[Shape, str]:
-  """What the msgpack file says of an array in zarr."""
+  """Returns the shape and dtype of a zarr array in the msgpack file."""
   try:
     metadata = node['metadata']
     shape = tuple(int(n) for n in metadata['shape'])
@@ -196,7 +197,7 @@ def _shape_and_dtype(node: Any, where: str) -> tuple[Shape, str]:
 
 
 def _bytes(node: Any) -> int | None:
-  """Bytes of an array of the optimizer state, by what is said of it."""
+  """Returns the bytes of an array of the optimizer state, from its spec."""
   if isinstance(node, np.ndarray):
     return node.nbytes
   try:
@@ -211,7 +212,7 @@ def _compare(
   arrays: dict[str, Leaf],
   path: epath.Path,
 ) -> None:
-  """Raises where the zarr directories are not those of the msgpack file."""
+  """Raises an error if the zarr directories do not match the msgpack file."""
   wrong = [
     f'  {name}: {array.dtype.name} {list(array.shape)}, expected {dtype} '
     f'{list(shape)}'
@@ -221,7 +222,7 @@ def _compare(
   ]
   if wrong:
     raise UserError(
-      f'{path}: arrays differ from what the file `checkpoint` says of them; '
+      f'{path}: arrays differ from their description in the file `checkpoint`; '
       'they do not belong together, copy it again.\n' + '\n'.join(wrong)
     )
 

@@ -1,11 +1,11 @@
-"""The vocabulary of a model, written so that transformers tokenises alike.
+"""Writes a model's vocabulary so that transformers tokenises alike.
 
-    tokenizer.json         what transformers reads
+    tokenizer.json         read by transformers
     tokenizer_config.json  its special tokens
-    spiece.model           the SentencePiece model, where there is one
+    spiece.model           the SentencePiece model, if there is one
 
-Files of transformers are copied as they are; those that are missing are made
-of the SentencePiece model.
+Files of transformers are copied unchanged; missing files are made from the
+SentencePiece model.
 """
 
 import json
@@ -35,10 +35,10 @@ def write_vocabulary(
   """Writes the files of a vocabulary beside a model or an adapter.
 
   Args:
-    directory: Where to.
-    vocabulary: As `vocabulary.vocabulary_of` takes it: a model's directory, or
-      a SentencePiece file.
-    rows: Of the model's embedding.
+    directory: The directory to write to.
+    vocabulary: As for `vocabulary.vocabulary_of`: a model's directory, or a
+      SentencePiece file.
+    rows: Rows of the model's embedding.
     pad: The id of its padding.
 
   Returns:
@@ -48,8 +48,8 @@ def write_vocabulary(
     found = look(vocabulary)
   except (FileNotFoundError, UserError):
     return [
-      f'no vocabulary lies with {vocabulary}, so that none was written;'
-      ' transformers needs one beside the model: --vocabulary=PATH names it'
+      f'no vocabulary was written, because {vocabulary} has none; transformers'
+      ' needs one beside the model: name one with --vocabulary=PATH'
     ]
   files = _copied(found, vocabulary)
   if found.file is None and found.directory is None:
@@ -72,7 +72,7 @@ def _write(directory: epath.Path, files: dict[str, bytes]) -> list[str]:
 
 
 def _copied(found: Found, vocabulary: epath.PathLike) -> dict[str, bytes]:
-  """What transformers wrote of it."""
+  """Returns the files that transformers wrote."""
   directory = found.directory
   if directory is None and found.file is not None:
     directory = found.file.parent
@@ -88,7 +88,7 @@ def _copied(found: Found, vocabulary: epath.PathLike) -> dict[str, bytes]:
 
 
 def _of_bytes(rows: int) -> dict[str, bytes]:
-  """transformers knows ByT5's vocabulary by its name."""
+  """Returns files for ByT5; transformers knows its vocabulary by name."""
   said = {
     'tokenizer_class': 'ByT5Tokenizer',
     'extra_ids': max(0, min(125, rows - 256 - 3)),
@@ -100,7 +100,7 @@ def _of_bytes(rows: int) -> dict[str, bytes]:
 
 
 def _of_sentencepiece(found: Found, rows: int, pad: int) -> dict[str, bytes]:
-  """A tokenizer.json of the pieces, their sentinels and added tokens."""
+  """Returns a tokenizer.json of the pieces, sentinels and added tokens."""
   file = found.file
   if file is not None:
     pieces = load_sentencepiece(file)
@@ -112,8 +112,7 @@ def _of_sentencepiece(found: Found, rows: int, pad: int) -> dict[str, bytes]:
     made = tokenizer_json.load(found.directory)
   names = made.get_vocab(with_added_tokens=True)
   said: dict[str, Any] = {
-    # Not T5Tokenizer, which takes the pieces and forgets the rest: bytes for
-    # what no piece has.
+    # Not T5Tokenizer, because it reads the pieces but not the byte fallback.
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'clean_up_tokenization_spaces': False,
     'model_input_names': ['input_ids', 'attention_mask'],

@@ -1,12 +1,12 @@
 """Vocabularies of Hugging Face's `tokenizers`: tokenizer.json, or BPE files.
 
-    tokenizer.json               whatever it holds: BPE of bytes, Llama's, ...
-    vocab.json and merges.txt    byte-level BPE, as CodeT5 has it
-    *.model and added tokens     SentencePiece, beside tokens that it lacks
+    tokenizer.json               any kind: byte-level BPE, Llama's, ...
+    vocab.json and merges.txt    byte-level BPE, as in CodeT5
+    *.model and added tokens     SentencePiece, with tokens that it lacks
 
-Texts become the ids that transformers gives them: tokens that were added are
-found in the text, and what its template puts before the text (CodeT5's <s>) is
-there too. EOS is left to the features of a task, as with every vocabulary.
+Texts get the same ids as in transformers: added tokens are found in the text,
+and the template's prefix (CodeT5's <s>) is there too. A task's features append
+EOS, as with every vocabulary.
 """
 
 import functools
@@ -30,7 +30,7 @@ CONFIG = 'tokenizer_config.json'
 SPECIAL = 'special_tokens_map.json'
 ADDED = 'added_tokens.json'
 BPE = ('vocab.json', 'merges.txt')
-# What special tokens are called where no file says it.
+# Names of special tokens if no file gives them.
 USUAL = {
   'eos_token': ('</s>', '<eos>', '<|endoftext|>'),
   'pad_token': ('<pad>', '<|padding|>'),
@@ -39,10 +39,10 @@ USUAL = {
 
 
 class Tokenizer:
-  """A vocabulary of `tokenizers`, as `pieces.Vocabulary` describes it."""
+  """A vocabulary of `tokenizers`, in the form of `pieces.Vocabulary`."""
 
   def __init__(self, directory: epath.PathLike):
-    """Names the directory; it is read at the first use."""
+    """Sets the directory, which is read on first use."""
     self.directory = os.fspath(directory)
 
   @functools.cached_property
@@ -66,21 +66,21 @@ class Tokenizer:
 
   @property
   def pad_id(self) -> int:
-    """The id that fills rows up; 0 where there is none."""
+    """The id of padding; 0 if there is none."""
     return self._special.get('pad_token', 0)
 
   @property
   def unk_id(self) -> int | None:
-    """The id of what the vocabulary cannot write; None if there is nothing."""
+    """The id of text that the vocabulary cannot write, or None."""
     return self._special.get('unk_token')
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text, without EOS."""
+    """Returns the ids of a text, without EOS."""
     ids = self.tokenizer.encode(text).ids
     return ids[:-1] if ids and ids[-1] == self.eos_id else ids
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids up to the first EOS, without special tokens."""
+    """Returns the text of ids up to the first EOS, without special tokens."""
     known = [int(i) for i in ids]
     if self.eos_id in known:
       known = known[: known.index(self.eos_id)]
@@ -101,14 +101,14 @@ def load(directory: epath.Path) -> 'tokenizers.Tokenizer':
   """Reads the tokenizer of a directory.
 
   Raises:
-    UserError: `tokenizers` is not installed, a file is damaged, or there is
-      none.
+    UserError: `tokenizers` is not installed, a file is damaged, or there is no
+      tokenizer.
   """
   try:
     import tokenizers
   except ImportError as error:
     raise UserError(
-      f'{directory} has a vocabulary that is read by the library tokenizers:'
+      f'{directory} has a vocabulary that needs the library tokenizers:'
       ' pip install "ptune[tokenizers]"'
     ) from error
   names = {child.name for child in directory.iterdir()}
@@ -132,7 +132,7 @@ def load(directory: epath.Path) -> 'tokenizers.Tokenizer':
 
 
 def _byte_level(directory: epath.Path) -> 'tokenizers.Tokenizer':
-  """GPT-2's BPE of bytes with RoBERTa's template, as CodeT5 has it."""
+  """Returns GPT-2's byte-level BPE with RoBERTa's template, as in CodeT5."""
   import tokenizers
   from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -166,12 +166,12 @@ def _byte_level(directory: epath.Path) -> 'tokenizers.Tokenizer':
 
 
 def sentencepiece_of(directory: epath.Path) -> epath.Path:
-  """The SentencePiece file of a directory that has one."""
+  """Returns the SentencePiece file of a directory, which must have one."""
   return next(f for n in SENTENCEPIECE if (f := directory / n).exists())
 
 
 def _sentencepiece(directory: epath.Path) -> 'tokenizers.Tokenizer':
-  """A SentencePiece model; tokens that were added come behind its sentinels."""
+  """Returns a SentencePiece model with added tokens after its sentinels."""
   file = sentencepiece_of(directory)
   pieces = load_sentencepiece(file)
   size = pieces.vocab_size()
@@ -184,7 +184,7 @@ def _sentencepiece(directory: epath.Path) -> 'tokenizers.Tokenizer':
 
 
 def _config(directory: epath.Path) -> dict[str, Any]:
-  """What tokenizer_config.json and special_tokens_map.json say."""
+  """Merges tokenizer_config.json and special_tokens_map.json."""
   said: dict[str, Any] = {}
   for name in (SPECIAL, CONFIG):
     if (directory / name).exists():
@@ -193,21 +193,21 @@ def _config(directory: epath.Path) -> dict[str, Any]:
 
 
 def _content(token: Any) -> str | None:
-  """A token's text: files have the text, or {"content": the text, ...}."""
+  """Returns a token's text; files have the text, or {"content": text, ...}."""
   if isinstance(token, Mapping):
     token = token.get('content')
   return token if isinstance(token, str) else None
 
 
 def added_tokens(directory: epath.Path) -> dict[int, dict[str, Any]]:
-  """Tokens that were added to a vocabulary, by id, as all files tell them.
+  """Returns the tokens that the files add to a vocabulary, by id.
 
   {32100: {'content': '{', 'special': False, ...}}
   """
   found: dict[int, dict[str, Any]] = {}
   config = _config(directory)
   more = config.get('additional_special_tokens')
-  if more is None:  # As transformers 5 calls them.
+  if more is None:  # transformers 5 has another name for it.
     more = config.get('extra_special_tokens')
   special = {_content(token) for token in more or () if _content(token)}
   special |= {_content(v) for k, v in config.items() if k.endswith('_token')}
@@ -226,7 +226,7 @@ def added_tokens(directory: epath.Path) -> dict[int, dict[str, Any]]:
 def _add(
   made: 'tokenizers.Tokenizer', tokens: Mapping[int, Mapping[str, Any]]
 ) -> None:
-  """Adds tokens in the order of their ids, each with what is said of it."""
+  """Adds tokens in the order of their ids, with their properties."""
   import tokenizers
 
   for i, said in sorted(tokens.items()):
@@ -237,14 +237,14 @@ def _add(
       for key in ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
       if key in said
     }
-    # Literally, if no file says otherwise: SentencePiece's normalizer makes a
-    # line end a blank, and a blank alone nothing, which is everywhere.
+    # Match literally unless a file says otherwise. SentencePiece's normalizer
+    # makes a line end a blank, and a lone blank nothing, which is everywhere.
     token = tokenizers.AddedToken(content, **{'normalized': False, **how})
     (made.add_special_tokens if token.special else made.add_tokens)([token])
     if made.token_to_id(content) != i:
       raise UserError(
         f'the added token {content!r} has the id {i} in the files of the'
-        f' vocabulary, and {before or made.token_to_id(content)} in its place;'
+        f' vocabulary, but {before or made.token_to_id(content)} is there;'
         ' the files do not belong together'
       )
 
@@ -252,7 +252,7 @@ def _add(
 def special_ids(
   directory: epath.Path, made: 'tokenizers.Tokenizer'
 ) -> dict[str, int]:
-  """The ids of eos_token, pad_token and unk_token that there are.
+  """Returns the ids of eos_token, pad_token and unk_token, if they exist.
 
   Raises:
     UserError: There is no EOS.

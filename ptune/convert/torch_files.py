@@ -1,8 +1,8 @@
-"""Files of torch (pytorch_model.bin), whose tensors alone are read.
+"""torch's files (pytorch_model.bin), from which we read only tensors.
 
-They are pickles. torch.load(weights_only=True) takes tensors from them and
-refuses everything else, so that no code of a file is ever run; the values stay
-on disk until a slice is read.
+They are pickles. torch.load(weights_only=True) reads tensors and refuses
+everything else, so code in a file never runs. The values stay on disk until a
+slice is read.
 """
 
 import importlib.util
@@ -21,33 +21,33 @@ DTYPES = ('float64', 'float32', 'float16', 'bfloat16')
 
 
 def is_installed() -> bool:
-  """Whether torch is there to read such files; does not import it."""
+  """Returns whether torch is installed; does not import it."""
   return importlib.util.find_spec('torch') is not None
 
 
 def open_file(file: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
-  """Opens a local file; reads none of its values if it can be mapped.
+  """Opens a local file; reads no values if the file can be mapped.
 
   Returns:
-    Its tensors by name, as they are stored, and no metadata.
+    Its tensors by name, as stored, and no metadata.
 
   Raises:
     UserError: torch is not installed, the file is damaged or holds something
-      else than tensors, or a tensor has a dtype that is not read.
+      other than tensors, or a tensor has an unsupported dtype.
   """
   if not is_installed():
-    raise UserError(f'{file} is read by torch: {both_ways(file.parent)}')
+    raise UserError(f'{file} needs torch: {both_ways(file.parent)}')
   import torch
 
   try:
     tensors = _load(torch, str(file))
   except UserError:
     raise
-  # What it raises for damaged files is of many kinds.
+  # Damaged files make torch raise many kinds of errors.
   except Exception as error:
     raise UserError(
-      f'{file} is damaged, or holds something else than tensors, which is not'
-      f' read: {str(error).splitlines()[0] if str(error) else repr(error)}'
+      f'{file} is damaged, or holds something other than tensors, which ptune'
+      f' refuses: {str(error).splitlines()[0] if str(error) else repr(error)}'
     ) from error
   if not isinstance(tensors, dict):
     raise UserError(f'{file} holds a {type(tensors).__name__}, not tensors')
@@ -58,14 +58,14 @@ def open_file(file: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
   ]
   if unknown:
     raise UserError(
-      f'{file} has what is not read (expected tensors of'
+      f'{file} has unsupported contents (expected tensors of'
       f' {", ".join(DTYPES)}):\n' + '\n'.join(unknown)
     )
   return {name: _leaf(torch, x) for name, x in tensors.items()}, {}
 
 
 def both_ways(directory: epath.PathLike) -> str:
-  """What can be done without torch."""
+  """Says how to read such files, with or without torch here."""
   return (
     'pip install torch. Or save the model as safetensors where torch and'
     ' transformers are: AutoModelForSeq2SeqLM.from_pretrained('
@@ -80,7 +80,7 @@ def _load(torch: Any, file: str) -> Any:
   except RuntimeError as error:
     if 'mmap' not in str(error):
       raise
-  return torch.load(file, **how)  # Of torch before 1.6: no zip file.
+  return torch.load(file, **how)  # Files of torch before 1.6 are not zip files.
 
 
 def _dtype(tensor: Any) -> str:
@@ -92,7 +92,7 @@ def _leaf(torch: Any, tensor: Any) -> Leaf:
 
   def fetch(index: Index) -> np.ndarray:
     part = tensor.detach()[index].contiguous()
-    if dtype == 'bfloat16':  # NumPy has none of its own.
+    if dtype == 'bfloat16':  # NumPy has no bfloat16.
       return part.view(torch.int16).numpy().view(jnp.bfloat16)
     return part.numpy()
 

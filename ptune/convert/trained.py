@@ -1,8 +1,8 @@
-"""What a method trained, as one file: `prompts/step_N.safetensors` of a run.
+"""A method's trained parameters in one file: `prompts/step_N.safetensors`.
 
-Of methods that train something else than one prompt. The parameters lie there
-by their paths, float32; what is known of them stands in the .json beside:
-method and settings, the fingerprint of the base, task, step, scores.
+Methods that train something other than one prompt use it. It holds parameters
+by their paths, in float32. The .json beside it holds the facts: method and
+settings, the fingerprint of the base, task, step, scores.
 """
 
 import io
@@ -18,7 +18,7 @@ from ptune.convert.source import Leaf, Source
 from ptune.errors import UserError
 
 SUFFIX = '.safetensors'
-# The facts that others rely on, in the .json beside it; all may be absent.
+# Facts that other code relies on, in the .json beside it; all may be absent.
 _FACTS = {
   'method': str,
   'settings': dict,
@@ -30,7 +30,7 @@ _FACTS = {
 
 
 def dump(trained: Mapping[str, np.ndarray]) -> bytes:
-  """The bytes of such a file.
+  """Returns the bytes of such a file.
 
   Args:
     trained: The parameters, by path.
@@ -52,11 +52,11 @@ def open_trained(path: epath.PathLike) -> tuple[Source, dict[str, Any]]:
   """Opens such a file.
 
   Returns:
-    The parameters, and what stands in the .json beside, {} without one.
+    The parameters, and the facts in the .json beside it, or {}.
 
   Raises:
-    FileNotFoundError: nothing is there.
-    ValueError: the file is damaged.
+    FileNotFoundError: The file does not exist.
+    ValueError: The file is damaged.
   """
   file = epath.Path(path)
   if not file.is_file():
@@ -67,10 +67,10 @@ def open_trained(path: epath.PathLike) -> tuple[Source, dict[str, Any]]:
 
 
 def facts_beside(file: epath.Path) -> dict[str, Any]:
-  """What the .json says that a run wrote beside what it trained; {} without.
+  """Returns the facts in the .json that a run wrote beside a file, or {}.
 
   Raises:
-    UserError: If it is no JSON object, or a fact has another type.
+    UserError: If it is not a JSON object, or a fact has a wrong type.
   """
   stem = file.name.removesuffix('.npy').removesuffix(SUFFIX)
   beside = file.with_name(f'{stem}.json')

@@ -1,8 +1,8 @@
 """SentencePiece's unigram models as tokenizers of the library `tokenizers`.
 
-What SentencePiece does to a text, step by step: its table of characters
-(NFKC), blanks at the ends and doubled ones removed, ▁ for a blank and one
-before the text, the most probable pieces, and bytes for what no piece has.
+It repeats each step of SentencePiece: map characters with its table (NFKC),
+remove outer and double blanks, write ▁ for a blank and before the text, take
+the most probable pieces, and use bytes for characters without a piece.
 """
 
 from typing import TYPE_CHECKING
@@ -28,14 +28,14 @@ def tokenizer_of(
     extra_ids: Sentinels at its end: <extra_id_0> has the highest id.
 
   Raises:
-    UserError: The model is no unigram model.
+    UserError: The model is not a unigram model.
   """
   try:
     import tokenizers
   except ImportError as error:
     raise UserError(
-      'tokenizer.json, which transformers reads, is written by the library'
-      ' tokenizers: pip install "ptune[tokenizers]"'
+      'the library tokenizers writes tokenizer.json, which transformers reads:'
+      ' pip install "ptune[tokenizers]"'
     ) from error
   from sentencepiece import sentencepiece_model_pb2 as proto
   from tokenizers import (
@@ -51,8 +51,8 @@ def tokenizer_of(
   trainer, spec = model.trainer_spec, model.normalizer_spec
   if trainer.model_type != trainer.UNIGRAM:
     raise UserError(
-      f'{file} is no unigram model of SentencePiece, which alone can be'
-      ' written for transformers. Put the tokenizer.json of the model beside it'
+      f'{file} is not a unigram model of SentencePiece; ptune can write no'
+      " other kind for transformers. Put the model's tokenizer.json beside it"
     )
   pieces = [(piece.piece, piece.score) for piece in model.pieces]
   kind = proto.ModelProto.SentencePiece
@@ -80,7 +80,7 @@ def tokenizer_of(
   if steps:
     made.normalizer = normalizers.Sequence(steps)
   scheme = 'always' if spec.add_dummy_prefix else 'never'
-  # Pieces do not go across blanks, unless SentencePiece was told so.
+  # Pieces do not cross blanks, unless SentencePiece was trained to do so.
   split = trainer.split_by_whitespace
   space = {'replacement': SPACE, 'prepend_scheme': scheme, 'split': split}
   made.pre_tokenizer = pre_tokenizers.Metaspace(**space)

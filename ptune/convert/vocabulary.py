@@ -1,9 +1,9 @@
-"""The vocabulary that lies in a model's directory.
+"""Finds the vocabulary in a model's directory.
 
-Of the files that may lie there, the first of these is read:
+It reads the first of these that exists:
 
-    spiece.model               SentencePiece; with tokens that were added to it,
-                               by the library `tokenizers`
+    spiece.model               SentencePiece; if tokens were added to it, by the
+                               library `tokenizers`
     tokenizer.json             by `tokenizers`
     vocab.json and merges.txt  byte-level BPE, by `tokenizers`
     none, in a ByT5            bytes
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
   import seqio
 
 TOKENIZER = 'tokenizer_config.json'
-# What two vocabularies must write alike to be one.
+# Two vocabularies count as equal if they encode this text alike.
 PROBE = (
   'The quick brown fox jumps over 13 lazy dogs, and is "very" good: positive or'
   ' negative? Größe, naïve 日本語 русский def main(self): return x_1 + y[2]'
@@ -42,12 +42,12 @@ PROBE = (
 
 
 class Found(NamedTuple):
-  """What a vocabulary is read from.
+  """The source of a vocabulary.
 
   Attributes:
     file: The SentencePiece file, if it is read.
     directory: The directory, if `tokenizers` reads it; neither for bytes.
-    rows: Of the model's embedding, if its directory says them.
+    rows: Rows of the model's embedding, if its directory gives them.
   """
 
   file: epath.Path | None
@@ -56,19 +56,19 @@ class Found(NamedTuple):
 
 
 def vocabulary_of(path: epath.PathLike) -> 'seqio.Vocabulary':
-  """The vocabulary of a model, for the features of a SeqIO task.
+  """Returns the vocabulary of a model, for the features of a SeqIO task.
 
   Args:
     path: A Hugging Face directory (or hf://org/name), see the module. Or a
       SentencePiece file, local or gs://.
 
   Returns:
-    The vocabulary. A SentencePiece model has the 100 sentinels at its end if
-    the file is without them (and the embedding has rows for them).
+    The vocabulary. A SentencePiece model gets the 100 sentinels at its end if
+    the file lacks them (and the embedding has rows for them).
 
   Raises:
-    FileNotFoundError: nothing is at `path`.
-    ValueError: there is no vocabulary, or it is damaged.
+    FileNotFoundError: `path` does not exist.
+    ValueError: There is no vocabulary, or it is damaged.
   """
   import seqio
 
@@ -86,15 +86,15 @@ def vocabulary_of(path: epath.PathLike) -> 'seqio.Vocabulary':
 def open_vocabulary(
   path: epath.PathLike, extra_ids: int | None = None
 ) -> Pieces | Bytes | Tokenizer:
-  """The same vocabulary without TensorFlow.
+  """Returns the same vocabulary without TensorFlow.
 
   Args:
-    path: As of `vocabulary_of`.
-    extra_ids: Sentinels to add; as many as are missing if not given.
+    path: As for `vocabulary_of`.
+    extra_ids: Sentinels to add; the default is as many as are missing.
 
   Raises:
-    FileNotFoundError, UserError: As `vocabulary_of`. What is wrong with a
-      SentencePiece file is raised at the first use.
+    FileNotFoundError, UserError: As `vocabulary_of`. Errors in a SentencePiece
+      file are raised on first use.
   """
   if os.fspath(path).endswith('.model'):
     return Pieces(path, extra_ids)
@@ -107,15 +107,15 @@ def open_vocabulary(
 
 
 def _byte_sentinels(rows: int | None) -> int:
-  # Behind three special tokens and the bytes, in the rows that are left.
+  # The remaining rows, after three special tokens and the bytes.
   return max(0, int(rows or BYT5) - 256 - 3)
 
 
 def look(path: epath.PathLike) -> Found:
-  """Which files a vocabulary is read from; loads neither it nor SeqIO.
+  """Returns the source of a vocabulary; loads neither it nor SeqIO.
 
   Args:
-    path: As of `vocabulary_of`.
+    path: As for `vocabulary_of`.
 
   Raises:
     FileNotFoundError, ValueError: As `vocabulary_of`.
@@ -148,7 +148,7 @@ def look(path: epath.PathLike) -> Found:
 
 
 def _added(directory: epath.Path, file: epath.Path, rows: Any) -> list[str]:
-  """Tokens that were added to a SentencePiece model, sentinels aside."""
+  """Returns tokens that were added to a SentencePiece model, no sentinels."""
   tokens = tokenizer_json.added_tokens(directory)
   if not tokens:
     return []
@@ -171,13 +171,13 @@ def _of_bytes(config: dict[str, Any], tokenizer: dict[str, Any]) -> bool:
 
 
 def check_same(vocabulary: Vocabulary, base: epath.PathLike) -> None:
-  """Compares a vocabulary with the one that lies in a base model's directory.
+  """Compares a vocabulary with the one in a base model's directory.
 
-  Without one there, as in T5X's checkpoints, nothing can be said.
+  If there is none, as in T5X's checkpoints, nothing is compared.
 
   Args:
-    vocabulary: Of a task, or of a user.
-    base: The base model, as `open_checkpoint` takes it.
+    vocabulary: The vocabulary of a task or a user.
+    base: The base model, as for `open_checkpoint`.
 
   Raises:
     UserError: The base was trained with another vocabulary.
@@ -197,7 +197,7 @@ def check_same(vocabulary: Vocabulary, base: epath.PathLike) -> None:
   )
   given = vocabulary.encode(probe)
   if not isinstance(given, list) or not all(isinstance(i, int) for i in given):
-    return  # A vocabulary of something else than texts.
+    return  # The vocabulary is not one of texts.
   wanted = list(own.encode(probe))
   if given != wanted:
     words = probe.split()
@@ -210,14 +210,14 @@ def check_same(vocabulary: Vocabulary, base: epath.PathLike) -> None:
       f'the vocabulary is not that of the base model {os.fspath(base)}:'
       f' {word!r} is {vocabulary.encode(word)} in it, and'
       f' {list(own.encode(word))} in {place}.'
-      f' Set VOCABULARY to {os.fspath(base)!r}, or choose tasks that are made'
+      f' Set VOCABULARY to {os.fspath(base)!r}, or choose tasks that were made'
       ' with it'
     )
   lacking = _lacking(vocabulary, tokens)
   if lacking:
     logging.warning(
       'the vocabulary lacks tokens that were added to that of %s, and writes'
-      ' them otherwise: %s. Set VOCABULARY to %r',
+      ' them differently: %s. Set VOCABULARY to %r',
       os.fspath(base),
       ', '.join(map(repr, lacking[:20])),
       os.fspath(base),

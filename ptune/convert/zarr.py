@@ -1,8 +1,8 @@
 """Zarr arrays of a checkpoint, read by TensorStore slice by slice.
 
 T5X's older checkpoints are zarr directories; Orbax packs the same arrays into
-an OCDBT key-value store. Specs are always built here: one found in a file is
-never handed to TensorStore, which could read anything by it.
+an OCDBT key-value store. This module always builds the specs itself. A spec
+from a file could make TensorStore read anything, so it is never passed on.
 """
 
 import math
@@ -17,7 +17,7 @@ from etils import epath
 from ptune.convert.source import Index, Leaf, Shape
 from ptune.errors import UserError
 
-# What TensorStore raises for files that are missing, damaged or out of reach.
+# TensorStore raises these if files are missing, damaged or inaccessible.
 ERRORS = (ValueError, OSError, RuntimeError, NotImplementedError)
 
 
@@ -25,10 +25,10 @@ CHUNK_BYTES = 1 << 26
 
 
 def subdirectory(directory: epath.Path, name: object) -> epath.Path:
-  """A directory named by a file of the checkpoint; never one outside of it.
+  """Returns a directory that a checkpoint's file names; never one outside.
 
   Raises:
-    ValueError: the name is not that of a direct child.
+    ValueError: The name is not that of a direct child.
   """
   child = name.rstrip('/') if isinstance(name, str) else ''
   if child in ('', '.', '..') or '/' in child or '\\' in child:
@@ -40,7 +40,7 @@ def subdirectory(directory: epath.Path, name: object) -> epath.Path:
 
 
 def file_store(directory: epath.Path) -> dict[str, Any]:
-  """TensorStore's spec of a directory, local or gs://."""
+  """Returns TensorStore's spec of a directory, local or gs://."""
   path = directory.as_posix()
   if path.startswith('gs://'):
     bucket, _, path = path.removeprefix('gs://').partition('/')
@@ -55,23 +55,23 @@ def open_arrays(
   driver: str = 'zarr',
   zeros_are_stored: bool = True,
 ) -> dict[str, Leaf]:
-  """Opens the arrays of a checkpoint, all at once; reads none of their values.
+  """Opens the arrays of a checkpoint, all at once, without reading values.
 
   Args:
     where: The checkpoint, for errors.
     stores: The key-value store of each array, by a name for errors.
     driver: 'zarr' or 'zarr3'.
-    zeros_are_stored: Whether the writer stored chunks of zeros too. If so, a
-      chunk that is not there was lost, and reading it is an error.
+    zeros_are_stored: Whether the writer also stored chunks of zeros. If so, a
+      missing chunk was lost, and reading it is an error.
 
   Returns:
     A leaf for each array, by the same names.
 
   Raises:
-    ValueError: arrays are missing or damaged; all of them are named.
+    ValueError: Arrays are missing or damaged; the error names all of them.
   """
-  # Enough for OCDBT's tree. Arrays are read once each: to keep their chunks
-  # would only add to the memory that a restore needs.
+  # Enough for OCDBT's tree. Each array is read once, so keeping chunks would
+  # only add to the memory of a restore.
   context = ts.Context({'cache_pool': {'total_bytes_limit': 1 << 22}})
   opening = {
     name: ts.open(
@@ -93,7 +93,7 @@ def open_arrays(
     except ERRORS as error:
       broken[name] = _short(error)
   if broken:
-    # The cause is the same for all where the whole store is damaged.
+    # If the whole store is damaged, the cause is the same for all.
     raise UserError(
       f'{where}: {len(broken)} of {len(stores)} arrays are missing or damaged; '
       'copy it again.\n'
@@ -107,7 +107,7 @@ def write_array(directory: epath.Path, leaf: Leaf) -> dict[str, Any]:
   """Writes an array to a new directory.
 
   Returns:
-    TensorStore's spec of it, to which the caller adds where it lies.
+    TensorStore's spec of it; the caller adds the path.
   """
   spec: dict[str, Any] = {
     'driver': 'zarr',
@@ -115,7 +115,7 @@ def write_array(directory: epath.Path, leaf: Leaf) -> dict[str, Any]:
     'metadata': {
       'shape': list(leaf.shape),
       'chunks': _chunks(leaf.shape, leaf.dtype.itemsize),
-      # Weights hardly get smaller, and gzip takes a minute for a gigabyte.
+      # Weights hardly compress, and gzip takes a minute for a gigabyte.
       'compressor': None,
     },
   }
@@ -123,12 +123,12 @@ def write_array(directory: epath.Path, leaf: Leaf) -> dict[str, Any]:
     {
       **spec,
       'kvstore': file_store(directory),
-      # Chunks of zeros too: our reader takes one that is not there for lost.
+      # Store chunks of zeros too: our reader considers a missing chunk lost.
       'store_data_equal_to_fill_value': True,
     },
     create=True,
     write=True,
-    # Keeps no copy of what was written.
+    # Keep no copy of written data.
     context=ts.Context({'cache_pool': {'total_bytes_limit': 0}}),
   ).result()
   array.write(leaf.read()).result()
@@ -136,7 +136,7 @@ def write_array(directory: epath.Path, leaf: Leaf) -> dict[str, Any]:
 
 
 def _chunks(shape: Shape, itemsize: int) -> list[int]:
-  """Cuts the longest axis in halves until a chunk is no larger than T5X's."""
+  """Halves the longest axis until a chunk is no larger than T5X's."""
   chunks = list(shape)
   while math.prod(chunks) * itemsize > CHUNK_BYTES:
     longest = max(range(len(chunks)), key=chunks.__getitem__)
@@ -158,7 +158,7 @@ def _leaf(where: str, array: ts.TensorStore) -> Leaf:
 
 
 def _short(error: Exception) -> str:
-  """TensorStore's message without the spec and the source lines it adds."""
+  """Returns TensorStore's message without its spec and source lines."""
   return re.sub(
     r' \[(tensorstore_spec|source locations)=.*', '', str(error), flags=re.S
   )

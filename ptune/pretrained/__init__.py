@@ -1,4 +1,4 @@
-"""The models that come with ptune; README.md in this directory is their card.
+"""The models that come with ptune; README.md in this directory describes them.
 
 On the command line a model is `ptune://NAME`, for example
 
@@ -18,24 +18,24 @@ VOCABULARY = DIRECTORY / 'vocab.model'
 
 
 def names() -> list[str]:
-  """The models that are in the package."""
+  """Returns the names of the models in the package."""
   return sorted(file.parent.name for file in DIRECTORY.glob('*/config.json'))
 
 
 def directory(name: str) -> pathlib.Path:
-  """Where a model lies.
+  """Returns the directory of a model.
 
   Args:
     name: `tiny`, or `ptune://tiny`.
 
   Raises:
-    ValueError: If there is no such model; those that there are are listed.
+    ValueError: If there is no such model; the error lists the models.
   """
   name = name.removeprefix(SCHEME).strip('/')
   if name not in names():
     raise UserError(
       f'{SCHEME}{name} does not come with ptune; there is'
-      f' {", ".join(SCHEME + known for known in names())}. Others are made by'
+      f' {", ".join(SCHEME + known for known in names())}. Make others with'
       ' python -m ptune.pretrained.make'
     )
   return DIRECTORY / name

@@ -1,9 +1,9 @@
-"""Makes one of ptune's models: pre-trains it and writes it as it is shipped.
+"""Makes one of ptune's models: pre-trains it and writes it for the package.
 
     python -m ptune.pretrained.make --model=tiny --output=models/tiny
 
-trains with runs/pretrain_generated.gin (interrupted, it goes on when started
-again), cuts off the embedding rows that belong to tasks of pre-training, and
+trains with runs/pretrain_generated.gin. If you interrupt it, start it again and
+it continues. It then removes the embedding rows of pre-training tasks, and
 writes config.json and model.safetensors in bfloat16.
 """
 
@@ -32,10 +32,10 @@ def train(
   embedding_rows: int,
   bindings: Sequence[str] = (),
 ) -> None:
-  """Pre-trains with `ptune train`, in a process of its own.
+  """Pre-trains with `ptune train` in a separate process.
 
   Raises:
-    subprocess.CalledProcessError: It failed, and has said why.
+    subprocess.CalledProcessError: It failed and has printed why.
   """
   settings = {
     'MODEL_DIR': repr(work_dir),
@@ -58,10 +58,9 @@ def export(checkpoint: str, output: str, vocab_size: int) -> None:
   """Writes a checkpoint as a Hugging Face directory, in bfloat16.
 
   Args:
-    checkpoint: A MODEL_DIR of full tuning, or whatever else can be opened.
+    checkpoint: A MODEL_DIR of full tuning, or any checkpoint.
     output: The directory to write.
-    vocab_size: Rows of the embedding, and columns of the output layer, that
-      are kept.
+    vocab_size: Rows of the embedding, and columns of the output layer, to keep.
   """
   source = open_checkpoint(checkpoint)
   config = identity.config(source, vocab_size=vocab_size)
@@ -75,12 +74,12 @@ def export(checkpoint: str, output: str, vocab_size: int) -> None:
     leaves[path] = Leaf(value.shape, value.dtype, value.__getitem__)
   directory = epath.Path(output)
   directory.mkdir(parents=True, exist_ok=True)
-  # Without the step: Adafactor would take its decay for that of a long run.
+  # Without the step, because Adafactor's decay would be that of a long run.
   write_huggingface(directory, leaves, config)
 
 
 def make_vocabulary(output: str) -> None:
-  """Trains the SentencePiece vocabulary that all of the models share."""
+  """Trains the SentencePiece vocabulary that all the models share."""
   from ptune.tasks import generated, generated_text, vocabulary
 
   with tempfile.TemporaryDirectory() as scratch:
@@ -104,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     '--gin_bindings', action='append', default=[], help='more settings'
   )
   args = parser.parse_args(argv)
-  from ptune.tasks import generated  # Slow: with it comes TensorFlow.
+  from ptune.tasks import generated  # Slow, because it imports TensorFlow.
 
   work_dir = args.work_dir or f'{args.output.rstrip("/")}.run'
   try:
@@ -119,7 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   except subprocess.CalledProcessError as error:
     return error.returncode
   if (step := open_checkpoint(work_dir).step or 0) < args.steps:
-    print(f'stopped at step {step}; the same command goes on', file=sys.stderr)
+    print(
+      f'stopped at step {step}; run the same command to continue',
+      file=sys.stderr,
+    )
     return 1
   export(work_dir, args.output, generated.VOCABULARY_ROWS)
   written = open_checkpoint(args.output)

@@ -1,4 +1,4 @@
-"""Commands beside the programs: plan, doctor, demo, lists of methods and tasks.
+"""Other commands: plan, doctor, demo, lists of methods and tasks.
 
-Nothing but the command line imports them.
+Only the command line imports them.
 """

@@ -1,11 +1,12 @@
 """`ptune demo`: prompt tuning in miniature, within a minute and offline.
 
-On the T5 that comes with the package (1.1 million parameters), a prompt of 20
-vectors is trained to tell the sentiment of generated reviews, and compared
-with training all of the model; a second prompt learns the topic of reports,
-and one batch asks both of the same frozen weights. Written to the output
-directory: `summary.json`, `curves.png`, `sentiment.npy` and `topics.npy` (the
-prompts), and `words.txt` (the vocabulary words nearest to them).
+It uses the T5 that comes with the package (1.1 million parameters). It trains a
+prompt of 20 vectors to classify the sentiment of generated reviews, and
+compares it with training the whole model. A second prompt learns the topics of
+reports. Then one batch runs both tasks on the same frozen weights. It writes
+these files to the output directory: `summary.json`, `curves.png`,
+`sentiment.npy` and `topics.npy` (the prompts), and `words.txt` (the vocabulary
+words nearest to them).
 """
 
 import argparse
@@ -51,13 +52,13 @@ def demo(
   """Runs the demonstration.
 
   Args:
-    output_dir: Where files are written; those of an earlier demo are replaced.
-    seed: Of the reviews, the prompts' first values and the order of the rows.
-    steps: Training steps of each prompt. Full tuning has a third of them.
-    console: Where it is told; the terminal if not given.
+    output_dir: Where files go; they replace those of an earlier demo.
+    seed: Seed of the reviews, the prompts' first values and the order of rows.
+    steps: Training steps of each prompt. Full tuning takes a third of them.
+    console: Where to print; the terminal if not given.
 
   Returns:
-    What is in summary.json.
+    The contents of summary.json.
 
   Raises:
     ValueError: steps is less than 1, or output_dir cannot be written.
@@ -85,7 +86,7 @@ def demo(
   out.print(
     f'ptune://{MODEL}: {count:,} parameters,'
     f' {parameters.format_bytes(model_bytes)}. It was pre-trained on generated'
-    ' sentences. It has never read a review, nor the words that it is to'
+    ' sentences. It has never seen a review, nor the words that it must'
     f' answer with: {", ".join(generated_text.SENTIMENT.values())}.\n'
   )
 
@@ -150,7 +151,7 @@ def demo(
   }
   curves = {'prompt': sentiment.curve, 'full tuning': everything.curve}
   write(directory, prompts, words, curves, summary)
-  out.rule('[bold]what it took')
+  out.rule('[bold]the costs')
   out.print(
     f'Each prompt has {sentiment.nbytes:,} bytes, the model {model_bytes:,}.'
     f' {summary["seconds"]:.0f} seconds in all.'
@@ -170,20 +171,20 @@ FILES = (
   'words.txt',
 )
 NEXT = """
-The same with your own data (a SeqIO task, registered in my_tasks.py):
+The same with your own data (a SeqIO task that my_tasks.py registers):
   ptune train --gin_file=models/tiny.gin --gin_file=prompts/from_class_labels.gin \\
     --gin_file=runs/train.gin --gin.INITIAL_CHECKPOINT_PATH="'ptune://tiny'" \\
     --gin.MIXTURE_OR_TASK_MODULE="'my_tasks'" --gin.MIXTURE_OR_TASK_NAME="'my_task'" \\
     --gin.TASK_FEATURE_LENGTHS="{'inputs': 64, 'targets': 8}" \\
     --gin.PROMPT_LENGTH=20 --gin.TRAIN_STEPS=600 --gin.MODEL_DIR="'runs/mine'"
-With a published T5, name another model and the directory of its checkpoint:
+With a published T5, name its sizes and the directory of its checkpoint:
   --gin_file=models/t5_1_1_base.gin \\
   --gin.INITIAL_CHECKPOINT_PATH="'/models/t5_1_1_lm100k_base'"
 """  # noqa: E501
 
 
 def splits(make, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
-  """Training, validation and test rows, of seeds that no other split has."""
+  """Returns training, validation and test rows, each from a different seed."""
   return (
     make(f'demo {seed} train', TRAIN_ROWS),
     make(f'demo {seed} validation', VALIDATION_ROWS),
@@ -192,7 +193,7 @@ def splits(make, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
 
 
 def majority_share(train: Sequence[Row], test: Sequence[Row]) -> float:
-  """The accuracy of always answering the most common training label."""
+  """Returns the accuracy of always answering the most common training label."""
   labels = [label for _, label in train]
   common = max(sorted(set(labels)), key=labels.count)
   return sum(label == common for _, label in test) / len(test)
@@ -201,7 +202,7 @@ def majority_share(train: Sequence[Row], test: Sequence[Row]) -> float:
 def nearest_words(
   base: Mapping[str, jax.Array], pieces: miniature.Pieces, vectors: np.ndarray
 ) -> list[list[str]]:
-  """The three vocabulary pieces that point most nearly along each vector.
+  """Returns the three vocabulary pieces nearest in direction to each vector.
 
   Args:
     base: The frozen parameters.
@@ -209,7 +210,7 @@ def nearest_words(
     vectors: [prompt, embed].
 
   Returns:
-    For each vector of the prompt, the nearest piece first.
+    For each vector of the prompt, its pieces, the nearest first.
   """
   texts = neighbours.piece_texts(pieces.processor)
   table = np.asarray(base['token_embedder/embedding'])
@@ -224,7 +225,7 @@ def nearest_words(
 def before_and_after(
   rows: Sequence[Row], before: Sequence[str], after: Sequence[str]
 ) -> rich.table.Table:
-  """What the same frozen model says without and with the prompt."""
+  """Returns the frozen model's answers without and with the prompt."""
   table = rich.table.Table(box=rich.box.SIMPLE)
   for title in ('review', 'label', 'untrained prompt', 'tuned prompt'):
     table.add_column(title)
@@ -236,7 +237,7 @@ def before_and_after(
 def mixed_table(
   rows: Sequence[Row], names: Sequence[str], told: Sequence[str]
 ) -> rich.table.Table:
-  """One batch, two tasks."""
+  """Returns a table of one batch with two tasks."""
   table = rich.table.Table(
     box=rich.box.SIMPLE, title='one batch, two prompts, the same weights'
   )
@@ -250,7 +251,7 @@ def mixed_table(
 def _told(answer: str, label: str) -> rich.text.Text:
   if not answer:
     return rich.text.Text('(nothing)', style='dim')
-  # An untrained prompt may set the model talking.
+  # With an untrained prompt, the answer may be long.
   short = answer if len(answer) <= 24 else answer[:23] + '…'
   return rich.text.Text(short, style='green' if answer == label else 'red')
 
@@ -258,7 +259,7 @@ def _told(answer: str, label: str) -> rich.text.Text:
 def rows_of(
   majority: float, sentiment: miniature.Tuned, everything: miniature.Tuned
 ) -> list[tuple[str, float, int, float]]:
-  """The rows of `comparison`."""
+  """Returns the rows of `comparison`."""
   return [
     ('the most common label', majority, 0, 0.0),
     ('the frozen model, untrained prompt', sentiment.untrained, 0, 0.0),
@@ -269,7 +270,7 @@ def rows_of(
       sentiment.seconds,
     ),
     (
-      'all of the model tuned',
+      'the whole model tuned',
       everything.accuracy,
       everything.nbytes,
       everything.seconds,
@@ -278,7 +279,7 @@ def rows_of(
 
 
 def comparison(rows: Sequence[tuple[str, float, int, float]]):
-  """A table of (what, accuracy, trained bytes, seconds)."""
+  """Returns a table of (name, accuracy, trained bytes, seconds)."""
   table = rich.table.Table(box=rich.box.SIMPLE)
   table.add_column('answers of')
   for title in ('test accuracy', 'trained', 'seconds'):
@@ -300,7 +301,7 @@ def write(
   curves: Mapping[str, Sequence[tuple[int, float]]],
   summary: Mapping[str, Any],
 ) -> None:
-  """Writes all files; the summary last, each of them whole or not at all."""
+  """Writes all files, each of them whole or not at all; the summary is last."""
   folder = epath.Path(directory)
   for name, values in prompts.items():
     write_atomically(folder / f'{name}.npy', npy(values))
@@ -319,7 +320,7 @@ def write(
 def draw(
   curves: Mapping[str, Sequence[tuple[int, float]]], majority: float
 ) -> bytes:
-  """The validation accuracy of each training against its step, as a PNG."""
+  """Plots the validation accuracy of each training by step, as a PNG."""
   from matplotlib import figure
 
   fig = figure.Figure(figsize=(6, 3.4), layout='constrained')
@@ -344,7 +345,7 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--output_dir',
     default='ptune-demo',
-    help='where the prompts, the plot and summary.json go (%(default)s)',
+    help='directory for the prompts, the plot and summary.json (%(default)s)',
   )
   parser.add_argument(
     '--seed', type=int, default=0, help='of data and prompts (%(default)s)'

@@ -1,12 +1,12 @@
-"""`ptune doctor`: whether a run could start here, and what to do if not.
+"""`ptune doctor`: checks whether a run can start here, and says how to fix it.
 
     ptune doctor --gin.MODEL_DIR="'gs://my-bucket/run'"
 
-One line a check, `ok` or `FAIL`, and with a failure its fix. The flags are
-those of `ptune train`, so that one word of a command line can be changed; of
-the macros, only MODEL_DIR and INITIAL_CHECKPOINT_PATH matter. Under several
-processes each checks its own machine, and the last check is a step of all of
-them together; process 0 prints all lines, the others what fails.
+It prints one line for each check, `ok` or `FAIL`, and the fix for a failure. It
+takes the flags of `ptune train`, so you can replace one word of a command line.
+The only macros that matter are MODEL_DIR and INITIAL_CHECKPOINT_PATH. If there
+are several processes, each checks its own machine, and the last check is a step
+that all take together. Process 0 prints all lines, the others print failures.
 """
 
 import glob
@@ -30,7 +30,7 @@ from ptune.model.models import EncoderDecoderModel
 from ptune.training import optim
 from ptune.training import state as state_lib
 
-# A run writes megabytes; JAX's cache of compiled programs more.
+# A run writes megabytes; JAX's cache of compiled programs needs more.
 ENOUGH_DISK = 2e9
 
 
@@ -48,14 +48,14 @@ class Failed(Exception):
 
 
 def preflight() -> int:
-  """Runs `doctor` on the two paths of a run, as far as gin sets them."""
+  """Runs `doctor` on the two paths of a run, if gin sets them."""
   import gin
 
   paths = {}
   for name in ('MODEL_DIR', 'INITIAL_CHECKPOINT_PATH'):
     try:
       paths[name.lower()] = gin.query_parameter(f'{name}/macro.value')
-    except ValueError:  # It is not set.
+    except ValueError:  # The macro is not set.
       continue
   return doctor(**paths)
 
@@ -66,11 +66,11 @@ def doctor(
   """Runs every check and prints a line for each.
 
   Args:
-    model_dir: Where a run would write; not checked if not given.
+    model_dir: The directory of a future run; not checked if not given.
     initial_checkpoint_path: A base model; not checked if not given.
 
   Returns:
-    The exit status: 0 if all is well, 1 if a check failed.
+    The exit status: 0 if every check passes, 1 if one fails.
   """
   checks: dict[str, Callable[[], str]] = {
     'versions': check_versions,
@@ -90,7 +90,7 @@ def doctor(
     try:
       lines = [f'ok    {name}: {check()}']
       quiet = jax.process_index() > 0
-    except Exception as error:  # Whatever a broken installation may raise.
+    except Exception as error:  # A broken installation may raise anything.
       problem = error.problem if isinstance(error, Failed) else repr(error)
       lines = f'FAIL  {name}: {problem}'.splitlines()
       if isinstance(error, Failed):
@@ -104,7 +104,7 @@ def doctor(
 
 
 def check_versions(package: str = 'ptune') -> str:
-  """Every installed package is one that ptune and JAX accept."""
+  """Every installed package has a version that ptune and JAX accept."""
   wrong = []
   for owner in (package, 'jax'):
     for requirement in _requirements(owner):
@@ -132,7 +132,7 @@ def check_versions(package: str = 'ptune') -> str:
 
 
 def _requirements(package: str) -> Iterator[Requirement]:
-  """What a package needs here, without its extras."""
+  """Yields the requirements of a package on this machine, without extras."""
   for line in importlib.metadata.requires(package) or []:
     requirement = Requirement(line)
     if not requirement.marker or requirement.marker.evaluate({'extra': ''}):
@@ -140,7 +140,7 @@ def _requirements(package: str) -> Iterator[Requirement]:
 
 
 def check_devices() -> str:
-  """JAX uses the accelerator, where the machine has one."""
+  """JAX uses the accelerator, if the machine has one."""
   devices = jax.devices()
   kinds = sorted({d.device_kind for d in devices})
   if devices[0].platform == 'cpu':
@@ -154,7 +154,7 @@ def check_devices() -> str:
     if there and asked != 'cpu':
       raise Failed(
         f'this machine has {there}, but JAX uses the CPU',
-        f'{fix}; if that is done, end other programs that hold it'
+        f'{fix}; if that is done, end other programs that use it'
         ' (launch/tpu_vm.py stop, nvidia-smi)',
       )
   stats = devices[0].memory_stats() if devices[0].platform != 'cpu' else None
@@ -177,19 +177,19 @@ def check_processes() -> str:
     )
   if jax.process_count() == 1 and os.environ.get('SLURM_NTASKS', '1') != '1':
     raise Failed(
-      f'SLURM started {os.environ["SLURM_NTASKS"]} tasks, and each is alone',
+      f'SLURM started {os.environ["SLURM_NTASKS"]} tasks, but each runs alone',
       'pass --multiprocess',
     )
   return f'{jax.process_index()} of {jax.process_count()}'
 
 
 def cache_directory() -> str:
-  """Where compiled programs are kept, as the command line has set it."""
+  """Returns the cache directory of compiled programs."""
   return jax.config.jax_compilation_cache_dir or os.path.expanduser('~/.cache')
 
 
 def check_disk(directory: str) -> str:
-  """There is room on the disk of a directory, which need not exist yet."""
+  """The disk of a directory, which need not exist yet, has enough space."""
   path = os.path.abspath(directory)
   while not os.path.exists(path):
     path = os.path.dirname(path)
@@ -198,14 +198,14 @@ def check_disk(directory: str) -> str:
   if free < ENOUGH_DISK:
     raise Failed(
       f'{text}, {parameters.format_bytes(ENOUGH_DISK)} are needed',
-      'free space, or choose another place (JAX_COMPILATION_CACHE_DIR,'
+      'free space, or choose another directory (JAX_COMPILATION_CACHE_DIR,'
       ' MODEL_DIR)',
     )
   return text
 
 
 def check_writable(directory: str) -> str:
-  """A file can be written, read and removed there."""
+  """A file can be written, read and removed in a directory."""
   remote = '://' in directory
   try:
     path = epath.Path(directory)
@@ -217,13 +217,13 @@ def check_writable(directory: str) -> str:
     probe.unlink()
     if not existed and not remote and jax.process_count() == 1:
       path.rmdir()
-  except Exception as error:  # Of the disk, or of any bucket's client.
+  except Exception as error:  # From the disk, or from any bucket's client.
     raise Failed(
       f'{directory} cannot be written: {error}',
       'gcloud auth application-default login, and the role Storage Object'
       " Admin on the bucket for you or the machine's service account"
       if remote
-      else 'choose another MODEL_DIR, or change who may write there',
+      else 'choose another MODEL_DIR, or change its permissions',
     ) from error
   if remote:
     return f'{directory} can be written'
@@ -236,10 +236,10 @@ def check_checkpoint(path: str) -> str:
   """A base model can be opened; its weights are not read."""
   try:
     return open_checkpoint(path).describe()
-  except Exception as error:  # Whatever a format or a bucket's client raises.
+  except Exception as error:  # Formats and buckets' clients raise any error.
     raise Failed(
       f'{path} cannot be opened: {error}',
-      'check the path, and with a bucket that you or the service account may'
+      'check the path; for a bucket, check that you or the service account may'
       ' read it (gcloud storage ls)',
     ) from error
 
@@ -288,7 +288,7 @@ def check_step() -> str:
   if not all(map(math.isfinite, losses)):
     raise Failed(
       f'the losses are {losses}',
-      'the devices compute wrongly: restart the machine, and compare with'
+      'the devices compute wrong values: restart the machine, and compare with'
       ' JAX_PLATFORMS=cpu ptune doctor',
     )
   if losses[0] == losses[-1]:

@@ -1,10 +1,10 @@
-"""`ptune methods`: what each method trains, counted for the published sizes.
+"""`ptune methods`: the methods, and how many parameters each trains.
 
     ptune methods --size=t5_1_1_base --size=t5_1_1_xl
 
-The counts are those of each method's defaults. No model is built: a network of
-one encoder and one decoder layer is traced for its shapes, and its layers are
-counted as often as there are.
+It counts with each method's default settings. It builds no model: it traces the
+shapes of a network with one encoder and one decoder layer, and multiplies by
+the number of layers.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(names: Iterable[str], sizes: Iterable[str]) -> str:
-  """A line for each method: '51,200 0.07%' for each size."""
+  """Returns a line for each method: '51,200 0.07%' for each size."""
   configs = {size: t5(size) for size in sizes}
   rows = [('method', *configs)]
   for name in names:

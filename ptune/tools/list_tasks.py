@@ -4,8 +4,8 @@
     ptune tasks show taskless_glue_sst2_v200
     ptune tasks show --gin_file=tasks/from_files.gin --gin.TASK_FILES=...
 
-A list needs no network. To show a task's examples, they are read as in
-training.
+A list needs no network. Examples of a task are read as in training, so their
+data may be downloaded.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     lines = _show(args) if shows else _list(args.pattern)
     for line in lines:
       print(line)
-  except BrokenPipeError:  # `ptune tasks | head` has seen enough.
+  except BrokenPipeError:  # The reader, as in `ptune tasks | head`, has quit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except (ValueError, OSError, ModuleNotFoundError) as error:
     print(f'ptune tasks: {error}', file=sys.stderr)
@@ -53,7 +53,7 @@ def _parser(prog: str, what: str) -> argparse.ArgumentParser:
     '--module',
     action='append',
     default=[],
-    help='registers tasks of yours; the MIXTURE_OR_TASK_MODULE of a run',
+    help='the module that registers your tasks, as MIXTURE_OR_TASK_MODULE',
   )
   return parser
 
@@ -67,7 +67,7 @@ def _parse_list(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument(
     'pattern',
     nargs='*',
-    help="part of a name, or with stars the whole: 'taskless_glue_*_v200'",
+    help="part of a name, or a pattern of whole names: 'taskless_glue_*_v200'",
   )
   return parser.parse_args(argv)
 
@@ -77,19 +77,19 @@ def _parse_show(argv: Sequence[str]) -> argparse.Namespace:
     'ptune tasks show', 'Prints examples of a task, as text and as ids.'
   )
   parser.add_argument(
-    'name', nargs='?', help='not needed if a gin file names the task'
+    'name', nargs='?', help='the task; not needed if a gin file names it'
   )
-  parser.add_argument('--split', help='the first one if not given')
+  parser.add_argument('--split', help='the split (the first)')
   parser.add_argument('--examples', type=int, default=3)
   parser.add_argument('--inputs', type=int, default=512, help='in tokens')
   parser.add_argument('--targets', type=int, default=512, help='in tokens')
-  parser.add_argument('--tfds_data_dir', help='where TFDS keeps data sets')
+  parser.add_argument('--tfds_data_dir', help='directory of TFDS data sets')
   parser.add_argument('--gin_file', action='append', default=[])
   bindings = [a.removeprefix('--gin.') for a in argv if a.startswith('--gin.')]
   args = parser.parse_args([a for a in argv if not a.startswith('--gin.')])
   args.bindings = bindings
   if (args.name is None) != bool(args.gin_file):
-    parser.error('needs the name of a task, or a gin file that sets it')
+    parser.error('give the name of a task, or a gin file that sets it')
   return args
 
 
@@ -119,11 +119,11 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _about(task: Any) -> tuple[str, str, str]:
-  """A task's source, features and metrics in words."""
+  """Describes a task: its source, features and metrics."""
   if isinstance(task, TextTask):
     metrics = ', '.join(_metric(f) for f in task.metric_fns)
     words = os.path.join(*str(task.vocabulary).split('/')[-2:])
-    return 'rows of yours', f'inputs, targets: {words}', metrics or '-'
+    return 'your rows', f'inputs, targets: {words}', metrics or '-'
   import seqio
 
   features: dict[str, list[str]] = {}
@@ -182,7 +182,7 @@ def _show(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _named_by_gin() -> Any:
-  """The value of MIXTURE_OR_TASK_NAME, a name or a task."""
+  """Returns the value of MIXTURE_OR_TASK_NAME: a name or a task."""
   import gin
 
   gin.parse_config(
@@ -193,7 +193,7 @@ def _named_by_gin() -> Any:
   try:
     gin.query_parameter('%VOCABULARY')
   except ValueError:
-    pass  # It is not set. The files of runs/ bind it, and are not needed here.
+    pass  # It is unset. The files of runs/ bind it, and are not needed here.
   else:
     gin.parse_config(
       'from __gin__ import dynamic_registration\n'
@@ -205,17 +205,18 @@ def _named_by_gin() -> Any:
 
 
 def itself(name: Any) -> Any:
-  """Returns what gin has found."""
+  """Returns its argument, so that gin can resolve a reference."""
   return name
 
 
 def examples(
   task: Any, split: str | None, lengths: dict[str, int], count: int
 ) -> Iterator[str]:
-  """What a task is, and its first examples.
+  """Yields a description of a task and its first examples.
 
   Args:
-    task: The task or mixture; of a mixture the first task with the split.
+    task: The task or mixture. For a mixture, we show its first task that has
+      the split.
     split: The split; the first one if not given.
     lengths: TASK_FEATURE_LENGTHS.
     count: How many examples.
@@ -228,7 +229,7 @@ def examples(
   yield f'{task.name}: {source}'
   yield f'  splits    {", ".join(splits)}'
   yield f'  features  {features}'
-  tasks = list(getattr(task, 'tasks', ()))  # Of a mixture.
+  tasks = list(getattr(task, 'tasks', ()))  # A mixture has tasks.
   yield f'  {"tasks   " if tasks else "metrics "}  {metrics}'
   parts = [t for t in tasks or [task] if split in t.splits]
   if not parts:

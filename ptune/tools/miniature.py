@@ -6,8 +6,8 @@
     tuned = tune('prompt', made, base, Pieces(), rows, steps=600)
     tuned.accuracy, tuned.prompt
 
-For `ptune demo` and for the study of sizes, whose data are lists of (text,
-label). SeqIO, which `ptune train` reads tasks with, takes 9 seconds to import.
+`ptune demo` and the study of sizes use it; their data are lists of (text,
+label). `ptune train` reads tasks with SeqIO, which takes 9 seconds to import.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from ptune.training import state as state_lib
 from ptune.training.loop import Loop, Member
 
 BATCH_SIZE = 32
-TEST_BATCH = 200  # Rows that are tested at once; splits hold a multiple of it.
+TEST_BATCH = 200  # Rows in a test batch; the size of a split is a multiple.
 EVALUATIONS = 12  # Points of a curve.
 INPUT_LENGTH, ANSWER_LENGTH = 32, 8  # Tokens, EOS included.
 
@@ -59,11 +59,11 @@ class Pieces:
     self.size = self.processor.get_piece_size()
 
   def encode(self, text: str) -> list[int]:
-    """A text's ids, without EOS."""
+    """Returns the ids of a text, without EOS."""
     return self.processor.encode(text)
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids up to EOS or padding; sentinels are left out."""
+    """Returns the text of ids up to EOS or padding, without sentinels."""
     kept: list[int] = []
     for i in ids:
       if i in (0, self.eos_id):
@@ -76,7 +76,7 @@ class Pieces:
 def load(
   checkpoint: str | os.PathLike[str],
 ) -> tuple[T5Config, dict[str, jax.Array]]:
-  """Opens a model: its sizes, and its parameters in float32."""
+  """Opens a model: returns its sizes, and its parameters in float32."""
   source = open_checkpoint(checkpoint)
   config = identity.config(source)
   base = network.parameters(network.Transformer(config))
@@ -89,23 +89,23 @@ def load(
 
 
 def one_device() -> jax.sharding.Mesh:
-  """The mesh: so small a model gains nothing from several devices."""
+  """Returns a mesh of one device: the model is too small to gain from more."""
   return partitioning.make_mesh(devices=jax.devices()[:1])
 
 
 def prompt_method(length: int = 20) -> Method:
-  """A prompt that starts as the labels' embeddings, as in the paper."""
+  """A prompt initialised with the labels' embeddings, as in the paper."""
   fill = prompt_init.from_sampled_vocab(2000)
   return prompt.prompt(length, prompt_init.from_class_labels(fill=fill))
 
 
 def prompt_optimizer(steps: int) -> optax.GradientTransformation:
-  """The paper's Adafactor at 0.3, here decayed to 0."""
+  """The paper's Adafactor at 0.3; here the rate decays to 0."""
   return optim.adafactor(0, optim.schedule(0.3, 'linear', 0, steps))
 
 
 def full_optimizer(steps: int) -> optax.GradientTransformation:
-  """What the models were pre-trained with, at a fifth of the rate."""
+  """The optimizer of the models' pre-training, at a fifth of the rate."""
   return optim.relative_adam(0, optim.schedule(0.003, 'linear', 0, steps))
 
 
@@ -113,7 +113,7 @@ def full_optimizer(steps: int) -> optax.GradientTransformation:
 
 
 def features(pieces: Pieces, rows: Sequence[Row]) -> Features:
-  """The model's features, all of one length: [rows, length]."""
+  """Returns the model's features, padded to one length: [rows, length]."""
   eos = pieces.eos_id
   texts, labels = zip(*rows, strict=True)
   inputs = _padded([pieces.encode(text) for text in texts], eos, INPUT_LENGTH)
@@ -131,13 +131,13 @@ def features(pieces: Pieces, rows: Sequence[Row]) -> Features:
 def _padded(rows: list[list[int]], eos_id: int, length: int) -> np.ndarray:
   padded = np.zeros((len(rows), length), np.int32)
   for i, ids in enumerate(rows):
-    ids = [*ids[: length - 1], eos_id]  # One review in many is too long.
+    ids = [*ids[: length - 1], eos_id]  # A few reviews are too long.
     padded[i, : len(ids)] = ids
   return padded
 
 
 def batches(data: Features, steps: int, seed: int) -> Iterator[Features]:
-  """Batches of epochs laid end to end, each in an order of its own."""
+  """Yields batches of epochs laid end to end, each epoch in its own order."""
   rng = np.random.default_rng(seed)
   count = len(data['encoder_input_tokens'])
   order = np.empty(0, np.int64)
@@ -152,15 +152,15 @@ def batches(data: Features, steps: int, seed: int) -> Iterator[Features]:
 
 
 class Tuned(NamedTuple):
-  """What a training left behind.
+  """The result of a training.
 
   Attributes:
-    first: What was trained, before the first step, by path.
-    last: The same after the last step.
+    first: The trained parameters before the first step, by path.
+    last: The trained parameters after the last step.
     curve: (step, accuracy on the validation rows).
     untrained: Accuracy on the test rows before the first step.
     accuracy: Accuracy on the test rows.
-    seconds: Of training, compilation and validation included.
+    seconds: Time of the training, with compilation and validation.
   """
 
   first: Mapping[str, np.ndarray]
@@ -177,12 +177,12 @@ class Tuned(NamedTuple):
 
   @property
   def nbytes(self) -> int:
-    """Bytes of what was trained."""
+    """Size of the trained parameters, in bytes."""
     return sum(x.nbytes for x in self.last.values())
 
 
 class Programs(NamedTuple):
-  """What is compiled once, for all trainings of a method on a model."""
+  """Programs compiled once, for all trainings of a method on a model."""
 
   plan: parameters.Plan
   tx: optax.GradientTransformation
@@ -194,7 +194,7 @@ class Programs(NamedTuple):
 def programs(
   config: T5Config, method: Method, tx: optax.GradientTransformation
 ) -> Programs:
-  """Prepares the programs that train a method by an optimizer."""
+  """Prepares the programs that train a method with an optimizer."""
   plan = parameters.plan(config, method, one_device())
   model = EncoderDecoderModel(plan.network)
   like = state_lib.abstract_state(tx, plan)
@@ -205,7 +205,7 @@ def programs(
 
 
 class Accuracy:
-  """The accuracy on rows, as the loop asks for it."""
+  """The accuracy on rows, in the form that the loop calls."""
 
   split = 'validation'
 
@@ -213,7 +213,7 @@ class Accuracy:
     self._made, self._data = made, data
 
   def __call__(self, trees, step=0, asked=None):
-    """The share of rows that are answered right."""
+    """Returns the share of rows that are answered correctly."""
     del step, asked
     count, total = len(self._data['encoder_input_tokens']), 0
     assert count % TEST_BATCH == 0, count
@@ -225,7 +225,7 @@ class Accuracy:
 
 
 class Unsaved:
-  """A run of the loop that leaves nothing on disk; it shows a bar."""
+  """A run of the loop that writes nothing to disk; it shows a progress bar."""
 
   start, failed = 0, False
 
@@ -237,50 +237,50 @@ class Unsaved:
     self.profile = profiling.Profile('', None)
 
   def asked(self, step: int | None = None) -> bool:
-    """Never: Ctrl-C ends it at once."""
+    """Returns False: no signal stops it softly; Ctrl-C ends it at once."""
     del step
     return False
 
   def nothing(self, *args, **settings) -> None:
-    """What the loop asks of a run on disk."""
+    """Stands in for what a run on disk would do."""
 
   check_place = check_finite = save = save_best = nothing
   write_prompt = tell_end = nothing
 
   def lost_best(self, member: Member) -> bool:
-    """No best is kept."""
+    """Returns False, because no best prompt is kept."""
     del member
     return False
 
   def last_good(self) -> str:
-    """Ends the message about a loss that is not finite."""
+    """Returns the end of the message about a loss that is not finite."""
     return 'Nothing was saved'
 
   def paused(self, doing: str) -> Any:
-    """Shows what is done."""
+    """Shows what the run is doing."""
     self.reports[''].show(doing)
     return contextlib.nullcontext()
 
 
 class Bar:
-  """Records of a training, and a bar that stays when it is full."""
+  """Records a training's scores and shows a bar, which stays at the end."""
 
   def __init__(self, title: str, steps: int, bar: rich.progress.Progress):
     self.records: list[report.Record] = []
     self._bar, self._line = bar, bar.add_task(title, total=steps, shown='')
 
   def show(self, shown: str, step: int | None = None) -> None:
-    """Changes the text behind the bar."""
+    """Changes the text after the bar."""
     self._bar.update(self._line, completed=step, shown=shown)
 
   def progress(self, step: int, sums: Mapping[str, float]) -> None:
-    """Shows what the steps so far add up to."""
+    """Shows the metrics of the steps so far."""
     loss = sums['loss'] / max(sums['tokens'], 1.0)
-    shown = f'loss {loss:6.3f}, {self.accuracy():6.1%} of validation right'
+    shown = f'loss {loss:6.3f}, {self.accuracy():6.1%} of validation correct'
     self.show(shown, step)
 
   def train(self, step: int, sums: Mapping[str, float]) -> None:
-    """What is logged is shown already."""
+    """Does nothing, because `progress` has shown it already."""
 
   def evaluate(self, step: int, split: str, scores: Any) -> None:
     """Records the scores of all tasks."""
@@ -290,7 +290,7 @@ class Bar:
       )
 
   def accuracy(self) -> float:
-    """The newest one."""
+    """Returns the newest accuracy."""
     return self.records[-1]['accuracy']
 
 
@@ -304,17 +304,17 @@ def tune(
   seed: int = 0,
   console: rich.console.Console | None = None,
 ) -> Tuned:
-  """Trains under a progress bar, and tests.
+  """Trains under a progress bar, then tests.
 
   Args:
-    title: Stands before the bar.
+    title: Text before the bar.
     made: The programs.
-    base: The parameters of the model, by path; they stay as they are.
+    base: The parameters of the model, by path; they do not change.
     pieces: The vocabulary.
-    rows: Of training, validation and test.
+    rows: Rows for training, validation and test.
     steps: Training steps.
-    seed: Of the first values and of the order of the rows.
-    console: Where progress is shown; nowhere if not given.
+    seed: Seed of the first values and of the order of the rows.
+    console: Where to show progress; nowhere if not given.
   """
   start = time.monotonic()
   train, validation, test = (features(pieces, part) for part in rows)
@@ -337,7 +337,7 @@ def tune(
     )
     state = train_on(state, enumerate(batches(train, steps, seed)))
     reached = accuracy(tested, state)
-    bar.show(f'{reached:6.1%} of {len(rows[2])} test rows right', steps)
+    bar.show(f'{reached:6.1%} of {len(rows[2])} test rows correct', steps)
   return Tuned(
     first,
     _on_host(state.trainable),
@@ -359,7 +359,7 @@ def initial(
   labels: Sequence[str],
   seed: int,
 ) -> tuple[Any, Any]:
-  """The trainable and the frozen tree before the first step."""
+  """Returns the trainable and the frozen tree before the first step."""
   added = prompt_init.initialize_adapters(
     plan,
     prompt_init.Base(
@@ -369,14 +369,14 @@ def initial(
     ),
     seed,
   )
-  # Copies: the train step donates what it is given.
+  # Copies, because the train step donates its arguments.
   copied = {path: jnp.copy(base[path]) for path in plan.trainable & plan.base}
   frozen = {path: base[path] for path in plan.frozen}
   return parameters.unflatten(copied | added), parameters.unflatten(frozen)
 
 
 def _progress(console: rich.console.Console | None) -> rich.progress.Progress:
-  """A bar that stays when it is full."""
+  """Returns a bar that stays at the end."""
   return rich.progress.Progress(
     rich.progress.TextColumn('{task.description:12}'),
     rich.progress.BarColumn(bar_width=24),
@@ -392,10 +392,10 @@ def _progress(console: rich.console.Console | None) -> rich.progress.Progress:
 
 
 def right(model: EncoderDecoderModel, trees, batch: Features) -> jax.Array:
-  """Which rows would be answered with exactly their target: [batch] bool.
+  """Returns which rows the model would answer with their target: [batch] bool.
 
-  Greedy decoding gives the target if its tokens, one after the other, are the
-  best continuations of those before them; one pass tells that.
+  Greedy decoding produces the target if each of its tokens is the best
+  continuation of the tokens before it. One forward pass can check that.
   """
   logits = model.logits(parameters.merge(*trees), batch)
   targets = batch['decoder_target_tokens']
@@ -404,14 +404,14 @@ def right(model: EncoderDecoderModel, trees, batch: Features) -> jax.Array:
 
 
 def bank(config: T5Config, base: Mapping[str, jax.Array]) -> PromptBank:
-  """The model with any prompts; it decodes greedily."""
+  """Returns the model with any prompts; it decodes greedily."""
   return PromptBank(config, base, ANSWER_LENGTH, mesh=one_device())
 
 
 def answer(
   bank: PromptBank, pieces: Pieces, rows: Sequence[Row], names: Sequence[str]
 ) -> list[str]:
-  """What the model says to each row, with the prompt of the row's name."""
+  """Returns the model's answer to each row, with the prompt of that name."""
   tokens = features(pieces, rows)['encoder_input_tokens']
   said, _ = bank.predict(names, tokens)
   return [pieces.decode(ids) for ids in said]
