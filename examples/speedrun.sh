@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # From an empty environment to a served prompt: bash examples/speedrun.sh
 #
-# It makes a folder `speedrun/` with a virtual environment and some rows, trains a
-# prompt of 20 tokens on the model that comes with ptune, measures it, asks it,
-# writes it for PEFT, and serves it. About five minutes on two CPU cores, most of
-# them for the installation. Expected: an accuracy of about 95 on the test rows.
+# It makes a folder `speedrun/` with a virtual environment and some rows. It
+# trains a prompt of 20 tokens on the model that comes with ptune, evaluates it,
+# predicts with it, exports it for PEFT, and serves it. It takes about five
+# minutes on two CPU cores, mostly for the installation. Expect an accuracy of
+# about 95 on the test rows.
 #
 #   STEPS=600    training steps
 #   PYTHON=...   an interpreter with ptune, to skip the installation
-#   SERVE=1      stay at the end, and answer on port 8000
+#   SERVE=1      serve the prompt at the end, on port 8000
 set -euo pipefail
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p speedrun && cd speedrun
@@ -22,7 +23,7 @@ fi
 ptune() { "$PYTHON" -m ptune.cli "$@"; }
 
 # ----------------------------------------------------------------------- data
-# Reviews that are made up. Put three files of your own here, and name their
+# Generated reviews. To use your own data, put three files here, and name their
 # columns below.
 "$PYTHON" - <<'ROWS'
 import csv
@@ -44,13 +45,13 @@ ptune train --base=ptune://tiny --train=train.csv --validation=dev.csv \
   --method=from_class_labels --prompt_length=20 --steps="${STEPS:-600}" \
   --model_dir=run
 
-# -------------------------------------------------------------------- measure
+# ------------------------------------------------------------------- evaluate
 ptune eval run --test=test.csv
 
-# ------------------------------------------------------------------------ ask
+# -------------------------------------------------------------------- predict
 echo 'we both find it so insightful' | ptune infer run -
 
-# --------------------------------------------------- the prompt, for others
+# ------------------------------------------------------------ export for PEFT
 ptune export run --output=for_peft --overwrite
 ls for_peft
 

@@ -4,12 +4,12 @@
       ptune train --gin_file=... --gin.MODEL_DIR="'/runs/try'"
 
 Each line of output begins with the number of its process. SIGTERM and Ctrl-C
-go to all processes. If one fails, the others, which would wait for it for
-ever, are ended, and its exit status becomes that of this program.
+go to all processes. If one fails, the others would wait for it forever. So this
+program ends them, and returns the exit status of the failed one.
 
 One process can use all devices of a machine, so training needs this only to
-rehearse a run of many hosts: --devices_per_process gives each process so many
-fake CPU devices.
+rehearse a run of many hosts. --devices_per_process sets the number of fake CPU
+devices of each process.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the processes; returns the exit status of the first that failed."""
+  """Runs the processes; returns the exit status of the first failure."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -33,13 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument(
     '--devices_per_process',
     type=int,
-    help="fake CPU devices of each process; the machine's own if not given",
+    help="fake CPU devices of each process (the machine's own devices)",
   )
   parser.add_argument(
     '--grace_seconds',
     type=float,
     default=10,
-    help='between asking the others to end and ending them, after a failure',
+    help='after a failure, seconds until the others are killed',
   )
   parser.add_argument('command', nargs='+', help='after --')
   args = parser.parse_args(argv)
@@ -61,13 +61,13 @@ def run(
   Args:
     command: The command, which takes --coordinator_address, --process_count
       and --process_index.
-    count: Processes.
+    count: Number of processes.
     devices: Fake CPU devices of each; the machine's own if not given.
-    grace_seconds: What the others have to end by themselves after a failure.
+    grace_seconds: How long the others may take to exit after a failure.
 
   Returns:
     0 if all succeeded, otherwise the status of the one that failed first
-    (128 + the signal's number, if one ended it).
+    (128 + the signal's number, if a signal ended it).
   """
   environment = {**os.environ, 'PYTHONUNBUFFERED': '1'}
   if devices is not None:
@@ -96,7 +96,7 @@ def run(
         f'--process_count={count}',
         f'--process_index={i}',
       ]
-      # A session of its own: else Ctrl-C in a terminal would reach it twice.
+      # A new session; otherwise Ctrl-C in a terminal would reach it twice.
       process = subprocess.Popen(
         [*command, *flags],
         env=environment,
@@ -123,11 +123,11 @@ def _free_port() -> int:
 def _follow(
   index: int, process: subprocess.Popen[bytes], ended: 'queue.Queue[int]'
 ) -> None:
-  """Passes on what a process prints, line by line, until it ends."""
+  """Prints a process's output, line by line, until it ends."""
   assert process.stdout is not None
   for line in process.stdout:
     text = line.decode(errors='replace').rstrip('\n')
-    # As one piece: the lines of another process may come between two.
+    # In one write, because another process's line could come between two.
     print(f'[{index}] {text}\n', end='', flush=True)
   process.wait()
   ended.put(index)
@@ -142,7 +142,7 @@ def _wait(
   status, deadline = 0, None
   remaining = len(processes)
   while remaining:
-    # A short timeout, so that signal handlers run.
+    # A short timeout, so that signal handlers can run.
     try:
       index = ended.get(timeout=0.2)
     except queue.Empty:
@@ -168,7 +168,7 @@ def _wait(
 def _end(
   processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals
 ) -> None:
-  """Signals those that still run, with what they started."""
+  """Signals the processes that still run, and their children."""
   for process in processes:
     if process.poll() is None:
       os.killpg(process.pid, number)

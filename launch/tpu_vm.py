@@ -1,18 +1,18 @@
-"""Creates, fills, watches and deletes Cloud TPU VMs for a run of ptune.
+"""Creates, installs, watches and deletes Cloud TPU VMs for a run of ptune.
 
     python launch/tpu_vm.py train my-tpu --zone=us-west4-a --spot \\
       --accelerator_type=v5litepod-8 -- ptune train --gin_file=...
 
-`train` does it all: it creates the TPU, installs this checkout, starts the
-command on every worker, and watches it. If the TPU is preempted, it makes
-another and starts the same command, which goes on from the last checkpoint,
-until the run says that it is finished. Then the TPU is deleted, unless
---keep is given. The other commands are its steps, each by itself: create,
-install, run, logs, status, stop, delete.
+`train` does everything: it creates the TPU, installs this checkout, starts the
+command on every worker, and watches it. If the TPU is preempted, it creates
+another and starts the same command, which resumes from the last checkpoint.
+When the run says that it is finished, it deletes the TPU, unless --keep is
+given. The other commands are single steps: create, install, run, logs, status,
+stop, delete.
 
-MODEL_DIR and INITIAL_CHECKPOINT_PATH must be in a bucket: what is on a TPU VM
-is lost with it. With --dry_run, every command is printed and none is run.
-Needs Python and gcloud, and nothing else of ptune.
+MODEL_DIR and INITIAL_CHECKPOINT_PATH must be in a bucket, because files on a
+TPU VM are lost with it. --dry_run prints every command and runs none. This
+program needs Python and gcloud, and no other part of ptune.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-# The runtime image of each kind of TPU, by the beginning of its type.
+# The runtime image of each kind of TPU, by the prefix of its type.
 RUNTIMES = {
   'v4': 'tpu-ubuntu2204-base',
   'v5litepod': 'v2-alpha-tpuv5-lite',
@@ -36,8 +36,8 @@ RUNTIMES = {
   'v6e': 'v2-alpha-tpuv6e',
 }
 
-# What a worker is asked to do. Everything of ours lies in ~/ptune-run there.
-# The images have an older Python than ptune needs, so uv brings one.
+# Scripts for the workers. All our files there are in ~/ptune-run. The images'
+# Python is older than ptune needs, so uv installs one.
 INSTALL = """\
 set -e
 mkdir -p ~/ptune-src
@@ -47,7 +47,7 @@ curl -LsSf https://astral.sh/uv/install.sh | sh
 ~/.local/bin/uv pip install --quiet --python ~/ptune-venv -e ~/ptune-src'[tpu]'
 echo installed"""
 
-# setsid and nohup: the run lives on when ssh ends. The status is written last.
+# setsid and nohup keep the run alive when ssh ends. The status is written last.
 RUN = """\
 mkdir -p ~/ptune-run && cd ~/ptune-run || exit 1
 if [ -f pid ] && kill -0 -- -$(cat pid) 2>/dev/null; then
@@ -58,7 +58,7 @@ rm -f exit_status
 export PATH=~/ptune-venv/bin:$PATH PYTHONUNBUFFERED=1
 nohup setsid bash -c {script} > log 2>&1 < /dev/null &
 echo started"""
-# The trap, so that a signal to the group ends the command and not this shell.
+# The trap: a signal to the group must end the command and not this shell.
 SCRIPT = 'trap : TERM; echo $$ > pid; {command}; echo $? > exit_status; rm pid'
 
 # The last line is 'running', 'exit N' or 'idle'.
@@ -72,8 +72,8 @@ else echo idle; fi"""
 
 LOGS = 'tail -n 100 -F ~/ptune-run/log'
 
-# First as a preemption would, so that the run saves; then by force. Whatever
-# else still holds the chips is ended last, with the lock that it leaves.
+# First a SIGTERM, as in a preemption, so that the run saves; then a SIGKILL.
+# Then end all other processes that hold the chips, and remove their lock.
 STOP = """\
 cd ~/ptune-run 2>/dev/null && [ -f pid ] && {{
   kill -TERM -- -$(cat pid) 2>/dev/null
@@ -88,28 +88,28 @@ done
 sudo rm -f /tmp/libtpu_lockfile
 echo stopped"""
 
-# States from which a TPU does not come back by itself.
+# A TPU in one of these states does not recover by itself.
 LOST = ('PREEMPTED', 'TERMINATED', 'STOPPED', 'SUSPENDED', 'FAILED')
 
 
 class GcloudError(RuntimeError):
-  """A gcloud command failed; what it printed is the message."""
+  """A gcloud command failed; the message is its output."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-  """One slice, and how to talk to it.
+  """One slice, and the gcloud commands for it.
 
   Attributes:
-    name: Of the TPU VM, and of its queued resource if it has one.
+    name: The name of the TPU VM, and of its queued resource if it has one.
     zone: Its zone.
     project: Its project; gcloud's own if not given.
     accelerator_type: Kind and size, such as 'v5litepod-8'.
     runtime_version: The image; chosen by the type if not given.
-    spot: Cheaper, and may be taken away at any time.
-    queued: Made as a queued resource, which waits for capacity.
-    service_account: Whom the VM acts as; the project's default if not given.
-    dry_run: Print commands instead of running them.
+    spot: Whether it is cheaper and may be taken away at any time.
+    queued: Whether to create it as a queued resource, which waits for capacity.
+    service_account: The VM's account; the project's default if not given.
+    dry_run: Whether to print commands instead of running them.
   """
 
   name: str
@@ -123,7 +123,7 @@ class Tpu:
   dry_run: bool = False
 
   def create(self) -> None:
-    """Asks for the TPU. A queued one is not there yet when this returns."""
+    """Requests the TPU. A queued one does not exist yet when this returns."""
     version = self.runtime_version or _runtime(self.accelerator_type)
     options = [f'--accelerator-type={self.accelerator_type}']
     if self.spot:
@@ -142,10 +142,10 @@ class Tpu:
       self._gcloud('tpu-vm', 'create', f'--version={version}', *options)
 
   def state(self) -> str:
-    """READY if it can be used, NOT_FOUND if there is none, or gcloud's word.
+    """Returns READY if it can be used, NOT_FOUND, or gcloud's word.
 
-    Of a queued TPU both the request and the VM are looked at: a request stays
-    ACTIVE for a while after its VM was preempted.
+    For a queued TPU it checks both the request and the VM, because a request
+    stays ACTIVE for a while after its VM was preempted.
     """
     if self.queued:
       request = self._describe('queued-resources', 'state.state')
@@ -154,17 +154,17 @@ class Tpu:
     return self._describe('tpu-vm', 'state')
 
   def delete(self) -> None:
-    """Deletes it with everything on it; nothing is paid for any more."""
+    """Deletes it with everything on it, which ends its costs."""
     if self.queued:
       self._gcloud('queued-resources', 'delete', '--force', '--quiet')
     else:
       self._gcloud('tpu-vm', 'delete', '--quiet')
 
   def install(self) -> None:
-    """Puts this checkout, with JAX for TPUs, on every worker."""
+    """Installs this checkout, with JAX for TPUs, on every worker."""
     with tempfile.TemporaryDirectory() as folder:
       archive = f'{folder}/ptune-src.tgz'
-      # Not what git ignores, nor its history: a few hundred kilobytes.
+      # Only committed files without history: a few hundred kilobytes.
       self._run(
         ['git', '-C', str(ROOT), 'archive', f'--output={archive}', 'HEAD']
       )
@@ -179,11 +179,11 @@ class Tpu:
     self.ssh(RUN.format(script=shlex.quote(script)))
 
   def status(self) -> str:
-    """What worker 0 says of the run; see STATUS."""
+    """Returns worker 0's status of the run; see STATUS."""
     return self.ssh(STATUS, worker='0', capture=True)
 
   def stop(self, grace_seconds: int = 40) -> None:
-    """Ends the run on every worker, and whatever else holds the TPU."""
+    """Ends the run on every worker, and all other processes on the TPU."""
     self.ssh(STOP.format(grace=grace_seconds))
 
   def ssh(self, script: str, worker: str = 'all', capture: bool = False) -> str:
@@ -249,8 +249,8 @@ def _runtime(accelerator_type: str) -> str:
       return version
   raise SystemExit(
     f'no --runtime_version is known for {accelerator_type!r}, only for'
-    f' {sorted(RUNTIMES)}; to list them: gcloud compute tpus tpu-vm versions'
-    ' list --zone=ZONE'
+    f' {sorted(RUNTIMES)}; to list versions: gcloud compute tpus tpu-vm'
+    ' versions list --zone=ZONE'
   )
 
 
@@ -261,15 +261,15 @@ def train(
   max_failures: int = 3,
   keep: bool = False,
 ) -> int:
-  """Runs a command until it says it is finished, over preemptions.
+  """Runs a command until it says that it is finished, across preemptions.
 
   Args:
-    tpu: Where; it is made if it is not there.
+    tpu: The TPU; it is created if it does not exist.
     command: The command, the same at each start.
-    poll_seconds: Between two looks at the TPU.
-    max_failures: Failures in a row, of the run or of gcloud, after which this
-      gives up. Preemptions and a lack of capacity do not count.
-    keep: Leave the TPU when the run is finished or has failed.
+    poll_seconds: Seconds between two checks of the TPU.
+    max_failures: Give up after this many failures in a row, of the run or of
+      gcloud. Preemptions and a lack of capacity do not count.
+    keep: Whether to keep the TPU when the run has finished or failed.
 
   Returns:
     0 if finished, 1 if it gave up.
@@ -282,9 +282,9 @@ def train(
     try:
       state = tpu.state()
       if state in LOST:
-        _say(f'{tpu.name} is {state}: made anew')
+        _say(f'{tpu.name} is {state}: creating it again')
         started = False
-        # A request fails for want of capacity, or because it is wrong.
+        # A request fails because there is no capacity, or because it is wrong.
         failures += state == 'FAILED'
         tpu.delete()
       elif state == 'NOT_FOUND':
@@ -296,7 +296,8 @@ def train(
         _say(f'{tpu.name} is {state}')
       elif not started:
         if _lines(tpu.status())[-1] == 'running':
-          _say('the run is going on')  # Of an earlier call of this program.
+          # An earlier call of this program has started it.
+          _say('the run is running')
         else:
           _say('installing and starting')
           tpu.install()
@@ -314,10 +315,10 @@ def train(
           time.sleep(poll_seconds)
           continue
         started = False
-        if lines[-1] == 'exit 0':  # By a signal: the TPU may be going away.
-          _say('stopped before its end')
+        if lines[-1] == 'exit 0':  # After a signal: the TPU may be going away.
+          _say('the run stopped before its end')
         elif tpu.state() == 'READY':
-          # Else it was preempted: one worker fails before the state says so.
+          # If it was preempted, one worker fails before the state says so.
           failures += 1
           _say('\n'.join(['the run failed:', *lines]))
     except GcloudError as error:
@@ -331,14 +332,14 @@ def train(
       break
     time.sleep(poll_seconds)
   if keep:
-    _say(f'{tpu.name} is kept, and costs money until it is deleted')
+    _say(f'{tpu.name} was kept, and costs money until you delete it')
   else:
     tpu.delete()
   return 1 if failures >= max_failures else 0
 
 
 def _print_one_start(tpu: Tpu, command: Sequence[str], keep: bool) -> None:
-  """What `train` runs where nothing goes wrong."""
+  """Prints the commands that `train` runs if nothing goes wrong."""
   tpu.create()
   tpu.state()
   tpu.install()
@@ -409,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if command[:1] == ['ptune'] and '--multiprocess' not in command:
     parser.error(
       'without --multiprocess, each worker of a slice would run by itself;'
-      f' say: {shlex.join([*command[:2], "--multiprocess"])} ...'
+      f' use {shlex.join([*command[:2], "--multiprocess"])} ...'
     )
   fields = [f.name for f in dataclasses.fields(Tpu)]
   tpu = Tpu(**{name: getattr(args, name) for name in fields})
@@ -421,8 +422,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     if args.action == 'train':
       _say(
-        f'no longer watched; {tpu.name} and its run go on. The same command'
-        ' watches again; stop ends the run, delete the costs'
+        f'stopped watching; {tpu.name} and its run continue. Run the same'
+        ' command to watch again; stop ends the run, delete the costs'
       )
     return 130
 

@@ -472,7 +472,7 @@ def test_one_error_lists_all_that_does_not_fit(params):
     f'  {EMBEDDING}: got [48, 16], expected [48, 24]\n',
     source.describe(),
     'emb_dim is 16, in the model 24',
-    'gin file may be that of another size',
+    'gin file may be for another size',
   ):
     assert part in text
 
