@@ -149,7 +149,7 @@ MISTAKES = [
   ('config', train(CLASS_LABELS=['a', 'b']), 'CLASS_LABELS has no effect'),
   ('pretrained', ['inspect', 'ptune://huge'], 'does not come with ptune'),
   ('convert', ['inspect', 'good.tsv'], 'good.tsv'),
-  ('convert', train(INITIAL_CHECKPOINT_PATH='hf://../../etc'), 'no name on'),
+  ('convert', train(INITIAL_CHECKPOINT_PATH='hf://../../etc'), 'not a name on'),
   ('convert', train(INITIAL_CHECKPOINT_PATH='good.tsv'), 'good.tsv is a file'),
   (
     'convert',

@@ -164,6 +164,6 @@ def test_files_of_transformers_are_copied(tmp_path):
 def test_without_a_vocabulary_a_line_says_so(tmp_path):
   convert(BASE, 't5x', tmp_path / 't5x')
   lines = convert(tmp_path / 't5x', 'huggingface', tmp_path / 'hf')
-  assert any('--vocabulary=PATH names it' in line for line in lines)
+  assert any('name one with --vocabulary=PATH' in line for line in lines)
   convert(tmp_path / 't5x', 'huggingface', tmp_path / 'with', vocabulary=BASE)
   assert (tmp_path / 'with' / 'tokenizer.json').exists()

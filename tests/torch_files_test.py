@@ -89,7 +89,7 @@ def test_no_code_of_a_file_is_run(model, tmp_path, save):
   else:
     content = pickle.dumps({'shared.weight': Bomb(trace)})
     (path / 'pytorch_model.bin').write_bytes(content)
-  with pytest.raises(UserError, match='something else than tensors'):
+  with pytest.raises(UserError, match='something other than tensors'):
     open_checkpoint(path)
   assert not trace.exists()
 
