@@ -140,7 +140,7 @@ def test_the_converter_s_pull_request_is_read(hub, only_bin, caplog, online):
   source = open_checkpoint('hf://google/t5-v1_1-base')
   assert source.path.endswith('pull')
   assert hub.asked[-1] == 'refs/pr/3'
-  assert 'pull request refs/pr/3 are read' in caplog.text
+  assert 'reading those of its pull request refs/pr/3' in caplog.text
 
 
 def test_without_one_torch_reads_its_own_files(hub, only_bin):
