@@ -73,7 +73,7 @@ def ours_of(args) -> peers.Ours:
 
 def measure(args):
   from ptune.data import batches as data
-  from ptune.data import packing
+  from ptune.data import device_feed, packing
 
   directory = pathlib.Path(args.data)
   if not (directory / 'train.tsv').exists():
@@ -134,7 +134,7 @@ def measure(args):
       'positions': round(positions / examples, 1),
       'padding': round(1 - real / positions, 3),
     }
-    put = functools.partial(data.device_put, mesh=ours.plan.mesh)
+    put = functools.partial(device_feed.device_put, mesh=ours.plan.mesh)
     take = steps(packed if name == 'packed' else ours.model)
     one_of = dict(zip(shapes, batches, strict=True))
     for shape, batch in one_of.items():

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ptune.data import batches, seqio_task
+from ptune.data import device_feed, seqio_task
 from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
@@ -69,7 +69,7 @@ def evaluate(
     method = bank_lib.METHOD
   plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
   at_once = evaluation.batch_size or data.batch_size
-  batches.check_batch_size(at_once, plan.mesh)
+  device_feed.check_batch_size(at_once, plan.mesh)
   if prompts is None:
     trained_model.check(plan, trained)
   directory = trained_model.output_directory(

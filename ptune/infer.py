@@ -11,7 +11,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from ptune.data import batches, seqio_task
+from ptune.data import device_feed, padding, seqio_task
 from ptune.data.inputs import STDIN, read_inputs
 from ptune.errors import UserError
 from ptune.model import parameters, partitioning
@@ -81,7 +81,7 @@ def infer(
     task, data, config, split, input_file, mode == 'score', own
   )
   mesh = partitioning.make_mesh(model_parallel)
-  batches.check_batch_size(data.batch_size, mesh)
+  device_feed.check_batch_size(data.batch_size, mesh)
   plan = parameters.plan(config, method, mesh)
   if named is None:
     trained_model.check(plan, trained)
@@ -119,13 +119,13 @@ def infer(
         return (), asked.score(params, batch)
       return asked.predict(params, batch, first + rows)
 
-    padded = batches.padded_batches(
+    padded = padding.padded_batches(
       [features for _, features in chunk],
       data.batch_size,
       data.bucket_multiple,
       config.ids.pad,
     )
-    put = lambda batch: batches.device_put(batch, mesh, method.check)
+    put = lambda batch: device_feed.device_put(batch, mesh, method.check)
     for row, (ids, score) in predictor.by_row(padded, put, ask):
       if mode == 'predict':
         records[row]['prediction'] = vocabulary.decode(ids.tolist())

@@ -29,7 +29,7 @@ from ptune.convert import (
 from ptune.convert.fingerprint import of_params
 from ptune.convert.prompts import read_rows
 from ptune.convert.source import Source
-from ptune.data import batches, packing, seqio_task
+from ptune.data import batches, device_feed, packing, seqio_task
 from ptune.errors import UserError
 from ptune.methods import prompt_init
 from ptune.model import parameters, partitioning
@@ -164,9 +164,9 @@ def train(
     # Known once the first packed rows are there: before others are read.
     examples_per_step = rows.examples_per_step
     with contextlib.closing(
-      batches.prefetch(rows, run.start, train_steps, mesh, check=check)
+      device_feed.prefetch(rows, run.start, train_steps, mesh, check=check)
     ) as ahead:
-      following = loop.with_first(ahead)
+      following = device_feed.with_first(ahead)
       run.begin([member], train_steps, examples_per_step, saving)
       run.describe(parameters.describe(plan), gin.operative_config_str())
       steps = loop.Loop(run, update, frozen, {'': evaluate}, evaluation)
@@ -192,8 +192,8 @@ def check_batch_sizes(
   data: settings.Data, evaluation: settings.Evaluation, mesh: jax.sharding.Mesh
 ) -> None:
   """Raises UserError if the devices cannot share the rows of a batch."""
-  batches.check_batch_size(data.batch_size, mesh, data.microbatches)
-  batches.check_batch_size(evaluation.batch_size or data.batch_size, mesh)
+  device_feed.check_batch_size(data.batch_size, mesh, data.microbatches)
+  device_feed.check_batch_size(evaluation.batch_size or data.batch_size, mesh)
 
 
 def check_base(

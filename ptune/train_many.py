@@ -29,7 +29,7 @@ import numpy as np
 from ptune import train
 from ptune.convert import check_config, open_checkpoint, with_rows
 from ptune.convert.fingerprint import of_params
-from ptune.data import batches
+from ptune.data import device_feed
 from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
@@ -151,9 +151,9 @@ def train_many(
     check = functools.partial(_check_rows, groups, data.batch_size)
     joined = lambda step: many.joined([b(step) for b in rows], config.ids.pad)
     with contextlib.closing(
-      batches.prefetch(joined, run.start, train_steps, mesh, check=check)
+      device_feed.prefetch(joined, run.start, train_steps, mesh, check=check)
     ) as ahead:
-      following = loop.with_first(ahead)
+      following = device_feed.with_first(ahead)
       run.begin(members, train_steps, data.batch_size, saving)
       steps = loop.Loop(run, update, frozen, evaluate, evaluation)
       state = steps(state, following)

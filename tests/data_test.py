@@ -18,7 +18,8 @@ import pytest
 
 from ptune.convert.pieces import Bytes
 from ptune.data import batches as data
-from ptune.data import positions, seqio_rows, seqio_task
+from ptune.data import device_feed, padding, positions, seqio_rows, seqio_task
+from ptune.data.device_feed import device_put
 from ptune.tasks import files
 
 import seqio  # isort: skip  (after seqio_rows, which quiets TensorFlow)
@@ -563,7 +564,7 @@ def test_positions_are_dense_near_the_end_and_few():
 def test_device_put_splits_the_rows_over_the_data_axis(task, shape):
   mesh = mesh_of(*shape)
   batch = data.Batches(task, LENGTHS, 16)(0)
-  on_devices = data.device_put(batch, mesh)
+  on_devices = device_put(batch, mesh)
   assert on_devices.keys() == batch.keys()
   for name, array in on_devices.items():
     np.testing.assert_array_equal(np.asarray(array), batch[name])
@@ -582,7 +583,7 @@ def test_batches_do_not_depend_on_the_devices(task):
   batches = data.Batches(task, LENGTHS, 8, seed=2)
   meshes = (mesh_of(8, 1), mesh_of(2, 4), mesh_of(1, 1, jax.devices()[:1]))
   results = [
-    {k: np.asarray(v) for k, v in data.device_put(batches(5), mesh).items()}
+    {k: np.asarray(v) for k, v in device_put(batches(5), mesh).items()}
     for mesh in meshes
   ]
   assert_same(results[0], results[1])
@@ -592,22 +593,22 @@ def test_batches_do_not_depend_on_the_devices(task):
 def test_device_put_names_the_batch_sizes_that_fit():
   batch = {'encoder_input_tokens': np.zeros((10, 3), np.int32)}
   with pytest.raises(ValueError, match=r'is 10, .* the 4 devices.*Use 8 or 12'):
-    data.device_put(batch, mesh_of(4, 2))
+    device_put(batch, mesh_of(4, 2))
   with pytest.raises(ValueError, match=r'the 4 devices.*Use 4'):
-    data.device_put({'x': np.zeros((3, 3), np.int32)}, mesh_of(4, 2))
+    device_put({'x': np.zeros((3, 3), np.int32)}, mesh_of(4, 2))
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ('rows',))
   with pytest.raises(ValueError, match=r"axes \('rows',\), expected .*data"):
-    data.device_put(batch, mesh)
+    device_put(batch, mesh)
 
 
 def test_prefetch_yields_every_step_in_order(task):
   batches = data.Batches(task, LENGTHS, 8)
   steps = []
-  for step, batch in data.prefetch(batches, 3, 9, mesh_of(8, 1)):
+  for step, batch in device_feed.prefetch(batches, 3, 9, mesh_of(8, 1)):
     assert_same({k: np.asarray(v) for k, v in batch.items()}, batches(step))
     steps.append(step)
   assert steps == list(range(3, 9))
-  assert list(data.prefetch(batches, 4, 4, mesh_of(8, 1))) == []
+  assert list(device_feed.prefetch(batches, 4, 4, mesh_of(8, 1))) == []
 
 
 def test_prefetch_raises_what_the_thread_raised_at_its_step(task):
@@ -618,7 +619,7 @@ def test_prefetch_raises_what_the_thread_raised_at_its_step(task):
       raise RuntimeError('no step 4')
     return batches(step)
 
-  steps = data.prefetch(broken, 0, 10, mesh_of(8, 1))
+  steps = device_feed.prefetch(broken, 0, 10, mesh_of(8, 1))
   seen = []
   with pytest.raises(RuntimeError, match='no step 4'):
     for step, _ in steps:
@@ -634,7 +635,7 @@ def test_closing_prefetch_ends_its_thread_and_reads_no_further(task):
     asked.append(step)
     return batches(step)
 
-  steps = data.prefetch(recorded, 0, 1000, mesh_of(8, 1), depth=3)
+  steps = device_feed.prefetch(recorded, 0, 1000, mesh_of(8, 1), depth=3)
   next(steps)
   steps.close()
   names = [thread.name for thread in threading.enumerate()]
@@ -648,7 +649,7 @@ def test_padded_batches_hold_every_example_exactly_once(
   examples, batch_size, bucket_multiple
 ):
   seen = []
-  for which, batch in data.padded_batches(
+  for which, batch in padding.padded_batches(
     examples, batch_size, bucket_multiple
   ):
     seen.extend(which.tolist())
@@ -672,9 +673,9 @@ def test_padded_batches_hold_every_example_exactly_once(
 
 
 def test_padded_batches_of_nothing_are_none():
-  assert list(data.padded_batches([], 4)) == []
+  assert list(padding.padded_batches([], 4)) == []
   with pytest.raises(ValueError, match='batch size is 0'):
-    next(data.padded_batches([], 0))
+    next(padding.padded_batches([], 0))
 
 
 def test_eval_batches_keep_the_indices_of_an_enumerated_dataset(task):
@@ -688,7 +689,7 @@ def test_eval_batches_keep_the_indices_of_an_enumerated_dataset(task):
     (7, dataset.enumerate(7)),
   ):
     seen = []
-    for indices, batch in data.eval_batches(given, 8, 16):
+    for indices, batch in padding.eval_batches(given, 8, 16):
       for index, row in zip(
         indices, batch['encoder_input_tokens'], strict=False
       ):

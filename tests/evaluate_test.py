@@ -12,8 +12,7 @@ from seqio import TaskRegistry
 
 from ptune import evaluate
 from ptune.convert.pieces import Bytes
-from ptune.data import batches as data
-from ptune.data import seqio_task
+from ptune.data import padding, seqio_task
 from ptune.errors import UserError
 from ptune.methods import full, prompt
 from ptune.model import parameters, partitioning
@@ -112,7 +111,7 @@ def test_scores_equal_those_made_by_hand(trained, reference):
     seqio_task.load('tiny'), tiny.LENGTHS, 'validation'
   )
   for _, row in examples:  # One by one.
-    ((_, batch),) = data.padded_batches([row], 1, None)
+    ((_, batch),) = padding.padded_batches([row], 1, None)
     batch = {
       k: np.pad(v, ((0, 0), (0, tiny.LENGTHS[side] - v.shape[1])))
       for k, v in batch.items()

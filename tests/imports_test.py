@@ -145,7 +145,8 @@ def test_what_must_not_know_of_each_other(below, above):
 @pytest.mark.parametrize(
   ('package', 'modules'),
   {
-    'tensorflow': 'convert.storage convert.seqio_tokenizer data.seqio_rows',
+    'tensorflow': 'convert.storage convert.seqio_tokenizer'
+    ' data.seqio_registry data.seqio_rows',
     'tensorflow_datasets': 'serving.seqio_metrics',
     'orbax': 'training.checkpoints',
     'clu': 'training.events',

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from ptune import train
 from ptune.convert import open_checkpoint
 from ptune.data import batches as data
-from ptune.data import seqio_task
+from ptune.data import device_feed, seqio_task
 from ptune.host import processes
 from ptune.methods import full
 from ptune.model import parameters, partitioning
@@ -234,7 +234,7 @@ def batches_of_all(directory):
   mesh = partitioning.make_mesh()
   found = {}
   for step in range(STEPS):
-    for name, x in data.device_put(batches(step), mesh).items():
+    for name, x in device_feed.device_put(batches(step), mesh).items():
       own = sum(shard.data.shape[0] for shard in x.addressable_shards)
       assert own == 8 // jax.process_count()
       found[f'{step} {name}'] = multihost_utils.process_allgather(x, tiled=True)

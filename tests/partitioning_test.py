@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from ptune.convert import open_checkpoint, restore
 from ptune.convert.fingerprint import of_params
-from ptune.data import batches as data
+from ptune.data import device_feed
+from ptune.data.device_feed import device_put
 from ptune.methods import full, prompt
 from ptune.model import attention, models, parameters, partitioning, sizes
 from ptune.training import optim
@@ -82,7 +83,7 @@ def update(mesh, method='prompt', **settings):
   state = state_lib.first_state(tx, nested(placed(plan, plan.trainable)), like)
   frozen = nested(placed(plan, plan.frozen))
   with plan.scope():
-    state, sums = step(state, frozen, data.device_put(BATCH, plan.mesh))
+    state, sums = step(state, frozen, device_put(BATCH, plan.mesh))
   return parameters.flatten(state.trainable), jax.device_get(sums)
 
 
@@ -136,7 +137,7 @@ def test_fully_sharded_weights_change_no_number(mesh):
   state = state_lib.first_state(tx, nested(placed(plan, plan.trainable)), like)
   frozen = placed(plan, plan.frozen)
   with plan.scope():
-    state, sums = step(state, nested(frozen), data.device_put(BATCH, plan.mesh))
+    state, sums = step(state, nested(frozen), device_put(BATCH, plan.mesh))
   trained = parameters.flatten(state.trainable)
   assert_same((trained, jax.device_get(sums)), update(ONE))
   assert trained[prompt.PATH].sharding.is_fully_replicated
@@ -293,11 +294,11 @@ def test_a_mesh_that_does_not_come_out_names_those_that_do(model_parallel):
 
 def test_a_batch_that_does_not_come_out_names_those_that_do():
   mesh = partitioning.make_mesh(2)
-  data.check_batch_size(8, mesh)
+  device_feed.check_batch_size(8, mesh)
   with pytest.raises(ValueError, match=r'BATCH_SIZE is 6.* 4 .*Use 4 or 8'):
-    data.check_batch_size(6, mesh)
+    device_feed.check_batch_size(6, mesh)
   with pytest.raises(ValueError, match=r'BATCH_SIZE is 6'):
-    data.device_put({k: x[:6] for k, x in BATCH.items()}, mesh)
+    device_put({k: x[:6] for k, x in BATCH.items()}, mesh)
 
 
 def test_rules_keep_a_split_only_where_it_comes_out():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ptune.convert.fingerprint import of_params
-from ptune.data import batches as data
+from ptune.data import device_feed
 from ptune.methods import decoder_prompt, full, ia3, lora, per_layer, prompt
 from ptune.methods import prefix as prefix_lib
 from ptune.model import (
@@ -83,7 +83,7 @@ def train(name, mesh='1x1', steps=10, **changes):
   trained = {path: placed.pop(path) for path in plan.trainable}
   frozen = parameters.unflatten(parameters.freeze(plan, placed))
   state = state_lib.first_state(tx, parameters.unflatten(trained), like)
-  batch = data.device_put(BATCH, plan.mesh)
+  batch = device_feed.device_put(BATCH, plan.mesh)
   sums = []
   with plan.scope():
     for _ in range(steps):

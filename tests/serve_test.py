@@ -22,8 +22,7 @@ import uvicorn
 
 from ptune import pretrained
 from ptune.convert.vocabulary import vocabulary_of
-from ptune.data import batches as data
-from ptune.data import seqio_task
+from ptune.data import bucketing, seqio_task
 from ptune.methods import prompt
 from ptune.model import parameters
 from ptune.model.models import EncoderDecoderModel
@@ -631,4 +630,4 @@ def test_a_port_that_is_taken_is_said():
       serve.listen('127.0.0.1', taken.getsockname()[1])
   with pytest.raises(ValueError, match='--port is 70000; expected 0 to 65535'):
     serve.listen('127.0.0.1', 70000)
-  assert data.BUCKET_MULTIPLE == 32  # What 32 tokens of input rest on.
+  assert bucketing.BUCKET_MULTIPLE == 32  # What 32 tokens of input rest on.

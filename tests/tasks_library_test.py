@@ -19,6 +19,7 @@ import pytest
 
 from ptune.data import batches as data
 from ptune.data import seqio_task
+from ptune.data.device_feed import device_put
 from ptune.methods import prompt
 from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
@@ -176,7 +177,7 @@ def test_every_task_reads_rows_and_trains(name):
   plan, _, first, frozen, update = trained_step()
   state = jax.tree.map(jnp.copy, first)  # An update takes its state.
   with plan.scope():
-    after, sums = update(state, frozen, data.device_put(batch, plan.mesh))
+    after, sums = update(state, frozen, device_put(batch, plan.mesh))
   assert np.isfinite(sums['loss']) and sums['loss'] > 0
   assert int(after.step) == 1
 
@@ -320,7 +321,7 @@ def test_a_mixture_trains():
   now = jax.tree.map(jnp.copy, first)
   for step in range(2):
     with plan.scope():
-      now, sums = update(now, frozen, data.device_put(batches(step), plan.mesh))
+      now, sums = update(now, frozen, device_put(batches(step), plan.mesh))
     assert np.isfinite(sums['loss'])
   assert int(now.step) == 2
 

@@ -38,7 +38,7 @@ from etils import epath
 
 from ptune.analysis import figures
 from ptune.convert.prompts import read_prompt, write_prompt
-from ptune.data import batches, seqio_task
+from ptune.data import device_feed, seqio_task
 from ptune.errors import UserError
 from ptune.host.files import write_atomically
 from ptune.methods import prompt as prompt_lib
@@ -127,7 +127,7 @@ def ablate(
   )
   mesh = partitioning.make_mesh(model_parallel)
   plan = parameters.plan(config, method, mesh)
-  batches.check_batch_size(evaluation.batch_size or data.batch_size, mesh)
+  device_feed.check_batch_size(evaluation.batch_size or data.batch_size, mesh)
   length = _length(plan)
   _check_pruning(pruning, length, config.emb_dim)
   trained_model.check(plan, trained)

@@ -9,7 +9,7 @@ from ptune.api import rows as rows_lib
 from ptune.api.base import Base, as_base
 from ptune.api.recorded import BATCH_SIZE, LENGTHS
 from ptune.api.tuned import Tuned, batch_size
-from ptune.data import batches, seqio_task
+from ptune.data import bucketing, device_feed, padding, seqio_task
 from ptune.errors import UserError
 from ptune.serving import ensemble, predictor
 from ptune.serving.bank import PromptBank
@@ -147,13 +147,13 @@ class Bank:
       for text in texts
     ]
     found = predictor.by_row(
-      batches.padded_batches(
+      padding.padded_batches(
         examples,
         batch_size(len(examples), BATCH_SIZE, mesh),
-        batches.BUCKET_MULTIPLE,
+        bucketing.BUCKET_MULTIPLE,
         ids.pad,
       ),
-      lambda batch: batches.device_put(batch, mesh),
+      lambda batch: device_feed.device_put(batch, mesh),
       lambda batch, rows: self._bank.predictor.predict(
         self._bank.trees([names[row] for row in rows]), batch, rows
       ),

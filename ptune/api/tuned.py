@@ -18,7 +18,7 @@ from ptune.api.recorded import Recorded
 from ptune.config import flags
 from ptune.convert import export as export_lib
 from ptune.convert import merged, prompts, publish
-from ptune.data import batches, seqio_task
+from ptune.data import batches, bucketing, device_feed, padding, seqio_task
 from ptune.errors import UserError
 from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
@@ -370,13 +370,13 @@ class Tuned:
     """The answer to each row, in their order."""
     plan, most = self._plan, self._settings.batch_size
     found = predictor.by_row(
-      batches.padded_batches(
+      padding.padded_batches(
         features,
         batch_size(len(features), most, plan.mesh),
-        batches.BUCKET_MULTIPLE,
+        bucketing.BUCKET_MULTIPLE,
         self._settings.config.ids.pad,
       ),
-      lambda batch: batches.device_put(batch, plan.mesh, plan.method.check),
+      lambda batch: device_feed.device_put(batch, plan.mesh, plan.method.check),
       lambda batch, rows: ask((self._params,), batch, rows),
     )
     by_row = dict(found)

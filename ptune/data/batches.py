@@ -18,111 +18,27 @@ order whether they come from Python, flags or a gin file. A classification is
 trained on the rows that have a label.
 """
 
-import collections
-import concurrent.futures
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
 from ptune.data import seqio_task
+from ptune.data.bucketing import BUCKET_MULTIPLE, bucket, round_up
 from ptune.data.positions import Positions
+from ptune.data.ragged import Ragged, join
 from ptune.data.seqio_task import FEATURES, Batch, Provider, shifted
 from ptune.errors import UserError
 from ptune.model.sizes import TokenIds
 
-Check = Callable[[np.ndarray], None]
 PathLike = str | os.PathLike[str]
 
-BUCKET_MULTIPLE = 32
 _TRIMMED = '_trimmed'  # suffix of the marks that count trimming
-
-
-class _Ragged(NamedTuple):
-  """Rows of different lengths: row i is values[starts[i]:starts[i + 1]]."""
-
-  values: np.ndarray  # [tokens] int32
-  starts: np.ndarray  # [rows + 1] int64
-
-  def lengths(self, which=slice(None)) -> np.ndarray:
-    return self.starts[1:][which] - self.starts[:-1][which]
-
-  def row(self, index: int) -> np.ndarray:
-    return self.values[self.starts[index] : self.starts[index + 1]]
-
-  def padded(self, which: np.ndarray, length: int, pad: int) -> np.ndarray:
-    """Returns the rows `which`, padded: [len(which), length]."""
-    padded = np.full((len(which), length), pad, np.int32)
-    for i, index in enumerate(which):
-      tokens = self.row(index)
-      padded[i, : len(tokens)] = tokens
-    return padded
-
-
-def _join(blocks: Sequence[dict[str, np.ndarray]], name: str) -> _Ragged:
-  values, lengths = [], [block[name + '_length'] for block in blocks]
-  for block, length in zip(blocks, lengths, strict=True):
-    tokens = block[name]
-    values.append(tokens[np.arange(tokens.shape[1]) < length[:, None]])
-  starts = np.cumsum(np.concatenate([[0], *lengths]))
-  return _Ragged(np.concatenate(values), starts)
-
-
-def _round_up(length, multiple: int | None, limit: int, finely: bool = False):
-  """Rounds up to a multiple, at most `limit`; without one, to `limit`.
-
-  Finely, short ones only to a half of it, a quarter and so on, to 4 at least.
-  """
-  if not multiple:
-    return np.full_like(length, limit)
-  rounded = np.maximum(-(-length // multiple), 1) * multiple
-  while finely and multiple >= 8 and multiple % 2 == 0:
-    multiple //= 2
-    rounded = np.where(length <= multiple, multiple, rounded)
-  return np.minimum(rounded, limit)
-
-
-def _bucket(
-  lengths: Sequence[np.ndarray],
-  head: int,
-  batch_size: int,
-  window: int,
-  rng: np.random.Generator,
-) -> np.ndarray:
-  """Reorders rows so that batches hold rows of like length.
-
-  With input lengths, batches of 2, a head of 1 and one window:
-      before  5 | 7 2 | 8 1 | 2 7 | 3
-      after   5 | 2 7 | 1 2 | 7 8 | 3
-
-  Args:
-    lengths: [rows] Rounded lengths of the inputs, and of the targets, by
-      which equal inputs are sorted. Ties keep their order, which is random.
-    head: Rows at the start that complete the batch before. They stay where
-      they are, as do those at the end that begin another batch.
-    batch_size: Rows in a batch.
-    window: Batches among which rows are sorted. The order of the batches
-      within a window is random.
-    rng: Draws that order.
-
-  Returns:
-    [rows] A permutation of the rows.
-  """
-  inputs, targets = lengths
-  order = np.arange(len(inputs))
-  batches = max(0, len(order) - head) // batch_size
-  windows = max(1, -(-batches // window))  # of even size: short ones sort badly
-  edges = [head + batches * i // windows * batch_size for i in range(windows)]
-  for start, stop in itertools.pairwise([*edges, head + batches * batch_size]):
-    rows = np.lexsort((targets[start:stop], inputs[start:stop]))
-    rows = rng.permutation(start + rows.reshape(-1, batch_size))
-    order[start:stop] = rows.ravel()
-  return order
 
 
 class Batches:
@@ -220,7 +136,7 @@ class Batches:
       self._positions = Positions(positions, {'of': key, **versions})
     self._writes = jax.process_index() == 0
 
-  def _tokenise(self, limit: float) -> dict[str, _Ragged] | None:
+  def _tokenise(self, limit: float) -> dict[str, Ragged] | None:
     """Reads a task of at most `limit` rows into memory, None if it is larger.
 
     At least one row is read, so that what is wrong with a task shows here.
@@ -246,7 +162,7 @@ class Batches:
     first = not any(self.trimmed.values())
     for name in FEATURES:
       self.trimmed[name] += sum(int(b[name + _TRIMMED].sum()) for b in blocks)
-    rows = {name: _join(blocks, name) for name in FEATURES}
+    rows = {name: join(blocks, name) for name in FEATURES}
     if first and any(self.trimmed.values()):
       logging.warning(
         '%s: of the first %d rows, %s were trimmed to TASK_FEATURE_LENGTHS %s.',
@@ -302,7 +218,7 @@ class Batches:
         self._eos_id,
       )
 
-  def _next_window(self, index: int) -> dict[str, _Ragged]:
+  def _next_window(self, index: int) -> dict[str, Ragged]:
     """Reads a window of the stream, which is searched if it is not the next."""
     if index != self._next_chunk:
       self._stream = self._open_stream(index)
@@ -351,7 +267,7 @@ class Batches:
       pass
     return stream
 
-  def _make_chunk(self, index: int) -> tuple[dict[str, _Ragged], np.ndarray]:
+  def _make_chunk(self, index: int) -> tuple[dict[str, Ragged], np.ndarray]:
     """Returns rows, and the order [chunk_size] in which they come."""
     key = np.array([self._seed, index], np.uint64)
     rng = np.random.Generator(np.random.Philox(key=key))
@@ -364,7 +280,7 @@ class Batches:
       if self._labelled:
         lengths[1] = np.zeros_like(lengths[1])
       head = -index * self._chunk_size % self._batch_size
-      bucketed = _bucket(lengths, head, self._batch_size, self._window, rng)
+      bucketed = bucket(lengths, head, self._batch_size, self._window, rng)
       order = order[bucketed]
     return rows, order
 
@@ -372,7 +288,7 @@ class Batches:
     # The decoder computes what is added to a label of three tokens too, and
     # the output layer, as wide as the vocabulary.
     finely = name == 'targets'
-    return _round_up(lengths, self._multiple, self._lengths[name], finely)
+    return round_up(lengths, self._multiple, self._lengths[name], finely)
 
   @property
   def examples_per_step(self) -> float:
@@ -420,184 +336,3 @@ class Batches:
       'decoder_input_tokens': shifted(targets, self._ids.start),
       'decoder_loss_weights': (targets != self._ids.pad).astype(np.int32),
     }
-
-
-def check_batch_size(
-  size: int, mesh: jax.sharding.Mesh, microbatches: int = 1
-) -> None:
-  """Raises a ValueError unless the axis `data` divides each microbatch."""
-  if 'data' not in mesh.shape:
-    raise UserError(
-      f'The mesh has the axes {mesh.axis_names}, expected one named data.'
-    )
-  devices = mesh.shape['data']
-  parts = devices * microbatches
-  if size % parts:
-    below = size - size % parts
-    fitting = ' or '.join(str(s) for s in (below, below + parts) if s)
-    times = f', times {microbatches} MICROBATCHES' if microbatches > 1 else ''
-    raise UserError(
-      f'BATCH_SIZE is {size}, expected a multiple of the {devices} devices '
-      f'along the mesh axis data{times}. Use {fitting}.'
-    )
-
-
-def device_put(
-  batch: Batch, mesh: jax.sharding.Mesh, check: Check | None = None
-) -> dict[str, jax.Array]:
-  """Puts a global batch on devices, its rows split over the axis `data`.
-
-  Each process passes the same batch, and copies the rows of its devices only.
-
-  Args:
-    batch: Features [batch, length].
-    mesh: The devices.
-    check: The method's, of the encoder's input tokens.
-
-  Raises:
-    ValueError: The mesh has no axis `data`, or it does not divide the batch;
-      or what `check` says.
-  """
-  if check is not None:
-    check(batch['encoder_input_tokens'])
-  check_batch_size(len(next(iter(batch.values()))), mesh)
-  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-  return {
-    name: jax.make_array_from_callback(array.shape, rows, array.__getitem__)
-    for name, array in batch.items()
-  }
-
-
-def prefetch(
-  batches: Callable[[int], Batch],
-  start: int,
-  stop: int,
-  mesh: jax.sharding.Mesh,
-  depth: int = 2,
-  check: Check | None = None,
-) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-  """Yields (step, batch on devices) for steps start..stop-1.
-
-  A thread works up to `depth` batches ahead. What it raises is raised at the
-  step concerned; closing the generator ends the thread.
-  """
-
-  def make(step):
-    return device_put(batches(step), mesh, check)
-
-  steps = iter(range(start, stop))
-  thread = concurrent.futures.ThreadPoolExecutor(1, 'ptune-data')
-  try:
-    ahead = collections.deque(
-      thread.submit(make, step) for step in itertools.islice(steps, depth)
-    )
-    for step in range(start, stop):
-      batch = ahead.popleft().result()
-      ahead.extend(thread.submit(make, s) for s in itertools.islice(steps, 1))
-      yield step, batch
-  finally:
-    thread.shutdown(cancel_futures=True)
-
-
-def filled_up(
-  rows: Iterable[np.ndarray], length: int, name: str, pad: int
-) -> np.ndarray:
-  """Rows of a feature as one array [rows, length].
-
-  Args:
-    rows: [at most length] each.
-    length: Of what is returned.
-    name: The feature; tokens are filled up with `pad`, weights and segments
-      with 0.
-    pad: The token that rows are padded with.
-  """
-  value = pad if name.endswith('_tokens') else 0
-  return np.stack(
-    [np.pad(row, (0, length - len(row)), constant_values=value) for row in rows]
-  )
-
-
-def padded_batches(
-  examples: Iterable[Mapping[str, np.ndarray]],
-  batch_size: int,
-  bucket_multiple: int | None = BUCKET_MULTIPLE,
-  pad: int = 0,
-) -> Iterator[tuple[np.ndarray, Batch]]:
-  """Yields every example exactly once, in batches of one size.
-
-  With a multiple, the longest inputs come first (what does not fit in memory
-  fails at once), and inputs are cut to the batch's longest, rounded up. What
-  the decoder reads keeps its length, which must not tell that of the targets.
-
-  Args:
-    examples: Model features, 1-D, padded or not.
-    batch_size: Rows in each batch. The last one is filled up by repeating its
-      last example, so that decoding ends as early as without, with loss
-      weights of 0, so that sums over tokens are right.
-    bucket_multiple: As for `Batches`; None or 0 keeps order and length.
-    pad: The token that rows are padded with.
-
-  Yields:
-    Which examples the first rows hold [n <= batch_size], and the batch.
-  """
-  if batch_size < 1:
-    raise UserError(f'The batch size is {batch_size}, expected at least 1.')
-  examples = list(examples)
-  longest = {
-    name: max(len(example[name]) for example in examples)
-    for name in (examples[0] if examples else ())
-  }
-  tokens = (np.flatnonzero(e['encoder_input_tokens'] != pad) for e in examples)
-  lengths = np.array([t[-1] + 1 if len(t) else 0 for t in tokens])
-  order = np.arange(len(examples))
-  if bucket_multiple:
-    order = np.argsort(-lengths, kind='stable')
-  for start in range(0, len(examples), batch_size):
-    which = order[start : start + batch_size]
-    numbers = repeat_last(which, batch_size)
-    limit = longest['encoder_input_tokens']
-    cut = _round_up(lengths[which].max(), bucket_multiple, limit)
-    batch = {}
-    for name, length in {**longest, 'encoder_input_tokens': cut}.items():
-      rows = [examples[i][name][:length] for i in numbers]
-      batch[name] = filled_up(rows, length, name, pad)
-    batch['decoder_loss_weights'][len(which) :] = 0
-    yield which, batch
-
-
-def repeat_last(rows: np.ndarray, batch_size: int) -> np.ndarray:
-  """The numbers of a batch's rows: after the last, it stands again.
-
-  [4, 5], 4 -> [4, 5, 5, 5]
-  """
-  return np.pad(rows, (0, batch_size - len(rows)), 'edge')
-
-
-def eval_batches(
-  dataset: Any,
-  batch_size: int,
-  bucket_multiple: int | None = BUCKET_MULTIPLE,
-  pad: int = 0,
-) -> Iterator[tuple[np.ndarray, Batch]]:
-  """Yields a data set of model features as `padded_batches` does.
-
-  Args:
-    dataset: Pairs of an index and model features; or a data set of TensorFlow,
-      enumerated (as seqio.Evaluator's are) or not: then its indices count the
-      examples from 0.
-    batch_size: See `padded_batches`.
-    bucket_multiple: See `padded_batches`.
-  """
-  pairs = dataset
-  if not isinstance(dataset, Sequence):
-    if not isinstance(dataset.element_spec, tuple):
-      dataset = dataset.enumerate()
-    pairs = dataset.as_numpy_iterator()
-  indices, examples = [], []
-  for index, example in pairs:
-    indices.append(index)
-    examples.append(example)
-  for which, batch in padded_batches(
-    examples, batch_size, bucket_multiple, pad
-  ):
-    yield np.array(indices)[which], batch

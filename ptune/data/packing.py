@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptune.data import batches as data
+from ptune.data import padding
 from ptune.data.seqio_task import FEATURES, Batch, Provider, shifted
 from ptune.errors import UserError
 from ptune.model import parameters
@@ -169,7 +170,7 @@ class PackedBatches(data.Batches):
     for name, values in parts.items():
       length = inputs if name.startswith('encoder') else targets
       joined = np.concatenate(values)
-      row[name] = data.filled_up([joined], length, name, self._ids.pad)[0]
+      row[name] = padding.filled_up([joined], length, name, self._ids.pad)[0]
     return row
 
 

@@ -40,11 +40,11 @@ LABELLED_ROWS = 100_000
 Batch = dict[str, np.ndarray]
 
 
-def _seqio_rows() -> Any:
+def _seqio() -> Any:
   """The module that imports SeqIO, and with it TensorFlow."""
   with quiet_stderr():
-    from ptune.data import seqio_rows
-  return seqio_rows
+    from ptune.data import seqio_registry
+  return seqio_registry
 
 
 def load(
@@ -65,7 +65,7 @@ def load(
       f'MIXTURE_OR_TASK_NAME is {name!r}; it must be a name, such as'
       " 'glue_sst2_v200'"
     )
-  return _seqio_rows().load(name, module)
+  return _seqio().load(name, module)
 
 
 def rows_of(
@@ -78,7 +78,9 @@ def rows_of(
   """What reads a task's training rows as token ids."""
   if isinstance(task, TextTask):
     return TextRows(task, feature_lengths, split)
-  return _seqio_rows().SeqioRows(task, feature_lengths, split, use_cached, seed)
+  with quiet_stderr():
+    from ptune.data import seqio_rows
+  return seqio_rows.SeqioRows(task, feature_lengths, split, use_cached, seed)
 
 
 def check(
@@ -98,7 +100,7 @@ def check(
     )
   wrong, has = [], ', '.join(FEATURES)
   if not isinstance(task, TextTask):
-    wrong = _seqio_rows().problems(task, split, use_cached)
+    wrong = _seqio().problems(task, split, use_cached)
     has = ', '.join(task.output_features)
   for name in FEATURES:
     if name not in feature_lengths:
@@ -126,7 +128,7 @@ def _labels_that_are_cut(task: Provider, length: int) -> list[str]:
   if isinstance(task, TextTask):
     postprocessors = [task.postprocess_fn]
   else:
-    postprocessors = _seqio_rows().postprocessors(task)
+    postprocessors = _seqio().postprocessors(task)
   wrong = []
   for ids in filter(None, map(labels_lib.of, postprocessors)):
     assert ids.written  # Raises if two are the same.
@@ -142,7 +144,7 @@ def vocabulary(task: Provider) -> Vocabulary:
   """
   if isinstance(task, TextTask):
     return task.vocabulary
-  return _seqio_rows().vocabulary(task)
+  return _seqio().vocabulary(task)
 
 
 def eos_id(task: Provider) -> int | None:
@@ -169,7 +171,7 @@ def check_vocabulary(
   """
   own = vocabulary(task)
   if not isinstance(task, TextTask):
-    _seqio_rows().read_vocabulary(task)
+    _seqio().read_vocabulary(task)
   if base is not None:
     check_same(own, base)
   if own.eos_id is not None and ids.eos not in (-1, own.eos_id):
@@ -212,7 +214,7 @@ def examples(
       texts = {name: example[name] for name in FEATURES}
       yield encode(task, feature_lengths, texts, ids)
     return
-  for texts, tokens in _seqio_rows().examples(
+  for texts, tokens in _seqio().examples(
     task, feature_lengths, split, use_cached
   ):
     yield texts, model_features(tokens['inputs'], tokens['targets'], ids)

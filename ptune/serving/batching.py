@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from ptune.data import batches as data
-from ptune.data import seqio_task
+from ptune.data import bucketing, device_feed, padding, seqio_task
 from ptune.serving.bank import PromptBank, UnknownPrompt, unknown
 
 # Tokens [max_decode_length] and their log probability. If targets were given,
@@ -61,7 +60,7 @@ class Batcher:
       max_queue: Most rows that wait.
       observe: Called with the rows of each batch, and the seconds it took.
     """
-    data.check_batch_size(batch_size, bank.plan.mesh)
+    device_feed.check_batch_size(batch_size, bank.plan.mesh)
     self._bank = bank
     self.input_length, self.output_length = input_length, output_length
     self.batch_size, self.max_queue = batch_size, max_queue
@@ -81,7 +80,10 @@ class Batcher:
     name = ' '  # As no user's is.
     never: Any = (None, 0.0, None)
     self._bank.add(name, np.zeros((1, self._bank.embed), np.float32))
-    step, eos = data.BUCKET_MULTIPLE, self._bank.plan.network.config.ids.eos
+    step, eos = (
+      bucketing.BUCKET_MULTIPLE,
+      self._bank.plan.network.config.ids.eos,
+    )
     for length in (*range(step, self.input_length, step), self.input_length):
       for count in {1, self.batch_size}:
         tokens = np.full(length, eos, np.int32)
@@ -215,7 +217,7 @@ class Batcher:
     size = few if len(rows) <= few else self.batch_size
     examples = []
     special = self._bank.plan.network.config.ids
-    padded = lambda tokens, length: data.filled_up(
+    padded = lambda tokens, length: padding.filled_up(
       [tokens], length, 'encoder_input_tokens', special.pad
     )[0]
     for row in rows:
@@ -229,6 +231,6 @@ class Batcher:
       )
       example['decoder_loss_weights'] = weights.astype(np.int32)
       examples.append(example)
-    for which, batch in data.padded_batches(examples, size, pad=special.pad):
-      numbers = data.repeat_last(which, size)
+    for which, batch in padding.padded_batches(examples, size, pad=special.pad):
+      numbers = padding.repeat_last(which, size)
       yield which, [rows[i].name for i in numbers], batch

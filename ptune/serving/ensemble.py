@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ptune.data.batches import repeat_last
+from ptune.data.padding import repeat_last
 from ptune.host.files import write_atomically
 from ptune.serving.bank import PromptBank
 from ptune.serving.predictor import fetched

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from ptune.data import batches as data
-from ptune.data import seqio_task
+from ptune.data import bucketing, device_feed, padding, seqio_task
 from ptune.host.quiet import quiet_stderr
 from ptune.model import parameters
 from ptune.model.models import Decoding, EncoderDecoderModel
@@ -32,7 +31,7 @@ class Evaluation:
     metrics: Computes the task's own metrics of what is answered, whoever
       answers; see `TextMetrics.__call__`.
     datasets: For each part of the task what is answered, see
-      `batches.eval_batches`.
+      `padding.eval_batches`.
   """
 
   def __init__(
@@ -46,7 +45,7 @@ class Evaluation:
     batch_size: int,
     decoding: Decoding = Decoding(),
     num_examples: int | None = None,
-    bucket_multiple: int | None = data.BUCKET_MULTIPLE,
+    bucket_multiple: int | None = bucketing.BUCKET_MULTIPLE,
     use_cached: bool = False,
     seed: int = 0,
     directory: os.PathLike[str] | None = None,
@@ -63,7 +62,7 @@ class Evaluation:
         for rounding in bfloat16.
       decoding: How predictions are decoded.
       num_examples: Only the first so many; all if not given.
-      bucket_multiple: See `data.padded_batches`.
+      bucket_multiple: See `padding.padded_batches`.
       use_cached: USE_CACHED_TASKS.
       seed: For sampling.
       directory: Predictions are written to `<task>/predictions-<step>.jsonl`
@@ -157,7 +156,7 @@ class Evaluation:
     return [i for rows, _ in self._host_batches(dataset) for i in rows.tolist()]
 
   def _host_batches(self, dataset):
-    return data.eval_batches(
+    return padding.eval_batches(
       dataset, self.batch_size, self._multiple, self._ids.pad
     )
 
@@ -199,7 +198,7 @@ class Evaluation:
         raise Stopped
       batch = {k: np.tile(x, (copies, 1)) for k, x in batch.items()}
       check = self._plan.method.check
-      yield rows, data.device_put(batch, self._plan.mesh, check)
+      yield rows, device_feed.device_put(batch, self._plan.mesh, check)
 
   def _predict(self, trees, should_stop, dataset):
     """[(row, tokens)] in any order, and their scores."""
@@ -208,7 +207,7 @@ class Evaluation:
       (
         rows,
         self._predictor.predict(
-          trees, batch, data.repeat_last(rows, self.batch_size)
+          trees, batch, padding.repeat_last(rows, self.batch_size)
         ),
       )
       for rows, batch in self.batches(dataset, should_stop)

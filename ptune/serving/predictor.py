@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ptune.data.batches import repeat_last
+from ptune.data.padding import repeat_last
 from ptune.model import parameters, partitioning
 from ptune.model.models import Decoding, EncoderDecoderModel
 
@@ -36,7 +36,7 @@ def by_row(
 
   Args:
     padded: Batches, and which examples their first rows hold, of
-      `batches.padded_batches`.
+      `padding.padded_batches`.
     put: Puts a batch on the devices.
     ask: Of a batch on the devices, and [batch] which example is in each row.
       What it returns is a tuple of [batch, ...] arrays, or empty ones.

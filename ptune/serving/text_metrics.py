@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 
 from ptune.data import seqio_task
-from ptune.data.batches import filled_up
+from ptune.data.padding import filled_up
 from ptune.errors import UserError
 from ptune.model.sizes import TokenIds
 from ptune.serving import predictions as predictions_lib

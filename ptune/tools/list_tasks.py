@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     if args.module or not shows:
       with quiet_stderr():
-        importlib.import_module('ptune.data.seqio_rows')
+        importlib.import_module('ptune.data.seqio_registry')
     for module in args.module:
       importlib.import_module(module)
     lines = _show(args) if shows else _list(args.pattern)

@@ -8,7 +8,6 @@ is a function of the step.
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -223,17 +222,6 @@ class Loop:
     for member in self.run.members:
       scores = report.scores_at(self.run.reports[member.name].records, step)
       self.run.write_prompt(member, f'step_{step}', state, scores)
-
-
-def with_first(
-  batches: Iterator[tuple[int, Batch]],
-) -> Iterator[tuple[int, Batch]]:
-  """The same batches; the first is read now, which can take long.
-
-  A stream that goes on at a late step is read up to there.
-  """
-  first = list(itertools.islice(batches, 1))
-  return itertools.chain(first, batches)
 
 
 def add_metrics(

@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 
-from ptune.data.batches import BUCKET_MULTIPLE
+from ptune.data.bucketing import BUCKET_MULTIPLE
 from ptune.errors import check_counts
 from ptune.model.models import Decoding
 from ptune.tasks.texts import TextTask

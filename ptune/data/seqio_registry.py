@@ -1,0 +1,192 @@
+"""SeqIO tasks: found by name, checked, their vocabulary and their texts.
+
+`seqio_task` imports this module, and with it TensorFlow, when a SeqIO task is
+named.
+"""
+
+import importlib
+import os
+import re
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# TensorFlow is loud. Importing jax sets the level to 1; another is the user's.
+if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
+  os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+import seqio
+import tensorflow as tf
+
+from ptune.errors import UserError, nearest
+
+# The accelerators are JAX's: TensorFlow would take all of a GPU's memory.
+tf.config.set_visible_devices([], 'GPU')
+tf.get_logger().setLevel('ERROR')
+
+FEATURES = ('inputs', 'targets')
+
+Provider = seqio.Task | seqio.Mixture
+
+
+def load(name: str, module: str | Sequence[str] | None = None) -> Provider:
+  """See `seqio_task.load`."""
+  for path in [module] if isinstance(module, str) else module or ():
+    _import(path)
+  if not _is_registered(name):  # It may be one of ptune's own.
+    importlib.import_module('ptune.tasks.library')
+  if not _is_registered(name):
+    names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    near = nearest(name, names, most=0, cutoff=0.3)
+    raise UserError(
+      f'MIXTURE_OR_TASK_NAME {name!r} is none of the {len(names)} registered '
+      f'names{near or "."} Set MIXTURE_OR_TASK_MODULE to the module that '
+      f'registers it (imported: {module}).'
+    )
+  return seqio.get_mixture_or_task(name)
+
+
+def _import(path: str) -> None:
+  """Imports a module of a user's tasks.
+
+  Raises:
+    UserError: If there is none, or its code fails.
+  """
+  what = f'MIXTURE_OR_TASK_MODULE {path!r} cannot be imported'
+  if not re.fullmatch(r'[^\W\d]\w*(\.[^\W\d]\w*)*', path):
+    raise UserError(f'{what}: expected the name of a module, such as my.tasks')
+  try:
+    importlib.import_module(path)
+  except UserError:
+    raise
+  except ModuleNotFoundError as error:
+    where = (
+      ''
+      if error.name and f'{path}.'.startswith(f'{error.name}.')
+      else (f' at {_place(error)}')
+    )
+    raise UserError(
+      f'{what}, there is no module {error.name!r}{where}. Install it or put it'
+      ' on PYTHONPATH.'
+    ) from error
+  except SystemExit as error:
+    raise UserError(f'{what}: it ended Python, at {_place(error)}') from error
+  except Exception as error:
+    if path.startswith('ptune.'):  # A bug of ours.
+      raise
+    raise UserError(
+      f'{what}: at {_place(error)}: {type(error).__name__}: {error}'
+    ) from error
+
+
+def _place(error: BaseException) -> str:
+  """The file and line in which an error was raised."""
+  if isinstance(error, SyntaxError):
+    return f'{error.filename}, line {error.lineno}'
+  # Of the user's code the last: not of what it calls in Python's own.
+  trace = traceback.extract_tb(error.__traceback__)
+  frames = [f for f in trace if 'importlib' not in f.filename] or trace
+  return f'{frames[-1].filename}, line {frames[-1].lineno}'
+
+
+def _is_registered(name: str) -> bool:
+  return name in seqio.TaskRegistry.names() or (
+    name in seqio.MixtureRegistry.names()
+  )
+
+
+def problems(task: Provider, split: str | None, use_cached: bool) -> list[str]:
+  """All that keeps T5 from reading a task, but for the lengths."""
+  wrong = []
+  has = ', '.join(task.output_features)
+  for name in FEATURES:
+    feature = task.output_features.get(name)
+    if feature is None:
+      wrong.append(
+        f'no feature {name!r}; rename one with rekey (it has: {has})'
+      )
+    elif feature.dtype != tf.int32 or feature.rank != 1:
+      kind = f'{feature.dtype.name} of rank {feature.rank}'
+      wrong.append(f'{name!r} is {kind}, expected token ids: int32 of rank 1')
+  for part in seqio.get_subtasks(task) if split is not None else ():
+    if part.requires_caching and not use_cached:
+      wrong.append(f'{part.name} must be cached; set USE_CACHED_TASKS = True')
+    if use_cached and part.supports_caching and not part.cache_dir:
+      searched = list(seqio.utils.get_global_cache_dirs())
+      wrong.append(
+        f'{part.name} is not in the cache directories {searched}; cache it '
+        'with seqio_cache_tasks, or set USE_CACHED_TASKS = False'
+      )
+  return wrong
+
+
+def postprocessors(task: Provider) -> list[Any]:
+  """What comes before the metrics of a task, or of each in a mixture."""
+  return [part.postprocessor for part in seqio.get_subtasks(task)]
+
+
+def vocabulary(task: Provider) -> seqio.Vocabulary:
+  """Returns the one vocabulary of a task's inputs and targets.
+
+  Raises:
+    ValueError: They differ; T5 has one embedding for both.
+  """
+  inputs, targets = (task.output_features[f].vocabulary for f in FEATURES)
+  if inputs != targets:
+    raise UserError(
+      f'Task {task.name!r} has the vocabulary {inputs} for inputs and '
+      f'{targets} for targets, expected one for both: T5 embeds them with the '
+      'same parameter. Give the features the same vocabulary.'
+    )
+  return inputs
+
+
+def read_vocabulary(task: Provider) -> seqio.Vocabulary:
+  """The vocabulary of a task, whose file has been read.
+
+  Raises:
+    UserError: It cannot be read, or there are two.
+  """
+  inputs = vocabulary(task)
+  try:
+    inputs.vocab_size  # noqa: B018  (reads the file)
+  except (tf.errors.OpError, OSError, RuntimeError) as error:
+    file = getattr(inputs, 'sentencepiece_model_file', None) or inputs
+    raise UserError(
+      f'Task {task.name!r}: its vocabulary {file} cannot be read:'
+      f' {" ".join(str(error).split())}. Set VOCABULARY (or PTUNE_VOCABULARY)'
+      ' to the SentencePiece file or the directory of your model, such as'
+      " 'ptune://tiny'"
+    ) from error
+  return inputs
+
+
+def examples(
+  task: Provider,
+  feature_lengths: Mapping[str, int],
+  split: str,
+  use_cached: bool = False,
+) -> Iterator[tuple[dict[str, str], dict[str, np.ndarray]]]:
+  """Yields what a split holds, in order: its texts, and its token ids.
+
+  Texts are `inputs` and `targets`, as they were before tokenisation.
+  """
+  vocab = read_vocabulary(task)
+  dataset = task.get_dataset(
+    dict(feature_lengths),
+    split,
+    shuffle=False,
+    num_epochs=1,
+    use_cached=use_cached,
+    seed=0,
+  )
+  for example in dataset.as_numpy_iterator():
+    texts = {}
+    for name in FEATURES:
+      text = example.get(f'{name}_pretokenized')
+      if text is None:
+        text = vocab.decode(example[name].tolist()).encode()
+      texts[name] = text.decode('utf-8', errors='replace')
+    yield texts, {name: example[name] for name in FEATURES}
