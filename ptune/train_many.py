@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from ptune import train
 from ptune.convert import check_config, open_checkpoint, with_rows
 from ptune.convert.fingerprint import of_params
 from ptune.data import device_feed
@@ -35,8 +34,8 @@ from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import Config
 from ptune.serving.evaluation import evaluation_of
-from ptune.training import loop, many, optim, run_file, settings
-from ptune.training.loop import Member
+from ptune.training import loop, many, optim, run_file, settings, start
+from ptune.training.member import Member
 from ptune.training.run import Run
 
 
@@ -74,12 +73,12 @@ def train_many(
   runs = _checked(runs, data)
   tasks, evaluated = {}, {}
   for one in runs.values():
-    tasks[one.task] = train.open_task(
+    tasks[one.task] = start.open_task(
       one.task, data, config, initial_checkpoint_path
     )
-    evaluated[one.task] = train.check_evaluation(tasks[one.task], evaluation)
+    evaluated[one.task] = start.check_evaluation(tasks[one.task], evaluation)
   mesh = partitioning.make_mesh(model_parallel)
-  train.check_batch_sizes(data, evaluation, mesh)
+  start.check_batch_sizes(data, evaluation, mesh)
   groups = many.group(runs, config, mesh)
   order = [name for members in groups.values() for name in members.runs]
   with Run(model_dir, initial_checkpoint_path, order) as run:
@@ -105,7 +104,7 @@ def train_many(
     @functools.cache  # Runs of one task and seed share its rows.
     def rows_of(task, seed):
       place = run.directory / 'stream' / f'{tasks[task].name}-{seed}'
-      return train.rows_of(tasks[task], data, config, None, seed, place)
+      return start.rows_of(tasks[task], data, config, None, seed, place)
 
     rows = [rows_of(runs[name].task, runs[name].seed) for name in order]
 
@@ -125,7 +124,7 @@ def train_many(
 
     # ------------------------------------------------------------ parameters
     plan = next(iter(groups.values())).plan
-    base = train.initial_base(plan, source, plan.base, False, 0)
+    base = start.initial_base(plan, source, plan.base, False, 0)
     fingerprint = of_params(base)
     for name in runs:
       facts[name]['base'] = fingerprint
@@ -135,7 +134,7 @@ def train_many(
       for name, one in runs.items():
         own = dataclasses.replace(places[name][1], method=one.method)
         trainable[name] = parameters.unflatten(
-          train.first_adapters(own, base, tasks[one.task], data, one.seed)
+          start.first_adapters(own, base, tasks[one.task], data, one.seed)
         )
       state = many.first_state(tx, trainable, groups)
     frozen = parameters.unflatten(parameters.freeze(plan, base))
@@ -168,10 +167,10 @@ def facts_of(
   optimizer: many.Optimizer,
   initial_step: int,
 ) -> dict[str, Any]:
-  """What one of the runs is, see `train.facts_of`."""
+  """What one of the runs is, see `start.facts_of`."""
   rate = run.learning_rate
   return {
-    **train.facts_of(plan, task, data, run.seed, optimizer),
+    **start.facts_of(plan, task, data, run.seed, optimizer),
     'learning_rate': 'schedule' if callable(rate) else rate,
     'initial_step': initial_step,
   }
@@ -200,6 +199,11 @@ def _checked(
   """The runs, each with its task."""
   if data.pack:
     raise UserError(f'PACK is {data.pack}; only ptune train packs rows')
+  if data.privacy:
+    raise UserError(
+      'train_many cannot train privately; train each run by ptune train, or'
+      ' leave out losses/private.gin'
+    )
   taken = ('', '.', '..', 'checkpoints', 'stream', run_file.FILE)
   wrong = [name for name in runs if name in taken or '/' in name]
   if wrong or not runs:

@@ -17,7 +17,7 @@ from ptune.serving import predictor
 from ptune.serving.text_metrics import Examples, Scores, TextMetrics
 from ptune.tasks.texts import TextTask
 from ptune.training import selection, settings
-from ptune.training.loop import Stopped
+from ptune.training.member import Stopped
 
 
 class Evaluation:

@@ -35,7 +35,8 @@ from ptune.model.sizes import T5Config
 from ptune.serving.bank import PromptBank
 from ptune.training import optim, profiling, report, settings
 from ptune.training import state as state_lib
-from ptune.training.loop import Loop, Member
+from ptune.training.loop import Loop
+from ptune.training.member import Member
 
 BATCH_SIZE = 32
 TEST_BATCH = 200  # Rows in a test batch; the size of a split is a multiple.
@@ -244,8 +245,8 @@ class Unsaved:
   def nothing(self, *args, **settings) -> None:
     """Stands in for what a run on disk would do."""
 
-  check_place = check_finite = save = save_best = nothing
-  write_prompt = tell_end = nothing
+  check_directory = check_finite = save = save_best = nothing
+  write_prompt = log_end = nothing
 
   def lost_best(self, member: Member) -> bool:
     """Returns False, because no best prompt is kept."""

@@ -1,79 +1,38 @@
-"""The loop that all training runs: update, log, save, evaluate, until the end.
+"""The loop of every training run: update, log, save and evaluate until the end.
 
-A run trains one prompt or several; the loop is the same. Stopped at any moment
-and begun again where its last checkpoint was, it ends with the bits of an
-undisturbed one: all that changes is in the train state, and the batch of a step
-is a function of the step.
+One loop trains one prompt or several.
 """
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from ptune.model import parameters
 from ptune.training import report, selection, settings
-from ptune.training.state import TrainState
+from ptune.training.member import Evaluate, Member, Stopped
+from ptune.training.state import TrainState, Update
 
-if TYPE_CHECKING:  # A demonstration loads neither Orbax nor anything heavy.
+if TYPE_CHECKING:  # The demo runs this loop, and loads no Orbax.
   from ptune.training.run import Run
 
-# Steps that the device is ahead of the metrics that are read, so that it never
-# waits for the host.
+# The host reads metrics this many steps late, so the device never waits for it.
 AHEAD = 2
 Batch = Mapping[str, jax.Array]
-Update = Callable[..., tuple[TrainState, Mapping[str, jax.Array]]]
-
-
-class Stopped(Exception):
-  """An evaluation was given up because the program is asked to end."""
-
-
-class Evaluate(Protocol):
-  """Gives scores by task; raises `Stopped` if asked to stop."""
-
-  split: str
-
-  def __call__(
-    self, trees: tuple[Any, ...], step: int, asked: Callable[[], bool], /
-  ) -> dict[str, dict[str, float]]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-  """One of the prompts that a run trains.
-
-  Attributes:
-    name: Its directory below MODEL_DIR; '' for the only one.
-    plan: The parameters.
-    facts: What it is, as run.json has it.
-    trainable: What it trains, taken from the state of the run.
-  """
-
-  name: str
-  plan: parameters.Plan
-  facts: Mapping[str, Any]
-  trainable: Callable[[TrainState], Any]
-
-  def trained(self, state: TrainState) -> dict[str, np.ndarray]:
-    """What it has trained, whole, by path; all processes must ask."""
-    flat = parameters.flatten(self.trainable(state))
-    return {path: parameters.whole(x) for path, x in flat.items()}
 
 
 @dataclasses.dataclass
 class Loop:
-  """What happens between the first step of a start and the last.
+  """Takes a run from its first step to its last.
 
   Attributes:
-    run: What is trained, up to which step, and where it is written.
-    update: The compiled step; its sums are scalars, or [members].
+    run: What to train, the last step, and where to write.
+    update: The compiled step. The sums it returns are scalars, or [members].
     frozen: The frozen parameters.
-    evaluate: By the name of a member; None for one that is not evaluated.
-    evaluation: When it is evaluated, and what is the best.
+    evaluate: For each member by name, how to evaluate it; None if it is not.
+    evaluation: When to evaluate, and which scores are the best.
   """
 
   run: 'Run'
@@ -85,14 +44,14 @@ class Loop:
   def __call__(
     self, state: TrainState, batches: Iterator[tuple[int, Batch]]
   ) -> TrainState:
-    """Trains from the step of the state on.
+    """Trains from the step of `state` on.
 
     Args:
-      state: The first or the restored state; it is donated.
-      batches: Yields (step, batch on the devices) from that step on.
+      state: The first state or the restored one; it is donated.
+      batches: Yields (step, batch on the devices), beginning at that step.
 
     Returns:
-      The last state.
+      The final state.
 
     Raises:
       FloatingPointError: If a loss is not finite.
@@ -105,20 +64,20 @@ class Loop:
     while True:
       # ------------------------------------------------ between two steps
       stop = stop or run.asked(step)
-      ended = step >= self.run.train_steps
+      ended = step >= run.train_steps
       log, save, evaluate = self._due(step, stop)
       writes = log or save or evaluate
       self._read_metrics(step, 0 if writes else AHEAD)
       if writes:
-        run.check_place()
+        run.check_directory()
       if log or evaluate:
         self._log(step)
       if save:
         run.save(state, self._sums, wait=ended or stop)
       if evaluate and not stop:
-        stop, over = self._evaluate(state, step)
-        ended = ended or over
-        if stop or over:
+        stop, no_better = self._evaluate(state, step)
+        ended = ended or no_better
+        if stop or no_better:
           save = True
           run.save(state, self._sums, wait=True)
       if save:
@@ -128,8 +87,8 @@ class Loop:
       # ------------------------------------------------------------- a step
       assert following is not None and following[0] == step
       _, batch = following
-      with self.run.members[0].plan.scope():
-        if step == run.start:  # Compiles; later only new lengths do.
+      with run.members[0].plan.scope():
+        if step == run.start:  # This step compiles.
           with run.paused('compiling'):
             state, metrics = self.update(state, self.frozen, batch)
         else:
@@ -138,12 +97,11 @@ class Loop:
       self._pending.append(metrics)
       step += 1
       following = next(batches, None)
-    scored = not evaluate or self._are_scored(step)
-    run.tell_end(step, finished=ended and scored)
+    run.log_end(step, ended and (not evaluate or self._all_scored(step)))
     return state
 
   def _due(self, step: int, stop: bool) -> tuple[bool, bool, bool]:
-    """Whether it is time to log, to save and to evaluate."""
+    """Whether to log, to save and to evaluate now."""
     last = step >= self.run.train_steps
     log, save, evaluate = (
       step > 0 and (last or step % period == 0)
@@ -153,7 +111,8 @@ class Loop:
         self.evaluation.period,
       )
     )
-    # The prompt of the restored step may not have been written.
+    # An earlier start may have been killed before it wrote the prompt of the
+    # step that we restored.
     restored = step == self.run.start
     save = save or (step > 0 and (stop or restored or self.run.failed))
     return log, save, evaluate and any(map(self._evaluates, self.run.members))
@@ -162,31 +121,49 @@ class Loop:
     return self.evaluate[member.name] is not None
 
   def _read_metrics(self, step: int, ahead: int) -> None:
-    """Adds up what the device has computed, but for the newest `ahead`."""
+    """Adds up the metrics of all steps except the newest `ahead`."""
     while len(self._pending) > ahead:
       done = step - len(self._pending) + 1
-      add_metrics(self, self._pending.popleft(), done)
+      self._add(self._pending.popleft(), done)
       for name, one in self.run.reports.items():
         one.progress(done, self._sums[name])
 
+  def _add(self, metrics: Mapping[str, jax.Array], step: int) -> None:
+    """Adds one step's metrics; stops the run if a loss is not finite."""
+    values = {
+      key: np.atleast_1d(x) for key, x in jax.device_get(dict(metrics)).items()
+    }
+    for i, member in enumerate(self.run.members):
+      loss = float(values['loss'][i])
+      if not np.isfinite(loss):
+        which = f' of run {member.name!r}' if member.name else ''
+        raise FloatingPointError(
+          f'the loss{which} is {loss} at step {step}. {self.run.last_good()}'
+        )
+      own = self._sums.setdefault(member.name, {})
+      for key, value in values.items():
+        own[key] = own.get(key, 0.0) + float(value[i])
+      # The newest norm, not a sum of norms.
+      own['gradient_norm'] = float(values['gradient_norm'][i])
+
   def _log(self, step: int) -> None:
-    """Records the sums since the last record, and begins new ones."""
+    """Records the sums since the last record, and starts new ones."""
     for name, sums in self._sums.items():
       self.run.reports[name].train(step, sums)
     self._sums = {}
 
   def _evaluate(self, state: TrainState, step: int) -> tuple[bool, bool]:
-    """Evaluates all that have no scores; keeps what is the best.
+    """Evaluates every member without scores at this step; saves a new best.
 
     Returns:
-      Whether to stop, since a signal came; and whether no member has got
-      better for EARLY_STOPPING evaluations.
+      Whether a signal asks to stop; and whether no member has improved for
+      EARLY_STOPPING evaluations.
     """
     run, best_metric = self.run, self.evaluation.best_metric
-    run.check_finite(state)  # What is spoiled shall not become the best.
-    over = []
-    for member in self.run.members:
-      evaluate, told = self.evaluate[member.name], run.reports[member.name]
+    run.check_finite(state)  # Parameters with NaN must not become the best.
+    no_better = []
+    for member in run.members:
+      evaluate, records = self.evaluate[member.name], run.reports[member.name]
       if evaluate is None:
         continue
       if not self._is_scored(member, step):
@@ -194,52 +171,34 @@ class Loop:
         try:
           with run.paused('evaluating'):
             scores = evaluate(trees, step, run.asked)
-          better = selection.is_best(told.records, best_metric, scores)
+          better = selection.is_best(records.records, best_metric, scores)
         except Stopped:
           return True, False
-        except Exception:  # A metric's, or BEST_METRIC; nothing is lost.
+        except Exception:  # From a metric or BEST_METRIC: save first.
           run.save(state, self._sums, wait=True)
           raise
         if better or run.lost_best(member):
           run.save_best(member, state, scores)
-        # Recorded last: what is recorded is not done again after a hard stop.
-        told.evaluate(step, evaluate.split, scores)
-      over.append(
+        # Recorded last, because a restart does not repeat what is recorded.
+        records.evaluate(step, evaluate.split, scores)
+      no_better.append(
         selection.patience_is_over(
-          told.records, best_metric, self.evaluation.early_stopping
+          records.records, best_metric, self.evaluation.early_stopping
         )
       )
-    return False, all(over)
+    return False, all(no_better)
+
+  def _scores(self, member: Member, step: int) -> dict[str, dict[str, float]]:
+    return report.scores_at(self.run.reports[member.name].records, step)
 
   def _is_scored(self, member: Member, step: int) -> bool:
-    return bool(report.scores_at(self.run.reports[member.name].records, step))
+    return bool(self._scores(member, step))
 
-  def _are_scored(self, step: int) -> bool:
+  def _all_scored(self, step: int) -> bool:
     evaluated = filter(self._evaluates, self.run.members)
     return all(self._is_scored(member, step) for member in evaluated)
 
   def _write_prompts(self, state: TrainState, step: int) -> None:
     for member in self.run.members:
-      scores = report.scores_at(self.run.reports[member.name].records, step)
+      scores = self._scores(member, step)
       self.run.write_prompt(member, f'step_{step}', state, scores)
-
-
-def add_metrics(
-  loop: Loop, metrics: Mapping[str, jax.Array], step: int
-) -> None:
-  """Adds one step's metrics; a loss that is not finite ends the run."""
-  values = {
-    key: np.atleast_1d(x) for key, x in jax.device_get(dict(metrics)).items()
-  }
-  for i, member in enumerate(loop.run.members):
-    loss = float(values['loss'][i])
-    if not np.isfinite(loss):
-      which = f' of run {member.name!r}' if member.name else ''
-      raise FloatingPointError(
-        f'the loss{which} is {loss} at step {step}. {loop.run.last_good()}'
-      )
-    own = loop._sums.setdefault(member.name, {})
-    for key, value in values.items():
-      own[key] = own.get(key, 0.0) + float(value[i])
-    # The newest, not a sum.
-    own['gradient_norm'] = float(values['gradient_norm'][i])

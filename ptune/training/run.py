@@ -32,7 +32,7 @@ from ptune.training import (
   stopping,
   trackers,
 )
-from ptune.training.loop import Member
+from ptune.training.member import Member
 from ptune.training.state import TrainState
 
 Scores = Mapping[str, Mapping[str, float]]
@@ -227,7 +227,7 @@ class Run(contextlib.AbstractContextManager['Run']):
       place, 'best', member.plan, trained, steps[-1], scores, facts
     )
 
-  def check_place(self) -> None:
+  def check_directory(self) -> None:
     """Raises an OSError if MODEL_DIR is not what this run has opened."""
     if not self._is_held():
       raise OSError(
@@ -244,7 +244,7 @@ class Run(contextlib.AbstractContextManager['Run']):
   def save(self, state: TrainState, sums: Sums, wait: bool) -> None:
     """Saves a state, unless its last update spoiled it."""
     self.check_finite(state)
-    self.check_place()
+    self.check_directory()
     self._saved.save(state, sums, wait)
     if wait:
       for member in self.members:
@@ -276,7 +276,7 @@ class Run(contextlib.AbstractContextManager['Run']):
     self, member: Member, state: TrainState, scores: Scores
   ) -> None:
     """Keeps a state as the best of a member, until a better one comes."""
-    self.check_place()
+    self.check_directory()
     self._without_best.discard(member.name)
     checkpoints.save_best(
       self.place(member.name) / 'best',
@@ -301,7 +301,7 @@ class Run(contextlib.AbstractContextManager['Run']):
         member.facts,
       )
 
-  def tell_end(self, step: int, finished: bool) -> None:
+  def log_end(self, step: int, finished: bool) -> None:
     """Says how the run has ended."""
     if finished:
       logging.info('finished at step %d: %s', step, self.directory)

@@ -15,6 +15,7 @@ from ptune.errors import check_counts
 from ptune.model.models import Decoding
 from ptune.tasks.texts import TextTask
 from ptune.training import trackers
+from ptune.training.privacy import Privacy
 
 PathLike = str | os.PathLike[str]
 
@@ -41,6 +42,7 @@ class Data:
       all have one length.
     in_memory: See `batches.Batches`.
     use_cached: USE_CACHED_TASKS.
+    privacy: How private the training rows stay; None if they need not.
   """
 
   task: str | TextTask
@@ -52,6 +54,7 @@ class Data:
   pack: int = 0
   in_memory: bool | None = None
   use_cached: bool = False
+  privacy: Privacy | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,10 @@ class TrainState:
   opt_state: Any
 
 
+# (state, frozen, batch) -> (state, sums of the loss); see `compile_step`.
+Update = Callable[..., tuple[TrainState, Mapping[str, jax.Array]]]
+
+
 def abstract_state(
   tx: optax.GradientTransformation, plan: parameters.Plan
 ) -> TrainState:

@@ -1,0 +1,271 @@
+"""What a run starts from: its task, its rows and its first parameters.
+
+`train` and `train_many` call these functions in this order. Each one that
+checks something raises a UserError before the run writes to MODEL_DIR.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from ptune.convert import restore, restore_table
+from ptune.convert.prompts import read_rows
+from ptune.convert.source import Source
+from ptune.data import batches, device_feed, packing, seqio_task
+from ptune.errors import UserError
+from ptune.methods import prompt_init
+from ptune.model import parameters
+from ptune.model.adapters import Method
+from ptune.model.sizes import Config
+from ptune.training import report, selection, settings
+from ptune.training.member import Member
+from ptune.training.run import Run
+from ptune.training.state import TrainState
+
+
+def open_task(
+  name: str,
+  data: settings.Data,
+  config: Config,
+  initial_checkpoint_path: str | None,
+) -> seqio_task.Provider:
+  """Finds a task by its name and checks that the model can train on it.
+
+  Raises:
+    UserError: If the task does not exist, has no training split, or has
+      another vocabulary than the model.
+  """
+  task = seqio_task.load(name, data.module)
+  seqio_task.check(task, data.feature_lengths, 'train', data.use_cached)
+  seqio_task.check_vocabulary(
+    task, config.vocab_size, config.ids, initial_checkpoint_path
+  )
+  return task
+
+
+def check_evaluation(
+  task: seqio_task.Provider, evaluation: settings.Evaluation
+) -> bool:
+  """Checks EVAL_SPLIT.
+
+  Returns:
+    Whether the task has that split. If it lacks the default split, training
+    only warns and goes on without evaluations.
+
+  Raises:
+    UserError: If the task lacks another split than the default one, or if
+      EARLY_STOPPING or BEST_METRIC is set and nothing is evaluated.
+  """
+  split = evaluation.split
+  if split is not None and split in task.splits:
+    return True
+  splits = ', '.join(sorted(task.splits))
+  if split not in (None, 'validation'):
+    raise UserError(
+      f'EVAL_SPLIT is {split!r}, and task {task.name!r} has the splits'
+      f' {splits}; choose one of them, or None to evaluate nothing'
+    )
+  for name, value in (
+    ('EARLY_STOPPING', evaluation.early_stopping),
+    ('BEST_METRIC', evaluation.best_metric),
+  ):
+    if value is not None:
+      raise UserError(
+        f'{name} is {value!r}, and nothing is evaluated: EVAL_SPLIT is'
+        f' {split!r}, and task {task.name!r} has the splits {splits}. Set'
+        f' EVAL_SPLIT to one of them, or leave {name} out'
+      )
+  logging.warning(
+    'nothing is evaluated, and no best prompt is chosen: EVAL_SPLIT is %r, and'
+    ' the task has the splits %s',
+    split,
+    splits,
+  )
+  return False
+
+
+def check_batch_sizes(
+  data: settings.Data, evaluation: settings.Evaluation, mesh: jax.sharding.Mesh
+) -> None:
+  """Raises UserError if the devices cannot split the rows of a batch evenly."""
+  device_feed.check_batch_size(data.batch_size, mesh, data.microbatches)
+  device_feed.check_batch_size(evaluation.batch_size or data.batch_size, mesh)
+
+
+def check_base(
+  plan: parameters.Plan, initial_checkpoint_path: str | None
+) -> None:
+  """Raises UserError if the method needs a base model and none is given."""
+  if plan.frozen and initial_checkpoint_path is None:
+    raise UserError(
+      f'method {plan.method.name!r} freezes the base model, so'
+      ' INITIAL_CHECKPOINT_PATH is needed; for example'
+      ' --gin.INITIAL_CHECKPOINT_PATH="\'/models/t5_1_1_small\'"'
+    )
+
+
+def facts_of(
+  plan: parameters.Plan,
+  task: str,
+  data: settings.Data,
+  seed: int,
+  optimizer: Any,
+) -> dict[str, Any]:
+  """The facts of a run: the settings that a restart may not change."""
+  return {
+    **parameters.identity(plan),
+    'task': task,
+    'task_feature_lengths': dict(data.feature_lengths),
+    'batch_size': data.batch_size,
+    'pack': int(data.pack),
+    'bucket_multiple': None if data.pack else data.bucket_multiple,
+    'seed': seed,
+    'optimizer': getattr(optimizer, '__name__', type(optimizer).__name__),
+    **({'privacy': data.privacy.facts()} if data.privacy else {}),
+  }
+
+
+def is_finished(
+  run: Run,
+  plan: parameters.Plan,
+  state: TrainState | None,
+  train_steps: int,
+  evaluation: settings.Evaluation | None,
+) -> bool:
+  """Whether an earlier start has finished the run.
+
+  If so, writes the final prompt again, because that start may have been killed
+  before it did.
+
+  Args:
+    run: The run, restored.
+    plan: The parameters.
+    state: The restored state; None if there was none.
+    train_steps: TRAIN_STEPS.
+    evaluation: How the run is evaluated; None if it is not.
+  """
+  if state is None:
+    return False
+  records, early, scored = run.records(), False, True
+  if evaluation is not None:
+    scored = bool(report.scores_at(records, run.start))
+    early = selection.patience_is_over(
+      records, evaluation.best_metric, evaluation.early_stopping
+    )
+  ended = scored and (early or run.start == train_steps)
+  if run.start <= train_steps and not ended:
+    logging.info('going on from step %d of %s', run.start, run.directory)
+    return False
+  # run.json has the facts, so we need not read the base.
+  member = Member('', plan, run.present[''], lambda state: state.trainable)
+  run.discard(member)
+  scores = report.scores_at(records, run.start)
+  run.write_prompt(member, f'step_{run.start}', state, scores)
+  logging.info(
+    'the run in %s is finished, at step %d; for more steps raise %s',
+    run.directory,
+    run.start,
+    'EARLY_STOPPING' if early else 'TRAIN_STEPS',
+  )
+  return True
+
+
+def rows_of(
+  task: seqio_task.Provider,
+  data: settings.Data,
+  config: Config,
+  method: Method | None,
+  seed: int,
+  positions: epath.Path,
+) -> batches.Batches:
+  """Reads the task; the result gives the batch of a step.
+
+  Args:
+    task: The task.
+    data: Its lengths and batches.
+    config: The network's sizes and special tokens.
+    method: The method, which packed rows need; None if rows are not packed.
+    seed: For the order of the rows.
+    positions: The directory where the positions of a stream are kept.
+  """
+  read = functools.partial(
+    packing.PackedBatches if data.pack else batches.Batches,
+    task,
+    data.feature_lengths,
+    data.batch_size,
+    seed=seed,
+    use_cached=data.use_cached,
+    in_memory=data.in_memory,
+    ids=config.ids,
+    embedding_rows=config.vocab_size,
+    positions=positions,
+  )
+  if data.pack:
+    assert method is not None
+    return read(method=method, pack=data.pack)
+  return read(bucket_multiple=data.bucket_multiple)
+
+
+def initial_base(
+  plan: parameters.Plan,
+  source: Source | None,
+  needed: frozenset[str],
+  first: bool,
+  seed: int,
+) -> dict[str, jax.Array]:
+  """Restores parameters of the base model, or initialises them.
+
+  Args:
+    plan: The parameters.
+    source: The base model's checkpoint; None for random weights.
+    needed: The paths of the parameters to restore.
+    first: Whether this is the first start, so that the logged table lists the
+      method's parameters as initialised.
+    seed: For random weights.
+
+  Returns:
+    The parameters on the devices, by path.
+  """
+  if source is None or not needed:
+    if needed:
+      logging.info('the model starts from random weights')
+    return parameters.initialize(plan, needed, seed)
+  base = restore(source, plan.select(needed), ignore=plan.params.__contains__)
+  fresh = plan.select(plan.adapters) if first else {}
+  logging.info('%s', restore_table(source, base, fresh))
+  return base
+
+
+def first_adapters(
+  plan: parameters.Plan,
+  base: Mapping[str, jax.Array],
+  task: seqio_task.Provider,
+  data: settings.Data,
+  seed: int,
+) -> parameters.Flat:
+  """Initialises the parameters that the method adds.
+
+  Args:
+    plan: The parameters.
+    base: The base model's parameters, which initialisers may read.
+    task: The task, whose vocabulary and labels initialisers may read.
+    data: The task's lengths.
+    seed: For random values.
+  """
+  return prompt_init.initialize_adapters(
+    plan,
+    prompt_init.Base(
+      embedding=functools.partial(parameters.embedding_rows, plan, base),
+      vocabulary=lambda: seqio_task.vocabulary(task),
+      labels=lambda: seqio_task.distinct_targets(
+        task, data.feature_lengths, use_cached=data.use_cached
+      ),
+      sites=functools.cache(functools.partial(parameters.sites, plan, base)),
+      read=read_rows,
+    ),
+    seed,
+  )
