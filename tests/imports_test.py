@@ -153,7 +153,7 @@ def test_what_must_not_know_of_each_other(below, above):
     'safetensors': 'convert.safetensors_files',
     'tensorstore': 'convert.zarr',
     't5x': 't5x_host',
-    'fastapi': 'serving.web',
+    'fastapi': 'serving.guard serving.web',
     'uvicorn': 'serving.serve',
   }.items(),
 )

@@ -326,7 +326,7 @@ def test_labels_that_cannot_be_scored_are_refused(
 
 
 def test_a_run_shows_labels_and_examples_of_its_validation(tmp_path):
-  assert serve.validation(str(tmp_path)) == ([], [])
+  assert serve.examples_of_run(str(tmp_path)) == ([], [])
   folder = tmp_path / 'eval' / 'task'
   folder.mkdir(parents=True)
   rows = [
@@ -337,14 +337,14 @@ def test_a_run_shows_labels_and_examples_of_its_validation(tmp_path):
   )
   (tmp_path / 'prompts').mkdir()
   for place in (tmp_path, tmp_path / 'prompts'):
-    labels, examples = serve.validation(str(place))
+    labels, examples = serve.examples_of_run(str(place))
     assert labels == ['no', 'yes']
     assert len(examples) == 6 and set(examples) < {r['inputs'] for r in rows}
   rows = [{**row, 'targets': f'text {i}'} for i, row in enumerate(rows)]
   (folder / 'predictions-9.jsonl').write_text(
     ''.join(json.dumps(row) + '\n' for row in rows)
   )
-  assert serve.validation(str(tmp_path))[0] == []  # No labels: all differ.
+  assert serve.examples_of_run(str(tmp_path))[0] == []  # No labels: all differ.
 
 
 BROWSER = shutil.which('chromium')

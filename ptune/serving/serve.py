@@ -245,24 +245,26 @@ def make(args: argparse.Namespace, web: Any) -> Any:
   absl_logging.info('compiling; prompts: %s', ', '.join(bank.names) or 'none')
   batcher.warm_up()
   return web.make(
-    bank,
-    batcher,
-    metrics,
-    encode=lambda text: [*vocabulary.encode(text), vocabulary.eos_id],
-    decode=vocabulary.decode,
-    limits=web.Limits(args.prompt_length, args.max_body, args.timeout),
-    token=token,
-    hosts=answered,
-    base=args.base,
-    shown={
-      name: web.Shown(*found)
-      for name, path in prompts.items()
-      if any(found := validation(path))
-    },
+    web.Service(
+      bank,
+      batcher,
+      metrics,
+      encode=lambda text: [*vocabulary.encode(text), vocabulary.eos_id],
+      decode=vocabulary.decode,
+      limits=web.Limits(args.prompt_length, args.max_body, args.timeout),
+      token=token,
+      hosts=answered,
+      base=args.base,
+      shown={
+        name: web.Shown(*found)
+        for name, path in prompts.items()
+        if any(found := examples_of_run(path))
+      },
+    )
   )
 
 
-def validation(path: str) -> tuple[list[str], list[str]]:
+def examples_of_run(path: str) -> tuple[list[str], list[str]]:
   """The labels and some inputs of a run, from what it answered in validation.
 
   Args:
