@@ -17,6 +17,7 @@ from ptune.convert.fingerprint import of_params
 from ptune.methods import full
 from ptune.model import parameters
 from ptune.tasks import generated_text
+from ptune.tasks.rows import read_rows
 from ptune.tools import demo, miniature
 
 
@@ -63,8 +64,21 @@ def test_a_demo_shows_answers_of_both_tasks_and_how_to_go_on(run):
   assert 'positive' in text and any(
     topic in text for topic in generated_text.TOPICS.values()
   )
-  assert 'ptune train --gin_file=models/tiny.gin' in text
-  assert 't5_1_1_base.gin' in text
+  assert 'ptune train --base=ptune://tiny --train=' in text
+  assert '--base=hf://google/flan-t5-base' in text
+
+
+def test_a_demo_leaves_the_reviews_as_files_to_train_on(run):
+  directory, *_ = run
+  counts = {'train': 2000, 'dev': 200, 'test': 1000}
+  for (name, count), rows in zip(
+    counts.items(), demo.splits(generated_text.reviews, 0), strict=True
+  ):
+    read = [row for _, row in read_rows(directory / f'{name}.tsv')]
+    assert len(read) == count
+    assert read == [{'sentence': s, 'label': label} for s, label in rows]
+  sentences = (directory / 'sentences.txt').read_text().splitlines()
+  assert sentences == [row['sentence'] for row in read[: len(sentences)]] != []
 
 
 @pytest.mark.slow

@@ -95,10 +95,15 @@ def place(tmp_path_factory):
     (path / 'data' / f'{split}.tsv').write_text(''.join(lines))
     lines.insert(0, 'sentence\tlabel\n')
     (path / f'{split}.tsv').write_text(''.join(lines))
-  (path / 'ptune-demo').mkdir()
+    (path / f'{split}.csv').write_text(''.join(lines).replace('\t', ','))
+  demo = path / 'ptune-demo'
+  demo.mkdir()
+  for split in ('train', 'dev', 'test'):
+    (demo / f'{split}.tsv').write_text((path / 'dev.tsv').read_text())
+  (demo / 'sentences.txt').write_text('a good film\n')
   lines = []
   for name, value in {'sentiment': 1, 'topics': -1}.items():
-    np.save(path / 'ptune-demo' / f'{name}.npy', np.full((20, 96), value, 'f4'))
+    np.save(demo / f'{name}.npy', np.full((20, 96), value, 'f4'))
     lines.append(f'{{"inputs": "a good film", "prompt": "{name}"}}\n')
   (path / 'rows.jsonl').write_text(''.join(lines))
   (path / 'sentences.txt').write_text('a good film\n')

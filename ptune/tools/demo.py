@@ -6,7 +6,8 @@ compares it with training the whole model. A second prompt learns the topics of
 reports. Then one batch runs both tasks on the same frozen weights. It writes
 these files to the output directory: `summary.json`, `curves.png`,
 `sentiment.npy` and `topics.npy` (the prompts), and `words.txt` (the vocabulary
-words nearest to them).
+words nearest to them). So that you can go on with the reviews, it also writes
+`train.tsv`, `dev.tsv`, `test.tsv` and `sentences.txt`.
 """
 
 import argparse
@@ -150,7 +151,7 @@ def demo(
     'seed': seed,
   }
   curves = {'prompt': sentiment.curve, 'full tuning': everything.curve}
-  write(directory, prompts, words, curves, summary)
+  write(directory, reviews, prompts, words, curves, summary)
   out.rule('[bold]the costs')
   out.print(
     f'Each prompt has {sentiment.nbytes:,} bytes, the model {model_bytes:,}.'
@@ -159,7 +160,8 @@ def demo(
   nearest = ', '.join(row[0] for row in words['sentiment'])
   out.print(f'Words nearest to the sentiment prompt: {nearest}.', markup=False)
   out.print(f'Written to {directory}: {", ".join(FILES)}.', markup=False)
-  out.print(NEXT, markup=False, soft_wrap=True)
+  next_steps = NEXT.format(directory=directory)
+  out.print(next_steps, markup=False, soft_wrap=True)
   return summary
 
 
@@ -169,17 +171,18 @@ FILES = (
   'sentiment.npy',
   'topics.npy',
   'words.txt',
+  'train.tsv',
+  'dev.tsv',
+  'test.tsv',
+  'sentences.txt',
 )
 NEXT = """
-The same with your own data (a SeqIO task that my_tasks.py registers):
-  ptune train --gin_file=models/tiny.gin --gin_file=prompts/from_class_labels.gin \\
-    --gin_file=runs/train.gin --gin.INITIAL_CHECKPOINT_PATH="'ptune://tiny'" \\
-    --gin.MIXTURE_OR_TASK_MODULE="'my_tasks'" --gin.MIXTURE_OR_TASK_NAME="'my_task'" \\
-    --gin.TASK_FEATURE_LENGTHS="{'inputs': 64, 'targets': 8}" \\
-    --gin.PROMPT_LENGTH=20 --gin.TRAIN_STEPS=600 --gin.MODEL_DIR="'runs/mine'"
-With a published T5, name its sizes and the directory of its checkpoint:
-  --gin_file=models/t5_1_1_base.gin \\
-  --gin.INITIAL_CHECKPOINT_PATH="'/models/t5_1_1_lm100k_base'"
+Train the sentiment prompt again, with the command that you use for your own rows:
+  ptune train --base=ptune://tiny --train={directory}/train.tsv \\
+    --validation={directory}/dev.tsv --inputs='{{sentence}}' --targets='{{label}}' \\
+    --labels=negative,positive --prompt_length=20 --steps=600 --model_dir=runs/mine
+  ptune infer runs/mine {directory}/sentences.txt
+With a published T5, name it: --base=hf://google/flan-t5-base
 """  # noqa: E501
 
 
@@ -296,6 +299,7 @@ def comparison(rows: Sequence[tuple[str, float, int, float]]):
 
 def write(
   directory: pathlib.Path,
+  reviews: Sequence[Sequence[Row]],
   prompts: Mapping[str, np.ndarray],
   words: Mapping[str, list[list[str]]],
   curves: Mapping[str, Sequence[tuple[int, float]]],
@@ -303,6 +307,12 @@ def write(
 ) -> None:
   """Writes all files, each of them whole or not at all; the summary is last."""
   folder = epath.Path(directory)
+  for name, rows in zip(('train', 'dev', 'test'), reviews, strict=True):
+    table = [('sentence', 'label'), *rows]
+    text = ''.join(f'{sentence}\t{label}\n' for sentence, label in table)
+    write_atomically(folder / f'{name}.tsv', text)
+  sentences = [sentence for sentence, _ in reviews[-1][:SHOWN]]
+  write_atomically(folder / 'sentences.txt', '\n'.join([*sentences, '']))
   for name, values in prompts.items():
     write_atomically(folder / f'{name}.npy', npy(values))
   lines = [
