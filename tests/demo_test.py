@@ -74,7 +74,7 @@ def test_a_demo_leaves_the_reviews_as_files_to_train_on(run):
   for (name, count), rows in zip(
     counts.items(), demo.splits(generated_text.reviews, 0), strict=True
   ):
-    read = [row for _, row in read_rows(directory / f'{name}.tsv')]
+    read = [row for _, row in read_rows(f'{directory}/{name}.tsv')]
     assert len(read) == count
     assert read == [{'sentence': s, 'label': label} for s, label in rows]
   sentences = (directory / 'sentences.txt').read_text().splitlines()
