@@ -1,8 +1,8 @@
 """Builds the documentation's site into site/: python docs/build.py
 
-Needs pip install -e '.[docs]'. The pages are those of docs/, and those of other
-folders that FROM_ELSEWHERE names; the page of macros is made of
-`gin_files.MACROS`. Any warning, such as a dead link, is an error.
+Needs pip install -e '.[docs]'. The pages come from docs/ and from the files in
+FROM_ELSEWHERE. The page of macros is generated from `gin_files.MACROS`. Any
+warning, such as a dead link, is an error.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCE = ROOT / 'build' / 'site_source'
 REPOSITORY = 'https://github.com/ptune-jax/ptune/blob/main'
-MACROS = 'macros.md'  # The page that is made; it is in no folder.
+MACROS = 'macros.md'  # This page is generated; it is not in docs/.
 # Page of the site -> file of the repository.
 FROM_ELSEWHERE = {
   'benchmarks.md': 'benchmarks/README.md',
@@ -28,7 +28,7 @@ _LINK = re.compile(r'(\]\()([^)\s#]+)(#[^)\s]*)?\)')
 
 
 def pages() -> dict[str, pathlib.Path]:
-  """The site's pages and pictures, and the files that they are made of."""
+  """Returns the site's pages and pictures, with their source files."""
   docs = ROOT / 'docs'
   found = {
     str(file.relative_to(docs)): file
@@ -39,11 +39,11 @@ def pages() -> dict[str, pathlib.Path]:
 
 
 def linked(text: str, page: str, file: pathlib.Path) -> str:
-  """Lets a page's links point to where the site has what they link to.
+  """Rewrites a page's links for the site.
 
   Before: `[promises](../docs/promises.md)` in launch/README.md
-  After: `[promises](promises.md)` in launch.md; a link to what the site does
-  not have, such as a Python file, leads to the repository.
+  After: `[promises](promises.md)` in launch.md; a link to a file that is not on
+  the site, such as a Python file, leads to the repository.
 
   Raises:
     ValueError: A link leads nowhere.
@@ -68,7 +68,7 @@ def linked(text: str, page: str, file: pathlib.Path) -> str:
 
 
 def macros() -> str:
-  """The page of commands, macros and gin files, in Markdown."""
+  """Returns the page of commands, macros and gin files, in Markdown."""
   from ptune import cli
   from ptune.config import gin_files
 
@@ -79,8 +79,8 @@ def macros() -> str:
   lines += [
     '',
     '`ptune COMMAND --help` lists the flags of a command. The programs that',
-    'gin configures (train, eval, infer, ablate, study, plan, doctor) take',
-    '`--gin_file=FILE` and `--gin.NAME=VALUE`.',
+    f'gin configures ({", ".join(cli.PROGRAMS)}) take `--gin_file=FILE` and',
+    '`--gin.NAME=VALUE`.',
     '',
     '## Macros',
     '',
@@ -93,7 +93,7 @@ def macros() -> str:
     what, example = gin_files.MACROS[name][:2]
     lines.append(f'| `{name}` | {what} | `{example}` |')
   lines += ['', '## Gin files', '']
-  lines += ['| file | what it says |', '|---|---|']
+  lines += ['| file | contents |', '|---|---|']
   for file in gin_files.own_files():
     path = gin_files.own_directory() / file
     lines.append(
@@ -103,17 +103,18 @@ def macros() -> str:
 
 
 def first_line(path: pathlib.Path) -> str:
-  """The first sentence of a gin file's head."""
+  """Returns the first sentence of a gin file's head."""
   head = []
   for line in path.read_text().splitlines():
-    if not line.startswith('#'):
+    if not line.removeprefix('#').strip() or not line.startswith('#'):
       break
     head.append(line.removeprefix('#').strip())
-  return re.split(r'(?<=[.:]) ', ' '.join(head))[0].replace('|', '\\|')
+  sentences = re.split(r'(?<!\bal\.)(?<=\.) (?=[A-Z`])', ' '.join(head))
+  return sentences[0].replace('|', '\\|')
 
 
 def stage() -> None:
-  """Writes what the site is built from into SOURCE."""
+  """Writes the sources of the site into SOURCE."""
   shutil.rmtree(SOURCE, ignore_errors=True)
   for page, file in pages().items():
     copy = SOURCE / page
@@ -128,7 +129,7 @@ def stage() -> None:
 
 def main() -> int:
   stage()
-  # Not beside the interpreter where the environment is a layered one.
+  # With -m, because a layered environment has no zensical in its bin/.
   command = [sys.executable, '-m', 'zensical', 'build', '--strict', '--clean']
   return subprocess.run(
     [*command, '--config-file', str(ROOT / 'mkdocs.yml')], cwd=ROOT, check=False
