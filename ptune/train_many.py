@@ -1,4 +1,4 @@
-"""Trains many prompts at once, on one frozen model and in one program.
+"""Trains many prompts at once: one frozen model, one compiled program.
 
     runs = {
       f'seed{seed}': many.Trial(None, prompt.prompt(100), seed=seed)
@@ -9,13 +9,18 @@
       runs, model_dir='/runs/seeds', train_steps=1000, data=data, ...
     )
 
-For sweeps (seeds, learning rates, lengths, initialisations) and for several
-tasks. Each run ends with the prompt that `ptune train` would give it, and has
-below `model_dir` a directory of its name with run.json, prompts/, best/ and
-metrics.jsonl as that leaves them. The checkpoints are of all runs together.
-With dropout and bucket_multiple, equal means as good as, not bit by bit: rows
-are padded to the longest of all runs, and what is dropped depends on shapes.
-Whatever adds parameters to the model and trains only those can be a run.
+Use it for sweeps (seeds, learning rates, lengths, initialisations) and for
+several tasks. Each run ends with the prompt that `ptune train` would give it.
+It has a subdirectory of `model_dir`, named after it, with run.json, prompts/,
+best/ and metrics.jsonl as `ptune train` writes them. One checkpoint holds all
+runs.
+
+If dropout and bucket_multiple are both set, a run's prompt is as good as the
+one of `ptune train` but not bit-identical: rows are padded to the longest of
+all runs, and dropout depends on shapes.
+
+A run can use any method that adds parameters to the model and trains only
+these.
 """
 
 import contextlib
@@ -53,16 +58,16 @@ def train_many(
   saving: settings.Saving = settings.Saving(),
   model_parallel: int = 1,
 ) -> dict[str, dict[str, np.ndarray]]:
-  """Trains, evaluates and saves all runs, and goes on where it was stopped.
+  """Trains, evaluates and saves all runs; resumes an earlier start.
 
   Args:
-    runs: By name: the directory of each below `model_dir`.
-    data: The batches of each run; `data.task` is that of runs without one.
+    runs: The runs by name; the name is the subdirectory of `model_dir`.
+    data: The batches of each run. Runs without a task use `data.task`.
     optimizer: Called with `initial_step=` and with `learning_rate=`, a number.
-    The others: as of `train.train`, for every run.
+    Other arguments: See `train.train`; they hold for every run.
 
   Returns:
-    What each run trained, by path.
+    The trained parameters of each run, by path.
 
   Raises:
     ValueError: If the settings do not fit together, before any step.
@@ -82,7 +87,7 @@ def train_many(
   groups = many.group(runs, config, mesh)
   order = [name for members in groups.values() for name in members.runs]
   with Run(model_dir, initial_checkpoint_path, order) as run:
-    # -------------------------------------------- where an earlier start was
+    # ---------------------------------------------------- an earlier start
     source = open_checkpoint(initial_checkpoint_path)
     check_config(source, config)
     places = {
@@ -101,14 +106,14 @@ def train_many(
     _check_start(run, train_steps)
 
     # ------------------------------------------------------------------ data
-    @functools.cache  # Runs of one task and seed share its rows.
+    @functools.cache  # Runs with the same task and seed share rows.
     def rows_of(task, seed):
       place = run.directory / 'stream' / f'{tasks[task].name}-{seed}'
       return start.rows_of(tasks[task], data, config, None, seed, place)
 
     rows = [rows_of(runs[name].task, runs[name].seed) for name in order]
 
-    @functools.cache  # Runs of one task and group share a compiled program.
+    @functools.cache  # Runs with the same task and group share a program.
     def evaluation_for(task, key):
       if not evaluated[task]:
         return None
@@ -167,7 +172,7 @@ def facts_of(
   optimizer: many.Optimizer,
   initial_step: int,
 ) -> dict[str, Any]:
-  """What one of the runs is, see `start.facts_of`."""
+  """The facts of one of the runs; see `start.facts_of`."""
   rate = run.learning_rate
   return {
     **start.facts_of(plan, task, data, run.seed, optimizer),
@@ -177,7 +182,7 @@ def facts_of(
 
 
 def _check_rows(groups: Mapping[str, many.Group], size: int, tokens) -> None:
-  """Asks each group's method about its own rows of a batch."""
+  """Lets each group's method check its own rows of a batch."""
   first = 0
   for group in groups.values():
     rows = slice(first, first := first + len(group.runs) * size)
@@ -196,7 +201,7 @@ def _check_start(run: Run, train_steps: int) -> None:
 def _checked(
   runs: Mapping[str, many.Trial], data: settings.Data
 ) -> dict[str, many.Trial]:
-  """The runs, each with its task."""
+  """Checks the runs and sets the task of each."""
   if data.pack:
     raise UserError(f'PACK is {data.pack}; only ptune train packs rows')
   if data.privacy:
@@ -208,8 +213,8 @@ def _checked(
   wrong = [name for name in runs if name in taken or '/' in name]
   if wrong or not runs:
     raise UserError(
-      f'the runs are {list(runs)}: there must be one at least, and a name is'
-      f' that of a directory; choose others than {wrong}'
+      f'the runs are {list(runs)}; give at least one, and choose names that can'
+      f' be directories instead of {wrong}'
     )
   return {
     name: dataclasses.replace(run, task=run.task or data.task)

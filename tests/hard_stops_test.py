@@ -140,7 +140,7 @@ def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(calm, tmp_path):
   step = checkpoints.finished_steps(tmp_path / 'checkpoints')[-1]
   assert 'SIGTERM: saving' in process.output
   assert f'stopped at step {step}, which is saved in' in process.output
-  assert 'the same command goes on from there' in process.output
+  assert 'the same command resumes from there' in process.output
   status, output = tiny.command(*arguments(tmp_path))
   assert status == 0, output
   assert f'going on from step {step}' in output

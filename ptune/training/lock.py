@@ -1,10 +1,9 @@
-"""One run at a time in a MODEL_DIR.
+"""The lock of a MODEL_DIR: only one run may use it at a time.
 
-On a file system of the machine, or of a cluster (NFS), the operating system
-holds the lock: it ends with the process that has it, however that ends, so a
-run that was killed is never in its own way. A bucket has no such locks. There
-the run writes a sign of life every few seconds; another start waits to see
-whether one comes, and takes over if none does.
+On a local file system or NFS, the operating system holds the lock. It releases
+the lock when the process ends in any way, so a killed run never blocks its
+restart. A bucket has no such locks. There, the run writes a heartbeat every few
+seconds; another start waits for one, and takes over if none comes.
 """
 
 import contextlib
@@ -28,8 +27,9 @@ from etils import epath
 from ptune.errors import UserError
 
 FILE = 'run.lock'
-# Seconds: between two signs of life, and without one until a run counts as
-# dead. What is written last wins; SETTLE is for two starts at the same time.
+# Seconds between two heartbeats, and seconds without one after which a run
+# counts as dead. If two runs start at once, the last write wins, so each waits
+# SETTLE seconds and then reads the file.
 BEAT, LEASE, SETTLE = 15.0, 60.0, 3.0
 
 
@@ -37,17 +37,18 @@ BEAT, LEASE, SETTLE = 15.0, 60.0, 3.0
 def acquire(
   directory: os.PathLike[str] | str,
 ) -> Iterator[Callable[[], bool]]:
-  """Holds a MODEL_DIR for this run; process 0 does it for all of them.
+  """Locks a MODEL_DIR for this run; process 0 does so for all processes.
 
   Args:
-    directory: MODEL_DIR; must exist.
+    directory: MODEL_DIR, which must exist.
 
   Yields:
-    What tells whether the directory of that name, and the lock in it, are still
-    those that were opened here. A bucket has no such identity.
+    A function that tells whether the directory and the lock file are still the
+    ones that we opened, and not others of the same names. On a bucket it always
+    returns True.
 
   Raises:
-    ValueError: If another run holds it; says which.
+    ValueError: If another run has locked it; names that run.
   """
   if jax.process_index() != 0:
     yield lambda: True
@@ -104,9 +105,9 @@ def _refusal(path: epath.Path, text: str, otherwise: str) -> ValueError:
 
 @contextlib.contextmanager
 def _locked(path: epath.Path) -> Iterator[os.stat_result]:
-  """Holds a lock of the operating system; yields which file has it."""
+  """Holds a lock of the operating system; yields the identity of its file."""
   while True:
-    file = open(path, 'a+')  # To close it ends the lock.
+    file = open(path, 'a+')  # Closing it releases the lock.
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -120,7 +121,7 @@ def _locked(path: epath.Path) -> Iterator[os.stat_result]:
     except OSError:
       file.close()
       raise
-    try:  # Whoever held it before may have just deleted the file.
+    try:  # The run that held the lock may have deleted the file just now.
       if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
         break
     except FileNotFoundError:
@@ -134,13 +135,13 @@ def _locked(path: epath.Path) -> Iterator[os.stat_result]:
     try:
       yield ours
     finally:
-      if _is_same(path, ours):  # And not that of a run in its place.
+      if _is_same(path, ours):  # And not the file of a later run.
         path.unlink()
 
 
 @contextlib.contextmanager
 def _leased(path: epath.Path) -> Iterator[None]:
-  """Holds a file by signs of life."""
+  """Holds a lock by writing heartbeats to a file."""
   owner = {**_owner(), 'token': secrets.token_hex(8)}
   _wait_until_dead(path)
   _write(path, owner, 0)
@@ -156,13 +157,13 @@ def _leased(path: epath.Path) -> Iterator[None]:
       try:
         text = _read(path)
         if text and not _is_ours(text, owner):
-          # It could not be reached for so long that another run began. Two
-          # that write would spoil both.
+          # We could not reach the file for so long that another run started.
+          # If both wrote, both would be corrupted.
           message = str(_refusal(path, text, 'it took over from this one'))
           os.write(2, f'ptune: {message}\n'.encode())
           os._exit(1)
         _write(path, owner, beat)
-      except Exception as error:  # Whatever a bucket may raise: once more.
+      except Exception as error:  # A bucket can raise anything: try again.
         logging.warning('%s cannot be renewed: %s', path, error)
 
   thread = threading.Thread(target=live, name='ptune-lease', daemon=True)
@@ -177,16 +178,16 @@ def _leased(path: epath.Path) -> Iterator[None]:
 
 
 def _wait_until_dead(path: epath.Path) -> None:
-  """Returns if no other run shows signs of life, else raises ValueError."""
+  """Returns if no other run writes heartbeats; else raises ValueError."""
   if not path.exists():
     return
-  first = _read(path)  # Perhaps '', while it is being written.
+  first = _read(path)  # '' if the other run is writing it just now.
   logging.info(
     '%s is there: waiting up to %g s to see whether its run is alive',
     path,
     LEASE,
   )
-  # By what changes, not by the time that is written there: clocks differ.
+  # We look for a change, not at the time in the file, because clocks differ.
   end = time.monotonic() + LEASE
   while time.monotonic() < end:
     time.sleep(min(BEAT, LEASE) / 5)

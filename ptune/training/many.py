@@ -1,12 +1,13 @@
-"""Many prompts on one frozen model, updated together: one batch, one program.
+"""One update of many prompts on one frozen model: one batch, one program.
 
-`state.train_step` is mapped over the runs: each has its own rows of the batch,
-learning rate, seed and optimizer state, and gets the update that it would get
-by itself. The frozen weights are not mapped, so that they multiply the rows of
-all runs at once. Runs whose parameters differ in shape, as prompts of different
-lengths do, are mapped in groups, one after the other in the same program.
+`jax.vmap` maps `state.train_step` over the runs. Each run has its own rows of
+the batch, learning rate, seed and optimizer state, and gets the same update as
+if it were trained alone. The frozen weights are not mapped, so they multiply
+the rows of all runs at once. Runs whose parameters differ in shape, such as
+prompts of different lengths, are mapped in groups; the program computes one
+group after the other.
 
-Nothing here reads data or files; `train_many` is the program.
+Nothing here reads data or files; the program is `train_many`.
 """
 
 import dataclasses
@@ -36,13 +37,13 @@ Optimizer = Callable[..., optax.GradientTransformation]
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """What one of many runs does not share with the others.
+  """The settings in which one of many runs may differ from the others.
 
   Attributes:
-    task: The SeqIO task or mixture; that of all runs, `Data.task`, if None.
-    method: What is added to the network, and trained.
-    learning_rate: A number, or a schedule of the step.
-    seed: Of the initialisation, the data order and dropout.
+    task: The SeqIO task or mixture; None for `Data.task`.
+    method: What is added to the network and trained.
+    learning_rate: A number, or a function of the step.
+    seed: For the initialisation, the data order and dropout.
   """
 
   task: str | None
@@ -72,10 +73,10 @@ class Group:
 def group(
   runs: Mapping[str, Trial], config: Config, mesh: jax.sharding.Mesh
 ) -> dict[str, Group]:
-  """Puts runs together that one mapped update can train.
+  """Groups the runs that one mapped update can train.
 
   Raises:
-    ValueError: If a run trains parameters of the base itself.
+    ValueError: If a run trains parameters of the base model.
   """
   plans: dict[str, parameters.Plan] = {}
   names: dict[str, list[str]] = {}
@@ -84,7 +85,7 @@ def group(
     if plan.frozen != plan.base:
       raise UserError(
         f'run {name!r} has method {run.method.name!r}, which trains parameters'
-        ' of the base model, so it cannot share one; train it by ptune train'
+        ' of the base model, so the runs cannot share it; use ptune train'
       )
     key = json.dumps(parameters.identity(plan), sort_keys=True)
     plans.setdefault(key, plan)
@@ -98,7 +99,7 @@ def group(
 def abstract_state(
   tx: optax.GradientTransformation, groups: Mapping[str, Group]
 ) -> TrainState:
-  """The state of all runs: by group, arrays with an axis of runs in front."""
+  """The state of all runs: by group, arrays whose first axis is the runs."""
   trainable, opt_state, step = {}, {}, None
   for name, members in groups.items():
     like = state_lib.abstract_state(tx, members.plan)
@@ -127,7 +128,8 @@ def first_state(
 
   Args:
     tx: The optimizer.
-    trainable: What each run trains, a nested dict as in the network, by name.
+    trainable: The parameters that each run trains, by the run's name: nested
+      dicts as in the network.
     groups: The runs.
   """
   like = abstract_state(tx, groups)
@@ -147,7 +149,7 @@ def first_state(
 
 
 def of_run(state: TrainState, groups: Mapping[str, Group], run: str) -> Any:
-  """What a run has trained, a nested dict as in the network."""
+  """The trained parameters of a run: a nested dict as in the network."""
   name = next(name for name, g in groups.items() if run in g.runs)
   index = groups[name].runs.index(run)
   return jax.tree.map(lambda x: x[index], state.trainable[name])
@@ -161,10 +163,11 @@ def compile_step(
   groups: Mapping[str, Group],
   microbatches: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """One update of all runs, (state, frozen, batch) -> (state, sums).
+  """Compiles one update of all runs: (state, frozen, batch) -> (state, sums).
 
-  The batch [runs * batch, length] holds the rows of one run after those of
-  another, in the order of the groups; sums are [runs]. The state is donated.
+  The batch is [runs * batch, length]: all rows of the first run, then all rows
+  of the second, in the order of the groups. The sums are [runs]. The state is
+  donated.
   """
 
   def update(state, frozen, batch):
@@ -215,11 +218,11 @@ def compile_step(
 def joined(
   batches: Sequence[Mapping[str, np.ndarray]], pad: int = 0
 ) -> dict[str, np.ndarray]:
-  """Puts batches below each other, padded to the longest.
+  """Concatenates batches along the rows, padded to the longest.
 
   Args:
-    batches: Features of T5, by name.
-    pad: The token that fills rows up; weights are filled up with 0.
+    batches: T5's features, by name.
+    pad: The token that tokens are padded with; weights are padded with 0.
   """
 
   def padded(x, length, value):

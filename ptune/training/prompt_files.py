@@ -1,9 +1,9 @@
-"""What a run leaves for other programs: the files in MODEL_DIR/prompts.
+"""The files in MODEL_DIR/prompts, which other programs read.
 
 step_N.npy           the prompt, [prompt, embed] float32
-step_N.safetensors   what another method trained, by path
+step_N.safetensors   the parameters that another method trained, by path
 step_N.json          the facts: task, base, method, step, scores, privacy
-best.npy, ...        the same of the best step
+best.npy, ...        the same files for the best step
 """
 
 import json
@@ -20,7 +20,7 @@ from ptune.host.files import write_atomically
 from ptune.model import parameters
 from ptune.training import privacy
 
-# What is known of a run and also of its prompt.
+# The facts of a run that a prompt's .json repeats.
 _KNOWN = ('task', 'base', 'method', 'settings', 'seed', 'batch_size')
 
 
@@ -33,20 +33,20 @@ def write(
   scores: Mapping[str, Mapping[str, float]],
   run: Mapping[str, Any],
 ) -> None:
-  """Writes what is trained, and what it was trained on.
+  """Writes the trained parameters and their facts.
 
   Args:
     model_dir: The run's directory.
     name: 'step_N' or 'best'.
     plan: The parameters.
     trained: The trained parameters, by path.
-    step: The step that they are of.
-    scores: Its scores, by task.
-    run: The facts of the run, as `Run` has them.
+    step: The step after which they have these values.
+    scores: The scores at that step, by task.
+    run: The facts of the run.
   """
   method = plan.method
   if not plan.frozen:
-    return  # The checkpoints are the whole model.
+    return  # The method trains the whole model, which the checkpoints hold.
   if method.fold:
     assert plan.rows is not None
     trained = method.fold(trained, plan.rows)
@@ -74,6 +74,6 @@ def write(
 
 
 def remove(model_dir: epath.Path, name: str) -> None:
-  """Removes the files of a name, those that are there."""
+  """Deletes the files of a name, if they exist."""
   for suffix in ('json', 'npy', 'safetensors'):
     (model_dir / 'prompts' / f'{name}.{suffix}').unlink(missing_ok=True)

@@ -1,13 +1,13 @@
-"""A run and its MODEL_DIR: held, compared, restored and written.
+"""A run and its MODEL_DIR: locking, comparing, restoring and writing.
 
-    with Run(model_dir) as run:        # holds the directory
-      run.compare({'': facts})         # refuses another run's
-      state = run.restore(like)        # where an earlier start was, or None
-      run.begin(members, ...)          # from here on it is written to
+    with Run(model_dir) as run:        # locks the directory
+      run.compare({'': facts})         # refuses the directory of another run
+      state = run.restore(like)        # the state of an earlier start, or None
+      run.begin(members, ...)          # from here on we write to the directory
       run.save(state, sums, wait=False)
 
-A run trains one prompt, in MODEL_DIR itself, or several, each in a directory of
-its name below it. Checkpoints are of all together.
+A run trains one prompt in MODEL_DIR itself, or several prompts, each in a
+subdirectory of its name. One checkpoint holds all prompts of the run.
 """
 
 import contextlib
@@ -36,24 +36,27 @@ from ptune.training.member import Member
 from ptune.training.state import TrainState
 
 Scores = Mapping[str, Mapping[str, float]]
-# By the name of a member: what the steps since the last record add up to.
+# By the name of a member: the sums over the steps since the last record.
 Sums = dict[str, dict[str, float]]
 
 
 class Run(contextlib.AbstractContextManager['Run']):
-  """A MODEL_DIR that this process holds.
+  """A MODEL_DIR that this process has locked.
+
+  `members` and the attributes after it are set by `begin`.
 
   Attributes:
     directory: MODEL_DIR.
-    present: By name, what run.json says of an earlier start; '' is MODEL_DIR.
-    start: The step that was restored.
-    sums: What was restored with it, see `checkpoints`.
-    members: What is trained; as all that follow, known after `begin`.
+    present: The run.json of an earlier start, by the name of a member; '' is
+      MODEL_DIR itself.
+    start: The step of the restored state.
+    sums: The sums that were restored with it; see `checkpoints`.
+    members: What the run trains.
     train_steps: The last step.
-    saving: When it is logged and saved.
-    asked: Whether to stop.
-    reports: The records of each member.
-    profile: The trace.
+    saving: When to log and save.
+    asked: Tells whether a signal asks the run to stop.
+    reports: The records of each member, by name.
+    profile: The profiler.
   """
 
   def __init__(
@@ -62,29 +65,29 @@ class Run(contextlib.AbstractContextManager['Run']):
     initial_checkpoint_path: str | None,
     names: Sequence[str] = ('',),
   ):
-    """Opens nothing yet.
+    """Stores the arguments; `__enter__` opens the directory.
 
     Args:
       model_dir: MODEL_DIR.
-      initial_checkpoint_path: The base, which run.json notes.
-      names: Those of the members, in the order of their rows in a batch; '' is
-        the name of the only one.
+      initial_checkpoint_path: The base model, which run.json records.
+      names: The names of the members, in the order of their rows in a batch;
+        ('',) if there is only one.
 
     Raises:
-      UserError: If it is not the name of a directory.
+      UserError: If `model_dir` is not the name of a directory.
     """
     self.directory = run_file.run_directory(model_dir)
     self.start, self.sums = 0, dict[str, Any]()
     self.members: Sequence[Member] = ()
     self._base = initial_checkpoint_path
-    # Several share MODEL_DIR, which has a run.json of its own.
+    # Several members share MODEL_DIR, which then has its own run.json.
     self._shared = {} if '' in names else {'': {'runs': list(names)}}
     self._names = dict.fromkeys((*self._shared, *names))
     self._stack = contextlib.ExitStack()
 
   def __enter__(self) -> 'Run':
     check_writable('MODEL_DIR', self.directory)
-    self._is_held = self._stack.enter_context(lock.acquire(self.directory))
+    self._still_locked = self._stack.enter_context(lock.acquire(self.directory))
     self.present = {
       name: run_file.read(self.place(name)) for name in self._names
     }
@@ -98,22 +101,22 @@ class Run(contextlib.AbstractContextManager['Run']):
     return self.directory / name if name else self.directory
 
   def compare(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Checks that what is on disk, if anything, is this run.
+    """Checks that MODEL_DIR is empty or holds this run.
 
     Args:
-      facts: By the name of a member.
+      facts: The facts of each member, by name.
 
     Raises:
-      UserError: If they differ; all that differs is listed.
+      UserError: If facts differ from those on disk; lists every difference.
     """
     for name, own in {**self._shared, **facts}.items():
       run_file.compare(self.place(name), self.present[name], own)
 
   def restore(self, like: TrainState) -> TrainState | None:
-    """The state where an earlier start was; None if it saved none.
+    """Restores the state that an earlier start saved; None if there is none.
 
     Args:
-      like: Shapes, types and shardings of the state.
+      like: The shapes, types and shardings of the state.
     """
     found = checkpoints.restore(self.directory / 'checkpoints', like)
     if found is None:
@@ -123,7 +126,7 @@ class Run(contextlib.AbstractContextManager['Run']):
     return state
 
   def records(self, name: str = '') -> list[report.Record]:
-    """The records of a member up to the step that was restored."""
+    """The records of a member up to the restored step."""
     found = report.read_records(self.place(name))
     return [record for record in found if record['step'] <= self.start]
 
@@ -136,15 +139,15 @@ class Run(contextlib.AbstractContextManager['Run']):
     examples_per_step: float,
     saving: settings.Saving,
   ) -> None:
-    """Begins to write: all that can be wrong was checked before.
+    """Starts writing to MODEL_DIR; call this after all checks.
 
-    From here on SIGTERM and Ctrl-C are noted, to be acted on between two steps.
+    From here on, the loop handles SIGTERM and Ctrl-C between two steps.
 
     Args:
-      members: What is trained.
+      members: What the run trains.
       train_steps: The last step.
-      examples_per_step: Of one member.
-      saving: What is written.
+      examples_per_step: The examples in a step, for one member.
+      saving: When to log and save.
     """
     self.members, self.train_steps = members, train_steps
     self.saving = saving
@@ -195,16 +198,16 @@ class Run(contextlib.AbstractContextManager['Run']):
     return self._stack.enter_context(contextlib.closing(tracker))
 
   def describe(self, model_info: str, config: str) -> None:
-    """Writes model-info.txt, and config.gin, which reruns the run."""
+    """Writes model-info.txt and config.gin, which can repeat the run."""
     if jax.process_index() == 0:
       write_atomically(self.directory / 'model-info.txt', model_info)
       write_atomically(self.directory / 'config.gin', config)
 
   def discard(self, member: Member) -> None:
-    """Drops what an earlier start left of steps that are taken again.
+    """Deletes records and a best prompt from steps after the restored one.
 
-    That start wrote it after its last checkpoint. The steps may come out
-    differently now, so neither records nor a best prompt of them may stay.
+    An earlier start wrote them after its last checkpoint. We repeat these
+    steps, and their results may differ this time.
     """
     if jax.process_index() != 0:
       return
@@ -228,8 +231,8 @@ class Run(contextlib.AbstractContextManager['Run']):
     )
 
   def check_directory(self) -> None:
-    """Raises an OSError if MODEL_DIR is not what this run has opened."""
-    if not self._is_held():
+    """Raises an OSError if MODEL_DIR is not the directory that we locked."""
+    if not self._still_locked():
       raise OSError(
         f'MODEL_DIR {self.directory} was deleted, renamed or replaced while'
         ' this run trained; nothing more is written there. Move it back and'
@@ -238,11 +241,17 @@ class Run(contextlib.AbstractContextManager['Run']):
 
   @property
   def failed(self) -> bool:
-    """Whether a checkpoint that was being written is lost."""
+    """Whether writing a checkpoint failed."""
     return self._saved.failed
 
   def save(self, state: TrainState, sums: Sums, wait: bool) -> None:
-    """Saves a state, unless its last update spoiled it."""
+    """Saves a state; raises FloatingPointError if it is not finite.
+
+    Args:
+      state: The state.
+      sums: Saved with it; see `checkpoints`.
+      wait: Whether to wait until the checkpoint is on disk.
+    """
     self.check_finite(state)
     self.check_directory()
     self._saved.save(state, sums, wait)
@@ -253,7 +262,7 @@ class Run(contextlib.AbstractContextManager['Run']):
         )
 
   def check_finite(self, state: TrainState) -> None:
-    """Raises FloatingPointError if the last update spoiled the parameters."""
+    """Raises FloatingPointError if a trained parameter is not finite."""
     if not bool(_is_finite(state.trainable)):
       raise FloatingPointError(
         f'the trained parameters are not finite after step {int(state.step)}.'
@@ -261,7 +270,7 @@ class Run(contextlib.AbstractContextManager['Run']):
       )
 
   def last_good(self) -> str:
-    """What is kept after a loss that is not finite, and what to do."""
+    """Says which checkpoint is still good and what to do, for an error."""
     self._saved.wait()
     return (
       f'{self._saved.last_good()}. Lower LEARNING_RATE, or look at the batch'
@@ -269,13 +278,13 @@ class Run(contextlib.AbstractContextManager['Run']):
     )
 
   def lost_best(self, member: Member) -> bool:
-    """Whether no best prompt is on disk, whatever the records say."""
+    """Whether there is no best prompt on disk, whatever the records say."""
     return member.name in self._without_best
 
   def save_best(
     self, member: Member, state: TrainState, scores: Scores
   ) -> None:
-    """Keeps a state as the best of a member, until a better one comes."""
+    """Saves a state as a member's best so far."""
     self.check_directory()
     self._without_best.discard(member.name)
     checkpoints.save_best(
@@ -288,7 +297,7 @@ class Run(contextlib.AbstractContextManager['Run']):
   def write_prompt(
     self, member: Member, name: str, state: TrainState, scores: Scores
   ) -> None:
-    """Writes what a member has trained, see `prompt_files`."""
+    """Writes a member's trained parameters; see `prompt_files`."""
     trained = member.trained(state)
     if jax.process_index() == 0:
       prompt_files.write(
@@ -302,12 +311,12 @@ class Run(contextlib.AbstractContextManager['Run']):
       )
 
   def log_end(self, step: int, finished: bool) -> None:
-    """Says how the run has ended."""
+    """Logs how the run ended."""
     if finished:
       logging.info('finished at step %d: %s', step, self.directory)
     else:
       logging.info(
-        'stopped at step %d, which is saved in %s; the same command goes on'
+        'stopped at step %d, which is saved in %s; the same command resumes'
         ' from there',
         step,
         self.directory,
@@ -315,7 +324,7 @@ class Run(contextlib.AbstractContextManager['Run']):
 
   @contextlib.contextmanager
   def paused(self, doing: str) -> Iterator[None]:
-    """Leaves what is done inside out of the rate of training."""
+    """Excludes the time spent inside from the reported training rate."""
     with contextlib.ExitStack() as stack:
       for one in self.reports.values():
         stack.enter_context(one.paused(doing))

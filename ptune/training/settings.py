@@ -1,6 +1,6 @@
-"""The settings of a run, in the groups that programs share.
+"""The settings of a run, in groups that several programs share.
 
-A program takes one argument a group. In a gin file a group is a configurable:
+A program takes one argument for each group. In gin, a group is a configurable:
 
     settings.Data.batch_size = 64
     train.train.data = @settings.Data()
@@ -22,24 +22,24 @@ PathLike = str | os.PathLike[str]
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """What is read, and in which batches.
+  """What to read, and how to form batches.
 
   Attributes:
-    task: MIXTURE_OR_TASK_NAME, the SeqIO task or mixture; or a task itself,
-      such as `tasks/from_files.gin` makes.
-    feature_lengths: TASK_FEATURE_LENGTHS, the longest inputs and targets in
-      tokens.
-    module: MIXTURE_OR_TASK_MODULE; imported first, because it registers the
-      task.
-    batch_size: Examples a step, or rows that a program computes at once.
-    microbatches: Parts that a training batch is computed in, one after the
-      other.
-    bucket_multiple: Lengths are rounded up to a multiple of it, short targets
-      to half of it or less, in batches of like lengths; None pads all to
-      feature_lengths.
-    pack: If not 0, training rows hold several examples, and have room for so
-      many of the longest, see `packing`; batch_size then counts rows, which
-      all have one length.
+    task: MIXTURE_OR_TASK_NAME: the name of a SeqIO task or mixture, or a task
+      object such as `tasks/from_files.gin` makes.
+    feature_lengths: TASK_FEATURE_LENGTHS: the most tokens of inputs and of
+      targets.
+    module: MIXTURE_OR_TASK_MODULE, which registers the task, so it is imported
+      first.
+    batch_size: The examples in a training step, or the rows that another
+      program computes at once.
+    microbatches: The number of parts that a training batch is split into; they
+      are computed one after the other.
+    bucket_multiple: Batches hold rows of similar length, rounded up to a
+      multiple of this; short targets are rounded to half of it or less. None
+      pads all rows to feature_lengths.
+    pack: If not 0, a training row holds several examples and has room for this
+      many of the longest; see `packing`. batch_size then counts these rows.
     in_memory: See `batches.Batches`.
     use_cached: USE_CACHED_TASKS.
     privacy: How private the training rows stay; None if they need not.
@@ -59,20 +59,20 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """How a model is evaluated.
+  """How to evaluate a model.
 
   Attributes:
-    split: What is evaluated; None, in training, for nothing. A task without
-      the default split is trained without evaluations.
-    steps: EVAL_STEPS, batches of an evaluation; the whole split if None.
-    batch_size: Rows that are computed at once; that of `Data` if None.
-    decoding: How predictions are made.
+    split: The split to evaluate. In training, None turns evaluation off, and a
+      task without the default split is trained without evaluation.
+    steps: EVAL_STEPS: the batches of an evaluation; None for the whole split.
+    batch_size: The rows computed at once; None for the batch size of `Data`.
+    decoding: How to decode predictions.
     best_metric: The metric that chooses the best prompt, with a minus in front
-      if less is better. If None, the mean of the task's own metrics, or the
+      if lower is better. None for the mean of the task's own metrics, or the
       loss if it has none.
-    period: EVAL_PERIOD, training steps between two evaluations.
-    early_stopping: Evaluations without a better score after which training
-      ends; never if None.
+    period: EVAL_PERIOD: the training steps between two evaluations.
+    early_stopping: Training ends after this many evaluations without a better
+      score; None for never.
   """
 
   split: str | None = 'validation'
@@ -86,14 +86,15 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-  """What a training run leaves on disk while it goes on.
+  """What a training run writes while it trains.
 
   Attributes:
-    checkpoint_period: Steps between two checkpoints.
-    keep_checkpoints: How many of the newest are kept; all if None.
-    log_period: Steps between two records in the log.
-    profile_steps: Steps traced into MODEL_DIR/profile, see `profiling`.
-    tracker: Which of `trackers.TRACKERS` gets the records too, if any.
+    checkpoint_period: The steps between two checkpoints.
+    keep_checkpoints: How many of the newest checkpoints to keep; None for all.
+    log_period: The steps between two records in the log.
+    profile_steps: The number of steps to trace; see `profiling`.
+    tracker: The one of `trackers.TRACKERS` that also gets the records; None for
+      no tracker.
   """
 
   checkpoint_period: int = 1000
@@ -105,17 +106,17 @@ class Saving:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """Which trained model a program asks; `trained_model.check` says what fits.
+  """Which trained model to use; `trained_model.check` checks the combination.
 
   Attributes:
-    model_dir: MODEL_DIR, a run of `ptune train`.
-    checkpoint_path: CHECKPOINT_PATH, the base model; the one that the run of
-      model_dir started from if None.
-    prompt_file: A prompt, if there is no model_dir.
-    prompts: Several prompts in place of one, by name or as `bank.parse` reads
-      them.
-    default_prompt: The one of `prompts` that answers rows which name none; not
-      needed if there is but one.
+    model_dir: MODEL_DIR: a run of `ptune train`.
+    checkpoint_path: CHECKPOINT_PATH: the base model. None for the base model
+      that the run of model_dir started from.
+    prompt_file: A prompt file, used if there is no model_dir.
+    prompts: Several prompts instead of one: a mapping by name, or a text that
+      `bank.parse` reads.
+    default_prompt: The prompt, out of `prompts`, for rows that name none. Not
+      needed if there is only one.
   """
 
   model_dir: PathLike | None = None
@@ -131,16 +132,16 @@ def check(
   saving: Saving = Saving(),
   **counts: int,
 ) -> None:
-  """Checks all numbers of a program; the error lists every wrong one.
+  """Checks the numbers in a program's settings.
 
   Args:
-    data: Settings of the program.
-    evaluation: The same.
-    saving: The same.
-    **counts: Others that must be at least 1, by the name that users know.
+    data: The settings of the data.
+    evaluation: The settings of the evaluation.
+    saving: The settings of saving.
+    **counts: Other numbers that must be at least 1, by the names users know.
 
   Raises:
-    UserError: If one is not a whole number of at least 1.
+    UserError: If a number is not a whole number of at least 1; lists each one.
   """
   trackers.check(saving.tracker)
   check_counts(

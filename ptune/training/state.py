@@ -1,7 +1,6 @@
-"""The train state, and the one update that changes it.
+"""The train state, and the update that changes it.
 
-Nothing here reads data or files, so it runs where only JAX, Flax and optax
-are installed.
+Nothing here reads data or files, so JAX, Flax and optax are enough to run it.
 """
 
 import functools
@@ -20,11 +19,12 @@ from ptune.training.privacy import Private
 
 @flax.struct.dataclass
 class TrainState:
-  """All that training changes.
+  """Everything that training changes.
 
   Attributes:
-    step: int32 []: steps taken in this run, and so the position in the data.
-    trainable: The trained parameters, a nested dict as in the network.
+    step: int32 []: the steps taken in this run, which also give the position
+      in the data.
+    trainable: The trained parameters: a nested dict as in the network.
     opt_state: The optimizer's state for them.
   """
 
@@ -47,13 +47,13 @@ def abstract_state(
   def struct(leaf, sharding=replicated):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-  def masked(leaf):  # Stands for parameters of another `optim.grouped`.
+  def masked(leaf):  # A placeholder for the parameters of another optimizer.
     return isinstance(leaf, optax.MaskedNode)
 
   def moment(leaf, p):
     if masked(leaf):
       return leaf
-    # A factored moment has fewer axes than its parameter: held whole.
+    # A factored moment has fewer axes than its parameter: we replicate it.
     return struct(leaf, p.sharding if leaf.shape == p.shape else replicated)
 
   opt_state = optax.tree_utils.tree_map_params(
@@ -91,24 +91,25 @@ def train_step(
   seed: int = 0,
   private: Private | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update of what is trained.
+  """Updates the trainable parameters once.
 
-  Only the trainable tree is differentiated, and nothing reads a gradient of
-  the frozen one: XLA then never computes those.
+  We differentiate the trainable tree only, so XLA computes no gradient of a
+  frozen weight.
 
   Args:
     model: The loss.
     tx: The optimizer.
-    state: Donated by the caller's jit.
+    state: The state, which the caller's jit donates.
     frozen: The frozen parameters.
     batch: Features [batch, length].
-    microbatches: Parts whose gradients are summed, one after the other.
-    seed: Of dropout, together with the step.
-    private: Clips the gradient of each row, and adds noise to their sum.
+    microbatches: The number of parts of the batch. Their gradients are computed
+      one after the other and summed.
+    seed: For dropout, combined with the step.
+    private: Clips the gradient of each row and adds noise to their sum.
 
   Returns:
-    The next state, and the sums of `EncoderDecoderModel.loss` with the norm
-    of the gradient.
+    The next state, and the sums of `EncoderDecoderModel.loss` together with
+    the norm of the gradient.
   """
   drop = model.network.config.dropout_rate > 0
   rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -128,8 +129,8 @@ def train_step(
   if microbatches == 1:
     grads, sums = gradient(batch, rng)
   else:
-    # Row r goes to part r % microbatches: every part keeps its rows spread
-    # over all devices. [batch, ...] -> [microbatches, batch / m, ...]
+    # Row r goes to part r % microbatches, so every part is spread over all
+    # devices. [batch, ...] -> [microbatches, batch / m, ...]
     parts = {
       k: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
       for k, x in batch.items()
@@ -164,7 +165,10 @@ def compile_step(
   seed: int = 0,
   private: Private | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-  """`train_step` as a program (state, frozen, batch) that donates the state."""
+  """Compiles `train_step`: (state, frozen, batch) -> (state, sums).
+
+  The state is donated.
+  """
   shardings = jax.tree.map(lambda x: x.sharding, like)
   return jax.jit(
     functools.partial(
