@@ -1,9 +1,9 @@
-"""`ptune distill`: puts a prompt, or a prefix, in place of a long text.
+"""`ptune distill`: replaces a long text by a trained prompt or prefix.
 
-Trains as `ptune train` does, on the loss `losses.distill`, and then asks the
-model with the text, the model with what was trained, and the model with neither
-the inputs of a split that was not trained on. What came of it is printed and
-written to MODEL_DIR/distilled.json.
+First it trains as `ptune train` does, with the loss `losses.distill`. Then it
+compares three models on a split that was not trained on: the base model with
+the text, the base model with the trained prompt, and the base model alone. It
+prints the result and writes it to MODEL_DIR/distilled.json.
 """
 
 import json
@@ -38,31 +38,31 @@ def distill(
   evaluation: settings.Evaluation = settings.Evaluation(),
   model_parallel: int = 1,
 ) -> dict[str, Any]:
-  """Trains, and compares what was trained with the text.
+  """Trains, then compares the trained prompt with the text.
 
   Args:
     train: `train.train` with its settings.
-    context: Token ids of the text, without EOS.
-    model_dir, data, config, method, evaluation, model_parallel: As of `train`.
+    context: The token ids of the text, without EOS.
+    model_dir, data, config, method, evaluation, model_parallel: See `train`.
 
   Returns:
-    What `compare` found; {} if the training was stopped.
+    The result of `compare`; {} if the training was stopped.
 
   Raises:
-    ValueError: If there are no inputs to compare on.
+    ValueError: If the split to compare on does not exist or is too small.
   """
   split = evaluation.split
   task = seqio_task.load(data.task, data.module)
   if split is None or split not in task.splits:
     raise UserError(
       f'EVAL_SPLIT is {split!r}, and task {task.name!r} has the splits'
-      f' {sorted(task.splits)}; name one of them, whose inputs are answered'
-      ' with and without the text'
+      f' {sorted(task.splits)}; name one of them, on whose inputs the models'
+      ' with and without the text are compared'
     )
   state = train()
   run = run_file.run_directory(model_dir)
   if not report.scores_at(report.read_records(run), int(state.step)):
-    return {}  # Stopped; the same command goes on.
+    return {}  # Stopped; the same command resumes.
   plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
   params, _ = trained_model.load(plan, settings.Trained(model_dir=model_dir))
   inputs = held_out(task, data, config, split, evaluation.steps)
@@ -82,14 +82,14 @@ def held_out(
   split: str,
   steps: int | None,
 ) -> Iterator[np.ndarray]:
-  """The inputs of a split, [batch, length] at a time; a last part is left out.
+  """Yields the inputs of a split, [batch, length]; drops an incomplete batch.
 
   Args:
     task: The task.
     data: Its lengths and batch size.
-    config: The network's, whose token ids the rows have.
+    config: The network's sizes and special tokens.
     split: The split.
-    steps: Most batches; all if None.
+    steps: The most batches; None for all.
 
   Raises:
     ValueError: If the split has fewer rows than a batch.
@@ -123,22 +123,25 @@ def compare(
   inputs: Iterator[np.ndarray],
   max_decode_length: int,
 ) -> dict[str, Any]:
-  """Asks the model with the text, with what was trained, and with neither.
+  """Compares the model with the text, with the trained prompt, and alone.
 
   Args:
     plan: The parameters.
     params: Their values.
-    context: Token ids of the text.
-    inputs: [batch, length] token ids, all of one shape.
-    max_decode_length: Most tokens of an answer.
+    context: The token ids of the text.
+    inputs: Batches of token ids [batch, length], all of one shape.
+    max_decode_length: The most tokens of an answer.
 
   Returns:
-    `inputs`: how many were asked. `tokens`: what the encoder reads of the
-    longest input, with the text and with what was trained. `same_answer`: the
-    share of inputs with the whole answer of the model with the text, of what
-    was trained and of the base alone. `answers`: how many different ones the
-    model with the text gave. `milliseconds`: an input, in batches of the given
-    size: the median over batches after the first, which compiles.
+    A dict with
+      inputs: the number of inputs;
+      tokens: the tokens that the encoder reads for the longest input, with the
+        text and with the trained prompt;
+      same_answer: the share of inputs where the whole answer equals that of
+        the model with the text, for the trained prompt and for the base alone;
+      answers: the number of distinct answers of the model with the text;
+      milliseconds: the time for one input, in batches of the given size: the
+        median over all batches but the first, which compiles.
   """
   student = EncoderDecoderModel(plan.network)
   base = EncoderDecoderModel(plan.network.clone(placements=()))
@@ -196,7 +199,7 @@ def compare(
 
 
 def describe(found: Mapping[str, Any]) -> str:
-  """What `compare` found, in three lines."""
+  """The result of `compare` as three lines of text."""
   tokens, same, time_of = (
     found[name] for name in ('tokens', 'same_answer', 'milliseconds')
   )

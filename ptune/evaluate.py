@@ -1,4 +1,4 @@
-"""`ptune eval`: a task's metrics over whole splits, for a trained prompt."""
+"""`ptune eval`: computes a task's metrics on a split for a trained prompt."""
 
 import functools
 import sys
@@ -36,22 +36,22 @@ def evaluate(
   """Evaluates a trained prompt, or any other trained parameters.
 
   Args:
-    data: The task, and the batches that are computed at once; no score depends
-      on them, but for rounding in bfloat16.
+    data: The task and its batches. The batch size does not change any score,
+      except by rounding in bfloat16.
     config: The network's sizes.
-    method: What was trained.
-    trained: What is evaluated. Several prompts are of one task: each is
-      evaluated, and all as an ensemble, in batches that hold every row once a
-      prompt.
-    evaluation: The split, and how predictions are made.
-    model: The loss.
-    output_dir: Where metrics.jsonl and predictions go; MODEL_DIR/eval_<split>
-      if not given.
+    method: The method that was trained.
+    trained: The trained model. Several prompts are evaluated one by one and as
+      an ensemble; they must be for the same task. A batch then holds every row
+      once for each prompt.
+    evaluation: The split, and how to decode predictions.
+    model: Makes the loss of a network.
+    output_dir: The directory for metrics.jsonl and predictions; None for
+      MODEL_DIR/eval_<split>.
     seed: For sampling.
-    model_parallel: Devices that one copy of the weights is split over.
+    model_parallel: The number of devices that share one copy of the weights.
 
   Returns:
-    The scores, by task; of the ensemble, if there are several prompts.
+    The scores by task: those of the ensemble if there are several prompts.
   """
   settings.check(data, evaluation)
   split, prompts = evaluation.split, trained.prompts
@@ -65,7 +65,10 @@ def evaluate(
   if prompts is not None:
     named = trained_model.named_prompts(trained, method)
     if ensemble.NAME in named:
-      raise UserError(f'a prompt is named {ensemble.NAME!r}, as their vote is')
+      raise UserError(
+        f'a prompt is named {ensemble.NAME!r}, which is the name of their vote;'
+        ' give it another name'
+      )
     method = bank_lib.METHOD
   plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
   at_once = evaluation.batch_size or data.batch_size
@@ -103,7 +106,7 @@ def evaluate(
 
 
 def _tell(directory: epath.Path, about: dict[str, Any], values) -> None:
-  """Writes scores to metrics.jsonl, and prints them."""
+  """Writes scores to metrics.jsonl and prints them."""
   if jax.process_index() == 0:
     with (directory / 'metrics.jsonl').open('a') as f:
       f.write(report_lib.to_json({**about, **values}) + '\n')

@@ -223,7 +223,7 @@ def test_what_is_no_prompt_is_refused_and_changes_nothing(tmp_path):
   with pytest.raises(ValueError, match='which the 8 devices'):
     filled(devices=8).trees(['five'])
   assert bank.lengths == dict(sorted(LENGTHS.items()))
-  with pytest.raises(ValueError, match='the base is not that of the config'):
+  with pytest.raises(ValueError, match='the base does not fit the config'):
     PromptBank(tiny.CONFIG, dict(list(BASE.items())[1:]), TARGETS)
 
 

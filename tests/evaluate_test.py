@@ -345,7 +345,7 @@ def test_two_metrics_of_one_name_are_an_error_in_one_line(trained):
     metric_fns=[tiny.accuracy, tiny.accuracy],
   )
   for one, message in (
-    (task, r"two of METRICS are called \['em', 'f1'\]; leave one out"),
+    (task, r"two of METRICS give a score named \['em', 'f1'\]; remove"),
     (theirs, r"Duplicate metric key 'accuracy'.*; rename one"),
   ):
     evaluation = evaluation_lib.Evaluation(

@@ -183,7 +183,7 @@ def test_other_runs_or_settings_are_refused(tmp_path):
       run(tmp_path / 'new', RUNS, **changes)
   for runs, message in (
     ({'all': Trial('tiny', full.full())}, "'all' has method 'full'"),
-    ({'a/b': RUNS['a']}, r"choose others than \['a/b'\]"),
+    ({'a/b': RUNS['a']}, r"instead of \['a/b'\]"),
     ({}, 'one at least'),
   ):
     with pytest.raises(ValueError, match=message):

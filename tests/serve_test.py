@@ -597,7 +597,7 @@ def test_sigterm_answers_what_was_asked_and_leaves(prompts):
 
   assert asyncio.run(main()) == [200] * 8
   assert process.wait() == 0
-  assert 'all that was asked has been answered' in process.output
+  assert 'all requests were answered' in process.output
 
 
 @pytest.mark.parametrize(

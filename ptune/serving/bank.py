@@ -1,13 +1,14 @@
-"""One frozen model, many prompts: rows of several tasks share a batch.
+"""A bank of prompts for one frozen model: a batch can mix several prompts.
 
     bank = trained_model.load_bank(config, '/models/t5_1_1_base', 8)
     bank.add('sst2', '/runs/sst2')
     bank.add('rte', np.load('rte.npy'))
     tokens, scores = bank.predict(['sst2', 'rte'], encoder_input_tokens)
 
-The base lies on the devices once. The prompts lie beside it in one table, from
-which each batch takes its own, see `row_prompts.per_row`: a program is
-compiled for a shape of batch and of table, and stays as prompts come and go.
+The devices hold the base once. All prompts are in one table, from which each
+batch gathers its own; see `row_prompts.per_row`. Programs compile for the
+shapes of the batch and the table, so adding or removing a prompt does not
+recompile them.
 """
 
 import functools
@@ -34,20 +35,20 @@ from ptune.model.sizes import Config
 from ptune.serving.predictor import Predictor, Trees
 
 METHOD = Method('row_prompts', per_row(), trainable=(ROWS,))
-# Methods whose prompts stand elsewhere, or are seen otherwise.
+# Methods that insert their prompts elsewhere, or mask them differently.
 OTHER_METHODS = ('prompt/', 'decoder_prompt')
-# What a prompt may be called: also a part of a path, and of an address.
+# The names a prompt may have: they are also part of paths and URLs.
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]{0,63}')
 
 
 class UnknownPrompt(UserError):
-  """There is no prompt of a name."""
+  """No prompt has this name."""
 
 
 class PromptBank:
-  """Prompts by name, and one model that answers with all of them.
+  """Prompts by name, and the model that uses them.
 
-  Threads may share it: a batch has the prompts of the moment it was asked.
+  Threads may share a bank: a batch uses the prompts at the time of the call.
   """
 
   def __init__(
@@ -63,29 +64,29 @@ class PromptBank:
     fingerprint: str | None = None,
     prompt_length: int = 1,
   ):
-    """Puts the base on the devices; `trained_model.load_bank` reads it, too.
+    """Puts the base on the devices; `trained_model.load_bank` also restores it.
 
     Args:
       config: The network's sizes.
       base: Every parameter of the base, by path.
-      max_decode_length: Most tokens of an answer, its EOS included.
-      mesh: The devices; all of them if not given.
-      model: The loss.
-      decoding: How predictions are decoded.
+      max_decode_length: The most tokens of an answer, its EOS included.
+      mesh: The devices; None for all of them.
+      model: Makes the loss of a network.
+      decoding: How to decode predictions.
       seed: For sampling.
-      fingerprint: Of the base, with which that of a prompt's file is compared.
-      prompt_length: The longest prompt that there is room for at first. A
-        longer one makes room, and the model is compiled anew.
+      fingerprint: The base's fingerprint, which a prompt file's must equal.
+      prompt_length: The longest prompt that the table has room for at first. A
+        longer prompt grows the table, and the programs compile again.
 
     Raises:
-      ValueError: If the base lacks a parameter, or has one too many.
+      ValueError: If the base lacks a parameter or has one too many.
     """
     mesh = partitioning.make_mesh() if mesh is None else mesh
     self.plan = plan = parameters.plan(config, METHOD, mesh)
     if different := sorted(plan.base ^ set(base)):
       raise UserError(
-        f'the base is not that of the config: {different[:20]} are in one of'
-        ' the two only'
+        f'the base does not fit the config: only one of the two has'
+        f' {different[:20]}'
       )
     placed = {
       path: jax.device_put(base[path], struct.sharding)
@@ -131,21 +132,21 @@ class PromptBank:
 
   @property
   def lengths(self) -> dict[str, int]:
-    """How many tokens each prompt has."""
+    """The number of tokens of each prompt, by name."""
     with self._lock:
       return {name: len(self._prompts[name]) for name in sorted(self._prompts)}
 
   def add(self, name: str, prompt: np.ndarray | os.PathLike[str] | str) -> None:
-    """Adds a prompt; one that has the name already is replaced.
+    """Adds a prompt, or replaces the prompt of this name.
 
     Args:
-      name: By which it is asked.
-      prompt: [prompt, embed], or whatever `convert.prompts` reads: a .npy
+      name: The name of the prompt.
+      prompt: [prompt, embed], or anything that `convert.prompts` reads: a .npy
         file, the MODEL_DIR of a run, a PEFT adapter.
 
     Raises:
-      ValueError: If it is no prompt for this model. One of another base is
-        refused if it is given by its run, and told by a warning otherwise.
+      ValueError: If it is not a prompt for this model, or if its run was
+        trained on another base. For a file from another base, ptune only warns.
     """
     if not name:
       raise UserError('a prompt needs a name')
@@ -159,7 +160,7 @@ class PromptBank:
       )
     if array.dtype.kind not in 'fiu' and array.dtype != jnp.bfloat16:
       raise UserError(f'prompt {name!r} holds {array.dtype}, not numbers')
-    with np.errstate(over='ignore'):  # What is too large is reported below.
+    with np.errstate(over='ignore'):  # Overflow is reported below.
       array = array.astype(np.float32)
     if not np.isfinite(array).all():
       raise UserError(f'prompt {name!r} holds NaN or infinity')
@@ -181,10 +182,10 @@ class PromptBank:
         )
 
   def remove(self, name: str) -> None:
-    """Removes a prompt; its place is taken by the next that is added.
+    """Removes a prompt; the next one that is added takes its slot.
 
     Raises:
-      UnknownPrompt: If there is none of this name.
+      UnknownPrompt: If no prompt has this name.
     """
     with self._lock:
       self._slot(name)
@@ -196,8 +197,8 @@ class PromptBank:
     if method.startswith(OTHER_METHODS):
       raise UserError(
         f'prompt {name!r} ({read.path}) was trained with method {method!r};'
-        ' those that share a batch stand at the start, and all of a prompt is'
-        ' seen. Give METHOD and PROMPT_FILE, to use it alone'
+        ' prompts that share a batch must be at the start of the input and'
+        ' fully visible. To use this one alone, set METHOD and PROMPT_FILE'
       )
     base = read.facts.get('base', self._fingerprint)
     if self._fingerprint is not None and base != self._fingerprint:
@@ -206,7 +207,7 @@ class PromptBank:
         f' (fingerprint {base}) than this one ({self._fingerprint})'
       )
       if epath.Path(path).is_dir():
-        raise UserError(f'{message}; give the base of that run')
+        raise UserError(f'{message}; use the base model of that run')
       logging.warning('%s', message)
     return read.array
 
@@ -216,7 +217,7 @@ class PromptBank:
     return self._slots[name]
 
   def _grow(self, capacity: int, longest: int) -> None:
-    """Makes the table anew: [capacity, longest, embed]."""
+    """Builds a new table [capacity, longest, embed] from all prompts."""
     table = np.zeros((capacity, longest, self.embed), np.float32)
     lengths = np.zeros(capacity, np.int32)
     for name, slot in self._slots.items():
@@ -230,17 +231,17 @@ class PromptBank:
     """The parameters for a batch, as `predictor.Predictor` takes them.
 
     Args:
-      names: [batch] the prompt of each row.
+      names: [batch] the name of each row's prompt.
 
     Raises:
-      UnknownPrompt: If there is no prompt of a name.
-      ValueError: If the devices do not divide the batch.
+      UnknownPrompt: If no prompt has one of these names.
+      ValueError: If the devices cannot split the batch evenly.
     """
     devices = self.plan.mesh.shape['data']
     if not names or len(names) % devices:
       raise UserError(
-        f'the batch has {len(names)} rows, which the {devices} devices along'
-        ' the mesh axis data must divide'
+        f'the batch has {len(names)} rows; expected a multiple of the {devices}'
+        ' devices along the mesh axis data'
       )
     with self._lock:
       ids = np.array([self._slot(name) for name in names], np.int32)
@@ -254,13 +255,13 @@ class PromptBank:
     tokens: np.ndarray | jax.Array,
     rows: np.ndarray | None = None,
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Answers [batch, max_decode_length], and their scores [batch].
+    """Predictions [batch, max_decode_length], and their scores [batch].
 
     Args:
-      names: [batch] the prompt of each row.
+      names: [batch] the name of each row's prompt.
       tokens: [batch, length] the encoder's input, padded.
-      rows: [batch] a number of each row, from which its samples are drawn;
-        0, 1, ... if not given.
+      rows: [batch] the number of each row, which seeds its samples; None for
+        0, 1, ...
     """
     rows = np.arange(len(names)) if rows is None else rows
     batch = {'encoder_input_tokens': tokens}
@@ -273,30 +274,31 @@ class PromptBank:
 
 
 def _padded(prompt: np.ndarray, longest: int) -> np.ndarray:
-  """[prompt, embed] -> [longest, embed], on the left."""
+  """[prompt, embed] -> [longest, embed], padded on the left."""
   return np.pad(prompt, ((longest - len(prompt), 0), (0, 0)))
 
 
 def unknown(name: str, known: Mapping[str, Any]) -> str:
-  """What is said of a name that no prompt has."""
+  """The message about a name that no prompt has."""
   return f'there is no prompt {name!r}{nearest(name, known)}'
 
 
 def parse(prompts: str) -> dict[str, str]:
-  """What PROMPTS means: 'sst2=a.npy,b.npy' -> {'sst2': 'a.npy', 'b': 'b.npy'}.
+  """Parses PROMPTS: 'sst2=a.npy,b.npy' -> {'sst2': 'a.npy', 'b': 'b.npy'}.
 
   Args:
-    prompts: NAME=PATH, with commas between them. Without a name, it is the
-      file's or the directory's own. A directory of .npy files is each of them,
-      but a run's `prompts/` its best one.
+    prompts: NAME=PATH entries, separated by commas. An entry without a name is
+      named after its file or directory. A directory of .npy files stands for
+      all of them, but a run's `prompts/` stands for its best prompt.
 
   Raises:
-    ValueError: If two have one name, it is none (`NAME`), or there is none.
+    ValueError: If two prompts have the same name, a name does not match `NAME`,
+      or there are no prompts.
   """
   found: list[tuple[str, str]] = []
   for part in filter(None, map(str.strip, prompts.split(','))):
     name, equals, path = part.partition('=')
-    if equals and not epath.Path(part).exists():  # Paths may have one too.
+    if equals and not epath.Path(part).exists():  # A path may contain '='.
       found.append((name.strip(), os.path.expanduser(path.strip())))
       continue
     place = epath.Path(os.path.expanduser(part))
@@ -316,8 +318,8 @@ def parse(prompts: str) -> dict[str, str]:
     )
   if wrong := [name for name in names if not NAME.fullmatch(name)]:
     raise UserError(
-      f'PROMPTS is {prompts!r}: {wrong} are no names, which have up to 64 of'
-      ' A-Z a-z 0-9 _ . - and begin with a letter or digit; put one before'
+      f'PROMPTS is {prompts!r}: {wrong} are no names; a name has up to 64 of'
+      ' A-Z a-z 0-9 _ . - and begins with a letter or digit. Put a name before'
       ' the path, as in sst2=/runs/sst2'
     )
   return dict(found)

@@ -1,8 +1,8 @@
-"""Requests that come one by one, answered in batches of any prompts.
+"""A queue that turns single requests into batches, which may mix prompts.
 
-Rows wait in a queue. While the devices compute one batch the next one gathers;
-when they are free, they wait no longer for more rows than `max_wait` after the
-oldest came. Nothing here knows of HTTP.
+Rows wait in a queue. While the devices compute one batch, the next one fills.
+When the devices are free, a batch starts once it is full, or `max_wait` after
+its oldest row arrived. Nothing here knows about HTTP.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ from absl import logging
 from ptune.data import bucketing, device_feed, padding, seqio_task
 from ptune.serving.bank import PromptBank, UnknownPrompt, unknown
 
-# Tokens [max_decode_length] and their log probability. If targets were given,
-# these and theirs.
+# The answer's tokens [max_decode_length] and their log probability; or the
+# given targets and theirs.
 Answer = tuple[np.ndarray, float]
 
 
 class Full(Exception):
-  """More rows wait than the queue may hold."""
+  """The queue has no room for these rows."""
 
 
 class _Row(NamedTuple):
@@ -37,7 +37,7 @@ class _Row(NamedTuple):
 
 
 class Batcher:
-  """A queue before a bank; to be used within one event loop."""
+  """A queue in front of a bank; use it within one event loop."""
 
   def __init__(
     self,
@@ -49,16 +49,16 @@ class Batcher:
     max_queue: int = 512,
     observe: Callable[[int, float], None] = lambda rows, seconds: None,
   ):
-    """Prepares the queue; `run` empties it.
+    """Makes an empty queue; `run` processes it.
 
     Args:
-      bank: The prompts, and the model.
-      input_length: Most tokens of a row.
-      output_length: Most tokens of a target.
-      batch_size: Most rows of a batch.
-      max_wait: Seconds that a row waits for others.
-      max_queue: Most rows that wait.
-      observe: Called with the rows of each batch, and the seconds it took.
+      bank: The prompts and the model.
+      input_length: The most tokens of a row.
+      output_length: The most tokens of a target.
+      batch_size: The most rows of a batch.
+      max_wait: The seconds that a row waits for others.
+      max_queue: The most rows that may wait.
+      observe: Called with the number of rows of each batch and its seconds.
     """
     device_feed.check_batch_size(batch_size, bank.plan.mesh)
     self._bank = bank
@@ -67,7 +67,7 @@ class Batcher:
     self._max_wait, self._observe = max_wait, observe
     self._queue: collections.deque[_Row] = collections.deque()
     self._some, self._enough = asyncio.Event(), asyncio.Event()
-    # The one that asks the devices.
+    # The only thread that uses the devices.
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'ptune-batches')
 
   @property
@@ -76,8 +76,8 @@ class Batcher:
     return len(self._queue)
 
   def warm_up(self) -> None:
-    """Compiles what batches of every shape need."""
-    name = ' '  # As no user's is.
+    """Compiles the programs for batches of every shape."""
+    name = ' '  # No user's prompt can have this name.
     never: Any = (None, 0.0, None)
     self._bank.add(name, np.zeros((1, self._bank.embed), np.float32))
     step, eos = (
@@ -96,17 +96,17 @@ class Batcher:
     rows: Sequence[np.ndarray],
     targets: Sequence[np.ndarray] | None = None,
   ) -> list[Answer]:
-    """What the model says to each row, or how likely it says the row's target.
+    """Returns the model's answer to each row, or the score of its target.
 
     Args:
       name: The prompt.
-      rows: Tokens [length], EOS included, of at most input_length.
-      targets: One for each row: tokens [target length], EOS included, of at
-        most output_length. If not given, the model answers.
+      rows: Tokens [length] of each row, EOS included; at most input_length.
+      targets: Tokens [target length] of each row's target, EOS included; at
+        most output_length. None to generate answers.
 
     Raises:
-      Full: At once, if not all of them may wait.
-      UnknownPrompt: If there is no such prompt, or it is removed meanwhile.
+      Full: At once, if the queue has no room for all rows.
+      UnknownPrompt: If no prompt has this name, or it is removed meanwhile.
     """
     if name not in self._bank.lengths:
       raise UnknownPrompt(unknown(name, self._bank.lengths))
@@ -123,12 +123,12 @@ class Batcher:
     self._tell()
     try:
       return list(await asyncio.gather(*(row.answer for row in asked)))
-    finally:  # Of one that gave up, no row is computed any more.
+    finally:  # If the caller gave up, do not compute its rows.
       for row in asked:
         row.answer.cancel()
 
   async def run(self) -> None:
-    """Answers what is in the queue, until it is cancelled."""
+    """Processes the queue until it is cancelled."""
     loop = asyncio.get_running_loop()
     while True:
       await self._some.wait()
@@ -152,12 +152,12 @@ class Batcher:
           row.answer.set_result(answer)
 
   def _tell(self) -> None:
-    """Sets what `run` waits for."""
+    """Sets or clears the events that `run` waits for."""
     for event, least in ((self._some, 1), (self._enough, self.batch_size)):
       (event.set if len(self._queue) >= least else event.clear)()
 
   def _answer(self, rows: list[_Row]) -> list[Any]:
-    """An answer, or an exception, for each row: none harms the others."""
+    """An answer or an exception for each row, so a bad row affects no other."""
     start = time.monotonic()
     answers: list[Any] = [None] * len(rows)
     while True:
@@ -180,7 +180,7 @@ class Batcher:
     return answers
 
   def _ask_bank(self, rows: list[_Row]) -> list[Answer]:
-    """Asks for at most batch_size rows, those with targets by themselves."""
+    """Computes at most batch_size rows; rows with targets in a second batch."""
     found: list[Any] = [None] * len(rows)
     for scored in (False, True):
       which = [i for i, r in enumerate(rows) if (r.targets is None) != scored]
@@ -201,7 +201,7 @@ class Batcher:
 
   def _score(self, rows: list[_Row]) -> list[Answer]:
     found: list[Any] = [None] * len(rows)
-    # Few lengths of targets, so that few programs are compiled.
+    # Round the length up to a power of two, so that few programs compile.
     longest = max(len(row.targets) for row in rows if row.targets is not None)
     length = min(1 << (longest - 1).bit_length(), self.output_length)
     for which, names, batch in self._batches(rows, np.zeros(length, np.int32)):
@@ -211,8 +211,8 @@ class Batcher:
     return found
 
   def _batches(self, rows: list[_Row], no_target: np.ndarray):
-    """Yields which rows a batch holds, its prompts, and its features."""
-    # Few rows have a program of their own.
+    """Yields the numbers of a batch's rows, their prompts, and the features."""
+    # A few rows use a smaller program.
     few = self._bank.plan.mesh.shape['data']
     size = few if len(rows) <= few else self.batch_size
     examples = []

@@ -1,10 +1,10 @@
-"""How well each class is told from the others: of a classification's answers.
+"""How well a model recognises each class of a classification.
 
     classes-<step>.csv      precision, recall, F1 and support of each class
-    confusion-<step>.csv    rows are labels, columns are answers
+    confusion-<step>.csv    rows are labels, columns are predictions
     confusion-<step>.png    the same as a picture
 
-An answer that is no label of the task counts as OTHER.
+A prediction that is not a label of the task counts as OTHER.
 """
 
 import collections
@@ -22,10 +22,10 @@ from ptune.host.files import write_atomically
 from ptune.tasks.metrics import UNLABELLED
 
 OTHER = '(other)'
-# More distinct texts than this are no classes but answers of their own.
+# With more distinct targets than this, the task is no classification.
 MOST = 50
 
-Pair = tuple[str, str]  # The label, and the answer, by name.
+Pair = tuple[str, str]  # The names of the label and of the prediction.
 
 
 class Class(NamedTuple):
@@ -39,14 +39,15 @@ class Class(NamedTuple):
 
 
 def pairs(records: Sequence[Mapping[str, Any]]) -> list[Pair]:
-  """The label and the answer of each row, by their names.
+  """The label and the prediction of each row, by their names.
 
   Args:
-    records: As `predictions.write` takes them. If every label of a row was
-      scored, a row has a record for each label.
+    records: See `predictions.write`. If every label of a row was scored, the
+      row has one record for each label.
 
   Returns:
-    One pair a labelled row; none if the task is no classification.
+    One pair for each labelled row; an empty list if the task is no
+    classification.
   """
   first = records[0].get('target') if records else None
   if isinstance(first, Mapping) and 'candidate' in first:
@@ -60,7 +61,8 @@ def pairs(records: Sequence[Mapping[str, Any]]) -> list[Pair]:
     if target not in (-1, UNLABELLED):
       names[target] = name(record)
       found.append((target, answer))
-  # Few classes, with several rows each; labels by number are always classes.
+  # Text targets are classes if they are few and occur several times each.
+  # Numeric targets are always classes.
   texts = [target for target, _ in found if isinstance(target, str)]
   if len(names) > (min(MOST, len(found) // 2) if texts else MOST):
     return []
@@ -68,18 +70,18 @@ def pairs(records: Sequence[Mapping[str, Any]]) -> list[Pair]:
 
 
 def name(record: Mapping[str, Any]) -> str:
-  """The text of a row's target; SeqIO has bytes."""
+  """The text of a row's target, which SeqIO gives as bytes."""
   text = record.get('targets', record.get('target'))
   return text.decode() if isinstance(text, bytes) else str(text)
 
 
 def _ranked(records: Sequence[Mapping[str, Any]]) -> list[Pair]:
-  """Of rows whose labels were all scored: the best one is the answer."""
+  """Pairs of rows whose labels were all scored: the best label is predicted."""
   names, rows = {}, collections.defaultdict(list)
   for record in records:
     scored = record['target']
     if not isinstance(scored['candidate'], str | int):
-      return []  # Such as a label of each answer to one question.
+      return []  # For example, a label for each answer to one question.
     names[scored['candidate']] = name(record)
     rows[scored['row']].append((float(record['score']), scored))
   found = []
@@ -91,10 +93,11 @@ def _ranked(records: Sequence[Mapping[str, Any]]) -> list[Pair]:
 
 
 def confusion(found: Sequence[Pair]) -> tuple[list[str], np.ndarray]:
-  """The classes, and how often each label got each answer.
+  """The confusion matrix.
 
   Returns:
-    The names, OTHER last if it occurs, and counts [label, answer].
+    The names of the classes, with OTHER last if it occurs, and the counts
+    [label, prediction].
   """
   labels = sorted({label for label, _ in found})
   answers = {answer for _, answer in found} - {*labels, OTHER}
@@ -116,7 +119,7 @@ def table(names: Sequence[str], counts: np.ndarray) -> list[Class]:
     answered = counts[:, i].sum()
     if not support:
       continue
-    # 0, as scikit-learn says, of a class that was never answered.
+    # 0 for a class that was never predicted, as scikit-learn has it.
     precision = 100 * right / answered if answered else 0.0
     f1 = 200 * right / (answered + support)
     recall = 100 * right / support
@@ -129,11 +132,11 @@ def table(names: Sequence[str], counts: np.ndarray) -> list[Class]:
 def write(
   directory: epath.Path, step: int | str, records: Iterable[Mapping[str, Any]]
 ) -> None:
-  """Writes the files of the module's docstring; none if there are no classes.
+  """Writes the files in the module's docstring, unless there are no classes.
 
   Args:
-    directory: Where they are written; it exists.
-    step: The step that the answers are of.
+    directory: An existing directory.
+    step: The step of the predictions.
     records: See `pairs`.
   """
   found = pairs(list(records))
@@ -155,7 +158,7 @@ def write(
 
 
 def read(directory: os.PathLike[str], step: int | str) -> list[Class]:
-  """The classes that `write` wrote; none if it wrote none."""
+  """Reads the classes that `write` wrote; [] if it wrote none."""
   file = epath.Path(directory) / f'classes-{step}.csv'
   if not file.exists():
     return []
@@ -180,7 +183,7 @@ def text(found: Sequence[Class]) -> str:
 
 
 def draw(names: Sequence[str], counts: np.ndarray):
-  """A matplotlib Figure of the counts, each row shaded by its shares."""
+  """Draws the counts as a matplotlib Figure; shades are shares of a row."""
   from matplotlib import figure
 
   shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -191,7 +194,7 @@ def draw(names: Sequence[str], counts: np.ndarray):
   axes.set(xlabel='answer', ylabel='label')
   axes.set_xticks(range(len(names)), names, rotation=45, ha='right')
   axes.set_yticks(range(len(names)), names)
-  if len(names) <= 20:  # Numbers of more would be too small to read.
+  if len(names) <= 20:  # With more classes, numbers are too small to read.
     for (row, column), count in np.ndenumerate(counts):
       dark = shares[row, column] > 0.5
       axes.text(

@@ -1,10 +1,10 @@
-"""Several prompts of one task, asked at once, and their majority vote.
+"""An ensemble: several prompts of one task, and their majority vote.
 
 Lester et al. 2021 (arXiv 2104.08691), section 6: N prompts of one task are N
-models that share all weights but the prompt, and answer in one batch that holds
-every example N times. The answer that most of them give wins; of answers with
-equally many votes, the one with the highest score, summed over those who gave
-it. Table 3 there compares the ensemble with the average and the best of them.
+models that share all weights except the prompt. They answer in one batch that
+holds every example N times. The most frequent answer wins. If several answers
+have the same number of votes, the one with the highest sum of scores wins.
+Table 3 of the paper compares the ensemble with the average and the best prompt.
 """
 
 import json
@@ -21,17 +21,17 @@ from ptune.serving.bank import PromptBank
 from ptune.serving.predictor import fetched
 
 Scores = dict[str, dict[str, float]]
-# What the vote is called among the prompts.
+# The name of the vote, beside the names of the prompts.
 NAME = 'ensemble'
 
 
 class Votes(NamedTuple):
-  """What several members make of each row.
+  """The majority's answer to each row.
 
   Attributes:
-    tokens: [rows, length] the answers that won.
-    scores: [rows] the mean score of the members that gave them.
-    count: [rows] how many did.
+    tokens: [rows, length] the winning answers.
+    scores: [rows] their mean score over the members that gave them.
+    count: [rows] the number of these members.
   """
 
   tokens: np.ndarray
@@ -40,16 +40,16 @@ class Votes(NamedTuple):
 
 
 def vote(tokens: np.ndarray, scores: np.ndarray) -> Votes:
-  """The majority's answer to each row.
+  """Returns the majority's answer to each row.
 
   Args:
-    tokens: [members, rows, length] what each member answers.
-    scores: [members, rows] the scores of these answers.
+    tokens: [members, rows, length] the answers of each member.
+    scores: [members, rows] their scores.
   """
   same = np.all(tokens[:, None] == tokens[None], axis=-1)
   count = np.sum(same, axis=1)  # [members, rows]
   summed = np.sum(same * scores[None], axis=1)
-  # The last key counts first; of equals, the first member.
+  # lexsort's last key has priority; among equals the first member wins.
   winner = np.lexsort((-summed, -count), axis=0)[:1]
   pick = lambda x: np.take_along_axis(x, winner, axis=0)[0]
   return Votes(
@@ -60,12 +60,12 @@ def vote(tokens: np.ndarray, scores: np.ndarray) -> Votes:
 
 
 class Asked(NamedTuple):
-  """What all members say to a data set, its rows in any order.
+  """The results of all members on a data set, with its rows in any order.
 
   Attributes:
-    rows: [rows] their numbers.
-    tokens: [members, rows, length], if they were asked for answers.
-    scores: [members, rows] of the answers, or of the targets.
+    rows: [rows] the numbers of the rows.
+    tokens: [members, rows, length] the answers; None if targets were scored.
+    scores: [members, rows] the scores of the answers or of the targets.
   """
 
   rows: list[int]
@@ -76,18 +76,18 @@ class Asked(NamedTuple):
 def evaluate(
   evaluation: Any, bank: PromptBank, names: Sequence[str]
 ) -> tuple[dict[str, Scores], dict[str, Asked]]:
-  """The metrics of every prompt, and of their vote.
+  """Computes the metrics of every prompt and of their vote.
 
-  A metric of scores takes the mean of the members' for the ensemble.
+  For a metric of scores, the ensemble's score is the mean over the members.
 
   Args:
     evaluation: The `Evaluation` of the task.
-    bank: The prompts, and the model.
+    bank: The prompts and the model.
     names: The members.
 
   Returns:
-    By member, and under `NAME`, the metrics by task. And what all members
-    answer, by task, for tasks that ask for answers.
+    The metrics by task, for each member and for `NAME`, the vote. And the
+    answers of all members by task, for tasks with generated answers.
   """
   kept: dict[tuple[int, bool], Asked] = {}
 
@@ -139,13 +139,13 @@ def report(
   tell: Callable[[dict[str, Any], dict[str, float]], None],
   directory: epath.Path,
 ) -> Scores:
-  """Evaluates all prompts of a bank, tells and writes what came of it.
+  """Evaluates all prompts of a bank; reports and writes the results.
 
   Args:
-    evaluation: As in `evaluate`.
-    bank: The prompts, and the model.
-    decode: Tokens to text.
-    tell: Called with whose metrics these are, and the metrics.
+    evaluation: See `evaluate`.
+    bank: The prompts and the model.
+    decode: Turns tokens into a text.
+    tell: Called with a description of the metrics, and the metrics.
     directory: `<task>/votes.jsonl` is written below it.
 
   Returns:
@@ -178,7 +178,7 @@ def _ask(
   dataset: Any,
   predicts: bool,
 ) -> Asked:
-  """Asks all members for answers, or for the scores of the targets."""
+  """Gets every member's answers, or their scores of the targets."""
   members = len(names)
 
   def ask():
@@ -205,9 +205,9 @@ def summary(scores: Mapping[str, Scores], task: str) -> dict[str, Any]:
   """Average, best and ensemble of a task's metrics, as in the paper's table 3.
 
   Returns:
-    {'average': metrics, 'best': metrics, 'ensemble': metrics}; the best of each
-    metric, whichever prompt has it. Of metrics that all members have: some are
-    left out where they would mean nothing.
+    {'average': metrics, 'best': metrics, 'ensemble': metrics}. The best is
+    taken for each metric by itself. Average and best hold only the metrics that
+    every member has, because a task may omit a metric without meaning.
   """
   members = [found[task] for name, found in scores.items() if name != NAME]
   shared = [key for key in members[0] if all(key in own for own in members)]
@@ -223,7 +223,7 @@ def summary(scores: Mapping[str, Scores], task: str) -> dict[str, Any]:
 def records(
   found: Asked, names: Sequence[str], decode: Callable[[list[int]], Any]
 ) -> list[dict[str, Any]]:
-  """The vote on each row, in order, beside what each member answered."""
+  """For each row, in order: the vote, and the answer of each member."""
   votes = vote(found.tokens, found.scores)
   table = []
   for i in np.argsort(found.rows):

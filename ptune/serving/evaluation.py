@@ -1,4 +1,4 @@
-"""The metrics of a task on a split, for any trained parameters."""
+"""Evaluation: the metrics of a task on a split, for any trained parameters."""
 
 import functools
 import os
@@ -21,16 +21,16 @@ from ptune.training.member import Stopped
 
 
 class Evaluation:
-  """The metrics of a task or mixture on a split, as often as asked.
+  """Computes the metrics of a task or mixture on a split.
 
-  The task defines them, as functions of the model's predictions or scores;
-  beside them stand `loss` and `token_accuracy`, per target token under teacher
-  forcing, which every task has.
+  The task defines its own metrics as functions of the model's predictions or
+  scores. Every task also gets `loss` and `token_accuracy`: means over target
+  tokens, under teacher forcing.
 
   Attributes:
-    metrics: Computes the task's own metrics of what is answered, whoever
-      answers; see `TextMetrics.__call__`.
-    datasets: For each part of the task what is answered, see
+    metrics: Computes the task's own metrics from given predictions; see
+      `TextMetrics.__call__`.
+    datasets: The examples of each part of the task; see
       `padding.eval_batches`.
   """
 
@@ -53,20 +53,21 @@ class Evaluation:
     """Reads the examples.
 
     Args:
-      task: Its parts that have the split are evaluated, each by itself.
+      task: The task. Each part of a mixture that has the split is evaluated by
+        itself.
       plan: The parameters.
       model: The model.
       split: The split.
       feature_lengths: TASK_FEATURE_LENGTHS.
-      batch_size: Rows that are computed at once; no result depends on it, but
-        for rounding in bfloat16.
-      decoding: How predictions are decoded.
-      num_examples: Only the first so many; all if not given.
+      batch_size: The rows computed at once. It does not change any result,
+        except by rounding in bfloat16.
+      decoding: How to decode predictions.
+      num_examples: Evaluate only this many examples; None for all.
       bucket_multiple: See `padding.padded_batches`.
       use_cached: USE_CACHED_TASKS.
       seed: For sampling.
       directory: Predictions are written to `<task>/predictions-<step>.jsonl`
-        below it; nowhere if not given.
+        below it; None to write none.
 
     Raises:
       ValueError: If the split is missing or empty.
@@ -105,14 +106,14 @@ class Evaluation:
 
     Args:
       trees: The parameters, in one or several trees.
-      step: Named in the files.
-      should_stop: Asked before each batch.
+      step: The step in the names of the files.
+      should_stop: Called before each batch.
 
     Returns:
       The numeric metrics, by task.
 
     Raises:
-      Stopped: If should_stop said so.
+      Stopped: If should_stop returned True.
     """
     scores = self.metrics(
       step,
@@ -123,12 +124,13 @@ class Evaluation:
     return {name: scores[name] | losses[name] for name in losses}
 
   def check_best(self, best_metric: str | None) -> None:
-    """Checks BEST_METRIC before anything is trained.
+    """Checks BEST_METRIC before training.
 
-    The metrics are computed as if every answer were the target.
+    To learn the names of the metrics, we compute them as if every prediction
+    were the target.
 
     Raises:
-      UserError: If none of the metrics has this name; it lists them.
+      UserError: If no metric has this name; lists all names.
     """
     always = {'loss': 0.0, 'token_accuracy': 0.0}
     if best_metric is None or best_metric.removeprefix('-') in always:
@@ -137,7 +139,7 @@ class Evaluation:
       scores = self.metrics(
         None, self._targets, lambda data: [(i, 0.0) for i in self._rows(data)]
       )
-    except Exception as error:  # A metric that such answers are odd to.
+    except Exception as error:  # A metric that cannot score such predictions.
       logging.info('BEST_METRIC is not known before an evaluation: %s', error)
       return
     selection.score(
@@ -145,7 +147,7 @@ class Evaluation:
     )
 
   def _targets(self, dataset):
-    """What `_predict` returns if the model answers with the targets."""
+    """What `_predict` would return if the model predicted the targets."""
     tokens = []
     for rows, batch in self._host_batches(dataset):
       answered = batch['decoder_target_tokens']
@@ -165,7 +167,7 @@ class Evaluation:
     trees: predictor.Trees,
     should_stop: Callable[[], bool] = lambda: False,
   ) -> Scores:
-    """`loss` and `token_accuracy`, per target token."""
+    """Computes `loss` and `token_accuracy`, means over target tokens."""
     scores: Scores = {}
     for name, dataset in self.datasets.items():
       sums: dict[str, float] = {}
@@ -188,10 +190,10 @@ class Evaluation:
     should_stop: Callable[[], bool] = lambda: False,
     copies: int = 1,
   ) -> Iterator[tuple[np.ndarray, dict[str, jax.Array]]]:
-    """Yields which rows a batch holds, and the batch, all of it `copies` times.
+    """Yields the numbers of a batch's rows, and the batch, `copies` times over.
 
     Raises:
-      Stopped: If should_stop said so.
+      Stopped: If should_stop returned True.
     """
     for rows, batch in self._host_batches(dataset):
       if should_stop():
@@ -201,7 +203,7 @@ class Evaluation:
       yield rows, device_feed.device_put(batch, self._plan.mesh, check)
 
   def _predict(self, trees, should_stop, dataset):
-    """[(row, tokens)] in any order, and their scores."""
+    """Returns [(row, tokens)] in any order, and their scores."""
     tokens, scores = [], []
     for rows, (ids, values) in predictor.fetched(
       (
@@ -217,7 +219,7 @@ class Evaluation:
     return tokens, {'scores': scores}
 
   def _score(self, trees, should_stop, dataset):
-    """[(row, log probability)], in any order."""
+    """Returns [(row, log probability)] in any order."""
     scores = []
     for rows, values in predictor.fetched(
       (rows, self._predictor.score(trees, batch))
@@ -236,10 +238,11 @@ def evaluation_of(
   seed: int = 0,
   directory: os.PathLike[str] | None = None,
 ) -> Evaluation:
-  """The `Evaluation` of a task as the settings say; see there.
+  """Makes the `Evaluation` that the settings describe.
 
   Raises:
-    UserError: If BEST_METRIC is none of the metrics, or see there.
+    UserError: If BEST_METRIC is not a metric of the task; also see
+      `Evaluation`.
   """
   batch_size = evaluation.batch_size or data.batch_size
   evaluate = Evaluation(

@@ -1,9 +1,9 @@
-"""The names that a service answers to.
+"""The host names that a service answers to.
 
-A page that a user visits can let its own name point to 127.0.0.1 (DNS
-rebinding). The browser then takes the service for a part of that page, and lets
-it read the answers. The Host header still has the page's name, so a service
-that answers to its own names only is out of reach.
+A web page can make its own domain resolve to 127.0.0.1 (DNS rebinding). The
+browser then treats the service as part of that page and lets the page read the
+responses. The Host header still has the page's domain, so a service is safe if
+it answers only to its own names.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ ANY = '*'
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-  """What a Host header may say; ports do not matter.
+  """The Host headers that a service accepts, with any port.
 
   Attributes:
-    names: Names and addresses that the service listens on.
-    addresses: Whether any IP address will do: nobody can rebind those.
-    allowed: Names that the user added; with '*' every name will do.
+    names: The names and addresses that the service listens on.
+    addresses: Whether to accept any IP address, which nobody can rebind.
+    allowed: The names that the user added; '*' accepts every name.
   """
 
   names: frozenset[str] = LOOPBACK
@@ -33,12 +33,12 @@ class Hosts:
   allowed: frozenset[str] = frozenset()
 
   def refusal(self, host: str, origin: str | None) -> str:
-    """Why a request is not answered: '' if it is.
+    """Why a request is refused; '' if it is accepted.
 
     Args:
       host: Its Host header.
-      origin: Its Origin header. Browsers send it if a page may not be of this
-        service.
+      origin: Its Origin header, which browsers send for requests from a page
+        that may belong to another site.
     """
     if ANY in self.allowed:
       return ''
@@ -69,11 +69,11 @@ def of(host: str, allowed: Iterable[str] = ()) -> Hosts:
   """The hosts of a service.
 
   Args:
-    host: What it listens on, such as 127.0.0.1, or 0.0.0.0 for all addresses.
+    host: The address it listens on, such as 127.0.0.1, or 0.0.0.0 for all.
     allowed: Further names, without scheme and port; '*' for all.
 
   Raises:
-    UserError: If one of these is no name.
+    UserError: If one of `allowed` is not a host name.
   """
   allowed = frozenset(name.lower() for name in allowed)
   wrong = sorted(
@@ -96,10 +96,10 @@ def of(host: str, allowed: Iterable[str] = ()) -> Hosts:
 
 
 def _place(host: str) -> tuple[str, int | None]:
-  """The name of a Host header in lower case, and its port.
+  """The name in a Host header, in lower case, and its port.
 
-  The name is '' if the header cannot be read; the port is None if it is not
-  given, or the usual one.
+  The name is '' if the header is malformed. The port is None if it is missing,
+  80 or 443.
   """
   match = re.fullmatch(r'(?:\[([^\[\]]+)\]|([^\[\]:/@]+))(?::(\d+))?', host)
   if not match:

@@ -1,4 +1,4 @@
-"""Predictions as JSON lines; of a classification, how well each class does."""
+"""Writes predictions as JSON lines, and the tables of a classification."""
 
 import os
 from collections.abc import Iterable
@@ -21,12 +21,12 @@ def write(
   """Writes `<task>/predictions-<step>.jsonl`, and the files of `classes`.
 
   Args:
-    directory: The file is written below it.
+    directory: The files are written below it.
     task_name: The name of the task.
-    step: The step that the predictions are of.
-    records: What an example holds, its `target` and its `prediction` as metrics
-      compare them. Those of labels and texts get the key `right`, and labels
-      that are numbers `prediction_name`.
+    step: The step of the predictions.
+    records: For each example, its texts and the `target` and `prediction` that
+      metrics compare. A record whose prediction is a text or a number gets the
+      key `right`; a numeric label also gets `prediction_name`.
   """
   place = epath.Path(directory) / task_name
   place.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def write(
   }
   lines = []
   for record in records:
-    # Of labels and texts; other things have no plain right or wrong.
+    # Only labels, numbers and texts are simply right or wrong.
     if isinstance(record.get('prediction'), str | int | float):
       right = task_metrics.is_right(record.get('target'), record['prediction'])
       record = {**record, 'right': right}

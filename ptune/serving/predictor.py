@@ -1,4 +1,4 @@
-"""The programs that answer a batch, each compiled at its first use."""
+"""The compiled programs that predict or score a batch."""
 
 import functools
 import itertools
@@ -16,11 +16,14 @@ Trees = tuple[Mapping[str, Any], ...]
 
 
 def fetched(asked: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-  """Brings answers to the host, while the devices compute the next.
+  """Fetches results to the host while the devices compute the next ones.
 
   Args:
-    asked: Pairs of anything and an answer on the devices, made as they are
-      drawn: each is drawn before the answer of the one before is waited for.
+    asked: Pairs of anything and a result on the devices. Drawing a pair starts
+      its computation; we draw one more pair before we wait for a result.
+
+  Yields:
+    The same pairs, with the results on the host.
   """
   end = (None, None)
   for (which, answer), _ in itertools.pairwise(itertools.chain(asked, [end])):
@@ -32,17 +35,17 @@ def by_row(
   put: Callable[[Mapping[str, np.ndarray]], Mapping[str, jax.Array]],
   ask: Callable[[Mapping[str, jax.Array], np.ndarray], Any],
 ) -> Iterator[tuple[int, Any]]:
-  """Yields the answer to each row of some batches.
+  """Yields the result for each row of some batches.
 
   Args:
-    padded: Batches, and which examples their first rows hold, of
-      `padding.padded_batches`.
+    padded: The result of `padding.padded_batches`: the numbers of the examples
+      in a batch's first rows, and the batch.
     put: Puts a batch on the devices.
-    ask: Of a batch on the devices, and [batch] which example is in each row.
-      What it returns is a tuple of [batch, ...] arrays, or empty ones.
+    ask: Takes a batch on the devices and the example's number of each row,
+      [batch]. Returns a tuple of arrays [batch, ...], or empty ones.
 
   Yields:
-    The number of an example, and its part of what `ask` returned.
+    The number of an example, and its row of the arrays.
   """
 
   def asked():
@@ -56,11 +59,12 @@ def by_row(
 
 
 class Predictor:
-  """Predictions, scores and losses of a batch.
+  """Computes predictions, scores and losses of a batch.
 
-  What is asked of it takes the parameters as one or several trees, which are
-  merged; rows are split over the devices, each has the whole answer. Nothing
-  waits for it: `fetched` and jax.device_get do.
+  Each method takes the parameters as one or several trees, which it merges. The
+  rows of a batch are split over the devices, and every device gets the whole
+  result. A program compiles at its first use. The methods return before the
+  result is computed; `fetched` and jax.device_get wait for it.
   """
 
   def __init__(
@@ -76,8 +80,8 @@ class Predictor:
     Args:
       plan: The parameters.
       model: The model.
-      max_decode_length: Most tokens of an answer, its EOS included.
-      decoding: How predictions are decoded.
+      max_decode_length: The most tokens of a prediction, its EOS included.
+      decoding: How to decode predictions.
       seed: For sampling.
     """
     self._plan = plan
@@ -85,7 +89,7 @@ class Predictor:
 
     def predict(trees, tokens, rows):
       base = jax.random.key(seed)
-      # A row's sample depends on the row, not on the batch it is put in.
+      # A row's sample depends on its number, not on its batch.
       keys = jax.vmap(lambda row: jax.random.fold_in(base, row))(rows)
       params = merge(*trees)
       return model.predict(params, tokens, max_decode_length, decoding, keys)
@@ -100,12 +104,12 @@ class Predictor:
   def predict(
     self, trees: Trees, batch: Mapping[str, jax.Array], rows: np.ndarray
   ) -> tuple[jax.Array, jax.Array]:
-    """Answers [batch, max_decode_length], and their scores [batch].
+    """Predictions [batch, max_decode_length], and their scores [batch].
 
     Args:
       trees: The parameters.
-      batch: With `encoder_input_tokens`.
-      rows: [batch] a number of each row, from which its samples are drawn.
+      batch: The features; only `encoder_input_tokens` is read.
+      rows: [batch] the number of each row, which seeds its samples.
     """
     with self._plan.scope():
       return self._predict(

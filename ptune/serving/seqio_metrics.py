@@ -1,4 +1,4 @@
-"""The metrics of a SeqIO task, by SeqIO's evaluator."""
+"""The metrics of a SeqIO task, computed by SeqIO's evaluator."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -16,10 +16,10 @@ from ptune.training import report as report_lib
 
 
 class SeqioMetrics:
-  """The metrics of a SeqIO task or mixture on a split.
+  """Computes the metrics of a SeqIO task or mixture on a split.
 
   Attributes:
-    datasets: For each task with the split, its enumerated model features.
+    datasets: The enumerated model features of each task that has the split.
   """
 
   def __init__(
@@ -48,8 +48,7 @@ class SeqioMetrics:
       log_dir=os.fspath(directory) if directory is not None else None,
       async_compute_metrics=False,
     )
-    # By task: what the evaluator passes on, and the same for tasks without
-    # metrics, which it leaves out.
+    # The evaluator leaves out tasks without metrics: make their data sets here.
     measured = {t.name for t in self._evaluator.eval_tasks}
     self.datasets = {}
     for part in seqio.get_subtasks(task):
@@ -71,7 +70,7 @@ class SeqioMetrics:
       rows, full = _count(dataset, ids.pad)
       if not rows:
         raise UserError(f'split {split!r} of task {part.name!r} is empty')
-      if full:  # Then some may have been longer, and are read once more.
+      if full:  # Some rows may have been trimmed: read them again and count.
         source = seqio_rows.SeqioRows(part, lengths, split, use_cached, seed)
         trimmed = source.trimmed(count)
         say_trimmed(f'{part.name}:{split}', rows, trimmed, lengths)
@@ -98,7 +97,7 @@ class SeqioMetrics:
       if 'Duplicate metric key' in str(error):
         raise UserError(
           f'{error} Two of its metric_fns give a score of the same name; rename'
-          ' one'
+          ' one of them'
         ) from error
       raise
     metrics = futures.result() or {}
@@ -108,7 +107,7 @@ class SeqioMetrics:
 
 
 def _count(dataset: Any, pad: int) -> tuple[int, bool]:
-  """The rows of a data set, and whether any fills its length."""
+  """Counts the rows of a data set; tells whether any row fills its length."""
   names = ('encoder_input_tokens', 'decoder_target_tokens')
   rows, full = 0, False
   for _, example in dataset.as_numpy_iterator():
@@ -120,7 +119,7 @@ def _count(dataset: Any, pad: int) -> tuple[int, bool]:
 
 
 class PredictionLogger(seqio.loggers.Logger):
-  """Writes each example with what the model made of it, as JSON lines."""
+  """Writes each example and the model's results for it as JSON lines."""
 
   def __call__(self, task_name, step, metrics, dataset, inferences, targets):
     """Called by SeqIO's evaluator for each task."""

@@ -1,9 +1,9 @@
-"""`ptune serve`: one frozen model and many prompts, over HTTP.
+"""`ptune serve`: serves one frozen model with many prompts over HTTP.
 
     ptune serve runs/sst2 runs/rte
     ptune serve --base=ptune://tiny --prompts=sst2=/runs/sst2,rte=rte.npy
 
-docs/serving.md has the interface and the limits.
+docs/serving.md describes the interface and the limits.
 """
 
 import argparse
@@ -33,60 +33,63 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     'runs',
     nargs='*',
     metavar='RUN',
-    help='runs of ptune train, by the names of their directories',
+    help='runs of ptune train; the name of each directory names its prompt',
   )
   add(
     '--base',
     help='the frozen model: ptune://tiny, or a checkpoint of T5X, Hugging Face'
-    ' or ptune; that of the runs if not given',
+    ' or ptune (default: the base model of the runs)',
   )
   add(
     '--prompts',
     metavar='NAME=PATH,...',
-    help='files or runs, or a directory of .npy files; others can be uploaded',
+    help='files, runs or a directory of .npy files; more can be uploaded later',
   )
   add(
     '--vocabulary',
-    help='a SentencePiece file, where none lies in the directory of the base',
+    help='a SentencePiece file, needed if the directory of the base has none',
   )
-  add('--host', default='127.0.0.1', help='to listen on (%(default)s)')
+  add('--host', default='127.0.0.1', help='address to listen on (%(default)s)')
   add(
     '--allowed_hosts',
     metavar='NAME,...',
     default='',
-    help='names that requests may be for, beside that of --host; * for all',
+    help='host names to answer to, besides --host; * for all',
   )
-  add('--port', type=int, default=8000, help='0 for a free one (%(default)s)')
+  add(
+    '--port', type=int, default=8000, help='0 for any free port (%(default)s)'
+  )
   add(
     '--token_file',
-    help=f'holds the token that may change prompts; or ${TOKEN} is it',
+    help='a file with the token that allows changing prompts; or set'
+    f' ${TOKEN} to the token',
   )
   add('--dtype', default='float32', help='float32 or bfloat16 (%(default)s)')
   add(
     '--model_parallel',
     type=int,
     default=1,
-    help='devices that hold one copy of the weights (%(default)s)',
+    help='number of devices that share one copy of the weights (%(default)s)',
   )
   for name, default, what in (
-    ('input_length', None, "most tokens of an input (the runs', else 128)"),
-    ('output_length', None, "most tokens of an answer (the runs', else 32)"),
-    ('prompt_length', 128, 'most tokens of a prompt that is uploaded'),
-    ('batch_size', 32, 'most rows that are computed at once'),
-    ('max_queue', 512, 'most inputs that wait'),
+    ('input_length', None, "most tokens of an input (the runs', or 128)"),
+    ('output_length', None, "most tokens of an answer (the runs', or 32)"),
+    ('prompt_length', 128, 'most tokens of an uploaded prompt'),
+    ('batch_size', 32, 'most rows in a batch'),
+    ('max_queue', 512, 'most inputs in the queue'),
     ('max_body', 8_000_000, 'most bytes of a request'),
   ):
     what += '' if default is None else ' (%(default)s)'
     add(f'--{name}', type=int, default=default, help=what)
   for name, default, what in (
     ('max_wait', 0.005, 'seconds that an input waits for others'),
-    ('timeout', 30.0, 'seconds until a request is given up'),
+    ('timeout', 30.0, 'seconds after which a request fails'),
   ):
     add(f'--{name}', type=float, default=default, help=f'{what} (%(default)s)')
 
 
 def run(args: argparse.Namespace) -> int:
-  """Serves until SIGTERM or Ctrl-C; what has been asked is answered first.
+  """Serves until SIGTERM or Ctrl-C; then answers all pending requests.
 
   Raises:
     ValueError: If a flag, the base or a prompt is wrong.
@@ -101,11 +104,11 @@ def run(args: argparse.Namespace) -> int:
       f'{error}; it comes with pip install "ptune[serve]"'
     ) from error
   take_from_runs(args)
-  # Told before a model is loaded, for minutes perhaps; until that is done,
-  # nobody shall be kept waiting for an answer.
+  # Check the port before loading the model, which may take minutes. Close it
+  # again, so that no client waits while the model loads.
   listen(args.host, args.port).close()
   app = make(args, web)
-  # uvicorn raises what it was stopped by again when it is done.
+  # uvicorn raises the signal that stopped it again when it is done.
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: None)
   config = uvicorn.Config(
@@ -120,23 +123,23 @@ def run(args: argparse.Namespace) -> int:
   print(f'http://{host}:{port}', flush=True)
   server = uvicorn.Server(config)
   server.run(sockets)
-  print('stopped; all that was asked has been answered', flush=True)
+  print('stopped; all requests were answered', flush=True)
   return 0
 
 
 def take_from_runs(args: argparse.Namespace) -> None:
-  """Sets what is not given to what the runs recorded.
+  """Fills in flags that were not given from the records of the runs.
 
   Raises:
-    ValueError: If there is no such run, or they have different bases.
+    ValueError: If a run does not exist, or the runs have different bases.
   """
   from ptune.training import run_file
 
   records = {run: run_file.read(run) for run in args.runs}
   if missing := [run for run, record in records.items() if not record]:
     raise UserError(
-      f'{", ".join(missing)}: no run of ptune train, {run_file.FILE} is'
-      ' not there. Prompts that are files are given by --prompts'
+      f'{", ".join(missing)}: no run of ptune train, because {run_file.FILE} is'
+      ' not there. For prompt files use --prompts'
     )
   bases = {run: r['initial_checkpoint_path'] for run, r in records.items()}
   if args.base is None and len({*bases.values()}) != 1:
@@ -157,10 +160,10 @@ def take_from_runs(args: argparse.Namespace) -> None:
 
 
 def listen(host: str, port: int) -> Any:
-  """A socket that listens.
+  """Opens a listening socket.
 
   Raises:
-    OSError: If it cannot.
+    OSError: If the address or port cannot be used.
   """
   import socket
 
@@ -171,13 +174,13 @@ def listen(host: str, port: int) -> Any:
     return socket.create_server((host, port), family=family, backlog=2048)
   except OSError as error:
     raise OSError(
-      f'--host {host} --port {port} cannot be listened on: {error.strerror};'
+      f'cannot listen on --host {host} --port {port}: {error.strerror};'
       ' choose another port'
     ) from error
 
 
 def _read_token(file: str) -> str:
-  """The token in --token_file."""
+  """Reads the token in --token_file."""
   try:
     path = pathlib.Path(paths.check_file(file, '--token_file'))
     token = path.read_text('utf-8').strip()
@@ -189,7 +192,7 @@ def _read_token(file: str) -> str:
 
 
 def make(args: argparse.Namespace, web: Any) -> Any:
-  """The application: the model on its devices, its programs compiled."""
+  """Makes the application: loads the model and compiles its programs."""
   from ptune.convert import identity, open_checkpoint
   from ptune.convert.vocabulary import open_vocabulary
   from ptune.errors import check_counts
@@ -217,12 +220,13 @@ def make(args: argparse.Namespace, web: Any) -> Any:
   if vocabulary.vocab_size > config.vocab_size:
     raise UserError(
       f'the vocabulary has {vocabulary.vocab_size} ids, and the base'
-      f' {config.vocab_size}; give that of the base as --vocabulary'
+      f' {config.vocab_size}; set --vocabulary to the vocabulary of the base'
     )
   if vocabulary.eos_id != config.ids.eos:
     raise UserError(
       f'the vocabulary ends texts with the token {vocabulary.eos_id}, and the'
-      f' base with {config.ids.eos}; give that of the base as --vocabulary'
+      f' base with {config.ids.eos}; set --vocabulary to the vocabulary of the'
+      ' base'
     )
   prompts = bank_lib.parse(args.prompts) if args.prompts else {}
   bank = trained_model.load_bank(
@@ -265,14 +269,14 @@ def make(args: argparse.Namespace, web: Any) -> Any:
 
 
 def examples_of_run(path: str) -> tuple[list[str], list[str]]:
-  """The labels and some inputs of a run, from what it answered in validation.
+  """Reads labels and some inputs from a run's validation predictions.
 
   Args:
-    path: A prompt's path; of a run it is MODEL_DIR or its prompts/.
+    path: A prompt's path: MODEL_DIR of a run, its prompts/, or a file.
 
   Returns:
-    The distinct targets, if there are few enough to be labels, and examples;
-    nothing if the path is not of a run that was evaluated.
+    The distinct targets, if they are few enough to be labels, and examples of
+    inputs. Both are empty if the path does not belong to an evaluated run.
   """
   place = pathlib.Path(path)
   files = [*place.glob('eval/*/predictions-*.jsonl')] or [

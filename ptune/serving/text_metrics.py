@@ -1,4 +1,4 @@
-"""The metrics of a user's own task, without SeqIO."""
+"""The metrics of a user's own task, computed without SeqIO."""
 
 import inspect
 import os
@@ -20,13 +20,13 @@ Scores = dict[str, dict[str, float]]
 
 
 class Examples(NamedTuple):
-  """What is evaluated.
+  """The examples to evaluate.
 
   Attributes:
     split: The split.
     lengths: TASK_FEATURE_LENGTHS.
-    count: Only the first so many; all if None.
-    directory: Where predictions are written; nowhere if None.
+    count: Evaluate only this many; None for all.
+    directory: Where to write predictions; None to write none.
     ids: The model's special tokens.
   """
 
@@ -38,7 +38,7 @@ class Examples(NamedTuple):
 
 
 class TextMetrics:
-  """The metrics of a `TextTask`, by the rules of SeqIO's evaluator.
+  """Computes the metrics of a `TextTask` by the rules of SeqIO's evaluator.
 
   Attributes:
     datasets: {name of the task: [(index, model features)]}.
@@ -79,12 +79,13 @@ class TextMetrics:
     predict: Callable[[Any], tuple[list[Any], dict[str, Any]]],
     score: Callable[[Any], list[tuple[int, float]]],
   ) -> Scores:
-    """The task's own metrics of what is answered, whoever answers.
+    """Computes the task's own metrics from given predictions.
 
     Args:
-      step: Named in the files; None writes none.
-      predict: Of a data set: [(row, tokens)] in any order, and their scores.
-      score: Of a data set: [(row, log probability)], in any order.
+      step: The step in the names of the files; None to write none.
+      predict: Takes a data set; returns [(row, tokens)] in any order, and a
+        dict with their scores.
+      score: Takes a data set; returns [(row, log probability)] in any order.
 
     Returns:
       The numeric metrics, by task.
@@ -110,8 +111,8 @@ class TextMetrics:
       twice = sorted(found.keys() & values.keys())
       if twice:
         raise UserError(
-          f'Task {task.name!r}: two of METRICS are called {twice}; leave one'
-          ' out'
+          f'Task {task.name!r}: two of METRICS give a score named {twice};'
+          ' remove one of them'
         )
       found |= values
     if self._examples.directory is not None and step is not None:
@@ -136,7 +137,7 @@ class TextMetrics:
 
 
 def _features(task: TextTask, lengths, texts, ids: TokenIds):
-  """Model features, padded to the lengths, and which texts were cut."""
+  """Model features padded to the lengths, and the names of trimmed features."""
   of, cut = {}, []
   for name in seqio_task.FEATURES:
     tokens, room = task.vocabulary.encode(texts[name]), lengths[name] - 1
@@ -153,7 +154,7 @@ def _features(task: TextTask, lengths, texts, ids: TokenIds):
 def say_trimmed(
   name: str, rows: int, trimmed: Mapping[str, int], lengths: Mapping[str, int]
 ) -> None:
-  """Says how many rows were longer than their length, if some were."""
+  """Warns about trimmed rows, if there are any."""
   if any(trimmed.values()):
     logging.warning(
       '%s: of %d rows, %s were trimmed to TASK_FEATURE_LENGTHS %s.',

@@ -1,4 +1,4 @@
-"""A trained model, restored: what a program that asks it needs."""
+"""A trained model: its paths checked, its parameters restored."""
 
 import os
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from ptune.serving.bank import OTHER_METHODS, PromptBank, parse
 from ptune.training import checkpoints, run_file
 from ptune.training.settings import PathLike, Trained
 
-# The base alone.
+# The base model without any method.
 NOTHING = Method('base', (), ())
 
 
@@ -34,13 +34,13 @@ def output_directory(
   """Makes the directory that a program writes to.
 
   Args:
-    name: What users call it.
-    output_dir: The directory, if given.
-    model_dir: MODEL_DIR, if given; `below` is made in it otherwise.
-    below: Name of a directory.
+    name: The setting's name, for errors.
+    output_dir: The directory; None for a directory in `model_dir`.
+    model_dir: MODEL_DIR.
+    below: The name of the directory in MODEL_DIR.
 
   Raises:
-    ValueError: If neither is given, or it cannot be written.
+    ValueError: If neither is given, or we cannot write to the directory.
   """
   if output_dir is None and model_dir is None:
     raise UserError(
@@ -56,10 +56,11 @@ def output_directory(
 
 
 def check(plan: parameters.Plan, trained: Trained) -> None:
-  """Checks that the given paths name one model; `load` says what they are.
+  """Checks that the given paths name one model; see `load`.
 
   Raises:
-    ValueError: If they do not, or it was not trained as `plan` says.
+    ValueError: If they do not, or if the run was trained with other settings
+      than those of `plan`.
   """
   model_dir, prompt_file = trained.model_dir, trained.prompt_file
   given = f'MODEL_DIR={model_dir!r}, PROMPT_FILE={prompt_file!r}'
@@ -108,17 +109,17 @@ def load(
   trained: Trained,
   base: Mapping[str, jax.Array] | None = None,
 ) -> tuple[dict[str, Any], int]:
-  """Restores a trained model: the base and what was trained on it.
+  """Restores a trained model: the base and the trained parameters.
 
   Args:
     plan: The parameters.
-    trained: A run, of which the best step is taken, or the newest if none was
-      evaluated; or the base model and a file of a run's prompts/. A method
-      without adapters needs the base model alone.
-    base: Of `load_base`, if it is on the devices already.
+    trained: A run, or the base model with a file from a run's prompts/. From a
+      run we take the best step, or the newest one if none was evaluated. A
+      method without adapters needs the base model only.
+    base: The result of `load_base`, if the base is on the devices already.
 
   Returns:
-    The parameters, and the step they were trained for.
+    The parameters, and the step at which they were saved.
 
   Raises:
     ValueError: If these do not fit together.
@@ -139,7 +140,7 @@ def load(
       source = open_checkpoint(_best_or_newest(directory))
       step = source.step
       values |= restore(source, plan.select(plan.trainable))
-    else:  # One of several runs, whose checkpoints are of all together.
+    else:  # A run of `train_many`, where one checkpoint holds all runs.
       values, facts = read_prompt_file(plan, find(directory))
       step = facts.get('step')
   rest = plan.select(frozenset(plan.params) - frozenset(values))
@@ -156,7 +157,7 @@ def load(
     if facts.get('base', fingerprint) != fingerprint:
       logging.warning(
         'prompt file %s was trained on another base model (fingerprint %s)'
-        ' than that of CHECKPOINT_PATH %s (%s)',
+        ' than the one in CHECKPOINT_PATH %s (%s)',
         prompt_file,
         facts['base'],
         checkpoint_path,
@@ -172,22 +173,22 @@ def load(
 def read_prompt_file(
   plan: parameters.Plan, prompt_file: PathLike
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-  """Reads what `ptune train` wrote to `prompts/`, and what stands beside it.
+  """Reads a file that `ptune train` wrote to `prompts/`, and its .json.
 
   Args:
-    plan: The parameters, of the method that reads it: see `check`.
-    prompt_file: The file, or whatever `convert.prompts.find` takes.
+    plan: The parameters. Its method must read this kind of file; see `check`.
+    prompt_file: The file, or anything that `convert.prompts.find` accepts.
 
   Returns:
-    The trained parameters, by path, and the facts of the .json beside, {}
-    without one.
+    The trained parameters by path, and the facts in the .json; {} if there is
+    no .json.
 
   Raises:
-    ValueError: If the file does not fit.
+    ValueError: If the file does not fit the method or its shapes.
   """
   path = plan.method.prompt
   place = locate(prompt_file)
-  # A run, an adapter or a checkpoint stands for the prompt in it.
+  # For a run, an adapter or a checkpoint, read the prompt in it.
   place = find(place) if place.is_dir() else place
   if path is None:
     source, facts = open_trained(place)
@@ -196,8 +197,8 @@ def read_prompt_file(
     if theirs != ours:
       raise UserError(
         f'prompt file {os.fspath(prompt_file)} was trained with the settings'
-        f' {theirs}, and METHOD {plan.method.name!r} has {ours}; give those of'
-        ' the file'
+        f' {theirs}, and METHOD {plan.method.name!r} has {ours}; set the'
+        ' settings of the file'
       )
     return restore(source, plan.select(plan.trainable)), facts
   struct = plan.params[path]
@@ -212,17 +213,17 @@ def read_prompt_file(
   if theirs.startswith(OTHER_METHODS) and theirs != plan.method.name:
     raise UserError(
       f'prompt file {os.fspath(prompt_file)} was trained with method'
-      f' {theirs!r}, and METHOD is {plan.method.name!r}: it would stand'
-      ' elsewhere; give the method of the file'
+      f' {theirs!r}, and METHOD is {plan.method.name!r}, which would insert it'
+      ' at another place; set METHOD to the method of the file'
     )
   return {path: parameters.place(prompt, struct)}, facts
 
 
 def named_prompts(trained: Trained, method: Method) -> dict[str, str]:
-  """PROMPTS: files or runs, by name; `load_bank` reads them.
+  """Parses PROMPTS into files or runs by name, for `load_bank`.
 
   Raises:
-    ValueError: If it names none, or other settings contradict it.
+    ValueError: If PROMPTS names none, or contradicts other settings.
   """
   prompts = trained.prompts
   assert prompts is not None
@@ -234,7 +235,7 @@ def named_prompts(trained: Trained, method: Method) -> dict[str, str]:
     )
   if method.name != 'prompt':
     raise UserError(
-      f'METHOD is {method.name!r}; PROMPTS are those of methods/prompt.gin'
+      f'METHOD is {method.name!r}; with PROMPTS, use methods/prompt.gin'
     )
   named = parse(prompts) if isinstance(prompts, str) else dict(prompts)
   for path in named.values():
@@ -254,14 +255,14 @@ def load_bank(
   prompts: Mapping[str, PathLike],
   **settings: Any,
 ) -> PromptBank:
-  """Restores a base model, and puts prompts beside it.
+  """Restores a base model and makes a bank of prompts for it.
 
   Args:
     config: The network's sizes.
-    checkpoint_path: CHECKPOINT_PATH, the base model.
-    max_decode_length: Most tokens of an answer, its EOS included.
-    prompts: Files or runs, by the names that they are asked by.
-    **settings: Others of `PromptBank`.
+    checkpoint_path: CHECKPOINT_PATH: the base model.
+    max_decode_length: The most tokens of an answer, its EOS included.
+    prompts: Files or runs, by the names of the prompts.
+    **settings: Other arguments of `PromptBank`.
 
   Raises:
     ValueError: If the base does not fit, or a prompt does not fit it.
@@ -288,8 +289,8 @@ def load_base(
 
   Args:
     config: The network's sizes.
-    checkpoint_path: CHECKPOINT_PATH, the base model.
-    mesh: The devices; all of them if not given.
+    checkpoint_path: CHECKPOINT_PATH: the base model.
+    mesh: The devices; None for all of them.
 
   Raises:
     ValueError: If the base does not fit.
@@ -304,7 +305,7 @@ def _restore_base(
   checkpoint_path: PathLike | None,
   wanted: Mapping[str, jax.ShapeDtypeStruct],
 ) -> tuple[dict[str, jax.Array], int | None]:
-  """Parameters of CHECKPOINT_PATH, and its step."""
+  """Restores parameters from CHECKPOINT_PATH; also returns its step."""
   source = open_checkpoint(checkpoint_path or '')
   check_config(source, plan.network.config)
   restored = restore(source, wanted, ignore=plan.params.__contains__)
@@ -313,6 +314,6 @@ def _restore_base(
 
 
 def _best_or_newest(model_dir: epath.Path) -> epath.Path:
-  """The checkpoint that was the best when it was evaluated."""
+  """The best checkpoint, or MODEL_DIR, whose newest one is then read."""
   steps = checkpoints.finished_steps(model_dir / 'best')
   return model_dir / 'best' / str(steps[-1]) if steps else model_dir
