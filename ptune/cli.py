@@ -44,7 +44,7 @@ PROGRAMS = {
   'study': (
     'ptune.studies.study',
     'study',
-    'measure what a figure or table of the paper shows, and draw it',
+    'reproduce a figure or table of the paper, and draw it',
   ),
   'plan': (
     'ptune.tools.plan',

@@ -138,7 +138,7 @@ def test_a_wrong_command_is_answered_in_a_line(says, arguments, message):
     # Types.
     (
       "TRAIN_STEPS='a'",
-      r"TRAIN_STEPS \(steps of this run\) is 'a'; expected a whole",
+      r"TRAIN_STEPS \(training steps of this run\) is 'a'; expected a whole",
     ),
     ('TRAIN_STEPS=1e3', 'is 1000.0; expected a whole number .*, e.g. 30000'),
     ('TRAIN_STEPS=True', 'is True; expected a whole number'),

@@ -277,7 +277,7 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
     ('a.tsv', b't\0\tlabel\na\t1\n', 'is NUL; this is not text'),
     ('a.tsv', 'text\tlabel\na\t1'.encode('utf-16'), 'save it as UTF-8'),
     ('a.tsv.gz', b'text', 'not a gzip file'),
-    (None, b'', 'cannot be read'),
+    (None, b'', 'does not exist'),
   ],
 )
 def test_files_that_are_no_data_are_errors(tmp_path, name, content, message):

@@ -159,11 +159,11 @@ MACROS = {
     or_none(_path),
     CHECKPOINT_PATH=('the base model', "'/models/t5_1_1_small'"),
     CONTEXT_FILE=('holds CONTEXT', "'manual.txt'"),
-    EVAL_OUTPUT_DIR=('where an evaluation writes', "'/runs/eval'"),
+    EVAL_OUTPUT_DIR=('directory that an evaluation writes to', "'/runs/eval'"),
     INFER_FILE=('inputs: a .txt, .tsv, .csv or .jsonl file', "'a.txt'"),
-    INFER_OUTPUT_DIR=('where predictions are written', "'/runs/out'"),
+    INFER_OUTPUT_DIR=('directory for predictions', "'/runs/out'"),
     INITIAL_CHECKPOINT_PATH=('the base model', "'/models/t5_1_1_small'"),
-    MODEL_DIR=('where a run writes', "'/runs/sst2'"),
+    MODEL_DIR=('directory that a run writes to', "'/runs/sst2'"),
     PROMPT_FILE=('a saved prompt', "'/runs/sst2/prompts/best.npy'"),
     VOCABULARY=('the vocabulary of built-in tasks', "'ptune://tiny'"),
   ),
@@ -177,7 +177,7 @@ MACROS = {
     PIECES=('parts into which pruning cuts a row', '16'),
     SEEDS=('how often a study repeats each training', '3'),
     TOGETHER=('most trainings that share one program', '8'),
-    TRAIN_STEPS=('steps of this run', '30000'),
+    TRAIN_STEPS=('training steps of this run', '30000'),
   ),
   **_each(
     or_none(list_of(_text)),
@@ -242,7 +242,7 @@ MACROS = {
   ),
   **_each(
     or_none(either(list_of(_text, 2), by_name(_text))),
-    LABEL_NAMES=('words for integer labels', "['no', 'yes']"),
+    LABEL_NAMES=('names of the labels 0, 1, ...', "['no', 'yes']"),
   ),
   **_each(
     number(0, 1e4),

@@ -38,6 +38,10 @@ def read_bytes(path: PathLike, name: str) -> bytes:
     raise
   except (OSError, ValueError) as error:  # ValueError: a NUL in the path.
     where = f'A relative path starts at {os.getcwd()}'
+    if isinstance(error, FileNotFoundError):
+      raise UserError(
+        f'{name} names {os.fspath(path)!r}, which does not exist. {where}'
+      ) from error
     raise UserError(
       f'{name} has {os.fspath(path)!r}, which cannot be read: '
       f'{" ".join(str(error).split())}. {where if local(path) else ""}'.rstrip()
