@@ -89,7 +89,7 @@ def macros() -> str:
     '| macro | what it sets | example |',
     '|---|---|---|',
   ]
-  for name in gin_files.MACROS:
+  for name in sorted(gin_files.MACROS):
     what, example = gin_files.MACROS[name][:2]
     lines.append(f'| `{name}` | {what} | `{example}` |')
   lines += ['', '## Gin files', '']

@@ -157,12 +157,18 @@ MACROS = {
   ),
   **_each(
     or_none(_path),
-    CHECKPOINT_PATH=('the base model', "'/models/t5_1_1_small'"),
-    CONTEXT_FILE=('holds CONTEXT', "'manual.txt'"),
+    CHECKPOINT_PATH=(
+      'the base model, to evaluate or predict',
+      "'/models/t5_1_1_small'",
+    ),
+    CONTEXT_FILE=('a file that holds CONTEXT', "'manual.txt'"),
     EVAL_OUTPUT_DIR=('directory that an evaluation writes to', "'/runs/eval'"),
     INFER_FILE=('inputs: a .txt, .tsv, .csv or .jsonl file', "'a.txt'"),
     INFER_OUTPUT_DIR=('directory for predictions', "'/runs/out'"),
-    INITIAL_CHECKPOINT_PATH=('the base model', "'/models/t5_1_1_small'"),
+    INITIAL_CHECKPOINT_PATH=(
+      'the base model, to train',
+      "'/models/t5_1_1_small'",
+    ),
     MODEL_DIR=('directory that a run writes to', "'/runs/sst2'"),
     PROMPT_FILE=('a saved prompt', "'/runs/sst2/prompts/best.npy'"),
     VOCABULARY=('the vocabulary of built-in tasks', "'ptune://tiny'"),
