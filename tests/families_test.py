@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptune.convert import open_checkpoint
+from ptune.convert import open_checkpoint, prompts
 from ptune.convert.conversion import convert
+from ptune.convert.export import export
 from ptune.methods import prompt
 from ptune.model import parameters, partitioning
 from ptune.model.models import Decoding, EncoderDecoderModel
@@ -45,6 +46,7 @@ class Kind:
     head: Whether the output layer has weights of its own.
     own: Whether the decoder has an embedding of its own.
     config: What differs from the others in its configuration.
+    seed: Of its weights: some answers end, and of several lengths.
   """
 
   name: str = 'T5'
@@ -52,10 +54,11 @@ class Kind:
   head: bool = True
   own: bool = False
   config: tuple = (('feed_forward_proj', 'gated-gelu'),)
+  seed: int = 1
 
   def make(self, path):
     """The model; it is saved at `path`."""
-    torch.manual_seed(1)  # Answers of several lengths.
+    torch.manual_seed(self.seed)
     config = getattr(transformers, f'{self.name}Config')(
       vocab_size=96,
       d_model=16,
@@ -84,6 +87,8 @@ class Kind:
       for name, value in model.named_parameters():
         if 'relative_attention_bias' in name:
           value.copy_(torch.randn(*value.shape))
+        if 'global_input_layer_norm' in name:
+          value.copy_(1 + 0.5 * torch.randn(*value.shape))
     model.save_pretrained(path)
     return model
 
@@ -100,8 +105,29 @@ KINDS = {
   'scaled head': Kind(),
   'embedding of the decoder': Kind(own=True, config=UNSCALED),
   'tied but not scaled': Kind(head=False, config=UNSCALED),
+  'long_t5 local': Kind(
+    'LongT5',
+    config=(
+      *UNSCALED,
+      ('encoder_attention_type', 'local'),
+      ('local_radius', 2),
+    ),
+    seed=17,
+  ),
+  'long_t5 global': Kind(
+    'LongT5',
+    config=(
+      *UNSCALED,
+      ('encoder_attention_type', 'transient-global'),
+      ('local_radius', 2),
+      ('global_block_size', 4),
+    ),
+    seed=17,
+  ),
   'tied mt5': Kind('MT5', head=False),
 }
+# Of these, the layers are computed by SCAN.
+SCANNED = ('pile_t5', 'long_t5 global')
 
 
 @functools.cache
@@ -185,7 +211,7 @@ def test_loss_and_gradient_of_a_prompt_are_those_of_transformers(
   )
   want_loss.backward()
 
-  asked, arrays = ours(path, scan=kind == 'pile_t5')
+  asked, arrays = ours(path, scan=kind in SCANNED)
   assert asked.network.config.ids == ids
 
   def loss(rows):
@@ -202,7 +228,10 @@ def test_loss_and_gradient_of_a_prompt_are_those_of_transformers(
   )
 
 
-@pytest.mark.parametrize('kind', ['umt5', 'embedding of the decoder'])
+@pytest.mark.parametrize(
+  'kind',
+  ['umt5', 'embedding of the decoder', 'long_t5 local', 'long_t5 global'],
+)
 def test_eight_devices_equal_one(directory, kind):
   path, _ = made(kind, directory)
   asked, arrays = ours(path)
@@ -223,7 +252,18 @@ def test_eight_devices_equal_one(directory, kind):
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize('kind', ['madlad', 'codet5', 'umt5', 'pile_t5'])
+@pytest.mark.parametrize(
+  'kind',
+  [
+    'madlad',
+    'codet5',
+    'ul2',
+    'umt5',
+    'pile_t5',
+    'long_t5 local',
+    'long_t5 global',
+  ],
+)
 @pytest.mark.parametrize('beams', [1, BEAMS])
 def test_answers_are_those_of_transformers(directory, kind, beams):
   path, model = made(kind, directory)
@@ -248,7 +288,7 @@ def test_answers_are_those_of_transformers(directory, kind, beams):
   want = np.where(over, ids.pad, want)
   ended = (want == ids.eos).any(axis=1)
   assert ended.any()
-  asked, arrays = ours(path, scan=kind == 'pile_t5')
+  asked, arrays = ours(path, scan=kind in SCANNED)
   params = layouts.nested({**arrays, prompt.PATH: jnp.asarray(value)})
   how = Decoding(num_beams=beams, alpha=0.0)
   predict = jax.jit(lambda p, x: asked.predict(p, x, DECODED, how))
@@ -301,12 +341,34 @@ def test_what_is_written_is_read_by_transformers_as_it_was(
     )
 
 
+@pytest.mark.parametrize('kind', ['madlad', 'codet5', 'umt5', 'long_t5 global'])
+def test_an_exported_prompt_answers_the_same_in_peft(directory, tmp_path, kind):
+  peft = pytest.importorskip('peft', reason=f'peft is {WHY}')
+  path, _ = made(kind, directory)
+  case, rows = case_of(KINDS[kind].ids), rows_of_a_prompt()
+  np.save(tmp_path / 'prompt.npy', rows)
+  read = prompts.read_prompt(tmp_path / 'prompt.npy')
+  export(read, 'peft', tmp_path / 'peft', base=str(path))
+  load = transformers.AutoModelForSeq2SeqLM.from_pretrained
+  model = peft.PeftModel.from_pretrained(load(path), tmp_path / 'peft').eval()
+  tokens = torch.tensor(case['encoder_input_tokens']).long()
+  with torch.no_grad():
+    got = model(
+      input_ids=tokens,
+      attention_mask=(tokens != KINDS[kind].ids.pad).long(),
+      decoder_input_ids=torch.tensor(case['decoder_input_tokens']).long(),
+    ).logits.numpy()
+  want = layouts.logits(path, case, rows)
+  layouts.assert_logits(got, want, case, atol=1e-4)
+
+
 @pytest.mark.parametrize(
   'kind, why',
   [
     ('scaled head', 'logits are scaled, and not tied'),
     ('tied mt5', 'logits are not scaled, and tied'),
     ('embedding of the decoder', 'its own embedding'),
+    ('long_t5 local', 'attention is local'),
   ],
 )
 def test_what_t5x_has_no_network_for_is_refused(directory, tmp_path, kind, why):

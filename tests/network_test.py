@@ -367,6 +367,13 @@ def test_beams_and_a_temperature_exclude_each_other():
     'codet5p_770m': 737_639_424,
     # As mT5, with more rows and a bias in every layer.
     'umt5_small': 306_601_984,
+    # As T5 1.1; transient-global attention adds a norm in every layer and a
+    # bias. So transformers counts them.
+    'long_t5_local_base': 247_577_856,
+    'long_t5_local_large': 783_150_080,
+    'long_t5_tglobal_base': 247_587_456,
+    'long_t5_tglobal_large': 783_175_168,
+    'long_t5_tglobal_xl': 2_849_807_360,
   }.items(),
 )
 def test_published_sizes_have_the_published_number_of_parameters(name, count):

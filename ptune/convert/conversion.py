@@ -114,6 +114,8 @@ def _check_t5x(source: Source, config: Config) -> None:
     wrong.append('it is a T5Gemma')
   elif config.decoder_embedding:
     wrong.append('its decoder has its own embedding')
+  elif config.local_radius:
+    wrong.append("its encoder's attention is local")
   if isinstance(config, T5Config) and (
     config.scales_outputs != config.logits_via_embedding
   ):

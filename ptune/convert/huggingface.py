@@ -1,4 +1,4 @@
-"""Hugging Face directories of T5, mT5 and UMT5, in all their versions.
+"""Hugging Face directories of T5, mT5, UMT5 and LongT5, in all their versions.
 
 config.json        sizes, activation, whether the output layer is tied, ids
 model.safetensors  or shards, and model.safetensors.index.json
@@ -15,7 +15,13 @@ from absl import logging
 from etils import epath
 
 from ptune.convert import safetensors_files, t5gemma, torch_files
-from ptune.convert.layout import EMBEDDINGS, HEAD, STRAY, layout
+from ptune.convert.layout import (
+  EMBEDDINGS,
+  ENCODER_ATTENTION,
+  HEAD,
+  STRAY,
+  layout,
+)
 from ptune.convert.source import (
   EMBEDDING,
   LOGITS,
@@ -41,7 +47,9 @@ MT5 = 250112
 
 # mT5 and T5 have the same network; UMT5 has a position bias in every layer.
 PER_LAYER = 'umt5'
-MODEL_TYPES = ('t5', 'mt5', PER_LAYER)
+LONG = 'longt5'
+# model_type -> what transformers' classes begin with.
+CLASSES = {'t5': 'T5', 'mt5': 'MT5', PER_LAYER: 'UMT5', LONG: 'LongT5'}
 
 # feed_forward_proj -> mlp_activations. Its 'gated-gelu' is the tanh
 # approximation, as is ptune's gelu; its plain 'gelu' is not, so it is absent.
@@ -57,6 +65,10 @@ ACTIVATIONS = {
 
 # transformers' names for these activations, after it reads the above.
 DENSE_ACT_FN = {'gelu': 'gelu_new'}
+
+# The sizes of LongT5's encoder attention: their defaults in transformers.
+LOCAL_RADIUS = 127
+GLOBAL_BLOCK_SIZE = 16
 
 # config.json's name for a size of T5Config, and the name to use if that is
 # absent.
@@ -83,6 +95,7 @@ def open_huggingface(path: epath.Path) -> Source:
   if config.get('model_type') in t5gemma.MODEL_TYPES:
     return _open_t5gemma(path, config)
   activations = _activations(config, path / CONFIG)
+  attention = _attention(config)
   ids = _token_ids(config, path)
   tensors, metadata = _tensors(path)
   blocks = {
@@ -101,6 +114,7 @@ def open_huggingface(path: epath.Path) -> Source:
     blocks['decoder'],
     config.get('model_type') == PER_LAYER,
     own is not None,
+    config.get('encoder_attention_type', 'local') if any(attention) else 'full',
   )
   table[EMBEDDING] = (embedding, False)
   leaves = {
@@ -127,6 +141,7 @@ def open_huggingface(path: epath.Path) -> Source:
     activations=activations,
     scaled=scaled,
     ids=ids,
+    attention=attention,
     ignored={name: nbytes(tensors[name]) for name in sorted(ignored)},
   )
   _check_config(config, source)
@@ -213,6 +228,7 @@ def write_huggingface(
       range(config.num_decoder_layers),
       config.relative_attention_per_layer,
       config.decoder_embedding,
+      config.encoder_attention,
     )
   text = json.dumps(said, indent=2, sort_keys=True)
   (directory / CONFIG).write_text(text + '\n')
@@ -245,12 +261,14 @@ def _config_json(config: T5Config) -> dict[str, Any]:
     )
   tied, scaled = config.logits_via_embedding, config.scales_outputs
   kind = 't5'
-  if config.relative_attention_per_layer:
+  if config.local_radius:
+    kind = LONG
+  elif config.relative_attention_per_layer:
     kind = PER_LAYER
   elif config.vocab_size == MT5 and not scaled:  # transformers scales no mT5.
     kind = 'mt5'
   said: dict[str, Any] = {
-    'architectures': [f'{kind.upper()}ForConditionalGeneration'],
+    'architectures': [f'{CLASSES[kind]}ForConditionalGeneration'],
     'decoder_start_token_id': config.ids.start,
     'dropout_rate': 0.1,
     'eos_token_id': config.ids.eos,
@@ -270,6 +288,13 @@ def _config_json(config: T5Config) -> dict[str, Any]:
       for ours, (theirs, _) in CONFIG_SIZES.items()
     },
   }
+  if config.local_radius:
+    said |= {
+      'encoder_attention_type': config.encoder_attention,
+      'local_radius': config.local_radius,
+    }
+  if config.global_block_size:
+    said['global_block_size'] = config.global_block_size
   if scaled != tied:
     said['scale_decoder_outputs'] = scaled
   if config.vocab_size == BYT5:
@@ -297,13 +322,16 @@ def _activations(
 ) -> tuple[str, ...]:
   """Returns the MLP's activations; refuses networks other than T5's."""
   # Published T5 1.0 configurations have no feed_forward_proj.
-  default = 'relu' if config.get('model_type') == 't5' else 'gated-gelu'
+  plain = ('t5', LONG)
+  default = 'relu' if config.get('model_type') in plain else 'gated-gelu'
   projection = str(config.get('feed_forward_proj', default))
   wrong = []
-  if config.get('model_type') not in MODEL_TYPES:
+  if config.get('model_type') not in CLASSES:
     wrong.append(
-      f'model_type {config.get("model_type")!r}: expected one of {MODEL_TYPES}'
+      f'model_type {config.get("model_type")!r}: expected one of'
+      f' {tuple(CLASSES)}'
     )
+  wrong += _unknown_attention(config)
   if projection not in ACTIVATIONS:
     wrong.append(
       f'feed_forward_proj {projection!r}: expected one of {tuple(ACTIVATIONS)}'
@@ -327,6 +355,32 @@ def _activations(
       + '\n'.join(f'  {line}' for line in wrong)
     )
   return ACTIVATIONS[projection]
+
+
+def _unknown_attention(config: Mapping[str, Any]) -> list[str]:
+  """What a LongT5's encoder attention has that ours has not."""
+  if config.get('model_type') != LONG:
+    return []
+  wrong = []
+  kind = config.get('encoder_attention_type', 'local')
+  known = tuple(name for name in ENCODER_ATTENTION if name != 'full')
+  if kind not in known:
+    wrong.append(f'encoder_attention_type {kind!r}: expected one of {known}')
+  for key in ('local_radius', 'global_block_size'):
+    value = config.get(key, 1)
+    if not isinstance(value, int) or value < 1:
+      wrong.append(f'{key} {value!r}: expected a whole number from 1 on')
+  return wrong
+
+
+def _attention(config: Mapping[str, Any]) -> tuple[int, int]:
+  """local_radius and global_block_size, as T5Config has them."""
+  if config.get('model_type') != LONG:
+    return 0, 0
+  radius = config.get('local_radius', LOCAL_RADIUS)
+  if config.get('encoder_attention_type', 'local') == 'local':
+    return radius, 0
+  return radius, config.get('global_block_size', GLOBAL_BLOCK_SIZE)
 
 
 def _step(metadata: Mapping[str, str]) -> int | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptune.convert import t5gemma
-from ptune.convert.layout import layout, shapes
+from ptune.convert.layout import SIDE_BIAS, layout, shapes
 from ptune.convert.source import (
   Index,
   Leaf,
@@ -39,13 +39,17 @@ FIELDS = (
   'scale_decoder_outputs',
   'decoder_embedding',
   'relative_attention_per_layer',
+  'local_radius',
+  'global_block_size',
   'ids',
   'relative_attention_num_buckets',
 )
 
 
 # T5X's checkpoints do not have these; the default is the published models'.
-UNTOLD = {'scale_decoder_outputs', 'ids'}
+UNTOLD = {'scale_decoder_outputs', 'ids', 'local_radius', 'global_block_size'}
+# Of all published models with transient-global attention.
+_TRANSIENT_GLOBAL = (127, 16)
 
 
 def facts(source: Source) -> dict[str, Any]:
@@ -65,6 +69,11 @@ def facts(source: Source) -> dict[str, Any]:
   elif gated is not None:
     found['mlp_activations'] = ('?', 'linear') if gated else ('?',)
   found |= {'scale_decoder_outputs': source.scaled, 'ids': source.ids}
+  attention = source.attention
+  if attention is None and SIDE_BIAS in source.shapes:
+    attention = _TRANSIENT_GLOBAL
+  if attention is not None:
+    found['local_radius'], found['global_block_size'] = attention
   return {
     field: found[field] for field in FIELDS if found.get(field) is not None
   }
@@ -74,14 +83,19 @@ def names(found: Mapping[str, Any]) -> list[str]:
   """Returns the published models with these facts: ['t5_1_1_base', ...].
 
   There are several if one network has several names, and none if a fact is
-  missing.
+  missing. If a checkpoint does not say whether attention is local, it is not
+  taken for a LongT5.
   """
-  return [
-    name
-    for name, config in SIZES.items()
-    if set(_all(config)) - set(found) <= UNTOLD
-    and not _differing(found, config)
-  ]
+
+  def same(config: Config) -> bool:
+    told = found
+    if isinstance(config, T5Config):
+      told = {'local_radius': 0, 'global_block_size': 0, **found}
+    return set(_all(config)) - set(told) <= UNTOLD and not _differing(
+      told, config
+    )
+
+  return [name for name, config in SIZES.items() if same(config)]
 
 
 def config(source: Source, **changes: Any) -> Config:
@@ -223,6 +237,7 @@ def base_leaves(source: Source) -> dict[str, Leaf]:
     range(found.get('num_decoder_layers', 0)),
     found.get('relative_attention_per_layer', False),
     found.get('decoder_embedding', False),
+    'transient-global' if SIDE_BIAS in source.shapes else 'full',
   )
   return {path: leaf for path, leaf in source.leaves.items() if path in table}
 

@@ -23,6 +23,14 @@ EMBEDDINGS = (
 STRAY = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
 
 ATTENTION = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
+# T5Config.encoder_attention, and what transformers calls such an encoder's.
+ENCODER_ATTENTION = {
+  'full': 'SelfAttention',
+  'local': 'LocalSelfAttention',
+  'transient-global': 'TransientGlobalSelfAttention',
+}
+# The bias of the sums of blocks, by which transient-global attention is known.
+SIDE_BIAS = 'encoder/side_relpos_bias/rel_embedding'
 DENSE = {name: name for name in ('wi', 'wi_0', 'wi_1', 'wo')}
 # The parts of a layer, in order: our module, our norm, their module, kernels.
 SUBLAYERS = {
@@ -53,6 +61,7 @@ def layout(
   decoder_layers: Iterable[int],
   relative_attention_per_layer: bool = False,
   decoder_embedding: bool = False,
+  encoder_attention: str = 'full',
 ) -> dict[str, tuple[str, bool]]:
   """Maps T5X parameters to (Hugging Face name, transposed).
 
@@ -64,6 +73,7 @@ def layout(
     decoder_layers: Indices of the decoder's layers.
     relative_attention_per_layer: As in T5Config.
     decoder_embedding: As in T5Config.
+    encoder_attention: As in T5Config.
 
   Returns:
     All parameters that any member of the family has: gated and plain MLPs, with
@@ -76,7 +86,10 @@ def layout(
     ('encoder', encoder_layers),
     ('decoder', decoder_layers),
   ):
-    bias = 'layer.0.SelfAttention.relative_attention_bias.weight'
+    attention = 'SelfAttention'
+    if stack == 'encoder':
+      attention = ENCODER_ATTENTION[encoder_attention]
+    bias = f'layer.0.{attention}.relative_attention_bias.weight'
     if not relative_attention_per_layer:
       theirs = f'{stack}.block.0.{bias}'
       table[f'{stack}/relpos_bias/rel_embedding'] = (theirs, True)
@@ -87,11 +100,23 @@ def layout(
         theirs = f'{stack}.block.{i}.{bias}'
         table[f'{stack}/layers_{i}/relpos_bias/rel_embedding'] = (theirs, True)
       for j, (module, norm, theirs, kernels) in enumerate(SUBLAYERS[stack]):
+        theirs = attention if theirs == 'SelfAttention' else theirs
         ours, block = f'{stack}/layers_{i}', f'{stack}.block.{i}.layer.{j}'
         table[f'{ours}/{norm}/scale'] = (f'{block}.layer_norm.weight', False)
         for kernel, short in kernels.items():
           weight = f'{block}.{theirs}.{short}.weight'
           table[f'{ours}/{module}/{kernel}/kernel'] = (weight, True)
+  if encoder_attention == 'transient-global':
+    theirs = f'layer.0.{ENCODER_ATTENTION[encoder_attention]}'
+    table[SIDE_BIAS] = (
+      f'encoder.block.0.{theirs}.global_relative_attention_bias.weight',
+      True,
+    )
+    for i in encoder_layers:
+      table[f'encoder/layers_{i}/attention/T5LayerNorm_0/scale'] = (
+        f'encoder.block.{i}.{theirs}.global_input_layer_norm.weight',
+        False,
+      )
   return table
 
 
@@ -118,6 +143,7 @@ def shapes(config: T5Config) -> dict[str, Shape]:
     range(config.num_decoder_layers),
     config.relative_attention_per_layer,
     config.decoder_embedding,
+    config.encoder_attention,
   ):
     *_, module, name = path.split('/')
     if module in absent or (path == LOGITS and config.logits_via_embedding):

@@ -77,6 +77,8 @@ class Source:
     scaled: Whether the output layer's input is scaled; None if the files do not
       say.
     ids: The special tokens; None if the files do not say.
+    attention: local_radius and global_block_size, as in T5Config; None if the
+      files do not say.
     config: The whole configuration, for a T5Gemma whose files give it.
     ignored: The names of other contents, which are never read: optimizer state,
       second copies. With their bytes, or None if the files do not say.
@@ -89,6 +91,7 @@ class Source:
   activations: tuple[str, ...] | None = None
   scaled: bool | None = None
   ids: TokenIds | None = None
+  attention: tuple[int, int] | None = None
   config: T5GemmaConfig | None = None
   ignored: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
 

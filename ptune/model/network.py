@@ -18,7 +18,7 @@ from flax import traverse_util
 from jax import lax
 
 from ptune.errors import UserError
-from ptune.model import scan, t5gemma
+from ptune.model import long_attention, scan, t5gemma
 from ptune.model.adapters import PADDING, Placement, adapt, matches
 from ptune.model.attention import Attention, RelativePositionBias
 from ptune.model.decoder_alone import Prefix, padded_in_front
@@ -97,7 +97,12 @@ class EncoderLayer(nn.Module):
     x = adapt(self, place, 'input', x, x)
 
     h = LayerNorm(dtype, name='pre_attention_layer_norm')(x)
-    y = Attention(
+    attention = Attention
+    if cfg.local_radius:
+      attention = functools.partial(
+        long_attention.LongAttention, radius=cfg.local_radius
+      )
+    y = attention(
       cfg.num_heads,
       cfg.head_dim,
       dtype,
@@ -235,7 +240,9 @@ class Encoder(nn.Module):
     if mask.shape[2] > 1:
       mask = pad_to(mask, 2, filled)
     bias = None
-    if not cfg.relative_attention_per_layer:
+    if cfg.local_radius:
+      bias = long_attention.bias(cfg, mask)
+    elif not cfg.relative_attention_per_layer:
       bias = _relative_bias(cfg, True)(filled)
 
     dropout = nn.Dropout(

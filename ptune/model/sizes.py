@@ -35,6 +35,10 @@ class T5Config(ModelConfig):
       own. With logits_via_embedding, the encoder's makes the logits.
     relative_attention_per_layer: Whether each layer has a relative position
       bias of its own, as in UMT5; otherwise the layers of a stack share one.
+    local_radius: How far away an encoder's position sees, as in LongT5; 0 where
+      it sees all positions. See `long_attention`.
+    global_block_size: With local_radius, the positions of a block whose sum is
+      seen from everywhere (transient-global attention); 0 where there is none.
     length_multiple: What the encoder's positions, prompt and inputs together,
       are rounded up to by padding; None leaves it to the device, see
       `layers.fill_tiles`.
@@ -54,6 +58,8 @@ class T5Config(ModelConfig):
   scale_decoder_outputs: bool | None = None
   decoder_embedding: bool = False
   relative_attention_per_layer: bool = False
+  local_radius: int = 0
+  global_block_size: int = 0
   length_multiple: int | None = None
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
@@ -62,6 +68,13 @@ class T5Config(ModelConfig):
   def decoder_only(self) -> bool:
     """Whether the decoder reads the inputs itself, before the targets."""
     return self.num_encoder_layers == 0
+
+  @property
+  def encoder_attention(self) -> str:
+    """'full', 'local' or 'transient-global', as LongT5 calls them."""
+    if not self.local_radius:
+      return 'full'
+    return 'transient-global' if self.global_block_size else 'local'
 
   @property
   def scales_outputs(self) -> bool:
@@ -107,6 +120,22 @@ class T5Config(ModelConfig):
       counts += ('length_multiple',)
     check_counts(**{name: getattr(self, name) for name in counts})
     super().__post_init__()
+    if min(self.local_radius, self.global_block_size) < 0 or (
+      self.global_block_size and not self.local_radius
+    ):
+      raise UserError(
+        f'local_radius is {self.local_radius} and global_block_size'
+        f' {self.global_block_size}; expected 0 (no such attention) or more,'
+        ' and a global_block_size only beside a local_radius'
+      )
+    if self.local_radius and (
+      self.relative_attention_per_layer or self.decoder_only
+    ):
+      raise UserError(
+        f'local_radius is {self.local_radius}, which needs an encoder whose'
+        ' layers share a position bias: relative_attention_per_layer must be'
+        ' False and num_encoder_layers at least 1'
+      )
     unknown = sorted(set(self.mlp_activations) - set(ACTIVATIONS))
     if unknown or not self.mlp_activations:
       raise UserError(
@@ -188,6 +217,14 @@ def _sizes() -> dict[str, T5Config]:
         'relative_attention_per_layer': True,
         'ids': TokenIds(eos=2),
       },
+    ),
+    'long_t5_local': (
+      {size: t5_1_1[size] for size in ('base', 'large')},
+      {'vocab_size': 32128, 'local_radius': 127},
+    ),
+    'long_t5_tglobal': (
+      {size: t5_1_1[size] for size in ('base', 'large', 'xl')},
+      {'vocab_size': 32128, 'local_radius': 127, 'global_block_size': 16},
     ),
     'codet5': (
       {size: t5_1_0[size] for size in ('small', 'base', 'large')},
