@@ -60,7 +60,7 @@ def evaluate(
   task = seqio_task.load(data.task, data.module)
   seqio_task.check(task, data.feature_lengths, split, data.use_cached)
   seqio_task.check_vocabulary(
-    task, config.vocab_size, config.ids, trained.checkpoint_path
+    task, config.vocab_size, config.ids, trained_model.base_of(trained)
   )
   if prompts is not None:
     named = trained_model.named_prompts(trained, method)

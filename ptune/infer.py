@@ -73,7 +73,7 @@ def infer(
   settings.check(data)
   task = seqio_task.load(data.task, data.module)
   seqio_task.check_vocabulary(
-    task, config.vocab_size, config.ids, trained.checkpoint_path
+    task, config.vocab_size, config.ids, trained_model.base_of(trained)
   )
   vocabulary = seqio_task.vocabulary(task)
   named, own = _prompts(trained, method)

@@ -234,6 +234,10 @@ def test_what_is_wrong_is_said(trained, tmp_path):
   elsewhere = str(tmp_path / 'p.npy')
   np.save(elsewhere, np.load(file))
   (tmp_path / 'p.json').write_text('{"method": "prompt/before_eos"}')
+  (tmp_path / 'other').mkdir()
+  recorded = json.loads((trained / 'run.json').read_text())
+  recorded['initial_checkpoint_path'] = 'ptune://tiny'
+  (tmp_path / 'other' / 'run.json').write_text(json.dumps(recorded))
   for changes, message in (
     ({'batch_size': 0}, 'BATCH_SIZE is 0'),
     ({'eval_steps': 0}, 'EVAL_STEPS is 0'),
@@ -254,6 +258,10 @@ def test_what_is_wrong_is_said(trained, tmp_path):
       "trained with method 'prompt/before_eos', and METHOD is 'prompt'",
     ),
     ({'method': full.full(), 'prompt_file': file}, 'has no prompt to be read'),
+    (
+      {'model_dir': tmp_path / 'other'},
+      'the vocabulary is not that of the base model ptune://tiny',
+    ),
     ({'model_dir': tmp_path}, r'holds no run of ptune train \(run.json'),
     ({'model_dir': trained, 'method': prompt.prompt(4)}, r'\[4, 16\]'),
     (

@@ -4,15 +4,21 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 
 from ptune import pretrained
-from ptune.convert import tokenizer_json, unigram
+from ptune.convert import sentencepiece_tokenizer, tokenizer_json
 from ptune.convert import vocabulary as vocabulary_lib
 from ptune.convert.pieces import Bytes, Pieces
+from ptune.convert.tokenizer_files import write_vocabulary
 from ptune.convert.tokenizer_json import Tokenizer
 from ptune.convert.vocabulary import check_same, open_vocabulary, vocabulary_of
+from ptune.data import batches as data
+from ptune.data import seqio_task
 from ptune.errors import UserError
+from ptune.model.config import TokenIds
+from ptune.tasks import texts
 
 tokenizers = pytest.importorskip(
   'tokenizers', reason="pip install 'ptune[tokenizers]' brings it"
@@ -36,6 +42,9 @@ TEXTS = (
   'x▁y',
   '  def f(x):\n\treturn x[0] <= 50',
   'i <mask> j',
+  'one\n\ntwo\n\n\nthree',
+  'a <table>b</table> <start_of_turn>user',
+  '<bos>twice<eos>',
 )
 
 
@@ -104,6 +113,61 @@ def llama(tmp_path_factory, corpus):
   return path
 
 
+@pytest.fixture(scope='module')
+def gemma(tmp_path_factory, corpus):
+  """As Gemma's: bytes for what it lacks, and <bos> before a text."""
+  from tokenizers import (
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+  )
+
+  path = tmp_path_factory.mktemp('gemma')
+  special = ['<pad>', '<eos>', '<bos>', '<unk>', '<mask>']
+  made = tokenizers.Tokenizer(
+    models.BPE(byte_fallback=True, fuse_unk=True, unk_token='<unk>')
+  )
+  made.normalizer = normalizers.Replace(' ', '▁')
+  made.pre_tokenizer = pre_tokenizers.Split(' ', 'merged_with_previous')
+  made.decoder = decoders.Sequence(
+    [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
+  )
+  trainer = trainers.BpeTrainer(
+    vocab_size=500, special_tokens=special, initial_alphabet=[]
+  )
+  made.train_from_iterator(corpus.splitlines(), trainer)
+  state = json.loads(made.to_str())
+  vocab = state['model']['vocab']
+  for byte in range(256):
+    vocab[f'<0x{byte:02X}>'] = len(vocab)
+  made = tokenizers.Tokenizer.from_str(json.dumps(state))
+  made.add_tokens(
+    [
+      tokenizers.AddedToken(token, normalized=False)
+      for token in ('\n\n', '<table>', '▁▁')
+    ]
+  )
+  made.add_special_tokens(['<start_of_turn>'])
+  made.post_processor = processors.TemplateProcessing(
+    single='<bos> $A', special_tokens=[('<bos>', 2)]
+  )
+  made.save(str(path / 'tokenizer.json'))
+  (path / 'tokenizer_config.json').write_text(
+    json.dumps(
+      {
+        'tokenizer_class': 'GemmaTokenizer',
+        'add_bos_token': False,  # The template has the last word.
+        **{f'{name}_token': f'<{name}>' for name in ('bos', 'eos', 'pad')},
+        'unk_token': '<unk>',
+      }
+    )
+  )
+  return path
+
+
 ENDS = {'eos_token': '</s>', 'unk_token': '<unk>', 'pad_token': '<unk>'}
 
 
@@ -127,7 +191,7 @@ def ids_of(path, **how):
   return transformers.AutoTokenizer.from_pretrained(path, **how)
 
 
-@pytest.mark.parametrize('kind', ['bpe', 'llama'])
+@pytest.mark.parametrize('kind', ['bpe', 'llama', 'gemma'])
 def test_texts_have_the_ids_of_transformers(request, kind):
   path = request.getfixturevalue(kind)
   theirs, ours = ids_of(path), open_vocabulary(path)
@@ -152,6 +216,58 @@ def test_codet5_reads_a_start_before_each_text(bpe):
   assert ours.vocab_size == 510
 
 
+def test_gemmas_start_stands_before_a_text_as_the_files_say(gemma, tmp_path):
+  ids = open_vocabulary(gemma).encode('so')
+  assert ids[0] == 2 and 2 not in ids[1:]
+  assert open_vocabulary(gemma).decode(ids) == 'so'
+  without = tmp_path / 'without'
+  shutil.copytree(gemma, without)
+  state = json.loads((gemma / 'tokenizer.json').read_text())
+  state['post_processor'] = None
+  (without / 'tokenizer.json').write_text(json.dumps(state))
+  assert open_vocabulary(without).encode('so') == ids[1:]
+  assert ids_of(without)('so').input_ids == ids[1:]
+  # Without a tokenizer.json, and so without a template, the configuration says.
+  alone = tmp_path / 'alone'
+  alone.mkdir()
+  shutil.copy(pretrained.VOCABULARY, alone / 'tokenizer.model')
+  assert isinstance(open_vocabulary(alone), Pieces)
+  said = {'add_bos_token': True, 'bos_token': '<pad>'}
+  (alone / 'tokenizer_config.json').write_text(json.dumps(said))
+  assert open_vocabulary(alone).encode('so') == [
+    0,
+    *Pieces(pretrained.VOCABULARY).encode('so'),
+  ]
+
+
+def test_targets_begin_behind_the_start_that_the_decoder_reads(gemma):
+  vocabulary = open_vocabulary(gemma)
+  ids = TokenIds(pad=0, eos=1, start=2)
+  text = np.array([*vocabulary.encode('so it is'), 1], np.int32)
+  made = seqio_task.model_features(text, text, ids)
+  assert made['encoder_input_tokens'].tolist() == text.tolist()
+  assert made['decoder_target_tokens'].tolist() == text[1:].tolist()
+  assert made['decoder_input_tokens'].tolist() == text[:-1].tolist()
+  assert made['decoder_loss_weights'].shape == text[1:].shape
+  # T5's start is its padding: there, nothing changes.
+  made = seqio_task.model_features(text, text, TokenIds())
+  assert made['decoder_target_tokens'].tolist() == text.tolist()
+
+  task = texts.TextTask(
+    'gemma',
+    {'train': lambda: {'inputs': ['a', 'it'], 'targets': ['so', 'so']}},
+    vocabulary=vocabulary,
+  )
+  batch = data.Batches(
+    task, {'inputs': 8, 'targets': 8}, batch_size=2, ids=ids
+  )(0)
+  so = [*vocabulary.encode('so')[1:], 1]
+  for row in batch['decoder_target_tokens'].tolist():
+    assert row[: len(so)] == so and set(row[len(so) :]) <= {0}
+  assert set(batch['decoder_input_tokens'][:, 0].tolist()) == {2}
+  assert set(batch['encoder_input_tokens'][:, 0].tolist()) == {2}
+
+
 def test_tokens_added_to_a_sentencepiece_model_are_found(added):
   ours, plain = open_vocabulary(added), Pieces(added / 'spiece.model')
   assert isinstance(ours, Tokenizer)
@@ -164,7 +280,7 @@ def test_tokens_added_to_a_sentencepiece_model_are_found(added):
 
 
 def test_the_unigram_model_is_that_of_sentencepiece(corpus):
-  ours = unigram.tokenizer_of(pretrained.VOCABULARY, 100)
+  ours = sentencepiece_tokenizer.tokenizer_of(pretrained.VOCABULARY, 100)
   plain = Pieces(pretrained.VOCABULARY)
   assert ours.get_vocab_size() == plain.vocab_size
   for text in [*TEXTS[:6], *TEXTS[9:], *corpus.splitlines()]:
@@ -172,6 +288,42 @@ def test_the_unigram_model_is_that_of_sentencepiece(corpus):
     assert ours.decode(ours.encode(text).ids) == plain.decode(
       plain.encode(text)
     )
+
+
+@pytest.mark.parametrize('prefix', [True, False])
+def test_a_bpe_of_sentencepiece_is_written_as_it_is(corpus, tmp_path, prefix):
+  import sentencepiece
+
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(corpus.splitlines()),
+    model_prefix=str(tmp_path / 'spiece'),
+    model_type='bpe',
+    vocab_size=700,
+    byte_fallback=True,
+    add_dummy_prefix=prefix,
+    remove_extra_whitespaces=False,
+    user_defined_symbols=[] if prefix else ['<table>', '▁▁'],
+    pad_id=0,
+    eos_id=1,
+    bos_id=2,
+    unk_id=3,
+    minloglevel=2,
+  )
+  ours = sentencepiece_tokenizer.tokenizer_of(tmp_path / 'spiece.model', 0)
+  plain = Pieces(tmp_path / 'spiece.model')
+  special = ('<pad>', '</s>', '<bos>', '<extra_id')
+  for text in [*TEXTS, *corpus.splitlines(), 'a  b   c']:
+    # What is special is found by transformers, and spelt by SentencePiece.
+    if any(name in text for name in special):
+      continue
+    assert ours.encode(text).ids == [*plain.encode(text), plain.eos_id], text
+  written = tmp_path / 'written'
+  written.mkdir()
+  lines = write_vocabulary(written, tmp_path / 'spiece.model', 728)
+  assert 'tokenizer.json' in lines[0] and len(lines) == 1
+  theirs = ids_of(written)
+  for text in ('a  b', 'This is good.', '日本語', 'x\ty'):
+    assert theirs(text).input_ids == [*plain.encode(text), plain.eos_id]
 
 
 def test_seqio_gives_the_same_ids(bpe):

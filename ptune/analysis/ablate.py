@@ -123,7 +123,7 @@ def ablate(
     )
   task = seqio_task.load(data.task, data.module)
   seqio_task.check_vocabulary(
-    task, config.vocab_size, config.ids, trained.checkpoint_path
+    task, config.vocab_size, config.ids, trained_model.base_of(trained)
   )
   mesh = partitioning.make_mesh(model_parallel)
   plan = parameters.plan(config, method, mesh)

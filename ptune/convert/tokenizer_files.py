@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from ptune.convert import tokenizer_json, unigram
+from ptune.convert import sentencepiece_tokenizer, tokenizer_json
 from ptune.convert.pieces import load_sentencepiece, sentinels
 from ptune.convert.storage import read_bytes
 from ptune.convert.vocabulary import Found, look
@@ -104,7 +104,7 @@ def _of_sentencepiece(found: Found, rows: int, pad: int) -> dict[str, bytes]:
   file = found.file
   if file is not None:
     pieces = load_sentencepiece(file)
-    made = unigram.tokenizer_of(file, sentinels(pieces, rows))
+    made = sentencepiece_tokenizer.tokenizer_of(file, sentinels(pieces, rows))
   else:
     assert found.directory is not None
     file = tokenizer_json.sentencepiece_of(found.directory)

@@ -5,8 +5,8 @@
     *.model and added tokens     SentencePiece, with tokens that it lacks
 
 Texts get the same ids as in transformers: added tokens are found in the text,
-and the template's prefix (CodeT5's <s>) is there too. A task's features append
-EOS, as with every vocabulary.
+and the template's prefix (CodeT5's <s>, Gemma's <bos>) is there too. A task's
+features append EOS, as with every vocabulary.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from ptune.convert import unigram
+from ptune.convert import sentencepiece_tokenizer
 from ptune.convert.huggingface import read_json
 from ptune.convert.pieces import load_sentencepiece, sentinels
 from ptune.errors import UserError
@@ -36,6 +36,8 @@ USUAL = {
   'pad_token': ('<pad>', '<|padding|>'),
   'unk_token': ('<unk>',),
 }
+# BOS where no file names it; that of other classes is <s>.
+BOS = {'GemmaTokenizer': '<bos>'}
 
 
 class Tokenizer:
@@ -131,6 +133,18 @@ def load(directory: epath.Path) -> 'tokenizers.Tokenizer':
   return made
 
 
+def begins(directory: epath.Path) -> bool:
+  """Whether a special token, such as BOS, stands before every text.
+
+  transformers asks the template of tokenizer.json, and tokenizer_config.json
+  where there is no such file.
+  """
+  if not (directory / TOKENIZER).exists():
+    return bool(_config(directory).get('add_bos_token'))
+  template = read_json(directory / TOKENIZER).get('post_processor') or {}
+  return 'SpecialToken' in (template.get('single') or [{}])[0]
+
+
 def _byte_level(directory: epath.Path) -> 'tokenizers.Tokenizer':
   """Returns GPT-2's byte-level BPE with RoBERTa's template, as in CodeT5."""
   import tokenizers
@@ -171,7 +185,12 @@ def sentencepiece_of(directory: epath.Path) -> epath.Path:
 
 
 def _sentencepiece(directory: epath.Path) -> 'tokenizers.Tokenizer':
-  """Returns a SentencePiece model with added tokens after its sentinels."""
+  """Returns a SentencePiece model with added tokens after its sentinels.
+
+  If BOS stands before texts, the tokenizer leaves EOS to the task.
+  """
+  from tokenizers import processors
+
   file = sentencepiece_of(directory)
   pieces = load_sentencepiece(file)
   size = pieces.vocab_size()
@@ -180,7 +199,16 @@ def _sentencepiece(directory: epath.Path) -> 'tokenizers.Tokenizer':
     for i, token in added_tokens(directory).items()
     if i >= size and not token['content'].startswith('<extra_id_')
   ]
-  return unigram.tokenizer_of(file, max(0, min([sentinels(pieces), *room])))
+  extra = max(0, min([sentinels(pieces), *room]))
+  made = sentencepiece_tokenizer.tokenizer_of(file, extra)
+  if begins(directory):
+    config = _config(directory)
+    kind = str(config.get('tokenizer_class')).removesuffix('Fast')
+    bos = _content(config.get('bos_token')) or BOS.get(kind, '<s>')
+    made.post_processor = processors.TemplateProcessing(
+      single=f'{bos} $A', special_tokens=[(bos, made.token_to_id(bos))]
+    )
+  return made
 
 
 def _config(directory: epath.Path) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 It reads the first of these that exists:
 
-    spiece.model               SentencePiece; if tokens were added to it, by the
-                               library `tokenizers`
+    spiece.model               SentencePiece; if tokens were added to it, or if
+                               <bos> stands before texts, by the library
+                               `tokenizers`
     tokenizer.json             by `tokenizers`
     vocab.json and merges.txt  byte-level BPE, by `tokenizers`
     none, in a ByT5            bytes
@@ -132,7 +133,7 @@ def look(path: epath.PathLike) -> Found:
     files.append(epath.Path(pretrained.VOCABULARY))
   rows = config.get('vocab_size')
   if files:
-    if _added(path, files[0], rows):
+    if tokenizer_json.begins(path) or _added(path, files[0], rows):
       return Found(None, path, rows)
     return Found(files[0], None, rows)
   if tokenizer_json.TOKENIZER in names or set(tokenizer_json.BPE) <= set(names):

@@ -31,7 +31,7 @@ from absl import logging
 from ptune.data import seqio_task
 from ptune.data.bucketing import BUCKET_MULTIPLE, bucket, round_up
 from ptune.data.positions import Positions
-from ptune.data.ragged import Ragged, join
+from ptune.data.ragged import Ragged, join, without_start
 from ptune.data.seqio_task import FEATURES, Batch, Provider, shifted
 from ptune.errors import UserError
 from ptune.model.sizes import TokenIds
@@ -163,6 +163,8 @@ class Batches:
     for name in FEATURES:
       self.trimmed[name] += sum(int(b[name + _TRIMMED].sum()) for b in blocks)
     rows = {name: join(blocks, name) for name in FEATURES}
+    if self._ids.has_own_start:
+      rows['targets'] = without_start(rows['targets'], self._ids.start)
     if first and any(self.trimmed.values()):
       logging.warning(
         '%s: of the first %d rows, %s were trimmed to TASK_FEATURE_LENGTHS %s.',

@@ -34,3 +34,12 @@ def join(blocks: Sequence[dict[str, np.ndarray]], name: str) -> Ragged:
     values.append(tokens[np.arange(tokens.shape[1]) < length[:, None]])
   starts = np.cumsum(np.concatenate([[0], *lengths]))
   return Ragged(np.concatenate(values), starts)
+
+
+def without_start(rows: Ragged, start: int) -> Ragged:
+  """Drops the token `start` from rows that begin with it."""
+  first = rows.starts[:-1][rows.lengths() > 0]
+  kept = np.ones(len(rows.values), bool)
+  kept[first] = rows.values[first] != start
+  before = np.concatenate([[0], np.cumsum(kept)])
+  return Ragged(rows.values[kept], before[rows.starts])

@@ -209,11 +209,20 @@ class FeatureConverter(seqio.EncDecFeatureConverter):
   def __init__(self, ids: TokenIds):
     super().__init__(pack=False, bos_id=ids.start)
     self._pad = ids.pad
+    self._start = ids.start if ids.has_own_start else None
 
   def _convert_features(self, ds, task_feature_lengths):
     """Pads first, so that SeqIO finds nothing to pad with its 0."""
 
+    def read(example, name):
+      tokens = example[name]
+      if name == 'targets' and self._start is not None:
+        begins = tf.reduce_all(tokens[:1] == self._start)
+        tokens = tokens[tf.cast(begins, tf.int32) :]
+      return tokens
+
     def padded(example):
+      example = {name: read(example, name) for name in task_feature_lengths}
       return {
         name: tf.pad(
           example[name][:length],

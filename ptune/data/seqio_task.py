@@ -273,6 +273,8 @@ def model_features(
   inputs: np.ndarray, targets: np.ndarray, ids: TokenIds = TokenIds()
 ) -> Batch:
   """One example's features, as EncDecFeatureConverter makes them, unpadded."""
+  if ids.has_own_start and targets[:1].tolist() == [ids.start]:
+    targets = targets[1:]
   return {
     'encoder_input_tokens': inputs,
     'decoder_target_tokens': targets,

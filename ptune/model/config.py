@@ -22,6 +22,15 @@ class TokenIds:
   eos: int = 1
   start: int = 0
 
+  @property
+  def has_own_start(self) -> bool:
+    """Whether `start` is neither padding nor EOS.
+
+    Gemma's vocabulary puts such a token, <bos>, before every text. Targets are
+    then what comes after it: the decoder reads it first in any case.
+    """
+    return self.start not in (self.pad, self.eos)
+
   def __str__(self) -> str:
     return ', '.join(f'{k} {v}' for k, v in dataclasses.asdict(self).items())
 

@@ -93,6 +93,14 @@ def check(plan: parameters.Plan, trained: Trained) -> None:
     )
 
 
+def base_of(trained: Trained) -> PathLike | None:
+  """Returns the base model: CHECKPOINT_PATH, or the one that a run recorded."""
+  if trained.checkpoint_path is not None or trained.model_dir is None:
+    return trained.checkpoint_path
+  run = run_file.read(run_file.run_directory(trained.model_dir))
+  return run.get('initial_checkpoint_path')
+
+
 def _check_run(model_dir: PathLike | None) -> dict[str, Any]:
   directory = run_file.run_directory(model_dir)
   run = run_file.read(directory)

@@ -1,11 +1,12 @@
-"""SentencePiece's unigram models as tokenizers of the library `tokenizers`.
+"""SentencePiece models as tokenizers of the library `tokenizers`.
 
 It repeats each step of SentencePiece: map characters with its table (NFKC),
 remove outer and double blanks, write ▁ for a blank and before the text, take
-the most probable pieces, and use bytes for characters without a piece.
+the most probable pieces (unigram) or merge the best ones (BPE), and use bytes
+for characters without a piece.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -28,7 +29,7 @@ def tokenizer_of(
     extra_ids: Sentinels at its end: <extra_id_0> has the highest id.
 
   Raises:
-    UserError: The model is not a unigram model.
+    UserError: The model is neither a unigram model nor a BPE.
   """
   try:
     import tokenizers
@@ -49,26 +50,46 @@ def tokenizer_of(
 
   model = proto.ModelProto.FromString(read_bytes(file, 'VOCABULARY'))
   trainer, spec = model.trainer_spec, model.normalizer_spec
-  if trainer.model_type != trainer.UNIGRAM:
+  if trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
     raise UserError(
-      f'{file} is not a unigram model of SentencePiece; ptune can write no'
-      " other kind for transformers. Put the model's tokenizer.json beside it"
+      f'{file} is neither a unigram model nor a BPE of SentencePiece; ptune can'
+      " write no other kind for transformers. Put the model's tokenizer.json"
+      ' beside it'
     )
-  pieces = [(piece.piece, piece.score) for piece in model.pieces]
   kind = proto.ModelProto.SentencePiece
+  defined = [p.piece for p in model.pieces if p.type == kind.USER_DEFINED]
+  if defined and spec.add_dummy_prefix and not spec.remove_extra_whitespaces:
+    raise UserError(
+      f'{file} puts a blank before texts, keeps their blanks and has pieces'
+      f' that its user defined: {defined[:9]}. The library tokenizers has no'
+      ' such tokenizer. Put the tokenizer.json of the model beside it'
+    )
   eos = next(
     i
     for i, piece in enumerate(model.pieces)
     if piece.piece == trainer.eos_piece
   )
   sentinels = [f'<extra_id_{i}>' for i in reversed(range(extra_ids))]
-  made = tokenizers.Tokenizer(
-    models.Unigram(
-      [*pieces, *((name, 0.0) for name in sentinels)],
+  names = [*(piece.piece for piece in model.pieces), *sentinels]
+  if trainer.model_type == trainer.BPE:
+    pieces = models.BPE(
+      vocab={name: i for i, name in enumerate(names)},
+      merges=_merges(model),
+      unk_token=names[trainer.unk_id],
+      fuse_unk=True,
+      byte_fallback=trainer.byte_fallback,
+    )
+  else:
+    scores = [
+      *(piece.score for piece in model.pieces),
+      *(0.0 for _ in sentinels),
+    ]
+    pieces = models.Unigram(
+      list(zip(names, scores, strict=True)),
       unk_id=trainer.unk_id,
       byte_fallback=trainer.byte_fallback,
     )
-  )
+  made = tokenizers.Tokenizer(pieces)
   steps = []
   if spec.precompiled_charsmap:
     steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -77,6 +98,12 @@ def tokenizer_of(
       normalizers.Replace(Regex(r'\A +| +\z'), ''),
       normalizers.Replace(Regex(' {2,}'), ' '),
     ]
+  elif spec.add_dummy_prefix:
+    # The blank before a text comes on top of its own.
+    steps.append(normalizers.Replace(Regex(r'\A '), '  '))
+  if not spec.add_dummy_prefix:
+    # Here, so that pieces with blanks that the user defined are found.
+    steps.append(normalizers.Replace(' ', SPACE))
   if steps:
     made.normalizer = normalizers.Sequence(steps)
   scheme = 'always' if spec.add_dummy_prefix else 'never'
@@ -99,6 +126,25 @@ def tokenizer_of(
   ]
   made.add_special_tokens([*special, *sentinels])
   made.add_tokens(
-    [p.piece for p in model.pieces if p.type == kind.USER_DEFINED]
+    [
+      tokenizers.AddedToken(piece, normalized=not spec.add_dummy_prefix)
+      for piece in defined
+    ]
   )
   return made
+
+
+def _merges(model: Any) -> list[tuple[str, str]]:
+  """The merges of a BPE: all ways to make a piece of two, the best piece first.
+
+  SentencePiece merges the neighbours that make the piece of the highest score.
+  """
+  normal = [p for p in model.pieces if p.type == p.NORMAL]
+  number = {piece.piece: i for i, piece in enumerate(normal)}
+  merges = []
+  for piece in sorted(normal, key=lambda piece: -piece.score):
+    text = piece.piece
+    ways = [(text[:i], text[i:]) for i in range(1, len(text))]
+    known = [(a, b) for a, b in ways if a in number and b in number]
+    merges += sorted(known, key=lambda way: (number[way[0]], number[way[1]]))
+  return merges
