@@ -193,7 +193,7 @@ def from_rows(
         yield (
           where,
           BadRow(
-            f'{row!r:.80} is no row; expected a dict, or (inputs, targets)'
+            f'{row!r:.80} is not a row; expected a dict, or (inputs, targets)'
           ),
         )
 

@@ -50,7 +50,7 @@ def columns_of(template: str, macro: str) -> list[str]:
   if formats:
     raise UserError(
       f'{macro} is {template!r}; columns are taken as they are, so write '
-      f'{{column}} without a format in place of {", ".join(formats)}'
+      f'{{column}} without a format instead of {", ".join(formats)}'
     )
   return found
 

@@ -227,7 +227,7 @@ def test_a_prompt_goes_to_the_hub(run, monkeypatch):
     ({'train': []}, 'train has no rows'),
     ({'validation': []}, 'validation has no rows'),
     ({'train': 5}, 'train is int 5; expected pairs of input'),
-    ({'train': [('a', 'yes'), ('b',)]}, r'train\[1\].* is no row; expected'),
+    ({'train': [('a', 'yes'), ('b',)]}, r'train\[1\].* is not a row; expected'),
     ({'train': [('a', 'yes'), ('b', 'good')]}, r"train\[1\]: .*'good'"),
     ({'train': [('a', 'yes'), (float('nan'), 'no')]}, r'train\[1\].* is nan'),
     ({'inputs': '{text}'}, r"train\[0\]: no column 'text', it has: inputs"),
