@@ -1,21 +1,21 @@
-"""The rows of a task to batches: a function of the step, on devices.
+"""Training batches: the batch of a step is a function of the step.
 
-The batch at step s depends on the task, the seed, s, the batch size and the
-fixed settings of `Batches`, and on nothing else. Every process can make the
-whole batch and keeps the rows of its own devices, so neither hosts nor devices
-nor restarts can change it. Rows are token ids, of one of two kinds:
+The batch at step s depends only on the task, the seed, s, the batch size and
+the settings of `Batches`. Every process can make the whole batch, and keeps the
+rows of its own devices. So hosts, devices and restarts cannot change a batch.
+Rows are token ids, of one of two kinds:
 
-    in memory  A finite task, tokenised once. Epoch e visits every row once,
-               in an order drawn from (seed, e): NumPy's permutation, by the
-               generator Philox with the key [seed, e].
-    stream     A SeqIO mixture, or a SeqIO task too large for memory or without
-               an end. SeqIO shuffles, repeats and mixes. To start at step s,
-               the rows before it are read and skipped, from the last position
-               that was kept on disk (`positions`).
+    in memory  A finite task, tokenised once. Epoch e visits every row once. The
+               order is NumPy's permutation, from the generator Philox with the
+               key [seed, e].
+    stream     A SeqIO mixture, or a SeqIO task that is endless or too large for
+               memory. SeqIO shuffles, repeats and mixes. To start at step s, we
+               go to the last position that is saved on disk (`positions`), then
+               read and skip the rows up to s.
 
-Rows of a user's own (`texts.TextTask`) are always in memory, and have the same
-order whether they come from Python, flags or a gin file. A classification is
-trained on the rows that have a label.
+A user's own rows (`texts.TextTask`) are always in memory. Their order is the
+same whether they come from Python, flags or a gin file. For a classification,
+training uses only rows with a label.
 """
 
 import functools
@@ -44,19 +44,19 @@ _TRIMMED = '_trimmed'  # suffix of the marks that count trimming
 class Batches:
   """The training batches of a task: `batches(step)` is a pure function.
 
-  In memory, step s holds the positions from s * batch_size on of all epochs
-  laid end to end; no batch is short. An epoch is a permutation of the rows.
-  With bucketing it is rearranged so that a batch holds rows of like length,
-  padded to the longest rounded up; only the batch across the border of two
-  epochs holds any rows. Rows of a classification are sorted by their inputs
-  alone, so that a batch holds labels of all lengths.
+  In memory, all epochs are laid end to end, and step s takes batch_size rows
+  from position s * batch_size on. No batch is short. An epoch is a permutation
+  of the rows. Bucketing rearranges it so that a batch holds rows of similar
+  length, padded to the longest one rounded up. Only a batch that spans two
+  epochs holds rows of any length. For a classification, rows are sorted by
+  their inputs only, so that a batch holds labels of all lengths.
 
   Attributes:
-    num_examples: Rows in memory, or None for a stream.
-    shapes: The (input length, target length) that a batch may have.
-    trimmed: For each feature, the rows that were longer than its length: of
-      all rows in memory, or of those read of a stream so far. Counted is what
-      SeqIO itself cuts at the end of a task.
+    num_examples: The number of rows in memory; None for a stream.
+    shapes: The possible shapes of a batch: (input length, target length).
+    trimmed: For each feature, the number of rows that were longer than its
+      length, out of the rows in memory or the rows read from a stream so far.
+      It counts only what SeqIO itself cuts at the end of a task.
   """
 
   def __init__(
@@ -75,31 +75,31 @@ class Batches:
     embedding_rows: int | None = None,
     positions: PathLike | None = None,
   ):
-    """Checks a task and tokenises it, or opens its stream.
+    """Checks the task, and tokenises it or opens its stream.
 
     Args:
       task: A user's task, or a SeqIO task or mixture.
-      feature_lengths: TASK_FEATURE_LENGTHS, to which features are trimmed.
-      batch_size: Rows in the global batch.
+      feature_lengths: TASK_FEATURE_LENGTHS; features are trimmed to it.
+      batch_size: The rows in the global batch.
       split: The split to read.
-      seed: Of the order of the rows and of random preprocessors.
-      bucket_multiple: Lengths of batches are multiples of this, or for short
-        targets its half, its quarter and so on, 4 at least; None or 0 pads
-        all to `feature_lengths`.
-      window: Batches among which rows are sorted by length.
+      seed: For the order of the rows and for random preprocessors.
+      bucket_multiple: The lengths of a batch are multiples of this. Short
+        targets are rounded to its half, its quarter and so on, at least 4. None
+        or 0 pads all rows to `feature_lengths`.
+      window: The number of batches whose rows are sorted by length together.
       use_cached: USE_CACHED_TASKS.
-      in_memory: Whether to tokenise a SeqIO task once. None: if it has at most
-        `seqio_rows.MAX_ROWS` rows. Pass False if preprocessors are random and
-        should draw anew in each epoch, as for span corruption.
-      ids: The model's special tokens: what rows are padded with, and where
-        targets start.
-      embedding_rows: Rows of the model's embedding; token ids beyond it are an
+      in_memory: Whether to tokenise a SeqIO task once and keep its rows. None
+        does so if it has at most `seqio_rows.MAX_ROWS` rows. Pass False if
+        preprocessors are random and must draw again in each epoch, as in span
+        corruption.
+      ids: The model's special tokens, which pad rows and start targets.
+      embedding_rows: The rows of the model's embedding; larger token ids are an
         error.
-      positions: A local directory where the positions of a stream are kept, so
-        that resuming does not read all rows before it again; see `positions`.
+      positions: A local directory where positions in a stream are saved, so
+        that resuming does not read the stream from its start; see `positions`.
 
     Raises:
-      ValueError: The task does not suit T5 or these arguments, or is empty.
+      ValueError: If the task does not fit T5 or the arguments, or is empty.
     """
     seqio_task.check(task, feature_lengths, split, use_cached)
     for name, value, least in (
@@ -114,21 +114,21 @@ class Batches:
     self._lengths = {name: feature_lengths[name] for name in FEATURES}
     self._batch_size, self._seed, self._ids = batch_size, seed, ids
     self._multiple, self._window = bucket_multiple, window
-    # The length of a label tells which one it is: batches of like lengths would
-    # hold one label each, and training would swing between the labels.
+    # Labels often differ in length. If we sorted by it, a batch would hold one
+    # label only, and training would swing between the labels.
     self._labelled = bool(getattr(task, 'labels', None))
     self._source = seqio_task.rows_of(
       task, feature_lengths, split, use_cached, seed
     )
     self.trimmed = dict.fromkeys(FEATURES, 0)
-    self._embedding_rows, self._looked_at = embedding_rows, False
+    self._embedding_rows, self._checked = embedding_rows, False
     self._eos_id = seqio_task.eos_id(task)
     self._rows = self._tokenise(self._source.limit(in_memory))
     self.num_examples = self._rows and len(self._rows['inputs'].lengths())
-    # Rows are ordered in chunks: an epoch in memory, a window of a stream.
+    # We order rows chunk by chunk: an epoch in memory, a window of a stream.
     self._chunk_size = self.num_examples or batch_size * window
     self._chunk = functools.lru_cache(maxsize=2)(self._make_chunk)
-    self._next_chunk = None  # the one that an open stream comes to next
+    self._next_chunk = None  # the next chunk of the open stream
     self._positions = None
     if positions is not None and not self._rows:
       key = [self._name, self._lengths, seed, batch_size, window, use_cached]
@@ -137,9 +137,9 @@ class Batches:
     self._writes = jax.process_index() == 0
 
   def _tokenise(self, limit: float) -> dict[str, Ragged] | None:
-    """Reads a task of at most `limit` rows into memory, None if it is larger.
+    """Reads a task of at most `limit` rows into memory; None if it is larger.
 
-    At least one row is read, so that what is wrong with a task shows here.
+    We read at least one row, so that a broken task fails here.
     """
     blocks, count = [], 0
     for block in self._source.read(rows=1024 if limit else 1):
@@ -157,7 +157,7 @@ class Batches:
     return self._collect(blocks)
 
   def _collect(self, blocks: Sequence[dict[str, np.ndarray]]):
-    """Joins blocks to rows, and counts those that were trimmed."""
+    """Joins blocks into rows, and counts the trimmed ones."""
     self._check(blocks)
     first = not any(self.trimmed.values())
     for name in FEATURES:
@@ -176,7 +176,7 @@ class Batches:
     return rows
 
   def _check(self, blocks: Sequence[dict[str, np.ndarray]]) -> None:
-    """Refuses or warns of rows that a model cannot learn from."""
+    """Refuses rows that the model cannot learn from, or warns about them."""
     if self._embedding_rows is not None:
       for name in FEATURES:
         most = max(int(block[name].max(initial=0)) for block in blocks)
@@ -187,15 +187,15 @@ class Batches:
             " task's vocabulary is not the model's; give the task that of the"
             ' model'
           )
-    if self._looked_at:  # Warned once, of the first rows.
+    if self._checked:  # The checks below look at the first rows only.
       return
-    self._looked_at = True
+    self._checked = True
     lengths = np.concatenate([block['targets_length'] for block in blocks])
     empty = int((lengths == 0).sum())
     if empty == len(lengths):
       raise UserError(
         f'{self._name}: no row has tokens in its targets, so there is nothing'
-        ' to learn. Look at what its preprocessors make of targets'
+        ' to learn. Check what its preprocessors do to targets'
       )
     if empty:
       logging.warning(
@@ -221,12 +221,12 @@ class Batches:
       )
 
   def _next_window(self, index: int) -> dict[str, Ragged]:
-    """Reads a window of the stream, which is searched if it is not the next."""
+    """Reads a window of the stream; searches for it if it is not the next."""
     if index != self._next_chunk:
       self._stream = self._open_stream(index)
     self._next_chunk = None  # in case reading fails
     if self._positions is not None and self._writes:
-      self._positions.keep(index, self._stream.save, self._facts(index))
+      self._positions.save(index, self._stream.save, self._facts(index))
     blocks = list(itertools.islice(self._stream, self._window))
     count = sum(len(b['inputs']) for b in blocks)
     if count < self._chunk_size:
@@ -239,19 +239,19 @@ class Batches:
     return self._collect(blocks)
 
   def _facts(self, index: int) -> Any:
-    """What is kept with the position of a window."""
+    """What to save with the position of a window."""
     del index
 
   def _open_stream(self, index: int) -> Any:
-    """Opens the stream at a window: at a kept position, then by skipping."""
+    """Opens the stream at a window: goes to a saved position, then skips."""
     stream, at = self._source.stream(self._batch_size), 0
-    kept = self._positions.newest_first() if self._positions else ()
-    for window, state, _ in kept:
+    saved = self._positions.newest_first() if self._positions else ()
+    for window, state, _ in saved:
       if window > index:
         continue
       try:
         stream.restore(state)
-      except Exception as error:  # Of a version that cannot read it.
+      except Exception as error:  # For example, from another version.
         logging.info('a position is not used: %.300s', error)
         stream = self._source.stream(self._batch_size)
         continue
@@ -270,7 +270,7 @@ class Batches:
     return stream
 
   def _make_chunk(self, index: int) -> tuple[dict[str, Ragged], np.ndarray]:
-    """Returns rows, and the order [chunk_size] in which they come."""
+    """Returns rows, and their order [chunk_size]."""
     key = np.array([self._seed, index], np.uint64)
     rng = np.random.Generator(np.random.Philox(key=key))
     if self._rows:
@@ -287,14 +287,14 @@ class Batches:
     return rows, order
 
   def _rounded(self, name: str, lengths: np.ndarray) -> np.ndarray:
-    # The decoder computes what is added to a label of three tokens too, and
-    # the output layer, as wide as the vocabulary.
+    # Short targets get finer steps, because for each position the decoder also
+    # computes the output layer, which is as wide as the vocabulary.
     finely = name == 'targets'
     return round_up(lengths, self._multiple, self._lengths[name], finely)
 
   @property
   def examples_per_step(self) -> float:
-    """How many examples a batch holds, as far as is known without reading."""
+    """The number of examples in a batch."""
     return self._batch_size
 
   @property

@@ -1,4 +1,4 @@
-"""Buckets: batches of rows of like length, padded to rounded lengths."""
+"""Buckets: batches of rows of similar length, padded to rounded lengths."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,9 +9,14 @@ BUCKET_MULTIPLE = 32
 
 
 def round_up(length, multiple: int | None, limit: int, finely: bool = False):
-  """Rounds up to a multiple, at most `limit`; without one, to `limit`.
+  """Rounds lengths up to a multiple, at most to `limit`.
 
-  Finely, short ones only to a half of it, a quarter and so on, to 4 at least.
+  Args:
+    length: A length or an array of lengths.
+    multiple: The multiple; None or 0 rounds every length up to `limit`.
+    limit: The largest result.
+    finely: Whether to round a short length only to half of the multiple, a
+      quarter of it and so on, but at least to 4.
   """
   if not multiple:
     return np.full_like(length, limit)
@@ -29,20 +34,20 @@ def bucket(
   window: int,
   rng: np.random.Generator,
 ) -> np.ndarray:
-  """Reorders rows so that batches hold rows of like length.
+  """Reorders rows so that batches hold rows of similar length.
 
   With input lengths, batches of 2, a head of 1 and one window:
       before  5 | 7 2 | 8 1 | 2 7 | 3
       after   5 | 2 7 | 1 2 | 7 8 | 3
 
   Args:
-    lengths: [rows] Rounded lengths of the inputs, and of the targets, by
-      which equal inputs are sorted. Ties keep their order, which is random.
-    head: Rows at the start that complete the batch before. They stay where
-      they are, as do those at the end that begin another batch.
-    batch_size: Rows in a batch.
-    window: Batches among which rows are sorted. The order of the batches
-      within a window is random.
+    lengths: The rounded lengths of the inputs [rows] and of the targets [rows].
+      Rows are sorted by inputs, then by targets. Ties keep their random order.
+    head: The number of rows at the start that complete the previous batch. They
+      keep their places, as do the rows at the end that begin the next batch.
+    batch_size: The rows in a batch.
+    window: The number of batches whose rows are sorted together. The batches of
+      a window are in random order.
     rng: Draws that order.
 
   Returns:
@@ -51,7 +56,8 @@ def bucket(
   inputs, targets = lengths
   order = np.arange(len(inputs))
   batches = max(0, len(order) - head) // batch_size
-  windows = max(1, -(-batches // window))  # of even size: short ones sort badly
+  # Windows of equal size, because a short window would sort badly.
+  windows = max(1, -(-batches // window))
   edges = [head + batches * i // windows * batch_size for i in range(windows)]
   for start, stop in itertools.pairwise([*edges, head + batches * batch_size]):
     rows = np.lexsort((targets[start:stop], inputs[start:stop]))

@@ -1,4 +1,4 @@
-"""Batches on the devices, made by a thread while the devices compute."""
+"""Puts batches on the devices, in a thread that works ahead."""
 
 import collections
 import concurrent.futures
@@ -17,7 +17,7 @@ Check = Callable[[np.ndarray], None]
 def check_batch_size(
   size: int, mesh: jax.sharding.Mesh, microbatches: int = 1
 ) -> None:
-  """Raises a ValueError unless the axis `data` divides each microbatch."""
+  """Raises a UserError if the axis `data` cannot split a microbatch evenly."""
   if 'data' not in mesh.shape:
     raise UserError(
       f'The mesh has the axes {mesh.axis_names}, expected one named data.'
@@ -37,18 +37,18 @@ def check_batch_size(
 def device_put(
   batch: Batch, mesh: jax.sharding.Mesh, check: Check | None = None
 ) -> dict[str, jax.Array]:
-  """Puts a global batch on devices, its rows split over the axis `data`.
+  """Puts a global batch on the devices; splits its rows over the axis `data`.
 
-  Each process passes the same batch, and copies the rows of its devices only.
+  Every process passes the same batch and copies only the rows of its devices.
 
   Args:
     batch: Features [batch, length].
     mesh: The devices.
-    check: The method's, of the encoder's input tokens.
+    check: The method's check of the encoder's input tokens.
 
   Raises:
-    ValueError: The mesh has no axis `data`, or it does not divide the batch;
-      or what `check` says.
+    ValueError: If the mesh has no axis `data` or cannot split the batch evenly,
+      or if `check` refuses the tokens.
   """
   if check is not None:
     check(batch['encoder_input_tokens'])
@@ -68,10 +68,10 @@ def prefetch(
   depth: int = 2,
   check: Check | None = None,
 ) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-  """Yields (step, batch on devices) for steps start..stop-1.
+  """Yields (step, batch on the devices) for steps start..stop-1.
 
-  A thread works up to `depth` batches ahead. What it raises is raised at the
-  step concerned; closing the generator ends the thread.
+  A thread works up to `depth` batches ahead. An error in it is raised at the
+  step that it belongs to. Closing the generator ends the thread.
   """
 
   def make(step):
@@ -94,9 +94,9 @@ def prefetch(
 def with_first(
   batches: Iterator[tuple[int, dict[str, jax.Array]]],
 ) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-  """The same batches; the first is read now, which can take long.
+  """Returns the same batches, but reads the first one now.
 
-  A stream that goes on at a late step is read up to there.
+  This can take long if a stream has to skip to a late step.
   """
   first = list(itertools.islice(batches, 1))
   return itertools.chain(first, batches)

@@ -1,4 +1,4 @@
-"""What a trained model is asked: the rows of INFER_FILE."""
+"""The inputs for a trained model: the rows of INFER_FILE."""
 
 import os
 import sys
@@ -25,23 +25,23 @@ def read_inputs(
 ) -> list[tuple[str, dict[str, str], Row]]:
   """Reads inputs, and targets if there are any.
 
-  A line of a text file is an input as it stands; blank lines are left out. A
-  row of a .tsv, .csv or .jsonl file has the columns that INPUTS names, or if it
-  has not, or the task has no INPUTS, `inputs` as the task's preprocessed
-  examples have it. The same goes for TARGETS and `targets`, which are read to
-  be scored, and else only if they are called so.
+  In a text file, each line is an input; blank lines are skipped. A row of a
+  .tsv, .csv or .jsonl file has the columns in the template INPUTS. If the row
+  lacks them, or the task has no template, it has a column `inputs` with the
+  text after preprocessing. The same holds for TARGETS and `targets`. Without
+  `score`, only a column `targets` is read.
 
   Args:
     file: The file, or '-' for the lines of standard input.
-    task: Its templates are used, if it has any.
-    score: Whether targets are needed.
+    task: The task, whose templates are used if it has any.
+    score: Whether every row needs targets.
 
   Returns:
-    For each row where it stands, its texts, and the row.
+    The location, the texts, and the columns of each row.
 
   Raises:
-    FileNotFoundError: There is no such file.
-    UserError: Rows are bad, which are listed.
+    FileNotFoundError: If the file does not exist.
+    UserError: If there are bad rows; lists them.
   """
   suffix = rows_lib.suffix_of(file)
   table = suffix in rows_lib.SUFFIXES
@@ -110,9 +110,9 @@ def _has(row: Mapping[str, Any], template: str) -> bool:
 
 
 def _ready(row: Row, name: str, template: str | None = None) -> dict[str, str]:
-  """A text that stands in the row as it is."""
+  """The text in the column `name`."""
   if name not in row and template:
-    fill(template, row)  # Says which column is missing.
+    fill(template, row)  # Raises an error that names the missing column.
   if not isinstance(row.get(name), str):
     raise BadRow(
       f'{name} must be a string, as in {{"{name}": "..."}}; got '

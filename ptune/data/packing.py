@@ -1,18 +1,19 @@
-"""Rows that hold several examples, each as it would be alone (PACK).
+"""Packing: a row holds several examples, each trained as if alone (PACK).
 
-A row is as long as PACK of the longest examples would be, with what the method
-inserts in each: its prompt p q, say. More of the usual ones find room.
+A row has room for PACK of the longest examples, including what the method
+inserts into each, such as its prompt p q. It usually holds more than that,
+because most examples are shorter.
 
     alone    p q 7 8 1        p q 5 1
     packed   p q 7 8 1 p q 5 1 0 0      segments  1 1 1 1 1 2 2 2 2 0 0
 
-No example sees another (segments), each has a prompt of its own (virtual
-tokens, see `adapters.Packed`), and within an example distances are what they
-were: loss and gradients are those of the examples alone, dropout aside, which
-T5 draws once for a row.
+Segments keep examples from seeing each other. Each example has its own prompt
+(virtual tokens, see `adapters.Packed`), and distances within an example do not
+change. So the loss and the gradients equal those of separate rows, except for
+dropout, which T5 draws once for a row.
 
-Nothing is packed across the border of two epochs, or of two windows of a
-stream, so each epoch holds every example once.
+A row never mixes two epochs, or two windows of a stream, so each epoch holds
+every example once.
 """
 
 import functools
@@ -35,7 +36,7 @@ STACKS = {'inputs': 'encoder', 'targets': 'decoder'}
 
 
 def _insertions(method: Method):
-  """By feature: how many tokens the method adds to an example, and how."""
+  """For each feature: the tokens that the method inserts, and the function."""
   insert = (method.packed or Packed((), {})).insert
   return {f: insert.get(STACKS[f], (0, np.asarray)) for f in FEATURES}
 
@@ -51,12 +52,12 @@ def room(
 
 
 class PackedBatches(data.Batches):
-  """As `data.Batches`, with rows of several examples: one shape for all steps.
+  """`data.Batches` with packed rows; all steps have one shape.
 
-  Step s holds the rows from s * batch_size on of all epochs laid end to end.
-  How many rows an epoch takes depends on the order of its examples, so that
-  the first call for a step packs the lengths of all epochs before it. Of a
-  stream it reads all windows before it, from the last position that was kept.
+  All epochs are laid end to end, and step s takes batch_size rows from row
+  s * batch_size on. The number of rows in an epoch depends on the order of its
+  examples. So the first call for a step packs the lengths of all epochs before
+  it. For a stream, it reads all windows from the last saved position on.
   """
 
   def __init__(
@@ -66,28 +67,30 @@ class PackedBatches(data.Batches):
     batch_size: int,
     method: Method,
     pack: int = 1,
-    **how: Any,
+    **settings: Any,
   ):
-    """As `data.Batches`, which also says what else may be given.
+    """Reads the task; see `data.Batches`.
 
     Args:
-      task: A SeqIO task or mixture.
-      feature_lengths: Longest inputs and targets of an example.
-      batch_size: Rows, of several examples each.
-      method: What is inserted in each example.
-      pack: How many of the longest examples a row has room for.
+      task: The task.
+      feature_lengths: The most tokens of an example's inputs and targets.
+      batch_size: The number of packed rows.
+      method: The method, which inserts tokens into each example.
+      pack: The number of the longest examples that a row has room for.
+      **settings: Other arguments of `data.Batches`.
     """
     super().__init__(
-      task, feature_lengths, batch_size, bucket_multiple=None, **how
+      task, feature_lengths, batch_size, bucket_multiple=None, **settings
     )
     self._insert = _insertions(method)
     self._room = list(room(method, feature_lengths, pack).values())
-    self._first_rows = [0]  # Of each chunk packed so far, and of the next.
+    # The first row of each chunk packed so far, and of the next chunk.
+    self._first_rows = [0]
     self._packed = functools.lru_cache(maxsize=2)(self._pack_chunk)
 
   @property
   def examples_per_step(self) -> float:
-    """On average over the first epoch or window."""
+    """The mean number of examples in a batch of the first epoch or window."""
     rows, packed = self._packed(0)
     del rows
     return self._batch_size * sum(map(len, packed)) / len(packed)
@@ -98,17 +101,17 @@ class PackedBatches(data.Batches):
     return [(inputs, targets)]
 
   def _facts(self, index: int) -> list[int]:
-    """The packed rows before each window up to one, kept with a position."""
+    """The number of packed rows before each window up to this one."""
     return self._first_rows[: index + 1]
 
   def _pack_chunk(self, index: int):
-    """Returns examples, and which of them each packed row holds."""
+    """Returns examples, and the numbers of the examples in each packed row."""
     examples, order = self._chunk(index)
     lengths = np.stack(
       [examples[f].lengths(order) + self._insert[f][0] for f in FEATURES], 1
     )
     packed = []
-    # Of a window only: who is packed together should be a matter of chance.
+    # We pack window by window, so that examples meet in a row by chance.
     size = self._window * self._batch_size
     for start in range(0, len(order), size):
       rows = first_fit(lengths[start : start + size], self._room)
@@ -121,10 +124,10 @@ class PackedBatches(data.Batches):
     """Returns the batch of a step >= 0.
 
     Returns:
-      The features of seqio.EncDecFeatureConverter with packing, but for the
-      positions, which T5 does not read: those of `data.Batches`, and
-      encoder_segment_ids and decoder_segment_ids, 1, 2, ... for the examples
-      of a row and 0 for padding.
+      The features of seqio.EncDecFeatureConverter with packing, without
+      positions, which T5 does not read. These are the features of
+      `data.Batches` and encoder_segment_ids and decoder_segment_ids: 1, 2, ...
+      for the examples of a row, and 0 for padding.
     """
     last = (step + 1) * self._batch_size
     if len(self._first_rows) == 1 and self._positions is not None:
@@ -144,14 +147,14 @@ class PackedBatches(data.Batches):
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
   def _row(self, examples, which: np.ndarray) -> dict[str, np.ndarray]:
-    """One row of a batch: the examples `which`, one after the other."""
+    """Makes one row of a batch from the examples `which`."""
     parts: dict[str, list[np.ndarray]] = {}
     for segment, example in enumerate(which, 1):
       inputs, targets = (examples[f].row(example) for f in FEATURES)
       inputs = self._insert['inputs'][1](inputs)
       read = self._insert['targets'][1](shifted(targets, self._ids.start))
       real = read < VIRTUAL
-      # Behind what is inserted nothing is asked for, but it is no padding.
+      # Inserted positions have no target, but they are not padding either.
       wanted = np.full_like(read, self._ids.eos)
       wanted[real] = targets
       for name, values in {
@@ -175,18 +178,18 @@ class PackedBatches(data.Batches):
 
 
 def first_fit(lengths: np.ndarray, room) -> list[np.ndarray]:
-  """Puts examples into rows: the largest first, each where there is room.
+  """Assigns examples to rows: largest first, each to the first row with room.
 
   With rows of 8 and 4:
       before  (5, 1) (3, 2) (2, 2) (3, 3)
       after   [(3, 3), (5, 1)]  [(3, 2), (2, 2)]
 
   Args:
-    lengths: [examples, 2] of inputs and targets, at most `room`.
-    room: Of a row, the two lengths.
+    lengths: [examples, 2] the lengths of inputs and targets, at most `room`.
+    room: The two lengths of a row.
 
   Returns:
-    For each row the indices of its examples.
+    The numbers of the examples in each row.
   """
   size = np.max(lengths / np.asarray(room), axis=1)
   left = np.tile(np.asarray(room)[:, None], len(lengths))  # [2, rows]
@@ -205,14 +208,14 @@ def first_fit(lengths: np.ndarray, room) -> list[np.ndarray]:
 def model_of(
   model: Callable[..., EncoderDecoderModel], plan: parameters.Plan
 ) -> EncoderDecoderModel:
-  """The loss of packed rows.
+  """Makes the loss for packed rows.
 
   Args:
-    model: Called with a network.
-    plan: The parameters, with a method that reads packed rows.
+    model: Makes the loss of a network.
+    plan: The parameters.
 
   Raises:
-    ValueError: If the method or the objective cannot read them.
+    ValueError: If the method or the objective cannot use packed rows.
   """
   packed = plan.method.packed or Packed(plan.method.placements, {})
   made = model(plan.network.clone(placements=packed.placements))

@@ -1,4 +1,4 @@
-"""Evaluation and prediction: every row once, in batches of one size."""
+"""Padded batches that hold every row once, for evaluation and prediction."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,20 +18,22 @@ def padded_batches(
 ) -> Iterator[tuple[np.ndarray, Batch]]:
   """Yields every example exactly once, in batches of one size.
 
-  With a multiple, the longest inputs come first (what does not fit in memory
-  fails at once), and inputs are cut to the batch's longest, rounded up. What
-  the decoder reads keeps its length, which must not tell that of the targets.
+  With a bucket_multiple, the longest inputs come first, so that a batch that
+  does not fit in memory fails at once. Inputs are padded to the longest of the
+  batch, rounded up. The decoder's features keep the length of the longest
+  example, so that they do not reveal the length of a row's targets.
 
   Args:
     examples: Model features, 1-D, padded or not.
-    batch_size: Rows in each batch. The last one is filled up by repeating its
-      last example, so that decoding ends as early as without, with loss
+    batch_size: The rows in each batch. The last batch is filled by repeating
+      its last example: decoding then ends no later. These rows have loss
       weights of 0, so that sums over tokens are right.
-    bucket_multiple: As for `Batches`; None or 0 keeps order and length.
+    bucket_multiple: See `Batches`; None or 0 keeps the order and the lengths.
     pad: The token that rows are padded with.
 
   Yields:
-    Which examples the first rows hold [n <= batch_size], and the batch.
+    The numbers of the examples in the first rows, [n <= batch_size], and the
+    batch.
   """
   if batch_size < 1:
     raise UserError(f'The batch size is {batch_size}, expected at least 1.')
@@ -59,23 +61,19 @@ def padded_batches(
 
 
 def repeat_last(rows: np.ndarray, batch_size: int) -> np.ndarray:
-  """The numbers of a batch's rows: after the last, it stands again.
-
-  [4, 5], 4 -> [4, 5, 5, 5]
-  """
+  """Repeats the last number: [4, 5] and a batch of 4 -> [4, 5, 5, 5]."""
   return np.pad(rows, (0, batch_size - len(rows)), 'edge')
 
 
 def filled_up(
   rows: Iterable[np.ndarray], length: int, name: str, pad: int
 ) -> np.ndarray:
-  """Rows of a feature as one array [rows, length].
+  """Pads the rows of a feature and stacks them: [rows, length].
 
   Args:
-    rows: [at most length] each.
-    length: Of what is returned.
-    name: The feature; tokens are filled up with `pad`, weights and segments
-      with 0.
+    rows: The rows, each at most `length` long.
+    length: The length of the result.
+    name: The feature. Tokens are padded with `pad`, others with 0.
     pad: The token that rows are padded with.
   """
   value = pad if name.endswith('_tokens') else 0
@@ -90,12 +88,11 @@ def eval_batches(
   bucket_multiple: int | None = BUCKET_MULTIPLE,
   pad: int = 0,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-  """Yields a data set of model features as `padded_batches` does.
+  """Yields the batches of a data set of model features; see `padded_batches`.
 
   Args:
-    dataset: Pairs of an index and model features; or a data set of TensorFlow,
-      enumerated (as seqio.Evaluator's are) or not: then its indices count the
-      examples from 0.
+    dataset: Pairs of an index and model features. Or a TensorFlow data set: if
+      it is not enumerated (as seqio.Evaluator's are), indices count from 0.
     batch_size: See `padded_batches`.
     bucket_multiple: See `padded_batches`.
   """

@@ -1,16 +1,16 @@
-"""Where the windows of a stream begin, kept on disk to resume from.
+"""Saved positions in a stream, from which a run resumes.
 
-A stream has no index: SeqIO shuffles and mixes it as it comes. To start at a
-window without reading all rows before it, the state of the reading (shuffle
-buffers, and how far each file was read) is kept at the start of windows:
+A stream has no index, because SeqIO shuffles and mixes it while reading. To
+start at a window without reading every row before it, we save the reader's
+state (shuffle buffers, and the position in each file) at the start of windows:
 
-    <directory>/<window>/    state.*, and key.json: which stream it is of
+    <directory>/<window>/    state.*, and key.json, which names the stream
 
-Of n windows about 2 log2(n) are kept, the more the newer. So a run that
-resumes at an earlier window reads again at most as many rows as it had read
-since then, and as many more. A state takes about as much room as the rows in
-SeqIO's shuffle buffers, 1,000 of each task, and writing one takes
-milliseconds.
+Of n windows we keep about 2 log2(n), most of them recent. If a run resumes at
+window w and the newest position is at window n, the closest position before w
+is at most about n - w windows before it. A state is about as large as the rows
+in SeqIO's shuffle buffers, 1,000 for each task, and takes milliseconds to
+write.
 """
 
 import json
@@ -27,39 +27,40 @@ STATE, KEY = 'state', 'key.json'
 
 
 class Positions:
-  """The kept positions of one stream. On gs:// none are kept."""
+  """The saved positions of one stream; on gs:// none are saved."""
 
   def __init__(self, directory: os.PathLike[str] | str, key: Mapping[str, Any]):
-    """Nothing is made yet.
+    """Stores the arguments; `save` makes the directory.
 
     Args:
-      directory: Where they are kept.
-      key: All that a position depends on; those of another key are not used.
+      directory: Where to save positions.
+      key: Everything that a position depends on. Positions with another key are
+        ignored.
     """
     self._directory = storage.local(directory)
     self._key = json.loads(json.dumps(key))
 
   def newest_first(self) -> Iterator[tuple[int, str, Any]]:
-    """Yields what is kept, the last window first.
+    """Yields the saved positions, beginning with the last window.
 
     Yields:
       The window, the prefix of its state's files, and its `facts`.
     """
-    for window in sorted(self._kept(), reverse=True):
+    for window in sorted(self._saved(), reverse=True):
       folder = os.path.join(self._directory or '', str(window))
       found = self._read(folder)
       if found is not None:
         yield window, os.path.join(folder, STATE), found['facts']
 
-  def keep(
+  def save(
     self, window: int, save: Callable[[str], None], facts: Any = None
   ) -> None:
-    """Keeps the position at the start of a window, and thins out older ones.
+    """Saves the position at the start of a window, and deletes some older ones.
 
     Args:
-      window: Its number.
-      save: Writes the state to files with a prefix.
-      facts: What else is to be known there, as JSON has it.
+      window: The number of the window.
+      save: Writes the state to files with a given prefix.
+      facts: What else to save there: anything that JSON can hold.
     """
     if self._directory is None or window == 0:
       return
@@ -75,24 +76,24 @@ class Positions:
       with open(os.path.join(partial, KEY), 'w') as f:
         json.dump({'key': self._key, 'facts': facts}, f)
       os.replace(partial, folder)
-      for old in too_many([w for w in self._kept() if w <= window], window):
+      for old in too_many([w for w in self._saved() if w <= window], window):
         shutil.rmtree(os.path.join(self._directory, str(old)))
-    except Exception as error:  # A source that cannot be kept, a full disk.
+    except Exception as error:  # A source without a state, a full disk, ...
       shutil.rmtree(partial, ignore_errors=True)
       self._directory = None
       logging.info(
-        'positions of the stream are not kept, so resuming reads it from the'
+        'positions of the stream are not saved, so resuming reads it from the'
         ' start: %.300s',
         error,
       )
 
-  def _kept(self) -> list[int]:
+  def _saved(self) -> list[int]:
     if self._directory is None or not os.path.isdir(self._directory):
       return []
     return [int(n) for n in os.listdir(self._directory) if n.isdecimal()]
 
   def _read(self, folder: str) -> dict[str, Any] | None:
-    """The key and the facts of a position, None of another stream."""
+    """The key and the facts of a position; None if it has another key."""
     try:
       with open(os.path.join(folder, KEY)) as f:
         found = json.load(f)
@@ -102,7 +103,7 @@ class Positions:
 
 
 def too_many(kept: list[int], newest: int) -> list[int]:
-  """Which positions can go: two are kept of each age from 2^k to 2^(k+1)."""
+  """The positions to delete: we keep two for each age from 2^k to 2^(k+1)."""
   by_age: dict[int, list[int]] = {}
   for window in sorted(kept):
     by_age.setdefault((newest - window + 1).bit_length(), []).append(window)

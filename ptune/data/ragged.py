@@ -1,6 +1,6 @@
 """Rows of different lengths, held as one array."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ class Ragged(NamedTuple):
     return self.values[self.starts[index] : self.starts[index + 1]]
 
   def padded(self, which: np.ndarray, length: int, pad: int) -> np.ndarray:
-    """Returns the rows `which`, padded: [len(which), length]."""
+    """The rows `which`, padded: [len(which), length]."""
     padded = np.full((len(which), length), pad, np.int32)
     for i, index in enumerate(which):
       tokens = self.row(index)
@@ -27,7 +27,8 @@ class Ragged(NamedTuple):
     return padded
 
 
-def join(blocks: Sequence[dict[str, np.ndarray]], name: str) -> Ragged:
+def join(blocks: Sequence[Mapping[str, np.ndarray]], name: str) -> Ragged:
+  """Joins blocks of padded rows; see `seqio_rows.SeqioRows.read`."""
   values, lengths = [], [block[name + '_length'] for block in blocks]
   for block, length in zip(blocks, lengths, strict=True):
     tokens = block[name]

@@ -1,7 +1,7 @@
-"""SeqIO tasks: found by name, checked, their vocabulary and their texts.
+"""SeqIO tasks: finds and checks them; their vocabulary and their texts.
 
-`seqio_task` imports this module, and with it TensorFlow, when a SeqIO task is
-named.
+`seqio_task` imports this module, and TensorFlow with it, only when a SeqIO task
+is used.
 """
 
 import importlib
@@ -49,10 +49,10 @@ def load(name: str, module: str | Sequence[str] | None = None) -> Provider:
 
 
 def _import(path: str) -> None:
-  """Imports a module of a user's tasks.
+  """Imports a module with a user's tasks.
 
   Raises:
-    UserError: If there is none, or its code fails.
+    UserError: If the module does not exist or raises an error.
   """
   what = f'MIXTURE_OR_TASK_MODULE {path!r} cannot be imported'
   if not re.fullmatch(r'[^\W\d]\w*(\.[^\W\d]\w*)*', path):
@@ -82,10 +82,10 @@ def _import(path: str) -> None:
 
 
 def _place(error: BaseException) -> str:
-  """The file and line in which an error was raised."""
+  """The file and line where an error was raised."""
   if isinstance(error, SyntaxError):
     return f'{error.filename}, line {error.lineno}'
-  # Of the user's code the last: not of what it calls in Python's own.
+  # The last frame in the user's code, not in Python's import machinery.
   trace = traceback.extract_tb(error.__traceback__)
   frames = [f for f in trace if 'importlib' not in f.filename] or trace
   return f'{frames[-1].filename}, line {frames[-1].lineno}'
@@ -98,7 +98,7 @@ def _is_registered(name: str) -> bool:
 
 
 def problems(task: Provider, split: str | None, use_cached: bool) -> list[str]:
-  """All that keeps T5 from reading a task, but for the lengths."""
+  """Lists why T5 cannot read a task, except for reasons of length."""
   wrong = []
   has = ', '.join(task.output_features)
   for name in FEATURES:
@@ -123,15 +123,15 @@ def problems(task: Provider, split: str | None, use_cached: bool) -> list[str]:
 
 
 def postprocessors(task: Provider) -> list[Any]:
-  """What comes before the metrics of a task, or of each in a mixture."""
+  """The postprocessors of a task, or of each task in a mixture."""
   return [part.postprocessor for part in seqio.get_subtasks(task)]
 
 
 def vocabulary(task: Provider) -> seqio.Vocabulary:
-  """Returns the one vocabulary of a task's inputs and targets.
+  """The vocabulary of a task's inputs and targets.
 
   Raises:
-    ValueError: They differ; T5 has one embedding for both.
+    ValueError: If they have different ones, because T5 has one embedding.
   """
   inputs, targets = (task.output_features[f].vocabulary for f in FEATURES)
   if inputs != targets:
@@ -144,10 +144,10 @@ def vocabulary(task: Provider) -> seqio.Vocabulary:
 
 
 def read_vocabulary(task: Provider) -> seqio.Vocabulary:
-  """The vocabulary of a task, whose file has been read.
+  """The vocabulary of a task, after reading its file.
 
   Raises:
-    UserError: It cannot be read, or there are two.
+    UserError: If the file cannot be read, or there are two vocabularies.
   """
   inputs = vocabulary(task)
   try:
@@ -169,9 +169,9 @@ def examples(
   split: str,
   use_cached: bool = False,
 ) -> Iterator[tuple[dict[str, str], dict[str, np.ndarray]]]:
-  """Yields what a split holds, in order: its texts, and its token ids.
+  """Yields the texts and the token ids of a split's examples, in order.
 
-  Texts are `inputs` and `targets`, as they were before tokenisation.
+  The texts are `inputs` and `targets` before tokenisation.
   """
   vocab = read_vocabulary(task)
   dataset = task.get_dataset(

@@ -1,7 +1,7 @@
-"""Rows of SeqIO tasks, as token ids.
+"""The token ids of SeqIO tasks' rows.
 
-This is the only module of ptune, beside `ptune.tasks` and `seqio_registry`,
-that imports SeqIO and TensorFlow to read rows.
+Only this module, `seqio_registry` and `ptune.tasks` import SeqIO and TensorFlow
+to read rows.
 """
 
 import copy
@@ -22,15 +22,15 @@ from ptune.tasks.metrics import UNLABELLED
 import seqio  # isort: skip
 import tensorflow as tf  # isort: skip
 
-# Rows kept in memory: 2M rows of 128 + 4 int32 tokens are 1 GB. A source that
-# does not say its size is read up to the second limit to find out.
+# The most rows to keep in memory: 2M rows of 128 + 4 int32 tokens are 1 GB. If
+# a source does not tell its size, we read up to the second limit to find out.
 MAX_ROWS = 2_000_000
 MAX_UNCOUNTED_ROWS = 100_000
 _TRIMMED = '_trimmed'  # suffix of the marks that count trimming
 
 
 def _mark_trimmed(dataset, sequence_length, output_features, before_eos):
-  """A preprocessor that marks the examples that the next step will trim."""
+  """A preprocessor that marks examples which the next step will trim."""
 
   def mark(example):
     marks = {}
@@ -46,9 +46,9 @@ def _mark_trimmed(dataset, sequence_length, output_features, before_eos):
 def _marked(task: Provider) -> Provider:
   """Returns a copy of a task whose examples say whether they were trimmed.
 
-  Two places trim: SeqIO itself after the last preprocessor, and before that
-  `append_eos_after_trim`, the last one of most tasks. What a preprocessor of
-  another kind cuts to the lengths (chunks, span corruption) is not marked.
+  Examples are trimmed by `append_eos_after_trim`, the last preprocessor of most
+  tasks, and by SeqIO itself after the last preprocessor. If another
+  preprocessor cuts examples (chunks, span corruption), we do not mark them.
   """
   marked = copy.copy(task)
   if isinstance(task, seqio.Mixture):
@@ -62,7 +62,7 @@ def _marked(task: Provider) -> Provider:
   eos = last is seqio.preprocessors.append_eos_after_trim
   mark = functools.partial(_mark_trimmed, before_eos=eos)
   steps.insert(len(steps) - eos, mark)
-  # Set over the class's cached property: Task.replace would lose subclasses.
+  # This hides the class's cached property. Task.replace would lose subclasses.
   marked.preprocessors = tuple(steps)
   return marked
 
@@ -70,7 +70,7 @@ def _marked(task: Provider) -> Provider:
 def _is_row(
   tokens: np.ndarray, lengths: np.ndarray, wanted: Sequence[int]
 ) -> np.ndarray:
-  """Which of some padded rows [rows, longest] are one row of tokens."""
+  """Which of the padded rows [rows, longest] equal one row of tokens."""
   size = len(wanted)
   if not size or tokens.shape[1] < size:
     return np.zeros(len(tokens), bool)
@@ -78,7 +78,7 @@ def _is_row(
 
 
 class SeqioRows:
-  """The training rows of a SeqIO task, as token ids."""
+  """The token ids of a SeqIO task's training rows."""
 
   def __init__(
     self,
@@ -88,12 +88,12 @@ class SeqioRows:
     use_cached: bool,
     seed: int,
   ):
-    """Takes what `data.Batches` is given; nothing is read."""
+    """Stores the arguments, see `data.Batches`; reads nothing."""
     self._task, self._lengths = task, feature_lengths
     self._split, self._use_cached, self._seed = split, use_cached, seed
 
   def limit(self, in_memory: bool | None) -> float:
-    """The most rows to be kept in memory, 0 for a stream."""
+    """The most rows to keep in memory; 0 for a stream."""
     task = self._task
     if isinstance(task, seqio.Mixture):
       if in_memory:
@@ -115,10 +115,11 @@ class SeqioRows:
   def read(self, rows: int) -> Iterator[dict[str, np.ndarray]]:
     """Reads the task once and in order, in blocks of `rows` rows.
 
-    Returns:
-      For each feature f the trimmed tokens f [rows, longest], their number
-      f_length [rows], and whether they were more, f_trimmed [rows]. Rows
-      without a label are left out, and counted in the log.
+    Rows without a label are left out; the log tells how many.
+
+    Yields:
+      For each feature f: the trimmed tokens f [rows, longest], their number
+      f_length [rows], and whether they were trimmed, f_trimmed [rows].
     """
     left_out, none = 0, self._no_label()
     for block in self._dataset(rows, False, 1).as_numpy_iterator():
@@ -134,20 +135,20 @@ class SeqioRows:
       )
 
   def _no_label(self) -> list[int]:
-    """The tokens of targets that stand for no label, [] if there are none."""
+    """The target tokens that mean "no label"; [] if there are none."""
     feature = self._task.output_features['targets']
     ids = list(feature.vocabulary.encode(UNLABELLED))
-    if not all(isinstance(i, int) for i in ids):  # Of no text.
+    if not all(isinstance(i, int) for i in ids):  # No vocabulary of texts.
       return []
     ids += [feature.vocabulary.eos_id] * int(feature.add_eos)
     return ids if len(ids) <= self._lengths['targets'] else []
 
   def versions(self) -> dict[str, str]:
-    """What the position of a stream depends on, beside the task."""
+    """The versions that a saved position depends on."""
     return {'seqio': seqio.__version__, 'tensorflow': tf.__version__}
 
   def stream(self, rows: int) -> 'Stream':
-    """Reads the task without an end, shuffled, in blocks of `rows` rows."""
+    """Reads the task forever, shuffled, in blocks of `rows` rows."""
     none = self._no_label()
 
     def has_label(row):
@@ -191,7 +192,7 @@ class SeqioRows:
     return dataset.padded_batch(rows).with_options(options).prefetch(2)
 
   def trimmed(self, count: int | None) -> dict[str, int]:
-    """How many of the first `count` rows are longer than their length."""
+    """Counts the rows, out of the first `count`, that are trimmed."""
     found, left = dict.fromkeys(FEATURES, 0), count or math.inf
     for block in self.read(1024):
       rows = int(min(left, len(block['inputs'])))
@@ -204,7 +205,7 @@ class SeqioRows:
 
 
 class FeatureConverter(seqio.EncDecFeatureConverter):
-  """SeqIO's, without packing, with a model's special tokens in place of 0."""
+  """SeqIO's converter without packing, for any pad and start tokens."""
 
   def __init__(self, ids: TokenIds):
     super().__init__(pack=False, bos_id=ids.start)
@@ -237,16 +238,16 @@ class FeatureConverter(seqio.EncDecFeatureConverter):
   def _convert_example(self, features):
     example = dict(super()._convert_example(features))
     targets = features['targets']
-    # SeqIO's leave out the token 0, whatever it is.
+    # SeqIO gives token 0 no weight, even if it is not the padding.
     example['decoder_loss_weights'] = tf.cast(targets != self._pad, tf.int32)
     return example
 
 
 class Stream:
-  """Blocks of rows, as `SeqioRows.read` has them, that never end.
+  """An endless iterator over blocks of rows; see `SeqioRows.read`.
 
-  Its position can be written to files and taken up again, by the same task and
-  the same versions of SeqIO and TensorFlow.
+  Its position can be saved to files and restored with the same task and the
+  same versions of SeqIO and TensorFlow.
   """
 
   def __init__(self, dataset: tf.data.Dataset):
@@ -261,13 +262,13 @@ class Stream:
     return {name: x.numpy() for name, x in next(self._iterator).items()}
 
   def save(self, prefix: str) -> None:
-    """Writes the position to files whose names begin with a prefix."""
+    """Saves the position to files whose names begin with a prefix."""
     self._checkpoint.write(prefix)
 
   def restore(self, prefix: str) -> None:
-    """Goes to a position that was written.
+    """Goes to a saved position.
 
     Raises:
-      OSError, tf.errors.OpError: It cannot be read.
+      OSError, tf.errors.OpError: If it cannot be read.
     """
     self._checkpoint.read(prefix).assert_consumed()

@@ -1,7 +1,7 @@
-"""A task: found, checked, and its examples one by one, whoever reads its rows.
+"""A task: how to find, check and read it, with or without SeqIO.
 
-A task is a user's own `texts.TextTask`, which needs no TensorFlow, or one of
-SeqIO's, whose rows `seqio_rows` reads.
+A task is a user's own `texts.TextTask`, which needs no TensorFlow, or a SeqIO
+task or mixture, which `seqio_registry` and `seqio_rows` read.
 """
 
 import itertools
@@ -34,14 +34,14 @@ else:
   Provider = Any  # So that SeqIO need not be imported to name it.
 
 FEATURES = ('inputs', 'targets')
-# Rows in which all labels of a task are looked for.
+# The number of rows in which we look for all labels of a task.
 LABELLED_ROWS = 100_000
 
 Batch = dict[str, np.ndarray]
 
 
 def _seqio() -> Any:
-  """The module that imports SeqIO, and with it TensorFlow."""
+  """The module that imports SeqIO and TensorFlow."""
   with quiet_stderr():
     from ptune.data import seqio_registry
   return seqio_registry
@@ -52,11 +52,11 @@ def load(
 ) -> Provider:
   """Imports MIXTURE_OR_TASK_MODULE and returns the task or mixture `name`.
 
-  Where it is not registered then, ptune's own tasks are. A task is returned as
-  it is.
+  If the name is still unknown, ptune registers its own tasks. If `name` is a
+  task already, it is returned.
 
   Raises:
-    UserError: A module does not exist, or no task or mixture has this name.
+    UserError: If a module does not exist, or no task or mixture has this name.
   """
   if isinstance(name, TextTask) or hasattr(name, 'output_features'):
     return name
@@ -75,7 +75,7 @@ def rows_of(
   use_cached: bool,
   seed: int,
 ) -> 'TextRows | SeqioRows':
-  """What reads a task's training rows as token ids."""
+  """The reader of a task's training rows."""
   if isinstance(task, TextTask):
     return TextRows(task, feature_lengths, split)
   with quiet_stderr():
@@ -89,9 +89,9 @@ def check(
   split: str | None,
   use_cached: bool = False,
 ) -> None:
-  """Raises a UserError that lists all that keeps T5 from reading a task.
+  """Raises a UserError that lists every reason why T5 cannot read a task.
 
-  Without a split, only that it can encode texts from elsewhere is checked.
+  If `split` is None, only checks that the task can encode other texts.
   """
   if not isinstance(feature_lengths, Mapping):
     raise UserError(
@@ -124,7 +124,7 @@ def check(
 
 
 def _labels_that_are_cut(task: Provider, length: int) -> list[str]:
-  """What is wrong with labels: none may be cut, or be as another is written."""
+  """Lists labels that are trimmed; raises if two have the same tokens."""
   if isinstance(task, TextTask):
     postprocessors = [task.postprocess_fn]
   else:
@@ -137,10 +137,10 @@ def _labels_that_are_cut(task: Provider, length: int) -> list[str]:
 
 
 def vocabulary(task: Provider) -> Vocabulary:
-  """Returns the one vocabulary of a task's inputs and targets.
+  """The vocabulary of a task's inputs and targets.
 
   Raises:
-    UserError: They differ; T5 has one embedding for both.
+    UserError: If they have different ones, because T5 has one embedding.
   """
   if isinstance(task, TextTask):
     return task.vocabulary
@@ -148,7 +148,7 @@ def vocabulary(task: Provider) -> Vocabulary:
 
 
 def eos_id(task: Provider) -> int | None:
-  """The id that ends targets, if there is one."""
+  """The token that ends targets; None if there is none."""
   if isinstance(task, TextTask):
     return task.vocabulary.eos_id
   return task.output_features['targets'].vocabulary.eos_id
@@ -160,14 +160,15 @@ def check_vocabulary(
   ids: TokenIds = TokenIds(),
   base: epath.PathLike | None = None,
 ) -> None:
-  """Raises a ValueError if a task has another vocabulary than a model.
+  """Raises a UserError if a task has another vocabulary than a model.
 
   Args:
-    task: The task. It may have fewer ids than there are rows: T5 has 32,100
-      pieces and 32,128 rows.
-    embedding_rows: Rows of the model's embedding.
+    task: The task. Its vocabulary may be smaller than the embedding: T5 has
+      32,100 pieces and 32,128 rows.
+    embedding_rows: The rows of the model's embedding.
     ids: The model's special tokens.
-    base: The base model; a vocabulary that lies with it must be the task's.
+    base: The base model. If its directory contains a vocabulary, this must be
+      the task's.
   """
   own = vocabulary(task)
   if not isinstance(task, TextTask):
@@ -183,8 +184,8 @@ def check_vocabulary(
     )
   if own.unk_id == ids.pad:
     logging.warning(
-      'Task %r writes what it does not know as the token %d, which is the'
-      " model's padding: it is not read.",
+      "Task %r encodes unknown text as the token %d, which is the model's"
+      ' padding, so the model does not see it.',
       task.name,
       own.unk_id,
     )
@@ -204,9 +205,9 @@ def examples(
   use_cached: bool = False,
   ids: TokenIds = TokenIds(),
 ) -> Iterator[tuple[dict[str, str], Batch]]:
-  """Yields what a split holds, in order: its texts, and its model features.
+  """Yields the texts and the model features of a split's examples, in order.
 
-  Texts are `inputs` and `targets`, as they were before tokenisation.
+  The texts are `inputs` and `targets` before tokenisation.
   """
   check(task, feature_lengths, split, use_cached)
   if isinstance(task, TextTask):
@@ -226,7 +227,7 @@ def encode(
   texts: Mapping[str, str],
   ids: TokenIds = TokenIds(),
 ) -> tuple[dict[str, str], Batch]:
-  """The same for texts from elsewhere, tokenised as the task's features are."""
+  """The texts and model features of other texts, tokenised as the task does."""
   vocab = vocabulary(task)
   tokens_of = {}
   for name in FEATURES:
@@ -237,8 +238,8 @@ def encode(
     if len(tokens) > room:
       logging.log_first_n(
         logging.WARNING,
-        'the %s %.40r... have %d tokens and are cut to %d (further texts that'
-        ' are cut are not told)',
+        'the %s %.40r... have %d tokens and are cut to %d (this is logged for'
+        ' the first 3 texts only)',
         3,
         name,
         texts[name],
@@ -256,7 +257,7 @@ def tokenised(
   text: str,
   ids: TokenIds = TokenIds(),
 ) -> Batch:
-  """Model features of an input that is no task's, which ends with EOS."""
+  """The model features of one input without a task; EOS is appended."""
   tokens = vocabulary.encode(text)[: feature_lengths['inputs'] - 1]
   inputs = np.array([*tokens, vocabulary.eos_id], np.int32)
   targets = np.array([vocabulary.eos_id], np.int32)
@@ -264,7 +265,7 @@ def tokenised(
 
 
 def shifted(targets: np.ndarray, start: int) -> np.ndarray:
-  """What the decoder reads to say [..., length]: [a, b, c] -> [start, a, b]."""
+  """Decoder inputs of targets [..., length]: [a, b, c] -> [start, a, b]."""
   before = [(0, 0)] * (targets.ndim - 1) + [(1, 0)]
   return np.pad(targets, before, constant_values=start)[..., :-1]
 
@@ -272,7 +273,7 @@ def shifted(targets: np.ndarray, start: int) -> np.ndarray:
 def model_features(
   inputs: np.ndarray, targets: np.ndarray, ids: TokenIds = TokenIds()
 ) -> Batch:
-  """One example's features, as EncDecFeatureConverter makes them, unpadded."""
+  """One example's features as in seqio.EncDecFeatureConverter, not padded."""
   if ids.has_own_start and targets[:1].tolist() == [ids.start]:
     targets = targets[1:]
   return {
@@ -289,7 +290,7 @@ def text_ids(
   mixture_or_task_module: str | Sequence[str] | None = None,
   file: str | os.PathLike[str] | None = None,
 ) -> tuple[int, ...]:
-  """The pieces of a text in a task's vocabulary, without EOS.
+  """The token ids of a text in a task's vocabulary, without EOS.
 
   Args:
     text: The text.
@@ -317,7 +318,7 @@ def target_ids(
   mixture_or_task_name: str | Provider,
   mixture_or_task_module: str | Sequence[str] | None = None,
 ) -> tuple[tuple[int, ...], ...]:
-  """What the targets of a task are for each of its class labels.
+  """The target's token ids for each class label of a task.
 
   Args:
     labels: CLASS_LABELS.
@@ -326,7 +327,7 @@ def target_ids(
     mixture_or_task_module: Imported first; registers it.
 
   Raises:
-    ValueError: If there are not two labels at least, or two become the same.
+    ValueError: If there are fewer than two labels, or two have the same tokens.
   """
   if labels is None or isinstance(labels, str) or len(set(labels)) < 2:
     raise UserError(
@@ -347,8 +348,8 @@ def target_ids(
   }
   if len(set(found.values())) < len(found):
     raise UserError(
-      f'some of CLASS_LABELS are the same within the {task_feature_lengths}'
-      f' tokens of TASK_FEATURE_LENGTHS: {found}; raise targets'
+      f'some of CLASS_LABELS are the same after trimming to'
+      f' TASK_FEATURE_LENGTHS {task_feature_lengths}: {found}; raise targets'
     )
   return tuple(found.values())
 
@@ -362,13 +363,13 @@ def distinct_targets(
   """The labels of a classification task: its distinct targets, sorted.
 
   Args:
-    task: The task; of its training split, LABELLED_ROWS are read at most.
+    task: The task. We read at most LABELLED_ROWS rows of its training split.
     feature_lengths: TASK_FEATURE_LENGTHS.
-    most: More than this, and it is no classification task.
+    most: The most labels that a classification may have.
     use_cached: USE_CACHED_TASKS.
 
   Raises:
-    ValueError: If there are too many.
+    ValueError: If there are more.
   """
   if isinstance(task, TextTask) and task.labels:
     return sorted(task.labels)
@@ -380,7 +381,7 @@ def distinct_targets(
     if len(found) > most:
       raise UserError(
         f'Task {task.name!r} has more than {most} distinct targets, such as '
-        f'{sorted(found)[:3]}, so its class labels cannot be told. Set '
+        f'{sorted(found)[:3]}, so it is no classification. Set '
         'CLASS_LABELS, or choose another file of prompts/.'
       )
   return sorted(found)

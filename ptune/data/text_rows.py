@@ -1,4 +1,4 @@
-"""Rows of a user's own texts, as token ids."""
+"""The token ids of a user's own rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -10,27 +10,27 @@ from ptune.tasks.texts import TextTask
 
 
 class TextRows:
-  """The training rows of a `TextTask`, as `seqio_rows.SeqioRows` gives them."""
+  """The training rows of a `TextTask`, in the form of `SeqioRows`."""
 
   def __init__(
     self, task: TextTask, feature_lengths: Mapping[str, int], split: str
   ):
-    """Nothing is read yet."""
+    """Stores the arguments; `read` tokenises the texts."""
     self._task, self._lengths, self._split = task, feature_lengths, split
 
   def limit(self, in_memory: bool | None) -> float:
-    """All rows are kept in memory, where their texts are already."""
+    """No limit: the texts are in memory already."""
     del in_memory
     return float('inf')
 
   def read(self, rows: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the rows that have a label, in the order of the texts.
+    """Yields blocks of the rows that have a label, in the order of the texts.
 
     Args:
-      rows: Of a block.
+      rows: The number of rows in a block.
 
     Raises:
-      UserError: No row has a label.
+      UserError: If no row has a label.
     """
     task = self._task
     inputs, targets, unlabelled = task.training(self._split)
