@@ -1,4 +1,4 @@
-"""From the examples of a task to the batch of a step.
+"""Data: from the examples of a task to the batch of a step.
 
-Nothing here knows a network or a run.
+Nothing here knows about networks or runs.
 """

@@ -1,4 +1,4 @@
 """The machine that ptune runs on: files, paths, processes, the terminal.
 
-Nothing here knows what ptune does.
+Nothing here knows about models or training.
 """

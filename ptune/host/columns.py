@@ -1,4 +1,4 @@
-"""Tables of plain text: for logs, files and messages."""
+"""Tables in plain text, for logs, files and messages."""
 
 from collections.abc import Collection, Sequence
 
@@ -6,11 +6,11 @@ from collections.abc import Collection, Sequence
 def aligned(
   rows: Sequence[Sequence[str]], right: Collection[int] = ()
 ) -> list[str]:
-  """The lines of a table, two blanks between its columns.
+  """The lines of a table with aligned columns, two spaces apart.
 
   Args:
-    rows: The cells; every row has as many.
-    right: Which columns are aligned on the right.
+    rows: The cells; all rows have the same number.
+    right: The columns to align on the right.
   """
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return [

@@ -1,4 +1,4 @@
-"""Files and directories that ptune writes."""
+"""Writing files and directories."""
 
 import os
 from typing import Any
@@ -10,36 +10,36 @@ from ptune.host import paths
 
 
 def absolute(path: os.PathLike[str] | str) -> epath.Path:
-  """A path that means the same in any working directory.
+  """Makes a path absolute.
 
   Raises:
-    UserError: If it is no path.
+    UserError: If it is not a valid path.
   """
   text = paths.local(path)
   return epath.Path(text if '://' in text else os.path.abspath(text))
 
 
 def check_writable(name: str, directory: epath.Path) -> None:
-  """Makes a directory, and finds out whether results can be written there.
+  """Makes a directory and checks that we can write to it.
 
   Raises:
-    ValueError: If not; `name` is what users call it.
+    ValueError: If we cannot; the error calls the directory `name`.
   """
   try:
     paths.make_directory(directory)
     probe = directory / f'.writable-{os.getpid()}'
-    # A full disk may still take a few bytes.
+    # A full disk may still have room for a few bytes, so write more.
     probe.write_bytes(bytes(65536))
     probe.unlink()
   except OSError as error:
     raise UserError(
       f'{name} {directory} cannot be written: {error.strerror or error}. Choose'
-      ' another, or free space'
+      ' another directory, or free space'
     ) from error
 
 
 def write_atomically(path: epath.Path, data: bytes | str) -> None:
-  """Writes a file that is either there and whole, or not there."""
+  """Writes a file so that it is never incomplete, even if we are killed."""
   temporary = path.parent / f'.{path.name}.tmp'
   with temporary.open('wb') as f:
     f.write(data.encode() if isinstance(data, str) else data)
@@ -48,7 +48,7 @@ def write_atomically(path: epath.Path, data: bytes | str) -> None:
 
 
 def to_disk(file: Any) -> None:
-  """Waits until what was written lies on the disk: power may fail."""
+  """Waits until the written data is on the disk, in case power fails."""
   file.flush()
   if hasattr(file, 'fileno'):  # A bucket's file has none.
     os.fsync(file.fileno())

@@ -1,10 +1,10 @@
-"""How a program of its own sets up JAX, where that computes on the CPU.
+"""Sets up JAX for a ptune process: memory on the CPU, the compilation cache.
 
-XLA's CPU backend asks the C library for a step's temporaries anew in each
-step. glibc gives so large a piece back to the system when it is freed, and the
-system hands out zeroed pages, one fault each, when it is asked again, which
-took a sixth of a step (benchmarks/README.md). Here what is freed is kept for
-the next step.
+XLA's CPU backend allocates the temporaries of a step again in every step. glibc
+returns such large blocks to the system when they are freed. At the next
+allocation, the system hands out zeroed pages with one page fault each, which
+took a sixth of a step (benchmarks/README.md). We make glibc keep freed memory
+for the next step.
 """
 
 import ctypes
@@ -13,35 +13,35 @@ import os
 
 import jax
 
-# From <malloc.h>: no piece is mapped on its own, and the heap never shrinks.
+# From <malloc.h>: never use mmap for a block, and never shrink the heap.
 _MALLOC_OPTIONS = {'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, -1)}
-# Who has set one of these knows better.
+# If the user has set one of these, we do not change malloc.
 _MALLOC_VARIABLES = ('GLIBC_TUNABLES', 'MALLOC_')
-# What JAX's accelerators come with.
+# The packages of JAX's accelerators.
 _PLUGINS = ('jax_plugins', 'libtpu')
 
 
 def has_cpu_only() -> bool:
-  """Whether JAX has no accelerator; asked before it looks for devices."""
+  """Whether JAX has no accelerator; works before JAX looks for devices."""
   return os.environ.get('JAX_PLATFORMS') == 'cpu' or not any(
     map(importlib.util.find_spec, _PLUGINS)
   )
 
 
 def configure_cpu() -> bool:
-  """Lets the main thread compute, with memory that it keeps.
+  """Computes on the main thread, and keeps freed memory.
 
-  The main thread, because the heaps that glibc gives to others cannot hold
-  what is large; and the steps that a loop is ahead of the device would each
-  have temporaries of their own. For a process of ptune's own, before JAX looks
+  We compute on the main thread, because glibc's heaps of other threads cannot
+  hold large blocks, and because each step that runs ahead would have its own
+  temporaries. Call this in a process that belongs to ptune, before JAX looks
   for devices.
 
-  Does nothing where JAX has a plugin for an accelerator, unless JAX_PLATFORMS
-  is `cpu`; memory is left to malloc where one of its variables is set, if only
-  to nothing (`GLIBC_TUNABLES=`), and where it is not glibc's.
+  If JAX has a plugin for an accelerator, this does nothing unless JAX_PLATFORMS
+  is `cpu`. It does not change malloc if one of malloc's variables is set, even
+  to an empty value (`GLIBC_TUNABLES=`), or if the C library is not glibc.
 
   Returns:
-    Whether memory is kept.
+    Whether freed memory is kept.
   """
   if not has_cpu_only():
     return False
@@ -56,13 +56,13 @@ def configure_cpu() -> bool:
 
 
 def cache_compiled_programs() -> None:
-  """Lets JAX keep compiled programs on disk: a second start need not compile.
+  """Makes JAX cache compiled programs on disk, so a second start is faster.
 
-  In JAX_COMPILATION_CACHE_DIR, or in ~/.cache/ptune if nobody chose a place.
+  The cache is in JAX_COMPILATION_CACHE_DIR, or in ~/.cache/ptune by default.
   """
   if jax.config.jax_compilation_cache_dir is None:
     cache = os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache'))
     jax.config.update('jax_compilation_cache_dir', os.path.join(cache, 'ptune'))
-  # Small models have many programs that compile in less than JAX's second.
+  # JAX caches programs that compile for a second or more; ours are smaller.
   if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

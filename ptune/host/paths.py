@@ -1,7 +1,7 @@
-"""Paths as users give them: what is no path, or no file, is refused.
+"""Checks the paths that users give.
 
-A path is local, as it stands or behind file://, or in a bucket. A file that is
-read is a regular one: a pipe or a device would be read for ever.
+A path is local, with or without file://, or in a bucket. We read regular files
+only, because reading a pipe or a device might never end.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ from typing import Any
 
 from ptune.errors import UserError
 
-# Of buckets (etils.epath), of models by name (ptune.convert.hub), of files.
+# Schemes of buckets (etils.epath), of models (ptune.convert.hub), and of files.
 SCHEMES = ('gs', 's3', 'az', 'hf', 'ptune', 'file')
 FILE = 'file://'
-# Directories that this process has made, see `nothing_left`.
+# The directories that this process has made; see `nothing_left`.
 _made: list[Any] = []
 _KINDS = {
   stat.S_IFDIR: 'a directory',
@@ -28,7 +28,7 @@ _KINDS = {
 
 
 def fault(path: str) -> str:
-  """What keeps a text from being a path: '' if nothing does."""
+  """What we expected instead, if a text is not a path; '' if it is one."""
   if not path.strip():
     return 'a path, not an empty text'
   if '\0' in path:
@@ -47,14 +47,14 @@ def fault(path: str) -> str:
 
 
 def local(path: os.PathLike[str] | str, what: str = 'the path') -> str:
-  """A path as a text, without file:// and with the home directory of ~.
+  """Returns a path as a string, without file:// and with ~ expanded.
 
   Args:
     path: The path.
-    what: What users call it, for messages.
+    what: Its name in error messages.
 
   Raises:
-    UserError: If it is no path.
+    UserError: If it is not a valid path.
   """
   text = os.fspath(path)
   if expected := fault(text):
@@ -63,16 +63,16 @@ def local(path: os.PathLike[str] | str, what: str = 'the path') -> str:
 
 
 def check_file(path: os.PathLike[str] | str, what: str = 'the file') -> str:
-  """Returns a path as `local` does, if a regular file can be there.
+  """Returns a path as `local` does; checks that it can be a regular file.
 
-  Paths in buckets and paths where nothing is are for the reader to refuse.
+  We do not check paths in buckets, or whether the file exists.
 
   Args:
     path: The path.
-    what: What users call it, for messages.
+    what: Its name in error messages.
 
   Raises:
-    UserError: If it is no path, or there is a directory, a pipe or a device.
+    UserError: If it is not a valid path, or is a directory, pipe or device.
   """
   text = local(path, what)
   try:
@@ -88,10 +88,10 @@ def check_file(path: os.PathLike[str] | str, what: str = 'the file') -> str:
 
 
 def make_directory(directory: Any) -> None:
-  """Makes a directory and those above it; `nothing_left` may remove them.
+  """Makes a directory and its parents; `nothing_left` may remove them.
 
   Args:
-    directory: An epath.Path, or one of pathlib.
+    directory: An epath.Path or a pathlib.Path.
   """
   missing = []
   for place in (directory, *directory.parents):
@@ -104,10 +104,9 @@ def make_directory(directory: Any) -> None:
 
 @contextlib.contextmanager
 def nothing_left() -> Iterator[None]:
-  """Removes the directories that were made within, if it fails before use.
+  """If an error is raised inside, removes the empty directories made inside.
 
-  A command that is refused leaves nothing behind. Directories with anything in
-  them stay.
+  So a command that is refused leaves nothing behind.
   """
   _made.clear()
   try:

@@ -1,11 +1,11 @@
-"""The processes of one run: they join, and learn at once that one is gone.
+"""The processes of one run: joining, and noticing at once if one is gone.
 
-A process that waits for a dead one in a collective waits for ever. JAX's
-heartbeats notice, after a while, and end it with a C++ trace that may not say
-who is gone. So each process also holds a TCP connection to process 0. The
-kernel closes it when a process ends, in whatever way, and gives it up when the
-machine does not answer; process 0 tells the others. All of them then leave:
-a run goes on from its last checkpoint when it is started again.
+If a process dies, the others would wait for it forever in a collective
+operation. JAX's heartbeats notice this after a while and end the processes with
+a C++ trace that may not name the dead one. So each process also keeps a TCP
+connection to process 0. The kernel closes the connection when a process ends in
+any way, or when its machine does not answer. Process 0 then tells the others,
+and all of them exit. After a restart, the run resumes from its last checkpoint.
 """
 
 import json
@@ -18,13 +18,13 @@ import sys
 import threading
 import time
 
-# Seconds without a sign of life, after which a process counts as lost: by
-# JAX's heartbeats, which also see one that stands still, and by TCP.
+# A process counts as lost after this many seconds without a JAX heartbeat,
+# which also detects a hanging process, or without an answer over TCP.
 SILENCE = 40
-# What a process gets to leave by itself when another said that it leaves.
+# Seconds that a process has to exit by itself after another one exited.
 GRACE = 5
 _KEEP_ALIVE = {'TCP_KEEPIDLE': 15, 'TCP_KEEPINTVL': 5, 'TCP_KEEPCNT': 4}
-_RECORD = 512  # Bytes in which a process introduces itself.
+_RECORD = 512  # Bytes of a process' description of itself.
 
 _watch: '_Watch | None' = None
 
@@ -36,16 +36,17 @@ def join(
 ) -> None:
   """Joins the processes of a run, and watches them from then on.
 
+  If no arguments are given, JAX finds them on TPUs, SLURM and Kubernetes.
+
   Args:
-    coordinator_address: host:port of process 0; found by JAX on TPUs, SLURM
-      and Kubernetes if not given, as are the others.
-    count: How many processes there are.
-    index: Which one this is.
+    coordinator_address: host:port of process 0.
+    count: The number of processes.
+    index: The index of this process.
 
   Raises:
-    OSError: If they do not come together.
+    OSError: If the processes cannot join.
   """
-  import jax  # Not at the top: the command line is read without it.
+  import jax  # Not at the top, because parsing the command line needs no JAX.
 
   try:
     jax.distributed.initialize(
@@ -55,10 +56,10 @@ def join(
       heartbeat_timeout_seconds=SILENCE,
       shutdown_timeout_seconds=SILENCE,
     )
-  except (RuntimeError, ValueError) as error:  # Of its C++, or its checks.
+  except (RuntimeError, ValueError) as error:  # From C++, or from its checks.
     reason = str(error).split('\n')[0]
     raise OSError(
-      f'the processes cannot join: {reason}. Look at --coordinator_address'
+      f'the processes cannot join: {reason}. Check --coordinator_address'
       ' (host:port of process 0), --process_count and --process_index, or run'
       ' without --multiprocess'
     ) from error
@@ -68,10 +69,10 @@ def join(
 
 
 def leave(status: int) -> int:
-  """Says good-bye to the other processes, before the end of this one.
+  """Tells the other processes that this one ends.
 
-  Does not return in one of several processes that has failed: the usual way
-  out would wait there for the others, and they for it.
+  If this process failed and is one of several, this function exits the process
+  itself: a normal exit would wait for the others, and they for it.
 
   Args:
     status: The exit status.
@@ -89,7 +90,7 @@ def leave(status: int) -> int:
 
 
 def leave_early(status: int) -> None:
-  """Says that this process ends before the run does, so that all do."""
+  """Tells the others that this process ends early, so that all end."""
   if _watch is not None:
     _watch.leave(f'ended {status}')
 
@@ -100,23 +101,23 @@ def several() -> bool:
 
 
 def wait_for_news() -> None:
-  """Ends the process if another one is lost; called after an error.
+  """After an error, ends this process if another one is lost.
 
-  An error of a collective may be the first sign of that.
+  An error in a collective operation may be the first sign of a lost process.
   """
   if _watch is not None:
     _watch.gone.wait(GRACE)
     if _watch.gone.is_set():
-      threading.Event().wait()  # The watching thread tells it, and ends us.
+      threading.Event().wait()  # The watching thread ends this process.
 
 
 class _Watch:
-  """Connections of process 0 with all others, and the thread that reads them.
+  """Connections between process 0 and all others, and the thread reading them.
 
-  A line says how the process at the other end is: `left` when it has finished,
-  `ended 1` when it ends before that, with its exit status. A connection that
-  ends without either tells of a process that was killed. Process 0 passes it
-  on: `ended 1 TEXT`, `gone 1 TEXT`.
+  A process sends `left` when it has finished, and `ended 1` with its exit
+  status when it ends early. If a connection closes without such a line, the
+  process was killed. Process 0 passes the message on: `ended 1 TEXT` or
+  `gone 1 TEXT`.
   """
 
   def __init__(self, coordinator_address: str | None):
@@ -134,7 +135,7 @@ class _Watch:
     server = None
     if self._index == 0:
       server = _listen()
-      # Of all that may connect to a port, only who knows the token is heard.
+      # Anyone may connect to the port, so processes identify by a token.
       mine |= {'port': server.getsockname()[1], 'token': secrets.token_hex(8)}
     record = json.dumps(mine).encode().ljust(_RECORD)
     gathered = multihost_utils.process_allgather(np.frombuffer(record, 'u1'))
@@ -151,8 +152,8 @@ class _Watch:
         self._connect(address, first['port'], first['token'])
     except OSError as error:
       python_logging.getLogger(__name__).warning(
-        '%s and process 0 have no connection (%s): that one of them is gone'
-        ' is noticed after %d s only',
+        '%s and process 0 have no connection (%s): if one of them dies, the'
+        ' other notices only after %d s',
         name if server is None else 'some processes',
         error,
         SILENCE,
@@ -168,10 +169,10 @@ class _Watch:
         self._linger()
 
   def _linger(self) -> None:
-    """Lets the others end first, if this is process 0.
+    """If this is process 0, waits until the others have ended.
 
-    With it goes the service of JAX, without which their C++ ends them before
-    they can say why.
+    Process 0 hosts JAX's coordination service. Without it, JAX's C++ code ends
+    the others before they can print the reason.
     """
     deadline = time.monotonic() + GRACE + 2
     for other in self._sockets if self._index == 0 else ():
@@ -179,7 +180,7 @@ class _Watch:
         other.settimeout(max(deadline - time.monotonic(), 0.01))
         while other.recv(4096):
           pass
-      except OSError:  # Time is up, or it is gone.
+      except OSError:  # The time is up, or the process is gone.
         continue
 
   def _tell(self, word: str, but: socket.socket | None = None) -> None:
@@ -187,7 +188,7 @@ class _Watch:
       if other is not but:
         try:
           other.sendall(word.encode() + b'\n')
-        except OSError:  # It is gone as well.
+        except OSError:  # This process is gone, too.
           continue
 
   def _accept(self, server: socket.socket, token: str, count: int) -> None:
@@ -236,7 +237,7 @@ class _Watch:
           selector.unregister(other)
 
   def _end(self, other: socket.socket, line: str) -> None:
-    """Ends this process because of another one, and tells the rest."""
+    """Ends this process because another one ended, and tells the rest."""
     name = self._names[self._sockets[other]]
     word, _, rest = line.strip().partition(' ')
     status, _, text = rest.partition(' ')
@@ -249,14 +250,14 @@ class _Watch:
     self.gone.set()
     self._tell(f'{word} {status} {text}', but=other)
     if word == 'ended':
-      # Of its own will: this process may be about to do the same.
+      # The other ended by itself, and this process may be about to do so, too.
       time.sleep(GRACE)
       if self._left:
         return
     os.write(
       2,
       f'ptune: {text}. {self._names[self._index]} ends too; when all have'
-      ' ended, the same command goes on\n'.encode(),
+      ' ended, the same command resumes\n'.encode(),
     )
     self._linger()
     os._exit(int(status))

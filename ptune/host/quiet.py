@@ -1,4 +1,4 @@
-"""Quiet while TensorFlow is imported."""
+"""Silences TensorFlow's messages while it is imported."""
 
 import contextlib
 import os
@@ -7,9 +7,9 @@ import sys
 
 @contextlib.contextmanager
 def quiet_stderr():
-  """Drops what TensorFlow's C++ prints while it is imported.
+  """Drops the messages of TensorFlow's C++ code during its import.
 
-  It says that there is no CUDA, before it reads any setting of its own.
+  TensorFlow reports missing CUDA libraries before it reads its own settings.
   Exceptions are not affected.
   """
   if 'tensorflow' in sys.modules:

@@ -1,4 +1,4 @@
-"""The terminal of a command: its log, and Ctrl-C before there is a run."""
+"""The terminal of a command: its log, and Ctrl-C before training starts."""
 
 import importlib.util
 import logging as python_logging
@@ -11,17 +11,18 @@ from ptune.host import processes
 
 
 def leave_on_signals(program: str) -> None:
-  """Ends the process at Ctrl-C and SIGTERM, while there is nothing to save.
+  """Makes Ctrl-C and SIGTERM end the process while there is nothing to save.
 
-  At once, and not by an exception: imports of C extensions, callbacks and
-  destructors would swallow that. While it trains, `train` has its own way.
+  The process ends at once. An exception would be swallowed by imports of C
+  extensions, callbacks and destructors. During training, the run replaces these
+  handlers.
   """
   if program == 'train':
-    message, status = 'MODEL_DIR is unchanged; the same command goes on', 0
+    message, status = 'MODEL_DIR is unchanged; the same command resumes', 0
   else:
     message, status = 'nothing was written', 130
 
-  stderr = os.dup(2)  # Which is closed for a while: see `quiet_stderr`.
+  stderr = os.dup(2)  # A copy, because `quiet_stderr` redirects the original.
 
   def leave(number, frame):
     del frame
@@ -37,14 +38,14 @@ def leave_on_signals(program: str) -> None:
 
 
 def set_up_logging() -> None:
-  """Plain lines on stderr: ours from INFO on, other packages' from ERROR."""
+  """Logs plain lines to stderr: ours from INFO on, others' from ERROR on."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   from absl import flags, logging
 
-  flags.FLAGS.mark_as_parsed()  # Else absl complains; argparse has read them.
+  flags.FLAGS.mark_as_parsed()  # We use argparse; absl would complain.
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
-  # `ptune.tasks` lies beside the package in a checkout, and in it elsewhere.
+  # In a checkout, `ptune.tasks` is outside the package directory.
   tasks = importlib.util.find_spec('ptune.tasks')
   assert tasks is not None and tasks.origin is not None
   ours = (
@@ -54,7 +55,7 @@ def set_up_logging() -> None:
   handler = logging.get_absl_handler()
 
   def shown(record):
-    # Orbax and its threads show tracebacks of what is raised too.
+    # Orbax and its threads log tracebacks of errors that they also raise.
     quiet = f'{os.sep}orbax{os.sep}' in record.pathname or (
       record.name in ('asyncio', 'concurrent.futures')
     )
@@ -71,7 +72,7 @@ def set_up_logging() -> None:
 
 
 class _Stderr:
-  """What is stderr now: the progress bar puts itself in its place."""
+  """The current sys.stderr, which the progress bar replaces."""
 
   def write(self, text: str) -> None:
     sys.stderr.write(text)
@@ -80,4 +81,4 @@ class _Stderr:
     sys.stderr.flush()
 
   def close(self) -> None:
-    """Absl closes what it writes to."""
+    """Does nothing; absl closes its stream."""

@@ -1,4 +1,4 @@
-"""Asking a trained model: restored, batched, many prompts at once, over HTTP.
+"""Using a trained model: prediction, evaluation, many prompts, HTTP.
 
 Nothing here trains.
 """

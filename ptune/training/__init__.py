@@ -1,4 +1,4 @@
-"""What stands around the training loop: state, optimizer, checkpoints, report.
+"""Training: the loop, its state, optimizers, checkpoints and reports.
 
-Nothing here asks a trained model, and no program is imported.
+Nothing here uses a trained model or imports a program.
 """

@@ -1,9 +1,9 @@
-"""Checkpoints of the train state: what is trained, and nothing else.
+"""Checkpoints of the train state, which holds trained parameters only.
 
-Of several processes, 0 writes them, and all read: none ever waits for another
-in the middle of a checkpoint, and what fails is tried again by one. Orbax
-writes them in the background, each into a temporary directory that is
-renamed when it is complete. The frozen base is never written.
+Process 0 writes checkpoints and every process reads them. So no process waits
+for another in the middle of a checkpoint, and one process can retry what
+failed. Orbax writes in the background, into a temporary directory that it
+renames when the checkpoint is complete. The frozen base is never written.
 """
 
 import contextlib
@@ -23,25 +23,25 @@ from ptune.errors import UserError
 from ptune.model import partitioning
 from ptune.training.state import TrainState
 
-# Seconds before a failed save is tried again: what is to be freed on a disk, or
-# to come back in a bucket, may take a moment.
+# Seconds before a failed save is tried again, because freeing disk space or
+# reaching a bucket again may take a moment.
 PAUSES = (1.0, 5.0, 25.0)
 
-# By member of a run: what steps add up to between two records of the log.
+# By member of a run: the sums over the steps since the last record of the log.
 Sums = Mapping[str, Mapping[str, float]]
 
 
 def restore(
   directory: os.PathLike[str], like: TrainState
 ) -> tuple[TrainState, Sums] | None:
-  """Reads the newest checkpoint that can be read; changes nothing on disk.
+  """Reads the newest readable checkpoint; changes nothing on disk.
 
-  Of several processes, each reads what its devices hold, and they agree: a
-  checkpoint that one of them cannot read is passed over by all.
+  Each process reads what its devices need. If one process cannot read a
+  checkpoint, all processes skip it.
 
   Args:
-    directory: Usually MODEL_DIR/checkpoints; need not exist.
-    like: Shapes, types and shardings of the state.
+    directory: Usually MODEL_DIR/checkpoints; it need not exist.
+    like: The shapes, types and shardings of the state.
 
   Returns:
     The state, and the sums that were saved with it; None if there is no
@@ -70,11 +70,11 @@ def restore(
             state=ocp.args.StandardRestore(target), sums=ocp.args.JsonRestore()
           ),
         )
-      except Exception as error:  # Whatever a damaged file may raise.
+      except Exception as error:  # A damaged file can raise anything.
         if 'tree structures do not match' in str(error):
           raise UserError(
             f'checkpoint {directory / str(step)} holds the state of another'
-            ' optimizer: set OPTIMIZER and its settings as they were, or choose'
+            ' optimizer: set OPTIMIZER and its settings as before, or choose'
             ' another MODEL_DIR. Nothing was changed'
           ) from error
         problem = _first_line(error)
@@ -83,7 +83,7 @@ def restore(
         state = flax.serialization.from_state_dict(like, found['state'])
         return state, found['sums']
       logging.error(
-        'checkpoint %s cannot be read and is passed over: %s',
+        'checkpoint %s cannot be read and is skipped: %s',
         directory / str(step),
         problem,
       )
@@ -95,7 +95,7 @@ def restore(
 
 
 def _gathered(value: int) -> list[int]:
-  """What each process has for a value."""
+  """The value of each process."""
   if jax.process_count() == 1:
     return [value]
   return multihost_utils.process_allgather(np.int32(value)).tolist()
@@ -107,11 +107,11 @@ def _first_line(error: Exception) -> str:
 
 
 def finished_steps(directory: os.PathLike[str]) -> list[int]:
-  """The steps that are on disk and whole, in order."""
+  """The steps with a complete checkpoint on disk, in order."""
   directory = epath.Path(directory)
   if not directory.is_dir():
     return []
-  # Not by Orbax's manager: that waits for the other processes.
+  # Orbax's manager would wait for the other processes.
   return sorted(
     int(path.name)
     for path in directory.iterdir()
@@ -130,7 +130,7 @@ def _reader(directory: epath.Path) -> ocp.CheckpointManager:
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-  """Each process by itself: Orbax would wait for one that has failed."""
+  """Options for one process alone, so Orbax never waits for a failed one."""
   this = jax.process_index()
   return ocp.options.MultiprocessingOptions(
     primary_host=this,
@@ -140,9 +140,9 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 
 
 class Checkpoints:
-  """The checkpoints of a run, in `<directory>/<step>/state`, as they grow.
+  """Writes the checkpoints of a run to `<directory>/<step>/state`.
 
-  Each has beside it, in `sums`, what the log has not told yet.
+  Beside the state, `sums` holds what has not been logged yet.
   """
 
   def __init__(
@@ -152,9 +152,9 @@ class Checkpoints:
 
     Args:
       directory: Usually MODEL_DIR/checkpoints.
-      start: The step that was restored. What is newer could not be read: its
-        steps are taken again, and it is kept as `<step>.damaged`.
-      keep: How many of the newest to keep; all if not given.
+      start: The restored step. Newer checkpoints could not be read, so they are
+        renamed to `<step>.damaged`, and their steps are repeated.
+      keep: The number of newest checkpoints to keep; None for all.
     """
     self.directory = epath.Path(directory)
     if jax.process_index() == 0:
@@ -168,33 +168,33 @@ class Checkpoints:
 
   @property
   def failed(self) -> bool:
-    """Whether what was being written is lost, and a state is to be saved.
+    """Whether writing the last checkpoint failed, so that it must be repeated.
 
-    Known in one process alone; several find out when they save the next time.
+    Only a single process knows this at once. With several processes, the next
+    `save` finds out.
     """
     if jax.process_count() > 1:
       return False
     assert self._manager is not None
     try:
       self._manager.check_for_errors()
-    except Exception:  # Which `save` finds, too.
+    except Exception:  # `save` finds it, too.
       return True
     return False
 
   def save(self, state: TrainState, sums: Sums, wait: bool = False) -> None:
     """Starts writing a state; the caller may donate it afterwards.
 
-    If that fails, or what was written before has failed, the disk or bucket is
-    given some time, and the state is written again. To be called by all
-    processes, which agree on whether it failed.
+    If this save or the previous one fails, we wait a little and write the state
+    again. All processes must call this; they agree on whether it failed.
 
     Args:
       state: The state.
-      sums: What the log has not told yet.
-      wait: Return when it is on disk.
+      sums: What has not been logged yet.
+      wait: Whether to return only when the state is on disk.
 
     Raises:
-      OSError: If it failed each time; says what is kept.
+      OSError: If every attempt fails; names the last good checkpoint.
     """
     step, state = int(state.step), _here(state)
     self._begun = step
@@ -213,11 +213,11 @@ class Checkpoints:
       if self._manager is not None:
         with contextlib.suppress(Exception):
           self._manager.close()
-        with contextlib.suppress(Exception):  # Cleans up what was begun.
+        with contextlib.suppress(Exception):  # Deletes incomplete files.
           self._manager = _manager(self.directory, self._keep)
 
   def _try(self, state: TrainState, sums: Sums, wait: bool) -> Exception | None:
-    """Saves once, in the process that writes; returns what went wrong."""
+    """Saves once, in process 0; returns the error, if any."""
     if self._manager is None:
       return None
     try:
@@ -231,24 +231,24 @@ class Checkpoints:
     return None
 
   def last_good(self) -> str:
-    """What is on disk whatever happens, as a sentence."""
+    """A sentence that names the last good checkpoint."""
     steps = finished_steps(self.directory)
     if not steps:
-      return 'Nothing was saved yet; the same command begins again'
+      return 'Nothing was saved yet; the same command starts from the beginning'
     return (
       f'The checkpoint of step {steps[-1]} is good and was kept; the same'
-      ' command goes on from there'
+      ' command resumes from there'
     )
 
   def restarts(self) -> set[int]:
-    """The steps from which a run may go on that is killed now.
+    """The steps from which the run may resume if it is killed now.
 
-    The newest that is on disk, and the one that is being written.
+    These are the newest step on disk and the one that is being written.
     """
     return {self._begun, max(finished_steps(self.directory), default=0)}
 
   def wait(self) -> None:
-    """Returns when everything is on disk; raises what went wrong."""
+    """Waits until everything is on disk; raises the error if that failed."""
     if self._manager is not None:
       self._manager.wait_until_finished()
 
@@ -265,7 +265,7 @@ class Checkpoints:
 def _manager(
   directory: epath.Path, keep: int | None
 ) -> ocp.CheckpointManager | None:
-  """What writes, in process 0; None in the others."""
+  """Orbax's manager in process 0; None in the others."""
   if jax.process_index() > 0:
     return None
   directory.mkdir(parents=True, exist_ok=True)
@@ -273,7 +273,7 @@ def _manager(
     max_to_keep=keep,
     create=False,
     cleanup_tmp_directories=True,
-    # Else, where that fails, Orbax's threads wait minutes for the directory.
+    # Otherwise, if this fails, Orbax's threads wait minutes for the directory.
     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     multiprocessing_options=_alone(),
   )
@@ -281,10 +281,10 @@ def _manager(
 
 
 def _here(state: TrainState) -> TrainState:
-  """A state as the process that writes needs it: whole, and its own.
+  """The whole state in the memory of process 0.
 
-  What is split over the devices of several processes is put together, one array
-  after the other, in the memory of process 0.
+  An array that is split over several processes is gathered; we gather one array
+  after the other. A single process returns the state as it is.
   """
   if jax.process_count() == 1:
     return state
@@ -328,12 +328,12 @@ def save_best(
   state: TrainState,
   restarts: Collection[int] = (),
 ) -> None:
-  """Makes a state the newest that a directory holds.
+  """Saves a state as the newest of a directory.
 
   Args:
     directory: MODEL_DIR/best.
     state: The state.
-    restarts: The steps from which the run may go on, see `prune_best`.
+    restarts: The steps from which the run may resume; see `prune_best`.
   """
   directory, state = epath.Path(directory), _here(state)
   if jax.process_index() != 0:
@@ -347,10 +347,11 @@ def save_best(
 
 
 def prune_best(directory: os.PathLike[str], restarts: Collection[int]) -> None:
-  """Removes the states that were the best once, and are of no more use.
+  """Deletes states that were the best once and are no longer needed.
 
-  Kept are the newest one, and, for each step from which a run may go on, the
-  newest up to there: those after it are dropped then.
+  We keep the newest state. For each step from which the run may resume, we also
+  keep the newest state up to that step, because a restart there deletes the
+  later ones.
   """
   steps = finished_steps(directory)
   if jax.process_index() != 0 or not steps:
@@ -363,7 +364,7 @@ def prune_best(directory: os.PathLike[str], restarts: Collection[int]) -> None:
 
 
 def drop_after(directory: os.PathLike[str], step: int) -> bool:
-  """Removes the states after a step; returns whether there were any."""
+  """Deletes the states after a step; returns whether there were any."""
   directory = epath.Path(directory)
   steps = finished_steps(directory)
   newer = [found for found in steps if found > step]

@@ -1,4 +1,4 @@
-"""TensorBoard's event files, without TensorFlow."""
+"""Writes TensorBoard's event files without TensorFlow."""
 
 import os
 import socket
@@ -10,9 +10,9 @@ from ptune.convert import storage
 
 
 def open_events(directory: os.PathLike[str] | str) -> Any:
-  """A writer of scalars: `write_scalars(step, scalars)`, `flush`, `close`.
+  """Opens a writer with `write_scalars(step, scalars)`, `flush` and `close`.
 
-  On gs:// it is clu's, which loads TensorFlow.
+  On gs:// this is clu's writer, which loads TensorFlow.
   """
   local = storage.local(directory)
   if local is not None:
@@ -23,10 +23,10 @@ def open_events(directory: os.PathLike[str] | str) -> Any:
 
 
 class Events:
-  """An event file in a local directory, which is made."""
+  """An event file in a local directory."""
 
   def __init__(self, directory: str):
-    """Opens a new file; TensorBoard reads all that a directory has."""
+    """Opens a new file; TensorBoard reads all files of a directory."""
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -50,7 +50,7 @@ class Events:
     self._write(step=step, summary=self._summaries.Summary(value=values))
 
   def flush(self) -> None:
-    """Hands what was written to the operating system."""
+    """Passes the written events to the operating system."""
     self._records.flush()
 
   def close(self) -> None:

@@ -1,7 +1,8 @@
-"""What can be minimised in place of the cross entropy, with any method.
+"""Losses other than the cross entropy; each works with every method.
 
-Each function here makes an objective for `EncoderDecoderModel.objective`,
-called as its `loss` with the model before; one file of gin/losses/ picks it.
+Each function makes an objective for `EncoderDecoderModel.objective`. It is
+called like `EncoderDecoderModel.loss`, with the model as the first argument. A
+file of gin/losses/ selects it.
 """
 
 import dataclasses
@@ -23,28 +24,28 @@ def wayward(
   gamma: float = 0.01,
   path: str = 'encoder/prompt/prompt/prompt',
 ) -> Objective:
-  """The cross entropy of a prompt that stays near a text.
+  """The cross entropy, plus a penalty that keeps the prompt close to a text.
 
   Khashabi et al. 2022, "Prompt Waywardness" (arXiv 2112.08348), section 3.3.
-  With the prompt P [prompt, embed] and the embeddings E of the text, as long,
-  each target token of a batch has the loss
+  With the prompt P [prompt, embed] and the text's embeddings E of the same
+  shape, the loss of each target token is
 
       cross entropy + gamma / prompt * sum((P - E)^2)
 
-  Per token, so that the weight of the text depends neither on the batch size
-  nor on MICROBATCHES. Gradients go into P, not into E.
+  The penalty is per token, so that its weight depends neither on the batch size
+  nor on MICROBATCHES. The gradient flows into P, not into E.
 
   Args:
-    ids: Token ids of the text, without EOS.
-    gamma: Weight of the distance; 0 is the cross entropy alone.
-    path: The parameter P.
+    ids: The token ids of the text, without EOS.
+    gamma: The weight of the penalty; 0 gives the cross entropy alone.
+    path: The path of the parameter P.
 
   Returns:
     An objective.
 
   Raises:
-    ValueError: When called, if there is no P, or it is not as long as the
-      text.
+    ValueError: When called, if there is no P, or if its length is not that of
+      the text.
   """
 
   def objective(
@@ -58,8 +59,9 @@ def wayward(
       prompt = prompt.get(name) if hasattr(prompt, 'get') else None
     if prompt is None:
       raise UserError(
-        f'losses/wayward.gin draws the parameter {path} to a text, and the'
-        ' method has none; choose methods/prompt.gin or a file of prompts/'
+        f'losses/wayward.gin pulls the parameter {path} towards a text, and the'
+        ' method has no such parameter; choose methods/prompt.gin or a file of'
+        ' prompts/'
       )
     if len(ids) != prompt.shape[0]:
       raise UserError(
@@ -68,7 +70,7 @@ def wayward(
       )
     table, rows = params['token_embedder'], np.asarray(ids)
     text = table['embedding'][rows].astype(jnp.float32)
-    if 'embedding_scale' in table:  # Of int8; see `parameters.freeze`.
+    if 'embedding_scale' in table:  # int8 weights; see `parameters.freeze`.
       text *= table['embedding_scale'][rows][:, None]
     text *= model.network.config.embedding_scale
     text = jax.lax.stop_gradient(text)
@@ -85,40 +87,41 @@ def distill(
   task_feature_lengths: Mapping[str, int],
   answers: str = 'teacher',
 ) -> Objective:
-  """Context distillation: what is trained stands in for a long text.
+  """Context distillation: the trained prompt replaces a long text.
 
-  The teacher is the frozen model that reads the context before each input; the
-  student is the same model with a prompt, or whatever the method adds, in the
-  context's place. With the teacher's distribution T over the vocabulary, and
-  the student's S, each token of an answer has the loss
+  The teacher is the frozen model, which reads the context before each input.
+  The student is the same model with a prompt (or whatever the method adds)
+  instead of the context. With the teacher's distribution T over the vocabulary
+  and the student's distribution S, the loss of each token of an answer is
 
       KL(T || S) = sum of T (log T - log S)
 
   (Snell, Klein and Zhong 2022, "Learning by Distilling Context", arXiv
-  2209.15189; of a key/value prefix, Eyuboglu et al. 2025, "Cartridges", arXiv
-  2506.06266). The answers are the teacher's own, decoded greedily in every
-  step, so that the task needs inputs alone; its targets are not read.
+  2209.15189; for a key/value prefix: Eyuboglu et al. 2025, "Cartridges", arXiv
+  2506.06266). By default the teacher decodes the answers greedily in every
+  step, so the task needs inputs only.
 
   Args:
-    context: Token ids of the text, without EOS.
-    task_feature_lengths: TASK_FEATURE_LENGTHS; its `targets` is the longest
-      answer.
-    answers: 'teacher', or 'targets' for those of the task.
+    context: The token ids of the text, without EOS.
+    task_feature_lengths: TASK_FEATURE_LENGTHS; its `targets` limits the length
+      of an answer.
+    answers: 'teacher', or 'targets' to use the task's targets.
 
   Returns:
-    An objective. `correct` counts the tokens at which the student's best token
-    is the teacher's, so that an evaluation's accuracy is their agreement.
+    An objective. Its `correct` counts the tokens where student and teacher have
+    the same most likely token, so the accuracy of an evaluation is their
+    agreement.
 
   Raises:
-    ValueError: If there is no context or the answers are of no known kind; when
-      called, if the method adds nothing to the model, or rows are packed.
+    ValueError: If the context is empty or `answers` is unknown. When called, if
+      the method adds nothing to the model, or rows are packed.
   """
   if answers not in ('teacher', 'targets'):
     raise UserError(
       f"answers is {answers!r}; it must be 'teacher' or 'targets'"
     )
   if not len(context):
-    raise UserError('CONTEXT is empty; give the text that is distilled')
+    raise UserError('CONTEXT is empty; set it to the text to distill')
   length = task_feature_lengths['targets']
 
   def objective(
@@ -147,7 +150,7 @@ def distill(
     real = jnp.any(batch['decoder_loss_weights'] > 0, axis=1)[:, None]
     if answers == 'teacher':
       targets, _ = teacher.predict(frozen, long, length)
-      # Tokens that end an answer have none behind them.
+      # After its EOS, an answer has only padding, which gets no weight.
       weights = (targets != ids.pad) & real
     else:
       weights = batch['decoder_loss_weights'] > 0
@@ -189,20 +192,20 @@ def perceptron(
 ) -> Objective:
   """A ranking loss: the right target against the best of the wrong ones.
 
-  With the score S(Y | X), the summed log probability of the tokens of Y, the
-  right target Y of a row X and the set C of all targets, a row has the loss
+  S(Y | X) is the sum of the log probabilities of the tokens of Y. For a row X
+  with the right target Y, and the set C of all targets, the loss is
 
-      max(0, margin + max over Y' in C but Y of S(Y' | X) - S(Y | X))
+      max(0, margin + max over Y' in C except Y of S(Y' | X) - S(Y | X))
 
-  The perceptron's with a margin of 0, a hinge above (the implementation of
-  prompt tuning by Lester et al. 2021, its extension "perceptron").
+  With margin 0 this is the perceptron loss, otherwise a hinge loss. The source
+  is the extension "perceptron" of the prompt-tuning code of Lester et al. 2021.
 
   Args:
-    targets: C as token ids, each with its EOS.
-    margin: By how much the right one must score higher.
+    targets: The targets C as token ids, each with its EOS.
+    margin: The score of the right target must be higher by this much.
 
   Returns:
-    An objective, summed over rows; `correct` counts tokens, as always.
+    An objective, summed over rows; `correct` counts tokens.
   """
   length = max(map(len, targets))
 
@@ -218,7 +221,7 @@ def perceptron(
         ' hold one example; turn packing off (PACK)'
       )
     network, variables = model.network, model.variables(params)
-    how = {
+    dropout = {
       'enable_dropout': dropout_rng is not None,
       'rngs': None if dropout_rng is None else {'dropout': dropout_rng},
     }
@@ -227,14 +230,14 @@ def perceptron(
       [[*own, *[ids.pad] * (length - len(own))] for own in targets], np.int32
     )
     inputs = batch['encoder_input_tokens']
-    encoded = network.apply(variables, inputs, method='encode', **how)
+    encoded = network.apply(variables, inputs, method='encode', **dropout)
 
     def scores(targets, encoded, inputs):
-      """Of targets [n, length]: logits, and log probabilities [n]."""
+      """The logits and log probabilities [n] of targets [n, length]."""
       before = ((0, 0), (1, 0))
       shifted = jnp.pad(targets, before, constant_values=ids.start)[:, :-1]
       logits = network.apply(
-        variables, encoded, inputs, shifted, targets, method='decode', **how
+        variables, encoded, inputs, shifted, targets, method='decode', **dropout
       )
       losses, _ = token_loss(logits, targets, 0.0, 0.0)
       return logits, -jnp.sum(losses * (targets != ids.pad), axis=1)
@@ -242,7 +245,7 @@ def perceptron(
     rows, classes = inputs.shape[0], len(candidates)
     right = batch['decoder_target_tokens']
     logits, right_score = scores(right, encoded, inputs)
-    # Every row with every target: [rows * classes, ...].
+    # Pair every row with every target: [rows * classes, ...].
     _, all_scores = scores(
       jnp.tile(candidates, (rows, 1)),
       jnp.repeat(encoded, classes, axis=0),
@@ -256,7 +259,7 @@ def perceptron(
     )
     wrong = jnp.where(same, -jnp.inf, all_scores.reshape(rows, classes))
     weights = batch['decoder_loss_weights'].astype(jnp.float32)
-    real = jnp.max(weights, axis=1)  # 0 in rows that fill up a batch.
+    real = jnp.max(weights, axis=1)  # 0 in rows that only fill the batch.
     loss = jnp.maximum(margin + jnp.max(wrong, axis=1) - right_score, 0.0)
     loss = jnp.sum(loss * real)
     return loss, {

@@ -1,7 +1,7 @@
-"""Optimizers and learning-rate schedules, from optax, in T5X's settings.
+"""Optimizers and learning-rate schedules from optax, with T5X's settings.
 
-An optimizer is a function of the step that the initial checkpoint was at, so
-that a run can go on where the base model's training ended.
+Each optimizer takes the step of the initial checkpoint, because Adafactor
+continues to count from there.
 """
 
 import fnmatch
@@ -24,19 +24,19 @@ def schedule(
   decay_steps: int | None = None,
   end_factor: float = 0.0,
 ) -> Schedule:
-  """The learning rate at each step of this run.
+  """The learning rate as a function of this run's step.
 
   Args:
     learning_rate: The peak.
     decay: 'constant', 'linear', 'cosine', or 'rsqrt', which falls with
-      1/sqrt(step) from the end of the warm-up.
-    warmup_steps: Steps of a linear rise from 0.
+      1/sqrt(step) after the warm-up.
+    warmup_steps: The steps of a linear rise from 0.
     decay_steps: The step at which linear and cosine decay end.
-    end_factor: What fraction of the peak they end at.
+    end_factor: The fraction of the peak at which they end.
 
   Raises:
-    ValueError: If the rate is no number, or the decay is unknown or lacks its
-      length.
+    ValueError: If the rate is not a number, or the decay is unknown or needs
+      `decay_steps`.
   """
   if not isinstance(learning_rate, int | float) or not (
     0 <= learning_rate < math.inf
@@ -70,7 +70,7 @@ def schedule(
     )
   if not warmup_steps:
     return main
-  # The first update already moves: step 0 is the first of warmup_steps.
+  # Step 0 is the first of warmup_steps, so its rate is not 0.
   warmup = lambda step: learning_rate * (step + 1) / warmup_steps
   return optax.join_schedules([warmup, main], [warmup_steps])
 
@@ -85,25 +85,25 @@ def adafactor(
   min_dim_size_to_factor: int = 128,
   step_offset: int | None = None,
 ) -> optax.GradientTransformation:
-  """Adafactor as prompt tuning uses it.
+  """Adafactor with the settings of prompt tuning.
 
   The second moment decays with beta2 = 1 - t^-decay_rate, where t counts from
-  the initial checkpoint's step: after 1,100,000 steps a fresh second moment
-  takes up 1.5e-5 of each squared gradient, so updates stay at the clipping
-  threshold for all of a run. Starting from 0 trains differently. Weight decay
+  the initial checkpoint's step. After 1,100,000 steps, a new second moment
+  takes only 1.5e-5 of each squared gradient, so updates stay at the clipping
+  threshold for the whole run. Counting from 0 trains differently. Weight decay
   is not scaled by the learning rate.
 
   Args:
-    initial_step: Step of the initial checkpoint.
-    learning_rate: A number or a schedule of this run's steps.
-    decay_rate: Exponent of the second moment's decay.
-    weight_decay_rate: Taken off each parameter at each step.
-    clipping_threshold: Largest root mean square of an update.
+    initial_step: The step of the initial checkpoint.
+    learning_rate: A number, or a function of this run's step.
+    decay_rate: The exponent of the second moment's decay.
+    weight_decay_rate: The fraction of a parameter that each step subtracts.
+    clipping_threshold: The largest root mean square of an update.
     multiply_by_parameter_scale: Whether updates are relative to the
       parameter's root mean square.
     min_dim_size_to_factor: A second moment is factored into rows and columns
-      if both dimensions are at least this.
-    step_offset: Overrides initial_step.
+      if both dimensions are at least this large.
+    step_offset: Replaces initial_step.
 
   Source: Shazeer and Stern 2018 (arXiv 1804.04235); T5X's adafactor.
   """
@@ -128,15 +128,15 @@ def adamw(
   weight_decay: float = 0.0,
   max_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-  """AdamW behind clipping by the global norm.
+  """AdamW after clipping by the global norm.
 
   Args:
-    initial_step: Unused: the moments start afresh.
-    learning_rate: A number or a schedule of this run's steps.
-    b1: Decay of the first moment.
-    b2: Decay of the second moment.
-    weight_decay: Taken off each parameter, times the learning rate.
-    max_norm: Largest norm of all gradients together.
+    initial_step: Not used, because the moments start from 0.
+    learning_rate: A number, or a function of this run's step.
+    b1: The decay of the first moment.
+    b2: The decay of the second moment.
+    weight_decay: The weight decay, which is scaled by the learning rate.
+    max_norm: The largest norm of all gradients together; None for no clipping.
   """
   del initial_step
   adam = optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay)
@@ -152,17 +152,17 @@ def relative_adam(
   b2: float = 0.98,
   max_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-  """Adam whose steps are relative to the size of each parameter array.
+  """Adam with steps relative to the size of each parameter array.
 
-  Adafactor's scaling by the parameter's root mean square, with Adam's moments:
-  trains small models from random weights faster than either.
+  It combines Adam's moments with Adafactor's scaling by the parameter's root
+  mean square. It trains small models from random weights faster than either.
 
   Args:
-    initial_step: Unused: the moments start afresh.
-    learning_rate: A number or a schedule of this run's steps.
-    b1: Decay of the first moment.
-    b2: Decay of the second moment.
-    max_norm: Largest norm of all gradients together.
+    initial_step: Not used, because the moments start from 0.
+    learning_rate: A number, or a function of this run's step.
+    b1: The decay of the first moment.
+    b2: The decay of the second moment.
+    max_norm: The largest norm of all gradients together; None for no clipping.
   """
   del initial_step
   adam = optax.chain(
@@ -181,29 +181,28 @@ def grouped(
   optimizer: Callable[..., optax.GradientTransformation] = adamw,
   learning_rates: Mapping[str, float | Schedule] | None = None,
 ) -> optax.GradientTransformation:
-  """One optimizer, with learning rates of their own for some parameters.
+  """An optimizer with different learning rates for groups of parameters.
 
       grouped(learning_rate=0.3, learning_rates={'*/offset/*': 0.001})
 
-  Each group is updated by itself: an optimizer that clips by the norm of all
-  gradients clips by that of the group's.
+  Each group is updated by itself: an optimizer that clips by the global norm
+  uses the norm of the group's gradients.
 
   Args:
-    initial_step: Step of the initial checkpoint.
-    learning_rate: Of the parameters that no pattern matches.
+    initial_step: The step of the initial checkpoint.
+    learning_rate: The rate of parameters that match no pattern.
     optimizer: Called with `initial_step=` and `learning_rate=` for each group.
-    learning_rates: By path pattern, a number or a schedule of this run's steps;
-      `*` stands for any text, `/` included. A parameter takes the first pattern
-      that matches it.
+    learning_rates: Maps a path pattern to a number or a function of this run's
+      step. `*` matches any text, including `/`. A parameter uses the first
+      pattern that matches its path.
 
   Raises:
-    ValueError: When the state is made, if a pattern matches no parameter that
-      is left to it.
+    ValueError: When the state is made, if no parameter uses a pattern.
   """
   rates = {'': learning_rate, **(learning_rates or {})}
 
   def labels(params):
-    # optax looks for the parameters in a state by a stand-in without leaves.
+    # optax also calls this with a placeholder that has no leaves.
     if not isinstance(params, Mapping):
       return {}
     flat = traverse_util.flatten_dict(params, sep='/')
@@ -213,8 +212,8 @@ def grouped(
     }
     if idle := sorted(set(rates) - {''} - set(found.values())):
       raise UserError(
-        f'learning_rates has {idle}, and no parameter takes its rate from'
-        ' there; the trained parameters are:\n  ' + '\n  '.join(flat)
+        f'learning_rates has {idle}, which no parameter uses; the trained'
+        ' parameters are:\n  ' + '\n  '.join(flat)
       )
     return traverse_util.unflatten_dict(found, sep='/')
 

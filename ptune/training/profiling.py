@@ -1,4 +1,4 @@
-"""A trace of some steps of training, to see what takes time (PROFILE_STEPS)."""
+"""Traces some training steps, to show what takes time (PROFILE_STEPS)."""
 
 import contextlib
 import os
@@ -10,19 +10,19 @@ from absl import logging
 
 
 class Profile:
-  """Traces steps on process 0, from the first that it is told of.
+  """Traces steps on process 0, from the first call of `step` on.
 
-  Below the directory, each start of a run writes plugins/profile/TIME/, for
-  TensorBoard, and in it perfetto_trace.json.gz. As a context manager it ends a
-  trace that is cut short.
+  Each start of a run writes plugins/profile/TIME/ below the directory, for
+  TensorBoard, with a perfetto_trace.json.gz. As a context manager, it ends a
+  trace when the run ends early.
   """
 
   def __init__(self, directory: os.PathLike[str], steps: int | None):
-    """Writes nothing yet.
+    """Stores the arguments.
 
     Args:
-      directory: Where traces go.
-      steps: How many are traced; None or 0 for none.
+      directory: Where to write traces.
+      steps: The number of steps to trace; None or 0 for none.
     """
     self._directory = os.fspath(directory)
     self._left = (steps or 0) if jax.process_index() == 0 else 0
@@ -37,12 +37,12 @@ class Profile:
 
   @contextlib.contextmanager
   def step(self, number: int, state: Any) -> Iterator[None]:
-    """In this context step `number` is started.
+    """A context in which the caller starts step `number`.
 
     Args:
       number: The step.
-      state: What the step before left; waited for where a trace begins or
-        ends, so that it holds whole steps.
+      state: The state before this step. We wait for it where a trace begins or
+        ends, so that the trace holds whole steps.
     """
     if not self._left:
       if self._on:
@@ -62,8 +62,8 @@ class Profile:
     self._on, self._left = False, 0
     jax.profiler.stop_trace()
     logging.info(
-      'traced steps lie in %s: `pip install tensorboard xprof` and'
-      ' `tensorboard --logdir=%s` show them, or open the newest'
+      'the trace is in %s: `pip install tensorboard xprof` and'
+      ' `tensorboard --logdir=%s` show it, or open the newest'
       ' perfetto_trace.json.gz there at https://ui.perfetto.dev',
       self._directory,
       self._directory,

@@ -1,4 +1,4 @@
-"""A line that shows how far a run is: in a terminal, or in a notebook."""
+"""The progress bar of a run, in a terminal or in a notebook."""
 
 import contextlib
 import warnings
@@ -9,19 +9,19 @@ import rich.progress
 
 
 class Bar(Protocol):
-  """How far a run is, and what is told beside it."""
+  """A progress bar with a text beside it."""
 
   def start(self) -> None: ...
 
   def stop(self) -> None: ...
 
   def update(self, step: int | None = None, shown: str | None = None) -> None:
-    """Moves to a step, or tells something else; what is None stays."""
+    """Moves to a step, or shows another text; None changes nothing."""
     ...
 
 
 def bar(total: int, start: int) -> Bar | None:
-  """The line of a run that takes `total` steps; None if nobody sees it."""
+  """The bar of a run with `total` steps; None if stderr is no terminal."""
   console = rich.console.Console(stderr=True)
   if console.is_jupyter:
     return _Notebook(total, start)
@@ -31,7 +31,7 @@ def bar(total: int, start: int) -> Bar | None:
 
 
 class _Terminal:
-  """A bar of rich, which log lines pass by."""
+  """A bar of rich; log lines appear above it."""
 
   def __init__(self, console: rich.console.Console, total: int, start: int):
     self._bar = rich.progress.Progress(
@@ -59,10 +59,10 @@ class _Terminal:
 
 
 class _Notebook:
-  """A bar of tqdm: a widget if ipywidgets is there, and else a line of text."""
+  """A bar of tqdm: a widget if ipywidgets is installed, else a line of text."""
 
   def __init__(self, total: int, start: int):
-    with warnings.catch_warnings():  # That there are no widgets.
+    with warnings.catch_warnings():  # tqdm warns if there are no widgets.
       warnings.simplefilter('ignore')
       from tqdm.auto import tqdm
 
@@ -72,7 +72,7 @@ class _Notebook:
     pass
 
   def stop(self) -> None:
-    with contextlib.suppress(AttributeError):  # Of a widget that is gone.
+    with contextlib.suppress(AttributeError):  # The widget may be closed.
       self._bar.close()
 
   def update(self, step: int | None = None, shown: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a run tells: a progress line, metrics.jsonl, TensorBoard, curves.png."""
+"""The records of a run: a bar, metrics.jsonl, TensorBoard and curves.png."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ Record = dict[str, Any]
 
 
 def read_records(model_dir: os.PathLike[str]) -> list[Record]:
-  """Reads metrics.jsonl, without a last line that a hard stop cut short."""
+  """Reads metrics.jsonl; skips a last line that a kill left incomplete."""
   path = epath.Path(model_dir) / 'metrics.jsonl'
   if not path.exists():
     return []
@@ -36,9 +36,10 @@ def read_records(model_dir: os.PathLike[str]) -> list[Record]:
 
 
 def to_json(record: Mapping[str, Any]) -> str:
-  """One line of JSON from what tasks hold: bytes, NumPy values, anything.
+  """Converts a record to one line of JSON.
 
-  JSON has no NaN and no infinity: they become null, and the log says so.
+  A record may hold anything, such as bytes and NumPy values. JSON has no NaN
+  and no infinity: they become null, with a warning.
   """
 
   def plain(value):
@@ -54,7 +55,7 @@ def to_json(record: Mapping[str, Any]) -> str:
       logging.log_first_n(
         logging.WARNING,
         'a score is %s; it is written as null, because JSON has no such number'
-        ' (further ones are not told)',
+        ' (this is logged once)',
         1,
         value,
       )
@@ -103,16 +104,16 @@ def scores_at(
 def write_records(
   model_dir: os.PathLike[str], records: Iterable[Record]
 ) -> None:
-  """Makes metrics.jsonl hold these records and no others."""
+  """Replaces the content of metrics.jsonl by these records."""
   text = ''.join(to_json(record) + '\n' for record in records)
   write_atomically(epath.Path(model_dir) / 'metrics.jsonl', text)
 
 
 class Report:
-  """The records of one run, kept on disk and shown while it goes on.
+  """Writes and shows the records of one run while it trains.
 
-  A context manager: the terminal is left in order whatever happens inside, and
-  curves are drawn if nothing did.
+  As a context manager, it always restores the terminal, and draws curves.png if
+  no error occurred.
   """
 
   def __init__(
@@ -128,14 +129,15 @@ class Report:
     """Continues the records of a directory from a step.
 
     Args:
-      model_dir: Where they lie.
-      start_step: The step that was restored; what was recorded after it is
-        dropped, because those steps are taken again.
+      model_dir: The directory.
+      start_step: The restored step. Later records are deleted, because these
+        steps are repeated.
       total_steps: The last step.
-      batch_size: Examples a step, to tell their rate.
+      batch_size: The examples in a step, to compute their rate.
       write: Whether this process writes files (process 0 does).
-      name: Told in the log, in place of a bar, where several runs go on.
-      tracker: Gets every record too.
+      name: The name of one of several runs, which the log then shows. Several
+        runs have no progress bar.
+      tracker: Also gets every record.
     """
     self._dir = epath.Path(model_dir)
     self._write, self._tracker = write, tracker
@@ -174,8 +176,8 @@ class Report:
 
     Args:
       step: Steps taken.
-      sums: `loss`, `z_loss`, `correct` and `tokens` over the steps since the
-        last record, and whatever else is to be recorded as it is.
+      sums: `loss`, `z_loss`, `correct` and `tokens`, summed over the steps
+        since the last record. Other values are recorded as they are.
     """
     values = self._values(step, sums)
     self._step, self._time = step, time.monotonic()
@@ -186,7 +188,7 @@ class Report:
       self._show(_shown(values), step)
 
   def progress(self, step: int, sums: Mapping[str, float]) -> None:
-    """Moves the progress bar, where there is one; see `train`."""
+    """Moves the progress bar, if there is one; see `train`."""
     if self._bar is not None:
       self._show(_shown(self._values(step, sums)), step)
 
@@ -196,7 +198,7 @@ class Report:
       self._bar.update(step, shown)
 
   def _values(self, step: int, sums: Mapping[str, float]) -> dict[str, float]:
-    # Of the steps of this start: those before have no time.
+    # Count only steps of this start, because earlier ones were not timed.
     steps = max(step - self._step, 1)
     seconds = max(time.monotonic() - self._time, 1e-9)
     tokens = max(sums['tokens'], 1.0)
@@ -231,7 +233,7 @@ class Report:
 
   @contextlib.contextmanager
   def paused(self, doing: str) -> Iterator[None]:
-    """Leaves what is done inside out of the rate of training."""
+    """Excludes the time spent inside from the reported training rate."""
     start, before = time.monotonic(), self._shown
     self._show(doing)
     try:
@@ -269,7 +271,7 @@ def _shown(values: Mapping[str, float]) -> str:
 
 
 def plot(records: Sequence[Record], path: epath.Path) -> None:
-  """Writes what `draw` draws as a PNG."""
+  """Writes the figure of `draw` as a PNG."""
   fig = draw(records)
   with path.open('wb') as f:
     fig.savefig(f, format='png', dpi=120)
@@ -281,7 +283,7 @@ def draw(records: Sequence[Record]) -> Any:
   Returns:
     A `matplotlib.figure.Figure`.
   """
-  # Figure, not pyplot: no display is looked for, and no global state is kept.
+  # We use Figure, because pyplot looks for a display and has global state.
   from matplotlib import figure
 
   train = [r for r in records if r['split'] == 'train']
@@ -289,7 +291,7 @@ def draw(records: Sequence[Record]) -> Any:
   for r in records:
     for name, value in numbers(r).items():
       if 'task' in r and name not in ('step', 'loss'):
-        if name == 'token_accuracy':  # The others go to 100.
+        if name == 'token_accuracy':  # Other metrics range from 0 to 100.
           name, value = 'token_accuracy, %', 100 * value
         scores.setdefault(f'{r["task"]} {name}', []).append((r['step'], value))
   fig = figure.Figure(figsize=(9, 3.2), layout='constrained')

@@ -1,4 +1,4 @@
-"""run.json: what run a MODEL_DIR holds."""
+"""run.json: the facts of the run in a MODEL_DIR."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from ptune.host import paths
 from ptune.host.files import absolute, write_atomically
 
 FILE = 'run.json'
-# What facts are called in messages, where their name does not say it.
+# The names of facts in messages, if their keys are not clear enough.
 _FACTS = {
   'base': 'frozen weights, from INITIAL_CHECKPOINT_PATH (their fingerprint)',
   'initial_step': 'step of INITIAL_CHECKPOINT_PATH',
@@ -35,7 +35,7 @@ def run_directory(model_dir: os.PathLike[str] | str | None) -> epath.Path:
 
 
 def read(model_dir: os.PathLike[str]) -> dict[str, Any]:
-  """What the run of a MODEL_DIR is, as `claim` wrote it, or {}."""
+  """The facts that `claim` wrote to a MODEL_DIR; {} if there are none."""
   path = epath.Path(model_dir) / FILE
   if not path.exists():
     return {}
@@ -44,7 +44,7 @@ def read(model_dir: os.PathLike[str]) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
   except (ValueError, TypeError, RecursionError) as error:
     raise UserError(
-      f'{path} is damaged ({error}), so it cannot be told what run'
+      f'{path} is damaged ({error}), so ptune cannot tell which run'
       f' {path.parent} holds. Restore the file, or choose another MODEL_DIR'
     ) from error
 
@@ -54,12 +54,12 @@ def claim(
   run: Mapping[str, Any],
   notes: Mapping[str, Any],
 ) -> None:
-  """Says what run a MODEL_DIR is for, where that is not said yet.
+  """Writes the facts of a run to its MODEL_DIR, unless they are there.
 
   Args:
     model_dir: The directory.
-    run: Facts that do not change while a run goes on, as JSON has them.
-    notes: Facts that are written beside them and may change.
+    run: The facts that a restart may not change; anything that JSON can hold.
+    notes: Further facts, which a restart may change.
   """
   path = epath.Path(model_dir) / FILE
   if jax.process_index() == 0 and not path.exists():
@@ -71,15 +71,15 @@ def compare(
   present: Mapping[str, Any],
   run: Mapping[str, Any],
 ) -> None:
-  """Checks that a run on disk, if there is one, is the given one.
+  """Checks that the run on disk, if there is one, has the given facts.
 
   Args:
     model_dir: The directory, for the message.
-    present: From `read`.
-    run: Facts of the run at hand.
+    present: The facts on disk, from `read`.
+    run: The facts of this run.
 
   Raises:
-    ValueError: If they differ; all that differs is listed.
+    ValueError: If they differ; lists every difference.
   """
   differing = [
     f'  {_FACTS.get(key, key)}: {present[key]!r} there, {value!r} here'
@@ -90,13 +90,13 @@ def compare(
     raise UserError(
       f'MODEL_DIR {os.fspath(model_dir)} holds a run that is not this one:\n'
       + '\n'.join(differing)
-      + '\nNothing was changed. Give the settings of that run, or choose'
+      + '\nNothing was changed. Use the settings of that run, or choose'
       ' another MODEL_DIR'
     )
 
 
 def from_where(checkpoint: str | None) -> dict[str, str | None]:
-  """What a run records of its base: found from any directory."""
+  """The base model's path as run.json records it: absolute."""
   if checkpoint is not None and '://' not in checkpoint:
     checkpoint = os.fspath(absolute(checkpoint))
   return {'initial_checkpoint_path': checkpoint}

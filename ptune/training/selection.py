@@ -1,4 +1,4 @@
-"""Which prompt is the best: one number made of the scores of an evaluation."""
+"""Selects the best prompt by one number from the scores of an evaluation."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,11 @@ from ptune.training import report
 def score(
   best_metric: str | None, scores: Mapping[str, Mapping[str, float]]
 ) -> float:
-  """What is maximised: one number from the metrics of all tasks."""
+  """The number to maximise, computed from the metrics of all tasks.
+
+  Raises:
+    UserError: If `best_metric` is not one of the metrics.
+  """
   if best_metric is not None:
     name, sign = best_metric.removeprefix('-'), 1.0
     if name != best_metric:
@@ -39,7 +43,7 @@ def is_best(
   best_metric: str | None,
   scores: Mapping[str, Mapping[str, float]],
 ) -> bool:
-  """Whether scores are better than all recorded ones."""
+  """Whether the scores are better than all recorded ones."""
   return score(best_metric, scores) > max(
     history(records, best_metric), default=-np.inf
   )
@@ -50,7 +54,7 @@ def patience_is_over(
   best_metric: str | None,
   evaluations: int | None,
 ) -> bool:
-  """Whether so many evaluations have brought no better score."""
+  """Whether the last `evaluations` evaluations brought no better score."""
   values = history(records, best_metric)
   if evaluations is None or not values:
     return False
@@ -60,7 +64,7 @@ def patience_is_over(
 def history(
   records: Sequence[report.Record], best_metric: str | None
 ) -> list[float]:
-  """The score of each evaluation; one that is not a number is the least."""
+  """The score of each evaluation; NaN counts as -infinity."""
   values = [
     score(best_metric, report.scores_at(records, step))
     for step in report.evaluated_steps(records)

@@ -1,4 +1,4 @@
-"""How a run stops: when it is asked to, and when it can not go on."""
+"""How a run stops: by a signal, or because the disk is full."""
 
 import contextlib
 import os
@@ -19,10 +19,10 @@ ASK_EVERY = 5.0
 
 
 class Asked:
-  """Whether to stop: every process of a run is told so, or none.
+  """Tells whether to stop; all processes of a run get the same answer.
 
   Attributes:
-    received: The names of the signals that this process got.
+    received: The names of the signals that this process received.
   """
 
   def __init__(self):
@@ -31,11 +31,15 @@ class Asked:
     self._last: tuple[int, float] | None = None  # Step and time.
 
   def __call__(self, step: int | None = None) -> bool:
-    """Asks between two steps, or, without a step, at any other moment.
+    """Whether any process received a signal.
 
-    All processes must ask at the same moments. To ask the others takes time,
-    so it is not done at each step, but at those that all compute from the
-    slowest one's pace.
+    All processes must call this at the same moments. Asking the others takes
+    time, so we do not ask at every step. All processes compute the next step to
+    ask at from the pace of the slowest one.
+
+    Args:
+      step: The step, between two steps; None at any other moment, which always
+        asks.
     """
     if jax.process_count() == 1:
       return bool(self.received)
@@ -55,9 +59,9 @@ class Asked:
 
 @contextlib.contextmanager
 def signals() -> Iterator[Asked]:
-  """Notes SIGTERM and Ctrl-C, to be acted on between two steps.
+  """Records SIGTERM and Ctrl-C, so that the loop can stop between two steps.
 
-  Once one has come, Ctrl-C ends the process where it stands.
+  After the first signal, Ctrl-C ends the process at once.
   """
   asked = Asked()
   if threading.current_thread() is not threading.main_thread():
@@ -68,8 +72,8 @@ def signals() -> Iterator[Asked]:
     del frame
     asked.received.append(signal.Signals(number).name)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Not by logging: the signal may have come in the middle of that. The code
-    # shows the cursor, which the progress bar hides.
+    # We cannot use logging, because the signal may have interrupted a call of
+    # it. The escape code shows the cursor, which the progress bar hides.
     cursor = '\x1b[?25h' if os.isatty(2) else ''
     text = f'{cursor}{asked.received[-1]}: saving; Ctrl-C leaves at once\n'
     os.write(2, text.encode())
@@ -84,7 +88,7 @@ def signals() -> Iterator[Asked]:
 
 @contextlib.contextmanager
 def explained(directory: epath.Path) -> Iterator[None]:
-  """Says what to do about a full disk, whoever ran into it."""
+  """Turns an error about a full disk into one that says what to do."""
   try:
     yield
   except Exception as error:
@@ -96,10 +100,10 @@ def explained(directory: epath.Path) -> Iterator[None]:
     raise OSError(
       f'no space is left for {directory}. '
       + (
-        f'Its checkpoint of step {steps[-1]} is whole'
+        f'Its checkpoint of step {steps[-1]} is complete'
         if steps
         else 'It holds no checkpoint yet'
       )
-      + ': free space, and start the same command again, which goes on from'
+      + ': free space and start the same command again; it resumes from'
       f' {"there" if steps else "the beginning"}'
     ) from error

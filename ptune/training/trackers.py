@@ -1,13 +1,13 @@
-"""Experiment trackers: programs that show the figures of many runs (TRACKER).
+"""Experiment trackers: programs that plot the metrics of many runs (TRACKER).
 
     wandb     Weights & Biases; WANDB_MODE=offline keeps all on this machine
     trackio   open source, in Hugging Face's cache or TRACKIO_DIR;
               `trackio show` opens its page
 
 A tracker gets the numbers of metrics.jsonl, named `train/loss` or
-`eval/<task>/accuracy`. The file MODEL_DIR/tracker.json holds the id of its run
-and the last step that was sent, so a run that is started again goes on in the
-same place.
+`eval/<task>/accuracy`. The file MODEL_DIR/tracker.json holds the tracker's id
+of the run and the last step that was sent, so a restarted run continues the
+same run in the tracker.
 """
 
 import contextlib
@@ -48,16 +48,15 @@ class Tracker:
   def __init__(
     self, name: str, model_dir: os.PathLike[str], config: Mapping[str, Any]
   ):
-    """Opens the tracker's run of a directory, or makes one.
+    """Continues the tracker's run for a directory, or starts one.
 
     Args:
       name: One of TRACKERS.
-      model_dir: The directory of the run; it exists.
-      config: What the tracker shows as the settings of the run.
+      model_dir: The existing directory of the run.
+      config: The settings that the tracker shows.
 
     Raises:
-      UserError: If the tracker refuses, for example because nobody is logged
-        in.
+      UserError: If the tracker cannot start, for example without a login.
     """
     check(name)
     directory = epath.Path(model_dir)
@@ -78,7 +77,7 @@ class Tracker:
       settings['auto_log_cpu'] = settings['auto_log_gpu'] = False
       settings['embed'] = False
     try:
-      # Trackio prints where its pages are; stdout is for results.
+      # Trackio prints the address of its pages; stdout is for results.
       with contextlib.redirect_stdout(sys.stderr):
         self._run = module.init(
           project=os.environ.get(f'{name.upper()}_PROJECT', 'ptune'),
@@ -100,7 +99,7 @@ class Tracker:
       self._note(step)
 
   def close(self) -> None:
-    """Waits until all is sent."""
+    """Waits until everything is sent."""
     with contextlib.redirect_stdout(sys.stderr):
       self._run.finish()
 
