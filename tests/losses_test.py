@@ -115,7 +115,8 @@ def test_a_prompt_of_another_length_or_none_is_refused():
     model_of(losses.wayward(IDS[:4])).loss(params, BATCH)
   net = network.Transformer(SHALLOW, lora.lora(2).placements)
   model = EncoderDecoderModel(net, objective=losses.wayward(IDS))
-  with pytest.raises(ValueError, match=r'method has no such; .*prompt\.gin'):
+  message = r'method has no such parameter; .*prompt\.gin'
+  with pytest.raises(ValueError, match=message):
     model.loss(random_params(net), BATCH)
 
 
