@@ -845,7 +845,7 @@ def test_config_and_tensors_must_agree(params, tmp_path):
 @pytest.mark.parametrize(
   'config',
   [
-    {'model_type': 'longt5'},
+    {'model_type': 'switch_transformers'},
     {'model_type': 'bart'},
     {'dense_act_fn': 'relu'},
     {'is_gated_act': False},
