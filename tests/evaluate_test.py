@@ -33,18 +33,8 @@ def trained():
 
 def run(output_dir, **changes):
   """Runs `evaluate`; for one task its scores, else those of all."""
-  settings = {
-    'mixture_or_task_name': 'tiny',
-    'task_feature_lengths': tiny.LENGTHS,
-    'config': tiny.CONFIG,
-    'method': prompt.prompt(3),
-    'output_dir': output_dir and str(output_dir),
-    'batch_size': 8,
-    **changes,
-  }
-  with tiny.one_device():
-    scores = evaluate.evaluate(**tiny.grouped(evaluate.evaluate, **settings))
-  return scores.get(settings['mixture_or_task_name'], scores)
+  scores = tiny.use(evaluate.evaluate, output_dir, **changes)
+  return scores.get(changes.get('mixture_or_task_name', 'tiny'), scores)
 
 
 def predictions(output_dir, task='tiny'):

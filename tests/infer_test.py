@@ -27,17 +27,7 @@ def trained():
 
 def run(output_dir, **changes):
   """Runs `infer`; the records that it wrote."""
-  settings = {
-    'mixture_or_task_name': 'tiny',
-    'task_feature_lengths': tiny.LENGTHS,
-    'config': tiny.CONFIG,
-    'method': prompt.prompt(3),
-    'output_dir': output_dir and str(output_dir),
-    'batch_size': 8,
-    **changes,
-  }
-  with tiny.one_device():
-    path = infer.infer(**tiny.grouped(infer.infer, **settings))
+  path = tiny.use(infer.infer, output_dir, **changes)
   assert not list(path.parent.glob('.*'))  # Nothing half written is left.
   return [json.loads(line) for line in path.read_text().split('\n')[:-1]]
 

@@ -101,23 +101,27 @@ def service(prompts, tmp_path_factory):
   thread.join()
 
 
+def alone_with(prompts, name):
+  """A model with one of the prompts only, and its parameters."""
+  config, base = miniature.load(pretrained.directory('tiny'))
+  method = prompt.prompt(LENGTHS[name])
+  plan = parameters.plan(config, method, miniature.one_device())
+  alone = Predictor(plan, EncoderDecoderModel(plan.network), OUTPUT)
+  own = {prompt.PATH: np.load(prompts / f'{name}.npy')}
+  return alone, parameters.unflatten({**base, **own})
+
+
 @pytest.fixture(scope='module')
 def expected(prompts):
   """What the model says to each text with a prompt, as PROMPT_FILE."""
-  config, base = miniature.load(pretrained.directory('tiny'))
   vocabulary = vocabulary_of('ptune://tiny')
   tokens = np.zeros((len(TEXTS), 32), np.int32)
   for row, text in zip(tokens, TEXTS, strict=True):
     ids = [*vocabulary.encode(text), vocabulary.eos_id]
     row[: len(ids)] = ids
   found = {}
-  for name, length in LENGTHS.items():
-    plan = parameters.plan(
-      config, prompt.prompt(length), miniature.one_device()
-    )
-    alone = Predictor(plan, EncoderDecoderModel(plan.network), OUTPUT)
-    own = {prompt.PATH: np.load(prompts / f'{name}.npy')}
-    params = parameters.unflatten({**base, **own})
+  for name in LENGTHS:
+    alone, params = alone_with(prompts, name)
     said, scores = alone.predict(
       (params,), {'encoder_input_tokens': tokens}, np.arange(len(TEXTS))
     )
@@ -262,20 +266,14 @@ LABELS = ['good', 'not so good']
 @pytest.fixture(scope='module')
 def scored(prompts):
   """Log probabilities of the labels, {prompt: [text, label]}."""
-  config, base = miniature.load(pretrained.directory('tiny'))
   vocabulary = vocabulary_of('ptune://tiny')
 
   def ids(text):
     return np.array([*vocabulary.encode(text), vocabulary.eos_id], np.int32)
 
   found = {}
-  for name, length in LENGTHS.items():
-    plan = parameters.plan(
-      config, prompt.prompt(length), miniature.one_device()
-    )
-    alone = Predictor(plan, EncoderDecoderModel(plan.network), OUTPUT)
-    own = {prompt.PATH: np.load(prompts / f'{name}.npy')}
-    params = parameters.unflatten({**base, **own})
+  for name in LENGTHS:
+    alone, params = alone_with(prompts, name)
     rows = [
       seqio_task.model_features(np.pad(ids(t), (0, 20))[:20], ids(label))
       for t in TEXTS

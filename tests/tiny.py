@@ -267,6 +267,21 @@ def run(model_dir, **changes):
     return train.train(**grouped(train.train, **settled))
 
 
+def use(program, output_dir, **changes):
+  """Calls a program that uses a trained model, for the task `tiny`."""
+  settled = {
+    'mixture_or_task_name': 'tiny',
+    'task_feature_lengths': LENGTHS,
+    'config': CONFIG,
+    'method': prompt.prompt(3),
+    'output_dir': output_dir and str(output_dir),
+    'batch_size': 8,
+    **changes,
+  }
+  with one_device():
+    return program(**grouped(program, **settled))
+
+
 @functools.cache
 def trained() -> pathlib.Path:
   """A finished run, evaluated once at its end."""
