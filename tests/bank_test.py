@@ -12,7 +12,7 @@ import pytest
 
 from ptune.convert.prompts import read_prompt
 from ptune.methods import prompt, row_prompts
-from ptune.model import network, parameters, partitioning
+from ptune.model import network, parameters, partitioning, structure
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.serving import bank as bank_lib
 from ptune.serving import trained_model
@@ -31,7 +31,7 @@ def drawn(seed, *shape):
 BASE = {
   path: 0.3 * drawn(i, *x.shape)
   for i, (path, x) in enumerate(
-    network.parameters(network.Transformer(tiny.CONFIG)).items()
+    structure.parameters(network.Transformer(tiny.CONFIG)).items()
   )
 }
 PROMPTS = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ptune.methods import decoder_prompt, prompt, prompt_init
-from ptune.model import adapters, decoding, network, parameters
+from ptune.model import adapters, decoding, network, parameters, structure
 from ptune.model.models import Decoding, EncoderDecoderModel
 from tests.network_test import SHALLOW, forward, make_batch, random_params
 
@@ -39,7 +39,7 @@ def test_a_prompt_of_embeddings_is_those_tokens(name):
     inputs = np.concatenate([before, batch['encoder_input_tokens']], axis=1)
     spelled['encoder_input_tokens'] = inputs
   plain = network.Transformer(SHALLOW)
-  base = {k: flat[k] for k in network.parameters(plain)}
+  base = {k: flat[k] for k in structure.parameters(plain)}
   _, want = forward(plain)(parameters.unflatten(base), spelled)
   assert got.shape == (3, 5, SHALLOW.vocab_size)
   real = batch['decoder_target_tokens'] > 0
@@ -105,7 +105,7 @@ def test_it_is_trained_alone_or_with_the_encoders():
   ):
     method = METHODS[name]
     net = network.Transformer(SHALLOW, method.placements)
-    trained = {p for p in network.parameters(net) if method.trains(p)}
+    trained = {p for p in structure.parameters(net) if method.trains(p)}
     assert trained == paths == set(method.initial)
 
 

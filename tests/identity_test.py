@@ -11,7 +11,7 @@ from ptune.convert import check_config, identity, open_checkpoint
 from ptune.convert.fingerprint import of_params
 from ptune.convert.layout import shapes
 from ptune.convert.source import Leaf, Source
-from ptune.model import network, sizes
+from ptune.model import network, sizes, structure
 from tests import layouts
 
 
@@ -35,7 +35,7 @@ def _source(config, activations=None, **changed):
   ids=['gated', 'plain, tied'],
 )
 def test_shapes_are_those_of_the_network(config):
-  params = network.parameters(network.Transformer(config))
+  params = structure.parameters(network.Transformer(config))
   assert shapes(config) == {path: x.shape for path, x in params.items()}
 
 

@@ -12,7 +12,14 @@ from ptune import convert
 from ptune.convert import identity
 from ptune.methods import full, lora, prompt
 from ptune.model import attention as attention_lib
-from ptune.model import layers, network, parameters, partitioning, sizes
+from ptune.model import (
+  layers,
+  network,
+  parameters,
+  partitioning,
+  sizes,
+  structure,
+)
 from ptune.model.models import EncoderDecoderModel
 from tests.network_test import SHALLOW, TINY, make_batch, random_params
 
@@ -189,7 +196,7 @@ def test_keys_and_values_are_made_where_they_are_needed(
   run, params = loss_and_gradients(config, batch, method)
   assert (f'4x4x{targets}x32x' in run.lower(params).as_text()) == absorbed
   # Who asks for what leaves the sites is given all of them.
-  sites = network.sites(network.Transformer(config, method.placements))
+  sites = structure.sites(network.Transformer(config, method.placements))
   site = 'decoder/layers_0/encoder_decoder_attention'
   assert {f'{site}/key', f'{site}/values'} <= set(sites)
 

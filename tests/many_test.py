@@ -15,7 +15,7 @@ from ptune.convert import open_checkpoint
 from ptune.data import batches as data
 from ptune.data import seqio_task
 from ptune.methods import full, lora, prompt, prompt_init, superpos
-from ptune.model import network, parameters, partitioning
+from ptune.model import network, parameters, partitioning, structure
 from ptune.model.models import EncoderDecoderModel
 from ptune.serving import trained_model
 from ptune.training import many, optim
@@ -232,7 +232,7 @@ def test_runs_together_cost_what_they_cost_alone():
   flops = [p.cost_analysis()['flops'] for p in (one, four)]
   assert 0.98 < flops[1] / flops[0] < 1.05
   grown = [p.memory_analysis().temp_size_in_bytes for p in (one, four)]
-  params = network.parameters(network.Transformer(tiny.CONFIG))
+  params = structure.parameters(network.Transformer(tiny.CONFIG))
   base = sum(parameters.nbytes(x) for x in params.values())
   assert grown[1] - grown[0] < base
 

@@ -29,7 +29,14 @@ from ptune.methods import (
   prompt,
   prompt_init,
 )
-from ptune.model import adapters, network, parameters, partitioning, sizes
+from ptune.model import (
+  adapters,
+  network,
+  parameters,
+  partitioning,
+  sizes,
+  structure,
+)
 from ptune.model.models import EncoderDecoderModel
 from ptune.serving import trained_model
 from ptune.tools import list_methods
@@ -143,8 +150,8 @@ def test_golden_values_and_gradients(numerics, case, method):
 
   base = load(numerics / 'prompt_encoder' / 'params.npz')
   net = network.Transformer(TINY, method.placements)
-  assert set(network.parameters(net)) == {*base, *part('param')}
-  assert set(filter(method.trains, network.parameters(net))) == set(
+  assert set(structure.parameters(net)) == {*base, *part('param')}
+  assert set(filter(method.trains, structure.parameters(net))) == set(
     part('param')
   )
   batch = part('batch')
@@ -349,7 +356,7 @@ def test_a_folded_prefix_answers_as_the_mlp_that_made_it():
   trained = {path: x for path, x in values.items() if made.trains(path)}
   folded = made.fold(trained, no_rows)
   base = {path: x for path, x in values.items() if path not in trained}
-  names = set(filter(plain.trains, network.parameters(network_of('prefix'))))
+  names = set(filter(plain.trains, structure.parameters(network_of('prefix'))))
   assert set(folded) == names
   batch = make_batch([16, 9, 1], [4, 3, 1], 16, 6)
   want = logits_of(
@@ -497,8 +504,8 @@ def test_an_exported_model_answers_as_the_run(lora_run, layout, tmp_path):
   source = open_checkpoint(out)
   assert source.step == 8 + 2  # The base's and the run's.
   plain = network.Transformer(tiny.CONFIG)
-  merged = restore(source, network.parameters(plain))
-  base = restore(open_checkpoint(tiny.base()), network.parameters(plain))
+  merged = restore(source, structure.parameters(plain))
+  base = restore(open_checkpoint(tiny.base()), structure.parameters(plain))
   net = network.Transformer(tiny.CONFIG, METHODS['lora+norms'].placements)
   batch = make_batch([16, 9, 1], [4, 3, 1], 16, 6)
   want = logits_of(net, parameters.unflatten({**base, **trained}), batch)
@@ -608,13 +615,13 @@ def test_a_method_is_made_again_from_its_name_and_settings(name):
 
 def test_the_list_counts_as_the_whole_network():
   config = dataclasses.replace(TINY, num_encoder_layers=3)
-  base = network.parameters(network.Transformer(config))
+  base = structure.parameters(network.Transformer(config))
   for name in ('lora', 'norms', 'per_layer', 'prefix'):
     method = METHODS[name]
     net = network.Transformer(config, method.placements)
     trained = sum(
       math.prod(x.shape)
-      for path, x in network.parameters(net).items()
+      for path, x in structure.parameters(net).items()
       if method.trains(path)
     )
     whole = sum(math.prod(x.shape) for x in base.values())

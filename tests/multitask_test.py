@@ -11,7 +11,7 @@ import pytest
 from ptune import evaluate, infer
 from ptune.convert import commands
 from ptune.methods import multitask, prompt, prompt_init
-from ptune.model import network, parameters
+from ptune.model import network, parameters, structure
 from ptune.serving import trained_model
 from ptune.tasks import glue, registry
 from ptune.training.settings import Trained
@@ -316,6 +316,6 @@ def test_sizes_that_cannot_be_are_refused(arguments, message):
 def test_features_must_be_left_for_the_tasks():
   method = make(combine='concat_features', shared_features=32)
   with pytest.raises(ValueError, match='shared_features is 32, and d_model'):
-    network.parameters(network.Transformer(SHALLOW, method.placements))
+    structure.parameters(network.Transformer(SHALLOW, method.placements))
   with pytest.raises(ValueError, match="at position 'start', not at 'before"):
     prompt.prompt(3, position='before_eos', causal=True)

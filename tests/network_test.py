@@ -15,9 +15,9 @@ from jax import lax
 
 from ptune import convert
 from ptune.methods import prompt
-from ptune.model import decoding, network, sizes
+from ptune.model import decoding, network, sizes, structure
 from ptune.model.adapters import Placement
-from ptune.model.layers import grow
+from ptune.model.masks import grow
 from ptune.model.models import Decoding, EncoderDecoderModel
 
 TINY = sizes.T5Config(
@@ -58,7 +58,7 @@ def random_params(net):
   """All different, norms included, so that a mix-up of two shows."""
   rng = np.random.default_rng(0)
   values = {}
-  for path, struct in network.parameters(net).items():
+  for path, struct in structure.parameters(net).items():
     value = rng.standard_normal(struct.shape, np.float32)
     if path.endswith('scale'):
       value = 1 + 0.2 * value
@@ -210,7 +210,7 @@ def open_family(directory):
   numbers = convert.sizes(source.shapes)
   numbers.pop('gated')
   config = sizes.t5(**numbers, mlp_activations=source.activations)
-  abstract = network.parameters(network.Transformer(config))
+  abstract = structure.parameters(network.Transformer(config))
   return config, convert.restore(source, abstract)
 
 
@@ -377,7 +377,7 @@ def test_beams_and_a_temperature_exclude_each_other():
   }.items(),
 )
 def test_published_sizes_have_the_published_number_of_parameters(name, count):
-  params = network.parameters(network.Transformer(sizes.t5(name)))
+  params = structure.parameters(network.Transformer(sizes.t5(name)))
   assert sum(math.prod(x.shape) for x in params.values()) == count
 
 
@@ -404,7 +404,7 @@ def test_a_size_takes_changes_and_wrong_ones_name_what_there_is():
 
 def test_parameters_have_the_names_and_shapes_of_t5x(numerics):
   want = load(numerics / 'prompt_encoder' / 'params.npz')
-  got = network.parameters(PLAIN)
+  got = structure.parameters(PLAIN)
   assert {k: x.shape for k, x in got.items()} == {
     k: x.shape for k, x in want.items()
   }
@@ -412,11 +412,11 @@ def test_parameters_have_the_names_and_shapes_of_t5x(numerics):
 
 def test_parameters_have_as_many_axis_names_as_dimensions():
   for net in (PLAIN, PROMPTED, network.Transformer(TIED)):
-    params, axes = network.parameters(net), network.parameter_axes(net)
+    params, axes = structure.parameters(net), structure.parameter_axes(net)
     assert params.keys() == axes.keys()
     for path, names in axes.items():
       assert len(names) == params[path].ndim, path
-  axes = network.parameter_axes(PROMPTED)
+  axes = structure.parameter_axes(PROMPTED)
   assert axes[prompt.PATH] == ('prompt', 'prompt_embed')
   assert axes['token_embedder/embedding'] == ('vocab', 'embed')
   assert axes['decoder/logits_dense/kernel'] == ('embed', 'vocab')
@@ -743,7 +743,7 @@ MASKS = ('encoder/mask', 'decoder/mask', 'decoder/encoder_mask')
 
 
 def test_all_sites_are_listed_and_an_adapter_at_each_matters():
-  assert network.sites(network.Transformer(SHALLOW)) == shallow_sites()
+  assert structure.sites(network.Transformer(SHALLOW)) == shallow_sites()
   scaled = [site for site in shallow_sites() if site not in MASKS]
   net = network.Transformer(
     SHALLOW,
@@ -752,12 +752,12 @@ def test_all_sites_are_listed_and_an_adapter_at_each_matters():
     ),
   )
   # Names of the base's parameters do not change, whatever is adapted.
-  base = network.parameters(network.Transformer(SHALLOW))
-  added = {k for k in network.parameters(net) if k.endswith('/factor')}
-  assert network.parameters(net).keys() - added == base.keys()
+  base = structure.parameters(network.Transformer(SHALLOW))
+  added = {k for k in structure.parameters(net) if k.endswith('/factor')}
+  assert structure.parameters(net).keys() - added == base.keys()
   owners = {k.replace('test_', '').removesuffix('/factor') for k in added}
   assert owners == set(scaled)
-  assert network.sites(net) == shallow_sites()
+  assert structure.sites(net) == shallow_sites()
 
   model, plain = EncoderDecoderModel(net), network.Transformer(SHALLOW)
   base, factors = random_params(plain), {k: np.float32(1) for k in added}
@@ -848,17 +848,17 @@ def flat(tree):
 
 
 def test_sites_of_an_mlp_without_gate_and_of_a_prompted_network():
-  tied = set(network.sites(network.Transformer(TIED)))
+  tied = set(structure.sites(network.Transformer(TIED)))
   assert {'encoder/layers_1/mlp/wi', 'decoder/layers_2/mlp/wi'} <= tied
   assert not any(site.endswith('wi_0') for site in tied)
-  assert network.sites(PROMPTED) == network.sites(PLAIN)
+  assert structure.sites(PROMPTED) == structure.sites(PLAIN)
 
 
 def test_a_pattern_stays_within_a_component_and_sites_share_no_parameters():
   net = network.Transformer(
     TINY, (Placement('*/layers_*/attention/q*', 'test', Scale),)
   )
-  added = network.parameters(net).keys() - network.parameters(PLAIN).keys()
+  added = structure.parameters(net).keys() - structure.parameters(PLAIN).keys()
   assert added == {
     f'encoder/layers_{i}/attention/test/factor' for i in range(2)
   }
@@ -874,10 +874,10 @@ def test_a_placement_that_matches_no_site_is_refused_with_the_sites():
     ),
   )
   with pytest.raises(ValueError, match='no site of the network matches') as e:
-    network.parameters(net)
+    structure.parameters(net)
   message = str(e.value)
   assert "['encoder/*/key', 'encoder/layer_0/mlp']" in message
-  for site in network.sites(PLAIN):
+  for site in structure.sites(PLAIN):
     assert f'\n  {site}' in message
 
 
@@ -930,7 +930,7 @@ def test_computing_layers_again_changes_memory_only():
       .lower(*arguments)
       .compile({'xla_backend_optimization_level': 0})
     )
-    results.append((network.sites(net), compiled(*arguments)))
+    results.append((structure.sites(net), compiled(*arguments)))
     memory.append(compiled.memory_analysis().temp_size_in_bytes)
     flops.append(compiled.cost_analysis()['flops'])
   (sites, (loss, grad)), (sites_again, (loss_again, grad_again)) = results

@@ -18,7 +18,7 @@ from ptune.methods import (
   superpos,
   ulpt,
 )
-from ptune.model import network, parameters
+from ptune.model import network, parameters, structure
 from ptune.serving import trained_model
 from ptune.training.settings import Trained
 from tests import tiny
@@ -92,7 +92,7 @@ def test_the_folded_prompt_is_the_formulas_and_answers_the_same(name):
   net = network.Transformer(SHALLOW, method.placements)
   flat = parameters.flatten(random_params(net))
   trained = {k: v for k, v in flat.items() if method.trains(k)}
-  assert trained.keys() == flat.keys() - network.parameters(
+  assert trained.keys() == flat.keys() - structure.parameters(
     network.Transformer(SHALLOW)
   )
   table = np.asarray(flat[parameters.EMBEDDING])

@@ -17,7 +17,7 @@ from ptune.methods import (
   prefix,
   prompt,
 )
-from ptune.model import network, parameters, partitioning
+from ptune.model import network, parameters, partitioning, structure
 from ptune.model.adapters import VIRTUAL, combine
 from ptune.model.models import EncoderDecoderModel
 from ptune.training import losses
@@ -328,6 +328,8 @@ def test_packed_networks_have_the_parameters_of_the_method():
       network.Transformer(SHALLOW, placements)
       for placements in (method.placements, method.packed.placements)
     ]
-    left, right = map(network.parameters, nets)
+    left, right = map(structure.parameters, nets)
     assert left == right
-    assert network.parameter_axes(nets[0]) == network.parameter_axes(nets[1])
+    assert structure.parameter_axes(nets[0]) == structure.parameter_axes(
+      nets[1]
+    )

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from ptune.convert.fingerprint import of_params
 from ptune.methods import full, prompt, prompt_init
-from ptune.model import network, parameters, partitioning, sizes
+from ptune.model import network, parameters, partitioning, sizes, structure
 from ptune.model.adapters import Method, Placement
 from tests.network_test import SHALLOW, TINY, load
 
@@ -34,7 +34,7 @@ def plan_of(method='prompt', **changes):
 
 def test_prompt_tuning_trains_the_prompt_and_freezes_the_base():
   plan = plan_of()
-  base = network.parameters(network.Transformer(TINY)).keys()
+  base = structure.parameters(network.Transformer(TINY)).keys()
   assert plan.trainable == plan.adapters == {prompt.PATH}
   assert plan.frozen == plan.base == base
   assert plan.params.keys() == base | {prompt.PATH}

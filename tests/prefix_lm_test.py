@@ -16,7 +16,7 @@ from ptune.methods import (
   norms,
   prompt,
 )
-from ptune.model import network, parameters, partitioning
+from ptune.model import network, parameters, partitioning, structure
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.serving import bank
 from tests import tiny
@@ -37,12 +37,12 @@ def logits(net, params, batch):
 
 
 def test_its_parameters_are_a_decoder_without_cross_attention():
-  paths = network.parameters(network.Transformer(ALONE))
+  paths = structure.parameters(network.Transformer(ALONE))
   folders = {path.split('/')[0] for path in paths}
   assert folders == {'token_embedder', 'decoder'}
   assert not [path for path in paths if 'encoder' in path]
   whole = dataclasses.replace(ALONE, num_encoder_layers=2)
-  of_t5 = network.parameters(network.Transformer(whole))
+  of_t5 = structure.parameters(network.Transformer(whole))
   assert {p: x.shape for p, x in paths.items()}.items() <= {
     p: x.shape for p, x in of_t5.items()
   }.items()
@@ -102,7 +102,7 @@ def test_a_prompt_of_embeddings_is_those_tokens():
   before = np.tile(np.array([30, 31], np.int32), (3, 1))
   inputs = np.concatenate([before, batch['encoder_input_tokens']], axis=1)
   plain = network.Transformer(ALONE)
-  base = {k: flat[k] for k in network.parameters(plain)}
+  base = {k: flat[k] for k in structure.parameters(plain)}
   want = logits(
     plain,
     parameters.unflatten(base),

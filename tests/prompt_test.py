@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ptune.methods import full, prompt, prompt_init
-from ptune.model import network, parameters
+from ptune.model import network, parameters, structure
 from ptune.model.adapters import PADDING
 from tests.network_test import (
   SHALLOW,
@@ -83,7 +83,7 @@ def test_in_bfloat16_only_a_rounded_copy_is_inserted(position):
     dataclasses.replace(TINY, dtype='bfloat16'),
     prompt.prompt(3, position=position).placements,
   )
-  assert network.parameters(net)[prompt.PATH].dtype == jnp.float32
+  assert structure.parameters(net)[prompt.PATH].dtype == jnp.float32
 
 
 @positions
@@ -116,12 +116,12 @@ def test_a_prompt_of_embeddings_is_those_tokens(position):
 
 def test_only_the_prompt_is_trained():
   method = prompt.prompt(5)
-  paths = network.parameters(network.Transformer(TINY, method.placements))
+  paths = structure.parameters(network.Transformer(TINY, method.placements))
   assert [p for p in paths if method.trains(p)] == [prompt.PATH]
   assert paths[prompt.PATH].shape == (5, 32)
   assert prompt.PATH == 'encoder/prompt/prompt/prompt'  # T5X's, in checkpoints.
   assert method.prompt == prompt.PATH
-  added = set(paths) - set(network.parameters(network.Transformer(TINY)))
+  added = set(paths) - set(structure.parameters(network.Transformer(TINY)))
   assert added == {prompt.PATH}
   assert all(full.full().trains(p) for p in paths)
 

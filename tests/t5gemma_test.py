@@ -39,6 +39,7 @@ from ptune.model import (
   parameters,
   partitioning,
   sizes,
+  structure,
 )
 from ptune.model.adapters import combine
 from ptune.model.config import TokenIds
@@ -616,7 +617,7 @@ def test_every_method_learns(name, method):
   rng = np.random.default_rng(3)
   params = {
     path: rng.normal(size=x.shape, scale=0.2).astype(np.float32)
-    for path, x in network.parameters(net).items()
+    for path, x in structure.parameters(net).items()
   } | values(name)
   trained = {path: params.pop(path) for path in [*params] if how.trains(path)}
   model = models.EncoderDecoderModel(net)
@@ -666,7 +667,7 @@ def test_published_sizes_have_as_many_parameters(name):
   assert sum(map(math.prod, shapes.values())) == PARAMETERS[name]
   # That these are the network's own shapes is shown where it is shallow.
   shallow = config.with_depth(1, 1)
-  found = network.parameters(network.Transformer(shallow))
+  found = structure.parameters(network.Transformer(shallow))
   assert files.shapes(shallow) == {path: x.shape for path, x in found.items()}
 
 

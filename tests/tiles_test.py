@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ptune.methods import prompt
-from ptune.model import layers, network, parameters, tpu_attention
+from ptune.model import layers, network, parameters, t5, tpu_attention
 from ptune.model.models import EncoderDecoderModel
 from tests.network_test import SHALLOW, make_batch, random_params
 
@@ -60,13 +60,13 @@ def test_packed_rows_are_filled_too():
 def lengths_of_layers(config, monkeypatch):
   """Positions that encoder layers compute, and that come out of the encoder."""
   seen = []
-  call = network.EncoderLayer.__call__
+  call = t5.EncoderLayer.__call__
 
   def watched(self, x, *args, **kwargs):
     seen.append(x.shape[1])
     return call(self, x, *args, **kwargs)
 
-  monkeypatch.setattr(network.EncoderLayer, '__call__', watched)
+  monkeypatch.setattr(t5.EncoderLayer, '__call__', watched)
   net = network.Transformer(config, prompt.prompt(5).placements)
   params = jax.eval_shape(lambda: random_params(net))
   seen.clear()  # That was the network's own, of other inputs.

@@ -29,7 +29,7 @@ import numpy as np
 from ptune import train
 from ptune.analysis import ablate
 from ptune.methods import prompt
-from ptune.model import network, parameters, partitioning, sizes
+from ptune.model import network, parameters, partitioning, sizes, structure
 from ptune.training import checkpoints
 from ptune.training import settings as settings_lib
 from ptune.training.state import TrainState
@@ -177,7 +177,7 @@ def make_base(path: os.PathLike[str], seed: int) -> str:
   rng = np.random.default_rng(seed)
   values = {
     path: rng.normal(size=x.shape, scale=0.3).astype(np.float32)
-    for path, x in network.parameters(network.Transformer(CONFIG)).items()
+    for path, x in structure.parameters(network.Transformer(CONFIG)).items()
   }
   state = TrainState(jnp.int32(8), parameters.unflatten(values), {})
   directory = pathlib.Path(path, 'checkpoints')

@@ -121,7 +121,7 @@ def layout(
 
 
 def shapes(config: T5Config) -> dict[str, Shape]:
-  """Returns the shapes that `network.parameters` gives, without tracing."""
+  """Returns the shapes that `structure.parameters` gives, without tracing."""
   embed, mlp = config.emb_dim, config.mlp_dim
   joined = config.num_heads * config.head_dim
   by_name = {

@@ -21,7 +21,7 @@ from ptune.convert.source import Index, Leaf, Source
 from ptune.convert.tokenizer_files import write_vocabulary
 from ptune.convert.trained import SUFFIX, open_trained
 from ptune.errors import UserError
-from ptune.model import network
+from ptune.model import network, structure
 from ptune.model.adapters import Method
 from ptune.model.sizes import T5Config
 
@@ -133,7 +133,7 @@ def _method(file: epath.PathLike, facts: Mapping[str, Any]) -> Method:
 
 def _check_shapes(method: Method, trained: Source, config: T5Config) -> None:
   """Raises ValueError if a parameter is missing, unknown or misshapen."""
-  params = network.parameters(network.Transformer(config, method.placements))
+  params = structure.parameters(network.Transformer(config, method.placements))
   expected = {p: x.shape for p, x in params.items() if method.trains(p)}
   wrong = identity.misshapen(trained.shapes, expected)
   if wrong:

@@ -192,7 +192,7 @@ def told(config: T5GemmaConfig) -> dict[str, Any]:
 
 
 def shapes(config: T5GemmaConfig) -> dict[str, Shape]:
-  """Returns the shapes that `network.parameters` gives, without tracing."""
+  """Returns the shapes that `structure.parameters` gives, without tracing."""
   found: dict[str, Shape] = {}
   for path in layout(config):
     stack = config.decoder if path.startswith('decoder') else config.encoder

@@ -214,7 +214,7 @@ def adapt(
 
   To be called in a compact method of `module`. What leaves the site is also
   sown into the `intermediates` collection, under `<site>_site`, where
-  `network.sites` finds the names and an analysis finds the values.
+  `structure.sites` finds the names and an analysis finds the values.
 
   Args:
     module: The module that owns the site.

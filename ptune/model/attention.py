@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
-from jax import lax
 
-from ptune.model import fused
+from ptune.model import cache, fused
 from ptune.model.adapters import Placement, adapt, placed
 from ptune.model.fused import MASKED
 from ptune.model.layers import (
   Dense,
+  Initializer,
   constrain,
   kernel_init,
   product,
@@ -135,45 +135,95 @@ class RelativePositionBias(nn.Module):
     return jnp.take(by_distance, distance + length - 1, axis=1)[None]
 
 
-def _keys_last(x):
-  """[batch, k, heads, kv] -> [batch, heads, kv, k]."""
-  return jnp.moveaxis(x, 1, -1)
+def project_heads(
+  attention: nn.Module,
+  placements: tuple[Placement, ...],
+  site: str,
+  x: jax.Array,
+  shape: tuple[int, int],
+  dtype: jnp.dtype,
+  axis: str = 'heads',
+  init: Initializer = kernel_init,
+) -> jax.Array:
+  """Projects queries, keys or values: [b, t, embed] -> [b, t, h, d].
 
-
-def _keys_first(x):
-  """[batch, heads, kv, k] -> [batch, k, heads, kv]."""
-  return jnp.moveaxis(x, -1, 1)
-
-
-def cached(
-  module: nn.Module, k: jax.Array, v: jax.Array, index: jax.Array, prefill: bool
-) -> tuple[jax.Array, jax.Array]:
-  """Writes one position into a module's cache, and returns all positions.
-
-  It keeps them as [batch, heads, kv, k], which both products take as it is.
+  Args:
+    attention: The module that owns the kernel.
+    placements: All placements of the network.
+    site: 'query', 'key' or 'value': the name of the site and of the kernel.
+    x: [b, t, embed].
+    shape: (h, d).
+    dtype: What the product is computed in.
+    axis: The logical axis of the heads.
+    init: Initialiser of the kernel.
   """
-  filled = module.has_variable('cache', 'cached_key')
-  found = []
-  for name, x in (('cached_key', k), ('cached_value', v)):
-    x = _keys_last(x)
-    start = x if prefill else jnp.zeros_like(x)
-    cache = module.variable('cache', name, lambda start=start: start)
-    if filled:
-      cache.value = lax.dynamic_update_slice(
-        cache.value, x.astype(cache.value.dtype), (0, 0, 0, index)
-      )
-    found.append(_keys_first(cache.value))
-  return found[0], found[1]
+  width = shape[0] * shape[1]
+  axes = ('embed', 'joined_kv')
+  y = Dense(width, axes, dtype, kernel_init=init, name=site)(x)
+  y = y.reshape(*y.shape[:-1], *shape)
+  y = constrain(y, 'batch', 'length', axis, 'kv')
+  return adapt(attention, placements, site, x, y)
 
 
-def unchanging(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Keys and values that a decoding loop does not change.
+def project_out(
+  attention: nn.Module,
+  placements: tuple[Placement, ...],
+  y: jax.Array,
+  features: int,
+  dtype: jnp.dtype,
+) -> jax.Array:
+  """The output projection: [b, q, h, ..., d] -> [b, q, features].
 
-  XLA moves out of the loop what stands here, but no transposition of its own
-  making.
+  Args:
+    attention: The module that owns the kernel.
+    placements: All placements of the network.
+    y: What the heads return.
+    features: Width of the residual stream.
+    dtype: What the product is computed in.
   """
-  kept = lax.optimization_barrier((_keys_last(k), _keys_last(v)))
-  return _keys_first(kept[0]), _keys_first(kept[1])
+  y = y.reshape(*y.shape[:2], -1)
+  out = Dense(features, ('joined_kv', 'embed'), dtype, name='out')(y)
+  return adapt(attention, placements, 'out', y, out)
+
+
+def all_keys(
+  attention: nn.Module,
+  placements: tuple[Placement, ...],
+  x: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  *,
+  queries: int,
+  cache_index: jax.Array | None,
+  prefill: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """All keys and values that are attended to: cached and inserted ones too.
+
+  Args:
+    attention: The module that owns the cache and the sites.
+    placements: All placements of the network.
+    x: [b, k, embed] what k and v were made of.
+    k: [b, k, h, d].
+    v: [b, k, h, d].
+    mask: Broadcasts to [b, h, q, k].
+    queries: Number of queries.
+    cache_index: As in `Attention`.
+    prefill: As in `Attention`.
+
+  Returns:
+    Keys and values, and the mask: what adapters put before the keys is visible
+    to every query.
+  """
+  if cache_index is not None:
+    k, v = cache.keys_and_values(attention, k, v, cache_index, prefill)
+  elif queries == 1:
+    k, v = cache.constant(k, v)
+  k = adapt(attention, placements, 'keys', x, k)
+  v = adapt(attention, placements, 'values', x, v)
+  added = k.shape[1] - mask.shape[-1]
+  mask = jnp.pad(mask, [(0, 0)] * 3 + [(added, 0)], constant_values=True)
+  return k, v, mask
 
 
 class Attention(nn.Module):
@@ -229,28 +279,18 @@ class Attention(nn.Module):
       y = self._attended(
         q, inputs_kv, mask, bias, cache_index, prefill, enable_dropout
       )
-    # -> [b, q, joined_kv] -> [b, q, embed]
-    y = y.reshape(*y.shape[:2], -1)
-    out = Dense(
-      inputs_q.shape[-1], ('joined_kv', 'embed'), self.dtype, name='out'
-    )(y)
-    return adapt(self, self.placements, 'out', y, out)
-
-  def _dense(self, site: str, **how) -> Dense:
-    """The kernel of queries, keys or values, [embed, joined_kv]."""
-    width = self.num_heads * self.head_dim
-    return Dense(width, ('embed', 'joined_kv'), self.dtype, name=site, **how)
+    return project_out(self, self.placements, y, inputs_q.shape[-1], self.dtype)
 
   def _project(self, site: str, x: jax.Array) -> jax.Array:
     """Makes queries, keys or values: [b, t, embed] -> [b, t, h, d]."""
     init = kernel_init
     if site == 'query':
-      # The head size that is not divided out of the logits stands here.
+      # T5 divides the kernel by sqrt(d) at the start, in place of the logits.
       init = lambda *args: kernel_init(*args) * self.head_dim**-0.5
-    y = self._dense(site, kernel_init=init)(x)
-    y = y.reshape(*y.shape[:-1], self.num_heads, self.head_dim)
-    y = constrain(y, 'batch', 'length', 'heads', 'kv')
-    return adapt(self, self.placements, site, x, y)
+    shape = (self.num_heads, self.head_dim)
+    return project_heads(
+      self, self.placements, site, x, shape, self.dtype, init=init
+    )
 
   def _weights(self, logits, mask, bias):
     """Logits [b, h, q, k] -> exponentials, and their sums [b, h, q, 1]."""
@@ -277,17 +317,19 @@ class Attention(nn.Module):
     """Attends to keys and values of x: [b, q, h, d], [b, k, embed] -> as q."""
     k = self._project('key', x)
     v = self._project('value', x)
-    if cache_index is not None:
-      k, v = cached(self, k, v, cache_index, prefill)
-    elif q.shape[1] == 1:
-      k, v = unchanging(k, v)
-    k = adapt(self, self.placements, 'keys', x, k)
-    v = adapt(self, self.placements, 'values', x, v)
-    # What adapters put before the keys is seen from everywhere.
-    added = [(0, 0)] * 3 + [(k.shape[1] - mask.shape[-1], 0)]
-    mask = jnp.pad(mask, added, constant_values=True)
-    if bias is not None:
-      bias = jnp.pad(bias, added)
+    k, v, mask = all_keys(
+      self,
+      self.placements,
+      x,
+      k,
+      v,
+      mask,
+      queries=q.shape[1],
+      cache_index=cache_index,
+      prefill=prefill,
+    )
+    if bias is not None:  # Inserted keys have a bias of 0.
+      bias = jnp.pad(bias, [(0, 0)] * 3 + [(k.shape[1] - bias.shape[-1], 0)])
     kept = self._kept(v, enable_dropout)
     if cache_index is None and fused.fits(self.fused, q, k, bias, mask):
       return fused.attend(q, k, v, bias, mask, kept)
@@ -352,10 +394,12 @@ class Attention(nn.Module):
       y = product('ihd,bhqi->bqhd', kernel, seen) / total.swapaxes(1, 2)
       return y if scale is None else y * scale.reshape(1, 1, *heads)
 
-    logits = self._dense('key', out_dtype=jnp.float32)(x, logits_of)
+    axes, width = ('embed', 'joined_kv'), self.num_heads * self.head_dim
+    project = functools.partial(Dense, width, axes, self.dtype)
+    logits = project(name='key', out_dtype=jnp.float32)(x, logits_of)
     weights, total = self._weights(logits, mask, bias)
     kept = self._kept(x, enable_dropout)
     if kept is not None:
       weights = weights * kept.swapaxes(2, 3)
-    y = self._dense('value')(x, values_of)
+    y = project(name='value')(x, values_of)
     return constrain(y, 'batch', 'length', 'heads', 'kv')

@@ -69,6 +69,11 @@ class ModelConfig:
   fused_attention: bool | None = None
   scan: bool = False
 
+  @property
+  def norm_offset(self) -> float:
+    """What norms add to their stored scale."""
+    return 0.0
+
   def __post_init__(self):
     if isinstance(self.ids, Mapping):
       object.__setattr__(self, 'ids', _ids(self.ids))

@@ -7,7 +7,7 @@ layers are counted as often as there are.
 import functools
 import math
 
-from ptune.model import network
+from ptune.model import network, structure
 from ptune.model.adapters import Method, Placement
 from ptune.model.sizes import Config
 
@@ -33,7 +33,7 @@ def _parameters(
 ) -> dict[str, int]:
   """Sizes by path, where layer 0 stands for all of its stack."""
   one = network.Transformer(config.with_depth(1, 1), placements)
-  params = network.parameters(one)
+  params = structure.parameters(one)
   layers = {
     'encoder/layers_0/': config.num_encoder_layers,
     'decoder/layers_0/': config.num_decoder_layers,

@@ -14,9 +14,9 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jax import lax
 
-from ptune.errors import UserError
 from ptune.model import tpu_attention
 from ptune.model.adapters import Placement, adapt
+from ptune.model.config import ModelConfig
 
 Initializer = Callable[..., jax.Array]
 
@@ -53,37 +53,6 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
   return nn.with_logical_constraint(x, axes)
 
 
-def grow(valid: jax.Array, length: int) -> jax.Array:
-  """Fits a token mask to an array that an adapter made longer or shorter.
-
-  Adapters add real positions, and padding stands last, so whatever was added
-  may be counted at the front, wherever it was put among the tokens:
-
-      valid [1, 1, 0], length 5 -> [1, 1, 1, 1, 0]
-
-  Args:
-    valid: [batch, tokens] True at real tokens.
-    length: Positions of the array that the mask is for.
-
-  Returns:
-    [batch, length].
-  """
-  added = length - valid.shape[1]
-  if added < 0:
-    return valid[:, -added:]
-  return jnp.pad(valid, ((0, 0), (added, 0)), constant_values=True)
-
-
-def refuse_packing(tokens: jax.Array, length: int) -> None:
-  """Raises a ValueError if an adapter changed the length of packed rows."""
-  if length != tokens.shape[1]:
-    raise UserError(
-      'an adapter changes the length of what is read, so examples cannot be'
-      ' packed: each would need a prompt of its own. Turn packing off (PACK),'
-      ' or place the adapters of `Method.packed`'
-    )
-
-
 def fill_tiles(length: int, multiple: int | None) -> int:
   """The number of positions that is computed for `length` of them.
 
@@ -105,6 +74,25 @@ def pad_to(x: jax.Array, axis: int, length: int) -> jax.Array:
   more = [(0, 0)] * x.ndim
   more[axis] = (0, length - x.shape[axis])
   return jnp.pad(x, more) if length > x.shape[axis] else x
+
+
+def cap(logits: jax.Array, limit: float | None) -> jax.Array:
+  """Bends logits smoothly so that they stay within (-limit, limit)."""
+  return logits if limit is None else limit * jnp.tanh(logits / limit)
+
+
+def times_root(x: jax.Array) -> jax.Array:
+  """x [..., embed] times sqrt(embed), which is rounded to the type of x."""
+  return x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)
+
+
+def residual_dropout(config: ModelConfig, enable_dropout: bool) -> nn.Dropout:
+  """Dropout of [batch, length, embed], one draw for all positions of a row."""
+  return nn.Dropout(
+    config.dropout_rate,
+    broadcast_dims=(-2,),
+    deterministic=not enable_dropout,
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -301,3 +289,39 @@ class Mlp(nn.Module):
     )
     out = Dense(x.shape[-1], ('mlp', 'embed'), self.dtype, name='wo')(h)
     return adapt(self, self.placements, 'wo', h, out)
+
+
+def sublayer(
+  layer: nn.Module,
+  config: ModelConfig,
+  placements: tuple[Placement, ...],
+  site: str,
+  compute: Callable[[jax.Array], jax.Array],
+  x: jax.Array,
+  dropout: nn.Dropout,
+  norm: str | None = None,
+) -> jax.Array:
+  """Norm, an attention or MLP, its site, and the residual connection.
+
+  Call it in a compact method of `layer`, which owns the parameters.
+
+  Args:
+    layer: The encoder or decoder layer.
+    config: Its sizes.
+    placements: All placements of the network.
+    site: The site of what is added to the residual stream.
+    compute: The attention or MLP; it gets x behind the norm.
+    x: [batch, length, embed] the residual stream.
+    dropout: Drops from what is added.
+    norm: What the norm is called in `pre_<norm>_layer_norm`; `site` if not
+      given.
+
+  Returns:
+    [batch, length, embed].
+  """
+  h = LayerNorm(
+    jnp.dtype(config.dtype),
+    offset=config.norm_offset,
+    name=f'pre_{norm or site}_layer_norm',
+  )(x)
+  return x + dropout(adapt(layer, placements, site, h, compute(h)))

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ptune.errors import UserError
 from ptune.host.columns import aligned
 from ptune.model import network as network_lib
-from ptune.model import partitioning, scan
+from ptune.model import partitioning, scan, structure
 from ptune.model.adapters import Method, Rows
 from ptune.model.sizes import Config
 
@@ -120,7 +120,7 @@ def plan(config: Config, method: Method, mesh: Mesh) -> Plan:
       parameter that is not there.
   """
   network = network_lib.Transformer(config, method.placements)
-  params = network_lib.parameters(network)
+  params = structure.parameters(network)
   trainable = frozenset(filter(method.trains, params))
   idle = [p for p in method.trainable if not _any_match(p, trainable)]
   if idle:
@@ -137,13 +137,13 @@ def plan(config: Config, method: Method, mesh: Mesh) -> Plan:
     )
     for path, x in params.items()
   }
-  base = network_lib.parameters(network_lib.Transformer(config))
+  base = structure.parameters(network_lib.Transformer(config))
   return Plan(
     network=network,
     method=method,
     mesh=mesh,
     rules=(),
-    axes=network_lib.parameter_axes(network),
+    axes=structure.parameter_axes(network),
     params=structs,
     base=frozenset(base),
     trainable=trainable,
@@ -290,7 +290,7 @@ def initialize(
 
   def init(key):
     tokens = jnp.ones((1, 2), jnp.int32)
-    variables = network_lib.unrolled(plan.network).init(
+    variables = structure.unrolled(plan.network).init(
       key, tokens, tokens, tokens, enable_dropout=False
     )
     flat = flatten(variables['params'])
@@ -363,7 +363,7 @@ def sites(
     Arrays [1, n, ...] float32, by the path of the site.
   """
   read = jax.jit(
-    functools.partial(network_lib.read_sites, plan.network.config),
+    functools.partial(structure.read_sites, plan.network.config),
     out_shardings=partitioning.replicated(plan.mesh),
   )
   base = {path: params[path] for path in plan.base}

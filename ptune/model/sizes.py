@@ -77,6 +77,16 @@ class T5Config(ModelConfig):
     return 'transient-global' if self.global_block_size else 'local'
 
   @property
+  def scales_inputs(self) -> bool:
+    """Always false; see `T5GemmaConfig.scales_inputs`."""
+    return False
+
+  @property
+  def logits_cap(self) -> float | None:
+    """Always None; see `T5GemmaConfig.logits_cap`."""
+    return None
+
+  @property
   def scales_outputs(self) -> bool:
     """`scale_decoder_outputs`, or what it is if not given."""
     if self.scale_decoder_outputs is None:

@@ -1,4 +1,4 @@
-"""The encoder and the decoder of T5Gemma and T5Gemma 2.
+"""The encoder and decoder layers of T5Gemma and T5Gemma 2.
 
 T5Gemma (arXiv 2504.06225) is Gemma 2 as an encoder-decoder; T5Gemma 2 (arXiv
 2512.14856) is Gemma 3. Unlike T5, they have
@@ -18,7 +18,6 @@ as it is, and its numbers are sqrt(d) times as large. PEFT puts prompts in the
 same places, so a prompt means the same there.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,19 +28,26 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
-from ptune.model import scan
-from ptune.model.adapters import PADDING, Placement, adapt
-from ptune.model.attention import cached, exponentials, unchanging
+from ptune.model import cache, scan
+from ptune.model.adapters import Placement, adapt
+from ptune.model.attention import (
+  all_keys,
+  exponentials,
+  project_heads,
+  project_out,
+)
 from ptune.model.layers import (
-  Dense,
   Embed,
   LayerNorm,
   Mlp,
+  cap,
   constrain,
-  grow,
   product,
-  refuse_packing,
+  residual_dropout,
+  sublayer,
+  times_root,
 )
+from ptune.model.masks import same_example
 from ptune.model.t5gemma_sizes import Stack, T5GemmaConfig
 
 # The cosines and sines of rotary positions, each [rows, length, kv / 2]
@@ -70,7 +76,7 @@ class ImageAwareEmbed(Embed):
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Looks up rows: [...] -> [..., embed]."""
-    x = _times_root(super().__call__(tokens), self.features)
+    x = times_root(super().__call__(tokens))
     own = self.eoi_embedding.astype(x.dtype).reshape((1,) * tokens.ndim + (-1,))
     return jnp.where((tokens == self.eoi_id)[..., None], own, x)
 
@@ -81,16 +87,6 @@ def embedder(config: T5GemmaConfig, stack: Stack) -> Embed:
   if config.version == 1:
     return Embed(config.vocab_size, stack.emb_dim, dtype)
   return ImageAwareEmbed(config.vocab_size, stack.emb_dim, dtype, config.eoi_id)
-
-
-def _times_root(x: jax.Array, width: int) -> jax.Array:
-  """x times sqrt(width), which is rounded to the type of x."""
-  return x * jnp.asarray(width**0.5, x.dtype)
-
-
-def cap(logits: jax.Array, most: float | None) -> jax.Array:
-  """Bends logits smoothly so that none goes beyond `most`."""
-  return logits if most is None else most * jnp.tanh(logits / most)
 
 
 def rotary(
@@ -184,17 +180,19 @@ class Attention(nn.Module):
     v = self._project('value', x)
     k, context_k = k[:, :own], k[:, own:]
     v, context_v = v[:, :own], v[:, own:]
-    if cache_index is not None:
-      k, v = cached(self, k, v, cache_index, prefill)
-      if context is not None:
-        context_k, context_v = self._kept_context(context_k, context_v)
-    elif q.shape[1] == 1 and context is None:
-      k, v = unchanging(k, v)
-    k = adapt(self, self.placements, 'keys', inputs_kv, k)
-    v = adapt(self, self.placements, 'values', inputs_kv, v)
-    # What adapters put before the keys is seen from everywhere.
-    added = k.shape[1] - mask.shape[-1]
-    mask = jnp.pad(mask, [(0, 0)] * 3 + [(added, 0)], constant_values=True)
+    k, v, mask = all_keys(
+      self,
+      self.placements,
+      inputs_kv,
+      k,
+      v,
+      mask,
+      queries=q.shape[1],
+      cache_index=cache_index,
+      prefill=prefill,
+    )
+    if context is not None and cache_index is not None:
+      context_k, context_v = self._cached_context(context_k, context_v)
     if context is not None:
       k = jnp.concatenate([k, context_k], axis=1)
       v = jnp.concatenate([v, context_v], axis=1)
@@ -215,25 +213,21 @@ class Attention(nn.Module):
     # [b, h, g, q] -> [b, q, h, g, 1]
     total = jnp.moveaxis(total, -1, 1)[..., None]
     y = (product('bhgqk,bkhd->bqhgd', weights, v) / total).astype(dtype)
-    y = y.reshape(*y.shape[:2], -1)
-    out = Dense(inputs_q.shape[-1], ('joined_kv', 'embed'), dtype, name='out')(
-      y
-    )
-    return adapt(self, self.placements, 'out', y, out)
+    return project_out(self, self.placements, y, inputs_q.shape[-1], dtype)
 
   def _project(self, site: str, x: jax.Array) -> jax.Array:
     """Makes queries, keys or values: [b, t, embed] -> [b, t, heads, kv]."""
     stack, query = self.stack, site == 'query'
     heads = stack.num_heads if query else stack.num_kv_heads
-    y = Dense(
-      heads * stack.head_dim,
-      ('embed', 'joined_kv'),
+    return project_heads(
+      self,
+      self.placements,
+      site,
+      x,
+      (heads, stack.head_dim),
       jnp.dtype(self.config.dtype),
-      name=site,
-    )(x)
-    y = y.reshape(*y.shape[:-1], heads, stack.head_dim)
-    y = constrain(y, 'batch', 'length', 'heads' if query else 'kv_heads', 'kv')
-    return adapt(self, self.placements, site, x, y)
+      axis='heads' if query else 'kv_heads',
+    )
 
   def _turned(
     self, site: str, x: jax.Array, positions: Rotary | None
@@ -252,7 +246,7 @@ class Attention(nn.Module):
     turned = rotate(y[:, :length], positions)
     return jnp.concatenate([turned, y[:, length:]], axis=1)
 
-  def _kept_context(
+  def _cached_context(
     self, k: jax.Array, v: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """Those of the call that made the cache."""
@@ -262,70 +256,21 @@ class Attention(nn.Module):
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sublayer:
-  """A sublayer between two norms, around which the residual stream goes.
-
-  Attributes:
-    layer: The layer, in whose compact call this is made.
-    norm: The name of its norms, without `pre_` and `post_`.
-    site: The site of what it adds to the stream.
-    enable_dropout: Whether that is dropped.
-  """
-
-  layer: 'EncoderLayer | DecoderLayer'
-  norm: str
-  site: str
-  enable_dropout: bool
-
-  def __call__(
-    self, x: jax.Array, compute: Callable[[jax.Array], jax.Array]
-  ) -> jax.Array:
-    """[batch, length, embed] -> the same shape."""
-    layer, cfg = self.layer, self.layer.config
-    dtype = jnp.dtype(cfg.dtype)
-    h = LayerNorm(dtype, offset=1.0, name=f'pre_{self.norm}')(x)
-    y = LayerNorm(dtype, offset=1.0, name=f'post_{self.norm}')(compute(h))
-    y = adapt(layer, layer.placements, self.site, h, y)
-    return x + _dropout(cfg, self.enable_dropout)(y)
-
-
-def _dropout(config: T5GemmaConfig, enable_dropout: bool) -> nn.Dropout:
-  return nn.Dropout(
-    config.dropout_rate,
-    broadcast_dims=(-2,),
-    deterministic=not enable_dropout,
-  )
-
-
-def _mlp(layer: 'EncoderLayer | DecoderLayer', stack: Stack, **how: bool):
-  cfg = layer.config
-  mlp = Mlp(
-    stack.mlp_dim,
-    ('gelu', 'linear'),
-    jnp.dtype(cfg.dtype),
-    cfg.dropout_rate,
-    layer.placements,
-    name='mlp',
-  )
-  return functools.partial(mlp, **how)
-
-
 class View(NamedTuple):
-  """What the layers of a kind see.
+  """What a kind of layer, global or local, attends to.
 
   Attributes:
-    mask: Broadcasts to [batch, 1, q, k]; True where a query may look.
-    positions: Of the queries and their own keys.
+    mask: Broadcasts to [batch, 1, q, k]; True where a query may attend.
+    positions: Rotations of the queries and of their own keys.
   """
 
   mask: jax.Array
   positions: Rotary
 
 
-def _view(full: jax.Array, views: tuple[View, View]) -> View:
-  """The first of the views if `full`, or the second."""
-  return jax.tree.map(lambda a, b: jnp.where(full, a, b), *views)
+def _view(is_global: jax.Array, views: tuple[View, View]) -> View:
+  """The first view for a global layer, the second for a local one."""
+  return jax.tree.map(lambda a, b: jnp.where(is_global, a, b), *views)
 
 
 def _views(
@@ -335,11 +280,11 @@ def _views(
   near: jax.Array,
   positions: jax.Array,
 ) -> tuple[View, View]:
-  """What global layers and local ones see.
+  """The views of global and of local layers.
 
   Args:
-    config: The model.
-    stack: Its encoder or decoder.
+    config: The sizes.
+    stack: Those of the encoder or decoder.
     mask: Broadcasts to [batch, 1, q, k].
     near: [q, k] True within the window.
     positions: [rows, q] of the queries.
@@ -351,39 +296,122 @@ def _views(
   )
 
 
-def _full(config: T5GemmaConfig, stack: Stack) -> np.ndarray:
+def _global_layers(config: T5GemmaConfig, stack: Stack) -> np.ndarray:
   """Which layers are global: [layers] bool."""
   return np.arange(1, stack.num_layers + 1) % config.window_pattern == 0
 
 
+def near_both_ways(config: T5GemmaConfig, positions: jax.Array) -> jax.Array:
+  """Which keys are in the window of an encoder's query: [length] -> [q, k].
+
+  In version 1, the window is `window` positions on either side. In version 2,
+  it is `window` positions in all, the query's own among them.
+  """
+  window = config.encoder.window
+  before = positions[:, None] - positions[None, :]
+  if config.version == 1:
+    return jnp.abs(before) <= window
+  return (before < (window + 1) // 2) & (-before < window // 2 + 1)
+
+
+def encoder_layers(
+  encoder: nn.Module,
+  config: T5GemmaConfig,
+  placements: tuple[Placement, ...],
+  x: jax.Array,
+  mask: jax.Array,
+  *,
+  enable_dropout: bool,
+) -> jax.Array:
+  """All layers of the encoder; see `t5.encoder_layers`."""
+  del encoder  # Flax knows it.
+  stack = config.encoder
+  positions = jnp.arange(x.shape[1])
+  near = near_both_ways(config, positions)
+  return scan.through_layers(
+    functools.partial(EncoderLayer, config, placements),
+    stack.num_layers,
+    x,
+    (_views(config, stack, mask, near, positions[None]),),
+    each=(_global_layers(config, stack),),
+    remat=config.remat,
+    scans=config.scan,
+    enable_dropout=enable_dropout,
+  )
+
+
+def decoder_layers(
+  decoder: nn.Module,
+  config: T5GemmaConfig,
+  placements: tuple[Placement, ...],
+  x: jax.Array,
+  encoded: jax.Array,
+  mask: jax.Array,
+  encoder_mask: jax.Array,
+  positions: cache.Positions,
+  segment_ids: jax.Array | None,
+  *,
+  prefill: bool,
+  enable_dropout: bool,
+) -> jax.Array:
+  """All layers of the decoder; see `t5.decoder_layers`.
+
+  Packed examples count their positions from their own start, because queries,
+  which are rotated, meet keys of the encoder, which are not.
+  """
+  stack = config.decoder
+  cache.keep_length(decoder, positions)
+  before = positions.queries[:, None] - positions.keys[None, :]  # [q, k]
+  rotated = positions.queries[None]
+  if segment_ids is not None:
+    own = same_example(segment_ids, segment_ids)
+    rotated = rotated - jnp.argmax(own[:, 0], axis=-1)
+  return scan.through_layers(
+    functools.partial(DecoderLayer, config, placements),
+    stack.num_layers,
+    x,
+    (
+      encoded,
+      encoder_mask,
+      _views(config, stack, mask, before < stack.window, rotated),
+    ),
+    each=(_global_layers(config, stack),),
+    remat=config.remat and positions.cache_index is None,
+    scans=config.scan,
+    cache_index=positions.cache_index,
+    prefill=prefill,
+    enable_dropout=enable_dropout,
+  )
+
+
 class EncoderLayer(nn.Module):
-  """Self-attention and MLP. Sites as in `network.EncoderLayer`."""
+  """Self-attention and MLP. The sites are those of `t5.EncoderLayer`."""
 
   config: T5GemmaConfig
   placements: tuple[Placement, ...] = ()
 
   @nn.compact
-  def __call__(self, x, views, full, *, enable_dropout: bool = False):
-    """[batch, length, embed] -> the same shape; `full`: is it global?"""
+  def __call__(self, x, views, is_global, *, enable_dropout: bool = False):
+    """[batch, length, embed] -> the same shape."""
     cfg, place = self.config, self.placements
-    mask, positions = _view(full, views)
-    sublayer = functools.partial(_Sublayer, self, enable_dropout=enable_dropout)
+    mask, positions = _view(is_global, views)
+    add = functools.partial(_sublayer, self, cfg, place, enable_dropout)
+
+    def attention(h):
+      module = Attention(cfg, cfg.encoder, place, name='attention')
+      return module(h, h, mask, positions, enable_dropout=enable_dropout)
+
     x = adapt(self, place, 'input', x, x)
-    attention = Attention(cfg, cfg.encoder, place, name='attention')
-    x = sublayer('attention_layer_norm', 'attention')(
-      x,
-      lambda h: attention(h, h, mask, positions, enable_dropout=enable_dropout),
-    )
-    mlp = _mlp(self, cfg.encoder, enable_dropout=enable_dropout)
-    x = sublayer('mlp_layer_norm', 'mlp')(x, mlp)
+    x = add('attention', attention, x)
+    x = add('mlp', _mlp(cfg, place, cfg.encoder, enable_dropout), x)
     return constrain(x, 'batch', 'length', 'embed')
 
 
 class DecoderLayer(nn.Module):
   """Self-attention, attention to the encoder and MLP.
 
-  In version 2, self-attention attends to the encoder too, and the second
-  sublayer is not there. Sites as in `network.DecoderLayer`.
+  In version 2, self-attention attends to the encoder too, and there is no
+  second attention. The sites are those of `t5.DecoderLayer`.
   """
 
   config: T5GemmaConfig
@@ -396,22 +424,19 @@ class DecoderLayer(nn.Module):
     encoded,
     encoder_mask,
     views,
-    full,
+    is_global,
     *,
     cache_index=None,
     prefill: bool = False,
     enable_dropout: bool = False,
   ):
-    """[batch, length, embed] -> the same shape; `full`: is it global?"""
+    """[batch, length, embed] -> the same shape."""
     cfg, place = self.config, self.placements
-    mask, positions = _view(full, views)
-    sublayer = functools.partial(_Sublayer, self, enable_dropout=enable_dropout)
-    attention = functools.partial(Attention, cfg, cfg.decoder, place)
-    x = adapt(self, place, 'input', x, x)
-    own = attention(name='self_attention')
-    x = sublayer('self_attention_layer_norm', 'self_attention')(
-      x,
-      lambda h: own(
+    mask, positions = _view(is_global, views)
+    add = functools.partial(_sublayer, self, cfg, place, enable_dropout)
+
+    def self_attention(h):
+      return Attention(cfg, cfg.decoder, place, name='self_attention')(
         h,
         h,
         mask,
@@ -420,179 +445,63 @@ class DecoderLayer(nn.Module):
         cache_index=cache_index,
         prefill=prefill,
         enable_dropout=enable_dropout,
-      ),
-    )
-    if cfg.version == 1:
-      cross = attention(name='encoder_decoder_attention')
-      x = sublayer('cross_attention_layer_norm', 'encoder_decoder_attention')(
-        x,
-        lambda h: cross(
-          h, encoded, encoder_mask, enable_dropout=enable_dropout
-        ),
       )
-    mlp = _mlp(self, cfg.decoder, enable_dropout=enable_dropout)
-    x = sublayer('mlp_layer_norm', 'mlp')(x, mlp)
+
+    def cross_attention(h):
+      name = 'encoder_decoder_attention'
+      module = Attention(cfg, cfg.decoder, place, name=name)
+      return module(h, encoded, encoder_mask, enable_dropout=enable_dropout)
+
+    x = adapt(self, place, 'input', x, x)
+    x = add('self_attention', self_attention, x)
+    if cfg.version == 1:
+      x = add(
+        'encoder_decoder_attention', cross_attention, x, norm='cross_attention'
+      )
+    x = add('mlp', _mlp(cfg, place, cfg.decoder, enable_dropout), x)
     return constrain(x, 'batch', 'length', 'embed')
 
 
-class Encoder(nn.Module):
-  """The encoder. Sites as in `network.Encoder`."""
-
-  config: T5GemmaConfig
-  token_embedder: Embed
-  placements: tuple[Placement, ...] = ()
-
-  @nn.compact
-  def __call__(self, tokens, segment_ids=None, *, enable_dropout=False):
-    """[batch, length] -> [batch, length + what adapters add, embed]."""
-    cfg, place = self.config, self.placements
-    dropout = _dropout(cfg, enable_dropout)
-    x = self.token_embedder(tokens)
-    real = tokens != cfg.ids.pad
-    tokens = jnp.where(real, tokens, PADDING)
-    # [batch, length, embed] -> [batch, prompt + length, embed]
-    x = adapt(self, place, 'embed', tokens, x)
-    x = constrain(x, 'batch', 'length', 'embed')
-    if cfg.version == 1:
-      x = _times_root(x, cfg.encoder.emb_dim)
-
-    length = x.shape[1]
-    mask = grow(real, length)[:, None, None, :]
-    if segment_ids is not None:
-      refuse_packing(tokens, length)
-      mask &= segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    mask = adapt(self, place, 'mask', tokens, mask)
-    positions = jnp.arange(length)
-    near = near_both_ways(cfg, positions)
-    x = scan.through_layers(
-      functools.partial(EncoderLayer, cfg, place),
-      cfg.encoder.num_layers,
-      dropout(x),
-      (_views(cfg, cfg.encoder, mask, near, positions[None]),),
-      each=(_full(cfg, cfg.encoder),),
-      remat=cfg.remat,
-      scans=cfg.scan,
-      enable_dropout=enable_dropout,
-    )
-    x = LayerNorm(jnp.dtype(cfg.dtype), offset=1.0, name='encoder_norm')(x)
-    return adapt(self, place, 'output', tokens, dropout(x))
+def _sublayer(
+  layer: nn.Module,
+  config: T5GemmaConfig,
+  placements: tuple[Placement, ...],
+  enable_dropout: bool,
+  site: str,
+  compute: Callable[[jax.Array], jax.Array],
+  x: jax.Array,
+  norm: str | None = None,
+) -> jax.Array:
+  """`layers.sublayer` with a second norm, behind the attention or MLP."""
+  post = LayerNorm(
+    jnp.dtype(config.dtype),
+    offset=config.norm_offset,
+    name=f'post_{norm or site}_layer_norm',
+  )
+  return sublayer(
+    layer,
+    config,
+    placements,
+    site,
+    lambda h: post(compute(h)),
+    x,
+    residual_dropout(config, enable_dropout),
+    norm,
+  )
 
 
-def near_both_ways(config: T5GemmaConfig, positions: jax.Array) -> jax.Array:
-  """Which keys lie in the window of the encoder: [length] -> [q, k].
-
-  In version 1, those that are up to `window` positions away, on either side.
-  In version 2, `window` keys in all, the query's own among them.
-  """
-  window = config.encoder.window
-  before = positions[:, None] - positions[None, :]
-  if config.version == 1:
-    return jnp.abs(before) <= window
-  return (before < (window + 1) // 2) & (-before < window // 2 + 1)
-
-
-class Decoder(nn.Module):
-  """The decoder and the output layer. Sites as in `network.Decoder`."""
-
-  config: T5GemmaConfig
-  token_embedder: Embed
-  placements: tuple[Placement, ...] = ()
-
-  @nn.compact
-  def __call__(
-    self,
-    tokens,
-    encoded,
-    encoder_tokens,
-    target_tokens,
-    encoder_segment_ids=None,
-    segment_ids=None,
-    *,
-    decode=False,
-    enable_dropout=False,
-  ):
-    """[batch, length] -> logits [batch, length, vocab], float32.
-
-    With decode, the first call makes the cache for `length` positions, and
-    each later one takes the token of the next position, [batch, 1].
-    """
-    cfg, place = self.config, self.placements
-    stack, dtype = cfg.decoder, jnp.dtype(cfg.dtype)
-    dropout = _dropout(cfg, enable_dropout)
-    x = adapt(self, place, 'embed', tokens, self.token_embedder(tokens))
-    x = constrain(x, 'batch', 'length', 'embed')
-    if cfg.version == 1:
-      x = _times_root(x, stack.emb_dim)
-    added = x.shape[1] - tokens.shape[1]
-
-    real = encoder_tokens != cfg.ids.pad
-    encoder_mask = grow(real, encoded.shape[1])[:, None, None, :]
-    cache_index = None
-    if decode and self.has_variable('cache', 'cache_index'):
-      x = x[:, added:]  # What was added lies in the cache.
-      cache_index = self.get_variable('cache', 'cache_index')
-      keys = self.get_variable('cache', 'position_embedder_index')
-      queries = cache_index[None]
-      self.put_variable('cache', 'cache_index', cache_index + 1)
-    else:
-      keys = queries = jnp.arange(x.shape[1])
-      if decode:
-        cache_index = jnp.zeros((), jnp.int32)
-        # T5X's beams share what has this name.
-        self.put_variable('cache', 'position_embedder_index', keys)
-        self.put_variable('cache', 'cache_index', cache_index + added)
-    before = queries[:, None] - keys[None, :]  # [q, k]
-    positions = queries[None]
-    mask = (before >= 0)[None, None]
-    if not decode:
-      wanted = target_tokens != cfg.ids.pad
-      mask = mask & grow(wanted, x.shape[1])[:, None, None, :]
-    if segment_ids is not None:
-      refuse_packing(encoder_tokens, encoded.shape[1])
-      refuse_packing(tokens, x.shape[1])
-      asked = segment_ids[:, None, :, None]
-      own = asked == segment_ids[:, None, None, :]
-      mask = mask & own
-      # From the start of the example, since queries that are turned meet keys
-      # of the encoder that are not.
-      positions = positions - jnp.argmax(own[:, 0], axis=-1)
-      encoder_mask &= asked == encoder_segment_ids[:, None, None, :]
-    mask = adapt(self, place, 'mask', tokens, mask)
-    encoder_mask = adapt(
-      self,
-      place,
-      'encoder_mask',
-      jnp.where(real, encoder_tokens, PADDING),
-      encoder_mask,
-    )
-    x = scan.through_layers(
-      functools.partial(DecoderLayer, cfg, place),
-      stack.num_layers,
-      dropout(x),
-      (
-        encoded,
-        encoder_mask,
-        _views(cfg, stack, mask, before < stack.window, positions),
-      ),
-      each=(_full(cfg, stack),),
-      remat=cfg.remat and not decode,
-      scans=cfg.scan,
-      cache_index=cache_index,
-      prefill=added > 0,
-      enable_dropout=enable_dropout,
-    )
-    x = x[:, -tokens.shape[1] :]
-    x = dropout(LayerNorm(dtype, offset=1.0, name='decoder_norm')(x))
-    x = adapt(self, place, 'output', tokens, x)
-    if cfg.logits_via_embedding:
-      logits = self.token_embedder.attend(x)
-    else:
-      logits = Dense(
-        cfg.vocab_size,
-        ('embed', 'vocab'),
-        dtype,
-        out_dtype=jnp.float32,
-        name='logits_dense',
-      )(x)
-    logits = cap(logits, cfg.logits_cap)
-    return constrain(logits, 'batch', 'length', 'vocab')
+def _mlp(
+  config: T5GemmaConfig,
+  placements: tuple[Placement, ...],
+  stack: Stack,
+  enable_dropout: bool,
+) -> Callable[[jax.Array], jax.Array]:
+  mlp = Mlp(
+    stack.mlp_dim,
+    ('gelu', 'linear'),
+    jnp.dtype(config.dtype),
+    config.dropout_rate,
+    placements,
+    name='mlp',
+  )
+  return functools.partial(mlp, enable_dropout=enable_dropout)

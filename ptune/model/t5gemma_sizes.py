@@ -18,7 +18,8 @@ class Stack:
     num_heads: Heads of the queries.
     num_kv_heads: Heads of the keys and values, each for as many query heads.
     head_dim: Size of one head.
-    window: How far a local layer sees, in positions. See `t5gemma.near`.
+    window: How far a local layer sees, in positions; see
+      `t5gemma.near_both_ways`.
   """
 
   num_layers: int
@@ -90,6 +91,26 @@ class T5GemmaConfig(ModelConfig):
         'the stacks of T5Gemma 2 share their embedding, so they must be of one'
         f' width; got {self.encoder.emb_dim} and {self.decoder.emb_dim}'
       )
+
+  @property
+  def norm_offset(self) -> float:
+    """What norms add to their stored scale: Gemma stores scale - 1."""
+    return 1.0
+
+  @property
+  def scales_inputs(self) -> bool:
+    """Whether what leaves the site `embed` is multiplied by sqrt(embed)."""
+    return self.version == 1
+
+  @property
+  def scales_outputs(self) -> bool:
+    """Always false; see `T5Config.scales_outputs`."""
+    return False
+
+  @property
+  def length_multiple(self) -> int:
+    """Always 1: positions are not padded; see `T5Config.length_multiple`."""
+    return 1
 
   @property
   def decoder_only(self) -> bool:

@@ -28,7 +28,7 @@ import sentencepiece
 from ptune import pretrained
 from ptune.convert import identity, open_checkpoint, restore
 from ptune.methods import prompt, prompt_init
-from ptune.model import network, parameters, partitioning
+from ptune.model import network, parameters, partitioning, structure
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import T5Config
@@ -80,7 +80,7 @@ def load(
   """Opens a model: returns its sizes, and its parameters in float32."""
   source = open_checkpoint(checkpoint)
   config = identity.config(source)
-  base = network.parameters(network.Transformer(config))
+  base = structure.parameters(network.Transformer(config))
   everywhere = partitioning.replicated(one_device())
   structs = {
     path: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=everywhere)
