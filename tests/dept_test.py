@@ -109,8 +109,8 @@ def test_the_additions_learn_at_their_own_rate(name):
   ('make', 'message'),
   [
     (lambda: dept.dept(0), 'PROMPT_LENGTH is 0'),
-    (lambda: dept.dept(rank=0), 'rank of DePT is 0'),
-    (lambda: dept.dept(positions=0), 'for 0 positions'),
+    (lambda: dept.dept(rank=0), 'DePT got rank = 0'),
+    (lambda: dept.dept(positions=0), 'positions = 0'),
     (lambda: adept.adept(bottleneck=0), 'bottleneck is 0'),
   ],
 )

@@ -10,7 +10,7 @@ import pytest
 
 from ptune import evaluate, infer
 from ptune.convert import commands
-from ptune.methods import multitask, prompt, prompt_init
+from ptune.methods import causal_prompts, multitask, prompt, prompt_init
 from ptune.model import network, parameters, structure
 from ptune.serving import trained_model
 from ptune.tasks import glue, registry
@@ -139,7 +139,7 @@ def test_tasks_start_as_what_they_share_or_apart(combine):
 def test_causal_rows_see_those_before_them_and_all_of_the_input():
   mask = np.ones((1, 1, 1, 5), bool)
   mask[..., -1] = False  # padding
-  seen = prompt.CausalPrompt(length=3).apply({}, None, mask)
+  seen = causal_prompts.CausalPrompt(length=3).apply({}, None, mask)
   want = [
     [1, 0, 0, 1, 0],
     [1, 1, 0, 1, 0],
@@ -302,8 +302,8 @@ def test_what_all_share_starts_as_said():
     ({'length': 0}, 'PROMPT_LENGTH is 0'),
     ({'combine': 'sum'}, "'sum'; it must be one of .*'add'"),
     ({'tasks': 0}, 'tasks is 0; it must be at least 1'),
-    ({'tasks': 9, 'vocab_size': 9}, 'tasks is 9; .* less than the vocab_size'),
-    ({'combine': 'concat', 'length': 1}, 'less than the PROMPT_LENGTH 1'),
+    ({'tasks': 9, 'vocab_size': 9}, 'tasks is 9; .* less than vocab_size'),
+    ({'combine': 'concat', 'length': 1}, 'less than PROMPT_LENGTH, .* 1'),
     ({'combine': 'concat', 'task_length': 0}, 'task_length is 0'),
     ({'shared_features': 0}, 'shared_features is 0; it must be at least 1'),
   ],
@@ -315,7 +315,7 @@ def test_sizes_that_cannot_be_are_refused(arguments, message):
 
 def test_features_must_be_left_for_the_tasks():
   method = make(combine='concat_features', shared_features=32)
-  with pytest.raises(ValueError, match='shared_features is 32, and d_model'):
+  with pytest.raises(ValueError, match='shared_features is 32, but d_model'):
     structure.parameters(network.Transformer(SHALLOW, method.placements))
-  with pytest.raises(ValueError, match="at position 'start', not at 'before"):
+  with pytest.raises(ValueError, match="at position 'start', and got 'before"):
     prompt.prompt(3, position='before_eos', causal=True)

@@ -159,7 +159,7 @@ def test_an_initialiser_gives_the_rows_that_the_network_reads():
     (lambda: residual.residual(0), 'PROMPT_LENGTH is 0'),
     (lambda: residual.residual(bottleneck=0), 'bottleneck is 0'),
     (lambda: superpos.superpos(0), 'PROMPT_LENGTH is 0'),
-    (lambda: superpos.superpos(tokens=3000), '3000 tokens of the first 2000'),
+    (lambda: superpos.superpos(tokens=3000), '3000 and population = 2000'),
     (lambda: ulpt.ulpt(rank=0), 'rank of ULPT is 0'),
   ],
 )

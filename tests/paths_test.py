@@ -14,7 +14,7 @@ from ptune.convert.trained import facts_beside
 from ptune.errors import UserError
 from ptune.host import paths
 from ptune.host.files import absolute
-from ptune.methods import prompt_init
+from ptune.methods import prompt_array
 from ptune.serving import serve
 from ptune.training import run_file
 
@@ -34,7 +34,7 @@ def test_what_is_no_path_is_said_by_whoever_opens_it(path, message):
   for opens in (
     open_checkpoint,
     read_prompt,
-    prompt_init.read,
+    prompt_array.read,
     absolute,
   ):
     with pytest.raises(UserError, match=message):
@@ -44,7 +44,7 @@ def test_what_is_no_path_is_said_by_whoever_opens_it(path, message):
 def test_file_urls_are_local_files(tmp_path):
   np.save(tmp_path / 'p.npy', np.ones((2, 3), np.float32))
   url = f'file://{tmp_path}'
-  assert prompt_init.read(f'{url}/p.npy').shape == (2, 3)
+  assert prompt_array.read(f'{url}/p.npy').shape == (2, 3)
   assert read_prompt(f'{url}/p.npy').array.shape == (2, 3)
   assert os.fspath(absolute(f'{url}/run')) == f'{tmp_path}/run'
   assert os.fspath(locate(url)) == str(tmp_path)
@@ -72,7 +72,7 @@ def test_a_pipe_or_device_is_never_read(endless, tmp_path):
   (t5x / 'checkpoint').symlink_to(file)
   token = argparse.Namespace(token_file=str(file))
   for read in (
-    lambda: prompt_init.read(tmp_path / 'x.npy'),
+    lambda: prompt_array.read(tmp_path / 'x.npy'),
     lambda: read_prompt(tmp_path / 'x.npy'),
     lambda: read_prompt(file),
     lambda: read_json(tmp_path / 'config.json'),

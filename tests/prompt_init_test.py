@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 import seqio
 
-from ptune.methods import prompt_init
+from ptune.methods import prompt_array, prompt_init
 
 EMBED = 4
 
@@ -302,13 +302,13 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
   np.save(tmp_path / 'step_1000.npy', VALUE)
   (tmp_path / 'metrics.jsonl').touch()
   with pytest.raises(FileNotFoundError) as e:
-    prompt_init.read(tmp_path / 'step_100.npy')
+    prompt_array.read(tmp_path / 'step_100.npy')
   assert str(e.value) == (
     f'there is no prompt file {tmp_path}/step_100.npy; did you mean'
     ' step_1000.npy?'
   )
   with pytest.raises(FileNotFoundError, match='there is no prompt file'):
-    prompt_init.read(tmp_path / 'no' / 'where.npy')
+    prompt_array.read(tmp_path / 'no' / 'where.npy')
 
 
 class Touches:
@@ -326,7 +326,7 @@ def test_a_pickled_file_is_refused_and_never_loaded(tmp_path):
   objects = np.array([[Touches(trace)]], dtype=object)
   np.save(tmp_path / 'prompt.npy', objects, allow_pickle=True)
   with pytest.raises(ValueError, match='pickled objects, which are not loaded'):
-    prompt_init.read(tmp_path / 'prompt.npy')
+    prompt_array.read(tmp_path / 'prompt.npy')
   assert not trace.exists()
 
 
@@ -364,14 +364,14 @@ def cut(at):
 def test_a_damaged_file_is_named(tmp_path, make, message):
   make(tmp_path)
   with pytest.raises(ValueError, match=message) as e:
-    prompt_init.read(tmp_path / 'prompt.npy')
+    prompt_array.read(tmp_path / 'prompt.npy')
   assert re.match(rf'prompt file {tmp_path}/prompt\.npy ', str(e.value))
 
 
 def test_values_too_large_for_float32_are_refused(tmp_path):
   np.save(tmp_path / 'prompt.npy', VALUE.astype(np.float64) * 1e300)
   with pytest.raises(ValueError, match='holds NaN or infinity'):
-    prompt_init.read(tmp_path / 'prompt.npy')
+    prompt_array.read(tmp_path / 'prompt.npy')
 
 
 def test_an_archive_or_a_text_is_no_prompt_file(tmp_path):
@@ -379,7 +379,7 @@ def test_an_archive_or_a_text_is_no_prompt_file(tmp_path):
   (tmp_path / 'prompt.json').write_text('{"step": 5}')
   for name in ('prompt.npz', 'prompt.json'):
     with pytest.raises(ValueError, match='is no NumPy array file'):
-      prompt_init.read(tmp_path / name)
+      prompt_array.read(tmp_path / name)
 
 
 # ---------------------------------------------------------------- of prompts

@@ -32,7 +32,7 @@ import gin
 from ptune import cli, methods
 from ptune.convert import open_checkpoint
 from ptune.convert.trained import open_trained
-from ptune.methods import prompt, prompt_init
+from ptune.methods import prompt, prompt_array
 from ptune.model import parameters
 from ptune.pretrained import VOCABULARY
 from tests import readme_test, t5x_contract_test, tiny
@@ -363,7 +363,7 @@ def test_ten_steps_equal_the_reference(numerics, base, work, start, optimizer):
     logged(run, 'loss'), golden[name + 'loss'], rtol=5e-6
   )
   for i, expected in enumerate(golden[name + 'prompt_each']):
-    got = prompt_init.read(saved(run, start + i + 1))
+    got = prompt_array.read(saved(run, start + i + 1))
     np.testing.assert_allclose(got, expected, atol=2e-5)
   if optimizer != 'ptune':
     v = state.param_states['encoder']['prompt']['prompt']['prompt'].v
@@ -490,7 +490,7 @@ def test_ten_steps_end_as_under_ptune(ten_steps, file):
       )
     else:
       values = {prompt.PATH: np.load(prompts / 'step_10.npy')}
-    assert_same({prompt.PATH: prompt_init.read(saved(hosted, step))}, values)
+    assert_same({prompt.PATH: prompt_array.read(saved(hosted, step))}, values)
   else:
     assert written == ['adapter.json', 'adapter.safetensors']
     theirs, facts = open_trained(saved(hosted, step, 'adapter.safetensors'))
@@ -782,7 +782,7 @@ def test_killed_and_resumed_a_run_ends_as_under_ptune(
   for step in range(START, START + 11, 2):
     one = open_checkpoint(run / f'checkpoint_{step}')
     np.testing.assert_array_equal(
-      prompt_init.read(saved(run, step)), one.leaves[prompt.PATH].read()
+      prompt_array.read(saved(run, step)), one.leaves[prompt.PATH].read()
     )
 
 
@@ -806,7 +806,7 @@ def test_the_command_in_readme_runs(place):
   )
   assert not done.returncode, done.stdout[-5000:]
   first, last = (
-    prompt_init.read(saved(place / 'runs' / 'sst2', step)) for step in (0, 3)
+    prompt_array.read(saved(place / 'runs' / 'sst2', step)) for step in (0, 3)
   )
   assert first.shape == last.shape == (9, 96)
   assert 0.1 < np.abs(last - first).max() < 10

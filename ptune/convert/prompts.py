@@ -23,9 +23,9 @@ from ptune.convert.trained import SUFFIX, facts_beside, open_trained
 from ptune.errors import UserError
 from ptune.host import paths
 from ptune.host.files import write_atomically
-from ptune.methods import multitask, prompt_init, smop
+from ptune.methods import multitask, prompt_array, smop
 from ptune.methods.prompt import PATH
-from ptune.methods.prompt_init import read_array
+from ptune.methods.prompt_array import read_array
 
 # The name of the prompt's file in the paper's implementation.
 REFERENCE_FILE = 'encoder.prompt.prompt.prompt'
@@ -123,7 +123,7 @@ def read_rows(path: epath.PathLike) -> np.ndarray:
   place = locate(path)
   if place.is_dir() or place.suffix == '.safetensors':
     return read_prompt(place).array
-  return prompt_init.read(place)
+  return prompt_array.read(place)
 
 
 def find(path: epath.PathLike) -> epath.Path:

@@ -7,12 +7,12 @@ reads
     [P; X + relu(X D + c) U + b]     P [prompt, embed], D [embed, bottleneck],
                                      U [bottleneck, embed]
 
-so that a token has the same addition wherever it stands. U and b start at zero:
-the model starts as with the prompt alone.
+so a token gets the same offset at every position. U and b start at zero, so
+training starts from the model with the prompt alone.
 
-Trained: P, D, c, U and b; by default 76,061 numbers for T5 base, as many as the
-paper's. The network needs a learning rate of its own, far below the prompt's,
-which the gin file gives it by `optim.grouped`.
+Trained: P, D, c, U and b. The defaults are the paper's: 76,061 parameters for
+T5 base. The network needs a much lower learning rate than the prompt, which the
+gin file sets with `optim.grouped`.
 
     --gin_file=methods/adept.gin
 """
@@ -20,20 +20,21 @@ which the gin file gives it by `optim.grouped`.
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import partitioning
 
 from ptune.errors import UserError
 from ptune.methods import prompt_init
+from ptune.methods.adapter_layers import PROMPT_AXES, narrow_mlp, vector
 from ptune.methods.dept import with_offsets
-from ptune.methods.p_tuning import AXES
 from ptune.model.adapters import Method
-from ptune.model.layers import Dense
 
 
 class TokenOffsets(nn.Module):
-  """Adds to each embedded token what a small network makes of it."""
+  """Adds the output of a small network to each embedded token.
+
+  Attributes:
+    bottleneck: Hidden units.
+  """
 
   bottleneck: int
 
@@ -41,23 +42,18 @@ class TokenOffsets(nn.Module):
   def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """y [batch, length, embed] -> the same shape."""
     del x
-    zeros, embed = nn.initializers.zeros, y.shape[-1]
-    down, up = (
-      partitioning.param_with_axes(
-        f'{name}_bias', zeros, (size,), jnp.float32, axes=(axis,)
-      ).astype(y.dtype)[None, None]
-      for name, size, axis in (
-        ('down', self.bottleneck, AXES[1]),
-        ('up', embed, AXES[0]),
-      )
+    zeros = nn.initializers.zeros
+    embed, hidden = PROMPT_AXES
+    down = vector('down_bias', zeros, self.bottleneck, hidden)
+    up = vector('up_bias', zeros, y.shape[-1], embed)
+    offsets = narrow_mlp(
+      y,
+      self.bottleneck,
+      names=('down', 'up'),
+      bias=down.astype(y.dtype)[None],
+      last_init=zeros,
     )
-    h = Dense(self.bottleneck, AXES, y.dtype, name='down')(y)
-    h = nn.relu(h + down)
-    return (
-      y
-      + Dense(embed, AXES[::-1], y.dtype, kernel_init=zeros, name='up')(h)
-      + up
-    )
+    return y + offsets + up.astype(y.dtype)[None]
 
 
 def adept(
@@ -69,11 +65,11 @@ def adept(
 
   Args:
     length: Rows of the prompt (PROMPT_LENGTH).
-    bottleneck: Units of the network.
-    init: One of `prompt_init`, of the prompt.
+    bottleneck: Hidden units of the network.
+    init: The prompt's initialiser from `prompt_init`.
 
   Raises:
-    ValueError: If a size is below 1.
+    UserError: If a size is below 1.
   """
   if bottleneck < 1:
     raise UserError(f'bottleneck is {bottleneck}; it must be at least 1')

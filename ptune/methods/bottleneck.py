@@ -2,14 +2,15 @@
 
 Houlsby, Giurgiu, Jastrzebski, Morrone, de Laroussilhe, Gesmundo, Attariyan and
 Gelly 2019, "Parameter-Efficient Transfer Learning for NLP" (arXiv 1902.00751),
-section 2.1. What a sublayer (an attention or an MLP) makes of its input x is,
-before it is added to the residual stream,
+section 2.1. A sublayer (an attention or an MLP) maps its input x to y. Before y
+is added to the residual stream, the adapter turns it into
 
     sequential    y + relu(y D) U
     parallel      y + relu(x D) U     (He et al. 2022, arXiv 2110.04366)
 
-D [embed, bottleneck], U [bottleneck, embed], without biases, as T5 has none. U
-starts at zero, so that the model starts as it is; x is behind the norm.
+D [embed, bottleneck], U [bottleneck, embed], without biases because T5 has
+none; x is behind the norm. U starts at zero, so training starts from the model
+as it is.
 
 Trained: D and U of every sublayer.
 
@@ -22,18 +23,18 @@ import jax
 from flax import linen as nn
 
 from ptune.errors import UserError
+from ptune.methods.adapter_layers import narrow_mlp
 from ptune.model.adapters import Method, Placement
-from ptune.model.layers import Dense
 
 PLACES = ('sequential', 'parallel')
 
 
 class Bottleneck(nn.Module):
-  """See the module.
+  """Adds the output of a narrow MLP to that of a sublayer.
 
   Attributes:
-    size: Units in the middle.
-    parallel: Whether it reads what went into the sublayer.
+    size: Hidden units.
+    parallel: Whether the MLP reads the input of the sublayer, not its output.
   """
 
   size: int
@@ -41,28 +42,26 @@ class Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-    """[batch, length, embed], both -> the same shape."""
-    h = Dense(
-      self.size, ('adapter_in', 'adapter_hidden'), y.dtype, name='down'
-    )(x if self.parallel else y)
-    return y + Dense(
-      y.shape[-1],
-      ('adapter_hidden', 'adapter_out'),
-      y.dtype,
-      kernel_init=nn.initializers.zeros,
-      name='up',
-    )(nn.relu(h))
+    """x and y [batch, length, embed] -> the same shape."""
+    return y + narrow_mlp(
+      (x if self.parallel else y).astype(y.dtype),
+      self.size,
+      names=('down', 'up'),
+      axes=('adapter_in', 'adapter_hidden', 'adapter_out'),
+      features=y.shape[-1],
+      last_init=nn.initializers.zeros,
+    )
 
 
 def bottleneck(size: int = 64, place: str = 'sequential') -> Method:
   """An adapter at every attention and MLP; the rest is frozen.
 
   Args:
-    size: Units in the middle.
+    size: Hidden units.
     place: 'sequential' or 'parallel'.
 
   Raises:
-    ValueError: If the size is below 1, or the place unknown.
+    UserError: If the size is below 1 or the place is unknown.
   """
   if size < 1:
     raise UserError(f'bottleneck size is {size}; it must be at least 1')

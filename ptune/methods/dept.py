@@ -6,12 +6,12 @@ the embedded tokens X [length, embed] of a row, the encoder reads
     [P; X + (A B)[:length]]     P [prompt, embed],
                                 A [positions, rank], B [rank, embed]
 
-so that every position has an addition of its own, the same for all inputs. B
-starts at zero: the model starts as with the prompt alone.
+so each position has its own offset, the same for all inputs. B starts at zero,
+so training starts from the model with the prompt alone.
 
-Trained: P, A and B; by default 40 + 256 positions of rank 45, which for T5 base
-are the 76,800 numbers of a prompt of 100 tokens. A and B need a learning rate
-of their own, far below the prompt's, which the gin file gives them by
+Trained: P, A and B. The defaults, 40 rows and 256 positions of rank 45, have
+76,800 parameters for T5 base, as many as a prompt of 100 tokens. A and B need a
+much lower learning rate than the prompt, which the gin file sets with
 `optim.grouped`.
 
     --gin_file=methods/dept.gin
@@ -27,13 +27,18 @@ from flax.linen import partitioning
 
 from ptune.errors import UserError
 from ptune.methods import prompt_init
-from ptune.methods.p_tuning import AXES
-from ptune.methods.prompt import PATH, InsertPrompt, check_length
+from ptune.methods.adapter_layers import PROMPT_AXES
+from ptune.methods.prompt import PATH, check_length, insert
 from ptune.model.adapters import Method, Placement
 
 
 class PositionOffsets(nn.Module):
-  """Adds to each embedded token what its position has learned."""
+  """Adds a trained offset to the embedded token at each position.
+
+  Attributes:
+    positions: Rows of A.
+    rank: Columns of A.
+  """
 
   positions: int
   rank: int
@@ -47,17 +52,17 @@ class PositionOffsets(nn.Module):
       nn.initializers.normal(self.rank**-0.5),
       (self.positions, self.rank),
       jnp.float32,
-      axes=('prompt', AXES[1]),
+      axes=('prompt', PROMPT_AXES[1]),
     )
     b = partitioning.param_with_axes(
       'b',
       nn.initializers.zeros,
       (self.rank, y.shape[-1]),
       jnp.float32,
-      axes=AXES[::-1],
+      axes=PROMPT_AXES[::-1],
     )
     length = y.shape[1]
-    # A batch may be padded beyond the positions; `dept` checks its tokens.
+    # Padding may go beyond the last position; `dept` checks the tokens.
     a = jnp.pad(a[:length], ((0, max(0, length - self.positions)), (0, 0)))
     return y + jnp.matmul(a, b, precision='highest').astype(y.dtype)[None]
 
@@ -69,25 +74,21 @@ def with_offsets(
   init: prompt_init.Initializer | None,
   **others,
 ) -> Method:
-  """A prompt before embedded tokens that an adapter changes.
+  """A method with a prompt before embedded tokens that an adapter changes.
 
   Args:
-    name: Of the method.
+    name: Name of the method.
     length: Rows of the prompt (PROMPT_LENGTH).
-    offsets: Makes the adapter, whose parameters are `encoder/offset/...`.
-    init: Of the prompt.
-    **others: Attributes of `Method`.
+    offsets: Makes the adapter; its parameters are `encoder/offset/...`.
+    init: Initialiser of the prompt.
+    **others: Other attributes of `Method`.
   """
   check_length(length)
   return Method(
     name=name,
     placements=(
       Placement('encoder/embed', 'offset', offsets),
-      Placement(
-        'encoder/embed',
-        'prompt',
-        functools.partial(InsertPrompt, length=length),
-      ),
+      insert(length),
     ),
     trainable=(PATH, 'encoder/offset/*'),
     initial={PATH: init or prompt_init.random_uniform()},
@@ -101,20 +102,20 @@ def dept(
   positions: int = 256,
   init: prompt_init.Initializer | None = None,
 ) -> Method:
-  """A prompt of `length` tokens, and additions to the first `positions`.
+  """A prompt of `length` tokens, and offsets of the first `positions` tokens.
 
   Args:
     length: Rows of the prompt (PROMPT_LENGTH).
-    rank: Of the additions.
-    positions: Longest input, in tokens; longer ones are refused.
-    init: One of `prompt_init`, of the prompt.
+    rank: Rank of the offsets.
+    positions: Tokens of the longest input; longer inputs are refused.
+    init: The prompt's initialiser from `prompt_init`.
 
   Raises:
-    ValueError: If a size is below 1.
+    UserError: If a size is below 1.
   """
   if rank < 1 or positions < 1:
     raise UserError(
-      f'the rank of DePT is {rank}, for {positions} positions; both must be at'
+      f'DePT got rank = {rank} and positions = {positions}; both must be at'
       ' least 1'
     )
 
@@ -122,7 +123,7 @@ def dept(
     longest = np.max(np.sum(tokens != 0, axis=1))
     if longest > positions:
       raise UserError(
-        f'an input has {longest} tokens, and DePT additions for {positions};'
+        f'an input has {longest} tokens, but DePT has offsets for {positions};'
         ' set dept.dept.positions to the length of your inputs, or lower'
         ' TASK_FEATURE_LENGTHS'
       )

@@ -1,4 +1,4 @@
-"""Methods whose prompt is made by a module, of fewer or other numbers."""
+"""Methods whose prompt is computed from other parameters."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -9,8 +9,8 @@ from flax import linen as nn
 
 from ptune.methods import prompt_init
 from ptune.methods.packed_prompts import packed
-from ptune.methods.prompt import PATH, SCOPE, InsertPrompt, check_length
-from ptune.model.adapters import Method, Placement, Rows
+from ptune.methods.prompt import PATH, SCOPE, check_length, insert
+from ptune.model.adapters import Method, Rows
 
 
 def made_prompt(
@@ -21,36 +21,30 @@ def made_prompt(
   initial: Mapping[str, prompt_init.Initializer] | None = None,
   settings: Mapping[str, Any] | None = None,
 ) -> Method:
-  """A prompt that a module makes of what is trained, and that is saved alone.
+  """A method that trains what a prompt is computed from, and saves the prompt.
 
   Args:
-    name: Of the method.
+    name: Name of the method.
     length: Rows of the prompt (PROMPT_LENGTH).
-    source: The module, in place of `Prompt`.
-    fold: What the module makes, [prompt, embed], of its parameters by name
-      (float32, NumPy) and of rows of the base's embedding.
+    source: The module that computes the prompt, in place of `Prompt`.
+    fold: Computes the same prompt [prompt, embed] from the module's parameters
+      by name (float32, NumPy) and from rows of the base's embedding.
     initial: `Method.initial`, by the name of the parameter.
     settings: `Method.settings`.
 
   Raises:
-    ValueError: If the length is below 1.
+    UserError: If the length is below 1.
   """
   check_length(length)
 
   def fold_all(trained, rows):
-    # On the host: one process alone may ask for it.
+    # In NumPy, because one process may ask for it without the others.
     own = {k.removeprefix(f'{SCOPE}/'): np.array(x) for k, x in trained.items()}
     return {PATH: np.asarray(fold(own, rows), np.float32)}
 
   return Method(
     name=name,
-    placements=(
-      Placement(
-        'encoder/embed',
-        'prompt',
-        functools.partial(InsertPrompt, length=length, source=source),
-      ),
-    ),
+    placements=(insert(length, source=source),),
     trainable=(f'{SCOPE}/*',),
     prompt=PATH,
     fold=fold_all,

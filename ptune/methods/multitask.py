@@ -1,9 +1,9 @@
-"""Multi-task prompts: one model, one run, a prompt for each task.
+"""Multitask prompts: one run trains a prompt for each of several tasks.
 
-A row's first token says its task: token vocab_size - 1 - t, as SeqIO tasks
-named task_index_... have it, stands for task t. It is no part of the input: in
-its place the encoder reads a prompt that is made of what all tasks share, S
-[prompt, embed], and of the task's own, T_t [prompt, embed] if not said
+The first token of a row names its task: token vocab_size - 1 - t means task t,
+as in SeqIO tasks named task_index_.... The encoder reads the task's prompt in
+place of this token. The prompt combines S, which all tasks share, with T_t,
+which belongs to the task; both are [prompt, embed] unless the table says
 otherwise:
 
     add               S + T_t
@@ -12,15 +12,15 @@ otherwise:
     project           S W_t + b_t, S [prompt, shared_features]
     scale             S * (u_t v_t), u_t [prompt, 1], v_t [1, embed]
 
-The first four are those of the paper's implementation of prompt tuning (Lester
-et al. 2021, arXiv 2104.08691); `scale` is the prompt of Wang, Panda, Karlinsky,
-Feris, Sun and Kim 2023, "Multitask Prompt Tuning" (arXiv 2303.02861), section
-3.2, trained at once on all tasks and without a teacher.
+The first four come from the implementation of Lester et al. 2021 (arXiv
+2104.08691). `scale` is the prompt of Wang, Panda, Karlinsky, Feris, Sun and Kim
+2023, "Multitask Prompt Tuning" (arXiv 2303.02861), section 3.2; here it is
+trained on all tasks at once and without a teacher.
 
-As in that implementation, a prompt's rows see only those of them that stand
-before, and all of the input. `ptune export --task=t` writes one task's prompt;
-METHOD prompt with causal = True answers with it as this one does, where no
-token stands for a task.
+As in that implementation, the rows of a prompt attend only to the rows before
+them and to the input. `ptune export --task=t` writes the prompt of one task.
+METHOD prompt with causal = True gives the same answers with it, for inputs
+without the task's token.
 
 Trained: S and all T_t, as encoder/prompt/prompt/shared_prompt and
 .../task_prompts/embedding [tasks, numbers of a task].
@@ -41,12 +41,9 @@ from flax.linen import partitioning
 
 from ptune.errors import UserError
 from ptune.methods import prompt_init
+from ptune.methods.causal_prompts import causal_mask
 from ptune.methods.packed_prompts import ReadPrompt
-from ptune.methods.prompt import (
-  SCOPE,
-  causal_mask,
-  check_length,
-)
+from ptune.methods.prompt import SCOPE, check_length
 from ptune.model.adapters import VIRTUAL, Method, Packed, Placement
 from ptune.model.layers import kernel_init
 
@@ -60,8 +57,8 @@ def prompts(combine: str, shared: jax.Array, own: jax.Array) -> jax.Array:
 
   Args:
     combine: One of COMBINE.
-    shared: What the tasks share, [rows, features].
-    own: What each has of its own, [task, numbers].
+    shared: S, [rows, features].
+    own: T_t of each task as one row, [task, numbers].
 
   Returns:
     [task, prompt, embed].
@@ -90,18 +87,18 @@ def task_prompt(
   trained: Mapping[str, np.ndarray],
   task: int | None,
 ) -> np.ndarray:
-  """One task's prompt, as methods/prompt.gin takes it.
+  """The prompt of one task, for methods/prompt.gin.
 
   Args:
-    settings: Of the method, as a run stores them.
+    settings: The method's settings, as a run stores them.
     trained: Its parameters, by path.
-    task: Which.
+    task: The number of the task.
 
   Returns:
     [prompt, embed] float32.
 
   Raises:
-    ValueError: If there is no such task.
+    UserError: If there is no such task.
   """
   own = np.asarray(trained[TASKS], np.float32)
   if task is None or not 0 <= task < len(own):
@@ -115,7 +112,10 @@ def task_prompt(
 
 
 class MultitaskPrompt(nn.Module):
-  """The parameters, and what they are together: [task, prompt, embed]."""
+  """The parameters, combined to the prompts of all tasks.
+
+  The attributes are arguments of `multitask`.
+  """
 
   length: int
   tasks: int
@@ -125,6 +125,7 @@ class MultitaskPrompt(nn.Module):
 
   @nn.compact
   def __call__(self, embed: int) -> jax.Array:
+    """Returns [task, prompt, embed]."""
     rows, features = self.length, embed
     if self.combine == 'concat':
       rows = self.length - self.task_length
@@ -132,8 +133,8 @@ class MultitaskPrompt(nn.Module):
       features = self.shared_features or embed // 2
     if self.combine == 'concat_features' and features >= embed:
       raise UserError(
-        f'shared_features is {features}, and d_model of the model {embed}: no'
-        ' feature is left for the tasks; lower shared_features'
+        f'shared_features is {features}, but d_model is {embed}, so'
+        ' that no feature is left for the tasks; lower shared_features'
       )
     shared = partitioning.param_with_axes(
       'shared_prompt',
@@ -143,7 +144,7 @@ class MultitaskPrompt(nn.Module):
       axes=('prompt', 'prompt_embed'),
     )
     numbers, init = {
-      # All start as what they share.
+      # All prompts start as S.
       'add': (rows * embed, nn.initializers.zeros),
       'scale': (rows + embed, nn.initializers.ones),
       'concat': (self.task_length * embed, _uniform),
@@ -158,7 +159,7 @@ class MultitaskPrompt(nn.Module):
 
 
 class TaskPrompts(nn.Module):
-  """What each task has of its own, float32 [task, numbers]."""
+  """T_t of each task as one row, [task, numbers] float32."""
 
   tasks: int
   numbers: int
@@ -176,12 +177,12 @@ class TaskPrompts(nn.Module):
 
 
 def _uniform(rng, shape, dtype) -> jax.Array:
-  """As a prompt starts."""
+  """The start of a prompt: uniform in [-0.5, 0.5)."""
   return jax.random.uniform(rng, shape, dtype, -0.5, 0.5)
 
 
 def _projections(features, rng, shape, dtype) -> jax.Array:
-  """A random map and no bias for each task, in one row."""
+  """For each task a random map W_t and a bias b_t of 0, as one row."""
   embed = shape[1] // (features + 1)
   keys = jax.random.split(rng, shape[0])
   maps = jax.vmap(lambda key: kernel_init(key, (features, embed), dtype))(keys)
@@ -190,7 +191,7 @@ def _projections(features, rng, shape, dtype) -> jax.Array:
 
 
 class InsertTaskPrompt(nn.Module):
-  """Puts each row's prompt in the place of its first token."""
+  """Replaces the first token of each row by the prompt of its task."""
 
   source: functools.partial
   vocab_size: int
@@ -200,21 +201,20 @@ class InsertTaskPrompt(nn.Module):
     """x [batch, length], y [batch, length, embed] -> [batch, p - 1 + l, e]."""
     prompts = self.source(name='prompt')(y.shape[-1])
     task = self.vocab_size - 1 - x[:, 0]
-    # No other task's prompt where there is none: an index below 0 would be
-    # counted from the end.
+    # An index below 0 would count from the end and pick another task's prompt.
     task = jnp.where(task < 0, prompts.shape[0], task)
     prompt = jnp.take(prompts, task, axis=0, mode='fill', fill_value=jnp.nan)
     return jnp.concatenate([prompt.astype(y.dtype), y[:, 1:]], axis=1)
 
 
 def check_tokens(vocab_size: int, tasks: int, tokens: np.ndarray) -> None:
-  """Raises a ValueError unless all rows [batch, length] begin with a task."""
+  """Raises a UserError unless all rows [batch, length] begin with a task."""
   first = tokens[:, 0]
   known = (first >= vocab_size - tasks) & (first < vocab_size)
   if not known.all():
     raise UserError(
-      f'inputs begin with the tokens {sorted(set(first[~known].tolist()))}, and'
-      f' those of the {tasks} tasks are {vocab_size - 1} (task 0) to'
+      f'inputs begin with the tokens {sorted(set(first[~known].tolist()))}, but'
+      f' the tokens of the {tasks} tasks are {vocab_size - 1} (task 0) to'
       f' {vocab_size - tasks} (task {tasks - 1}): train on tasks named'
       ' task_index_..., set multitask.multitask.tasks to their number and'
       ' vocab_size to the ids of their vocabulary (32100 for T5, 250100 for'
@@ -236,34 +236,33 @@ def multitask(
 
   Args:
     length: Rows of a prompt (PROMPT_LENGTH).
-    combine: What it is made of, see the module.
-    tasks: How many there are; GLUE's are numbered 0 to 8, SuperGLUE's 0
-      to 7.
-    vocab_size: Ids of the task's vocabulary, the last of which is task 0.
-    task_length: With 'concat', rows that are the task's own; half if not
-      given.
-    shared_features: With 'concat_features' and 'project', columns of what is
-      shared; half of the model's if not given.
-    causal: Whether the prompt's rows see only those before them, as in the
-      paper's implementation; all of them otherwise, as in prompt tuning.
-    init: One of `prompt_init`, of what is shared; random uniform if not given.
+    combine: How S and T_t are combined, see above.
+    tasks: Number of tasks; GLUE's are numbered 0 to 8, SuperGLUE's 0 to 7.
+    vocab_size: Size of the task's vocabulary, whose last id means task 0.
+    task_length: With 'concat', rows of T_t; half of the prompt if not given.
+    shared_features: With 'concat_features' and 'project', columns of S; half of
+      the model's if not given.
+    causal: Whether the prompt's rows attend only to the rows before them and to
+      the input, as in the paper's implementation; otherwise to all positions,
+      as in prompt tuning.
+    init: Initialiser of S from `prompt_init`; random uniform if not given.
 
   Raises:
-    ValueError: If a number is out of range, or `combine` unknown.
+    UserError: If a number is out of range or `combine` is unknown.
   """
   check_length(length)
   if combine not in COMBINE:
     raise UserError(f'combine is {combine!r}; it must be one of {COMBINE}')
   if not 1 <= tasks < vocab_size:
     raise UserError(
-      f'tasks is {tasks}; it must be at least 1, and less than the vocab_size'
-      f' {vocab_size}'
+      f'tasks is {tasks}; it must be at least 1 and less than vocab_size, which'
+      f' is {vocab_size}'
     )
   task_length = math.ceil(length / 2) if task_length is None else task_length
   if combine == 'concat' and not 1 <= task_length < length:
     raise UserError(
-      f'task_length is {task_length}; it must be at least 1, and less than the'
-      f' PROMPT_LENGTH {length}, so that rows are left to be shared'
+      f'task_length is {task_length}; it must be at least 1 and less than'
+      f' PROMPT_LENGTH, which is {length}, so that S has rows too'
     )
   if shared_features is not None and shared_features < 1:
     raise UserError(

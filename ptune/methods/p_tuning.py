@@ -1,4 +1,4 @@
-"""P-tuning: a prompt that a small network makes of trained embeddings.
+"""P-tuning: a small network computes the prompt from trained embeddings.
 
 Liu, Zheng, Du, Ding, Qian, Yang and Tang 2021, "GPT Understands, Too" (arXiv
 2103.10385), section 3.2. With embeddings H [prompt, embed], the prompt is
@@ -6,12 +6,11 @@ Liu, Zheng, Du, Ding, Qian, Yang and Tang 2021, "GPT Understands, Too" (arXiv
     mlp    P = relu(H A) B
     lstm   P = relu([forward(H); backward(H)] A) B
 
-A [embed, hidden], B [hidden, embed], without biases, as T5 has none; forward
-and backward are LSTMs of hidden / 2 cells that read the rows of H in either
-direction.
+A [embed, hidden], B [hidden, embed], without biases because T5 has none. The
+LSTMs, of hidden / 2 cells each, read the rows of H forward and backward.
 
-Trained: H, A and B, and the cells. Afterwards only P is needed: it is what a
-run writes to `prompts/`, to be used with methods/prompt.gin.
+Trained: H, A, B and the LSTMs. Only P is needed afterwards: a run writes P to
+`prompts/`, and methods/prompt.gin reads it.
 
     --gin_file=methods/p_tuning.gin
 """
@@ -27,16 +26,21 @@ from flax.linen import partitioning
 
 from ptune.errors import UserError
 from ptune.methods import prompt_init
+from ptune.methods.adapter_layers import PROMPT_AXES, narrow_mlp
 from ptune.methods.made_prompts import made_prompt
 from ptune.model.adapters import Method
-from ptune.model.layers import Dense, kernel_init
+from ptune.model.layers import kernel_init
 
-AXES = ('prompt_embed', 'adapter_hidden')  # Of a map to hidden units.
 ENCODERS = ('mlp', 'lstm')
 
 
 class Lstm(nn.Module):
-  """A long short-term memory that reads rows in order, or backwards."""
+  """An LSTM over the rows of a prompt, forward or backward.
+
+  Attributes:
+    hidden: Cells.
+    backwards: Whether it starts at the last row.
+  """
 
   hidden: int
   backwards: bool = False
@@ -46,17 +50,21 @@ class Lstm(nn.Module):
     """[prompt, embed] -> [prompt, hidden]."""
     shape = (rows.shape[-1] + self.hidden, 4 * self.hidden)
     kernel = partitioning.param_with_axes(
-      'kernel', kernel_init, shape, jnp.float32, axes=AXES
+      'kernel', kernel_init, shape, jnp.float32, axes=PROMPT_AXES
     )
     bias = partitioning.param_with_axes(
-      'bias', nn.initializers.zeros, shape[1:], jnp.float32, axes=AXES[1:]
+      'bias',
+      nn.initializers.zeros,
+      shape[1:],
+      jnp.float32,
+      axes=PROMPT_AXES[1:],
     )
 
     def read(carry, row):
       cell, output = carry
       gates = jnp.concatenate([row, output]) @ kernel + bias
       put, keep, show, new = jnp.split(gates, 4)
-      # Keeps its cell until it has learned to forget.
+      # The 1 makes the LSTM remember until it learns to forget.
       cell = nn.sigmoid(keep + 1) * cell + nn.sigmoid(put) * jnp.tanh(new)
       output = nn.sigmoid(show) * jnp.tanh(cell)
       return (cell, output), output
@@ -66,7 +74,12 @@ class Lstm(nn.Module):
 
 
 class Encoder(nn.Module):
-  """See the module."""
+  """H -> P, see the formulas above.
+
+  Attributes:
+    hidden: Hidden units.
+    lstm: Whether two LSTMs read the rows first.
+  """
 
   hidden: int
   lstm: bool = False
@@ -80,12 +93,16 @@ class Encoder(nn.Module):
       forward = Lstm(half, name='forward')(rows)
       backward = Lstm(half, backwards=True, name='backward')(rows)
       rows = jnp.concatenate([forward, backward], axis=-1)
-    rows = nn.relu(Dense(self.hidden, AXES, name='wi')(rows))
-    return Dense(embed, AXES[::-1], name='wo')(rows)
+    return narrow_mlp(rows, self.hidden, features=embed)
 
 
 class EncodedPrompt(nn.Module):
-  """A prompt [prompt, embed] that `encoder` makes of embeddings of its size."""
+  """A prompt [prompt, embed] that `encoder` computes from its own embeddings.
+
+  Attributes:
+    length: Rows of the prompt.
+    encoder: Makes the module [prompt, embed] -> [prompt, embed].
+  """
 
   length: int
   encoder: Callable[..., nn.Module]
@@ -108,13 +125,13 @@ def encoded_prompt(
   encoder: Callable[..., nn.Module],
   init: prompt_init.Initializer | None,
 ) -> Method:
-  """A prompt behind an encoder, which is folded away.
+  """A method whose prompt an encoder computes; only the prompt is saved.
 
   Args:
-    name: Of the method.
+    name: Name of the method.
     length: Rows of the prompt (PROMPT_LENGTH).
     encoder: Makes the module [prompt, embed] -> [prompt, embed].
-    init: Of the rows that it reads.
+    init: Initialiser of the rows that the encoder reads.
   """
   source = functools.partial(EncodedPrompt, encoder=encoder)
 
@@ -134,16 +151,16 @@ def p_tuning(
   hidden: int = 512,
   init: prompt_init.Initializer | None = None,
 ) -> Method:
-  """A prompt of `length` tokens, made by an encoder.
+  """A prompt of `length` tokens that an encoder computes.
 
   Args:
     length: Rows of the prompt (PROMPT_LENGTH).
     encoder: 'mlp' or 'lstm'.
-    hidden: Units between its two maps; half of them of each LSTM.
-    init: One of `prompt_init`, of the embeddings that it reads.
+    hidden: Hidden units; each LSTM has half of them.
+    init: Initialiser of the embeddings, from `prompt_init`.
 
   Raises:
-    ValueError: If a size is below 1, the encoder unknown, or the units of an
+    UserError: If a size is below 1, the encoder is unknown, or the units of an
       LSTM cannot be halved.
   """
   if encoder not in ENCODERS:

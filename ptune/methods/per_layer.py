@@ -1,17 +1,17 @@
-"""Per-layer prompts: one before the input, and one for every encoder layer.
+"""Per-layer prompts: one before the input and one in every encoder layer.
 
-The paper's implementation of prompt tuning has these beside the prompt of the
-input (Lester et al. 2021, arXiv 2104.08691); they are the deep prompts of Qin
-and Eisner 2021, "Learning How to Ask" (arXiv 2104.06599), and of Liu et al.
-2021, "P-Tuning v2" (arXiv 2110.07602). The encoder reads [P; X], and layer i
-takes, before its norm, for the first rows x of its input [prompt + length,
-embed]
+These are the deep prompts of Qin and Eisner 2021, "Learning How to Ask" (arXiv
+2104.06599), and of Liu et al. 2021, "P-Tuning v2" (arXiv 2110.07602). The
+implementation of Lester et al. 2021 (arXiv 2104.08691) offers them too. The
+encoder reads [P; X]. In the input of layer i, [prompt + length, embed], the
+rows x of the prompt become
 
     replace    P_i
     add        x + P_i
 
-With `replace`, layer 0 reads P_0 and P has no effect; it is there because the
-implementation has it. With `add`, P_i start at zero: as a prompt alone.
+With `replace`, layer 0 reads P_0, and P has no effect; it is kept because the
+implementation has it. With `add`, all P_i start at zero, so training starts
+from the model with the prompt P alone.
 
 Trained: P and all P_i, each [prompt, embed].
 
@@ -26,7 +26,7 @@ from flax import linen as nn
 
 from ptune.errors import UserError
 from ptune.methods import prompt_init
-from ptune.methods.prompt import PATH, InsertPrompt, Prompt, check_length
+from ptune.methods.prompt import PATH, Prompt, check_length, insert
 from ptune.model.adapters import Method, Placement
 
 COMBINE = ('replace', 'add')
@@ -36,8 +36,8 @@ class LayerPrompt(nn.Module):
   """Changes the first rows of a layer's input.
 
   Attributes:
-    length: How many.
-    add: Whether the prompt is added to them; otherwise it takes their place.
+    length: How many rows.
+    add: Whether the prompt is added to these rows, or replaces them.
   """
 
   length: int
@@ -67,11 +67,11 @@ def per_layer(
   Args:
     length: Rows of each prompt (PROMPT_LENGTH).
     combine: 'replace' or 'add'.
-    init: One of `prompt_init`, for the prompt of the input; the paper's random
-      uniform if not given.
+    init: Initialiser of the input's prompt, from `prompt_init`; random uniform
+      if not given.
 
   Raises:
-    ValueError: If the length is below 1, or `combine` unknown.
+    UserError: If the length is below 1 or `combine` is unknown.
   """
   check_length(length)
   if combine not in COMBINE:
@@ -80,11 +80,7 @@ def per_layer(
   return Method(
     name='per_layer',
     placements=(
-      Placement(
-        'encoder/embed',
-        'prompt',
-        functools.partial(InsertPrompt, length=length),
-      ),
+      insert(length),
       Placement('encoder/layers_*/input', 'prompt', layer),
     ),
     trainable=(PATH, 'encoder/layers_*/prompt/prompt/prompt'),

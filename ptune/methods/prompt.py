@@ -6,10 +6,13 @@ row's embedded tokens X [length, embed], the encoder reads
 
     [P; X]  [prompt + length, embed]
 
-Trained: P alone, prompt * embed numbers (51,200 for 100 tokens and T5 1.1
+Trained: P alone, prompt * embed parameters (51,200 for 100 tokens and T5 1.1
 small).
 
-    --gin_file=methods/prompt.gin, or a file of prompts/ to initialise it
+    --gin_file=methods/prompt.gin
+
+A file of prompts/ in its place, such as prompts/from_class_labels.gin, also
+initialises the prompt.
 """
 
 import functools
@@ -22,13 +25,9 @@ from flax.linen import partitioning
 
 from ptune.errors import UserError
 from ptune.methods import prompt_init
+from ptune.methods.causal_prompts import causal_mask
 from ptune.methods.packed_prompts import packed
-from ptune.model.adapters import (
-  PADDING,
-  VIRTUAL,
-  Method,
-  Placement,
-)
+from ptune.model.adapters import PADDING, Method, Placement
 
 SCOPE = 'encoder/prompt/prompt'
 PATH = f'{SCOPE}/prompt'
@@ -36,7 +35,7 @@ POSITIONS = ('start', 'after_first', 'before_eos')
 
 
 class Prompt(nn.Module):
-  """The parameter, float32 [prompt, embed], by T5X's name and axes."""
+  """The parameter, [prompt, embed] float32, with T5X's name and axes."""
 
   length: int
   init: nn.initializers.Initializer = nn.initializers.uniform(1.0)
@@ -53,13 +52,13 @@ class Prompt(nn.Module):
 
 
 class InsertPrompt(nn.Module):
-  """Puts one prompt among the embedded tokens of every row.
+  """Inserts one prompt into the embedded tokens of every row.
 
   Attributes:
     length: Rows of the prompt.
-    position: 'start'; 'after_first', behind the first token; 'before_eos',
-      behind the last token but its EOS.
-    source: The module that holds, or makes, the prompt; called as `Prompt`.
+    position: 'start'; 'after_first', behind the first token; or 'before_eos',
+      before the last token, which is the EOS.
+    source: The module that owns or computes the prompt, in place of `Prompt`.
   """
 
   length: int
@@ -87,8 +86,8 @@ class InsertPrompt(nn.Module):
     tokens = jnp.sum(x != PADDING, axis=1)
     before = 1 if self.position == 'after_first' else tokens - 1
     before = jnp.clip(before, 0, tokens)[:, None]
-    # Where each position of the result lies in [prompt; tokens]:
-    # `before` tokens, the prompt, the other tokens.
+    # The result is `before` tokens, the prompt, the other tokens. This says
+    # where each of its positions is in [prompt; tokens].
     i = jnp.arange(both.shape[1])[None, :]
     source = jnp.where(
       i < before,
@@ -98,27 +97,17 @@ class InsertPrompt(nn.Module):
     return jnp.take_along_axis(both, source[..., None], axis=1)
 
 
-class CausalPrompt(nn.Module):
-  """Hides from each row of a prompt those behind it.
-
-  Attributes:
-    length: The prompt is the first `length` positions; None where it is
-      virtual tokens.
-  """
-
-  length: int | None
-
-  @nn.compact
-  def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-    """y [batch, heads, q, k] or what broadcasts to it -> the same."""
-    positions = jnp.arange(y.shape[-1])
-    behind = positions[None, :] > positions[:, None]
-    if self.length is None:
-      prompt = x >= VIRTUAL
-    else:
-      prompt = (positions < self.length)[None]
-    hidden = behind[None] & prompt[:, None, :]
-    return y & ~hidden[:, None]
+def insert(
+  length: int,
+  stack: str = 'encoder',
+  position: str = 'start',
+  source: Callable[..., nn.Module] = Prompt,
+) -> Placement:
+  """Places `InsertPrompt` behind the embedding of the encoder or decoder."""
+  adapter = functools.partial(
+    InsertPrompt, length=length, position=position, source=source
+  )
+  return Placement(f'{stack}/embed', 'prompt', adapter)
 
 
 def prompt(
@@ -131,29 +120,29 @@ def prompt(
 
   Args:
     length: Rows of the prompt (PROMPT_LENGTH).
-    init: One of `prompt_init`; the paper's random uniform if not given.
-    position: Where it stands, see `InsertPrompt`.
-    causal: Whether its rows see only those before them, and all of the input,
-      as the prompts of `multitask` do.
+    init: Its initialiser from `prompt_init`; the paper's random uniform if not
+      given.
+    position: Where the prompt is inserted, see `InsertPrompt`.
+    causal: Whether its rows attend only to the rows before them and to the
+      input, as those of `multitask` do.
 
   Raises:
-    ValueError: If the length is below 1, the position unknown, or a causal
-      prompt not at the start.
+    UserError: If the length is below 1, the position is unknown, or a causal
+      prompt is not at the start.
   """
   check_length(length)
   if position not in POSITIONS:
     raise UserError(f'prompt position {position!r} is not one of {POSITIONS}')
   if causal and position != 'start':
     raise UserError(
-      f"a causal prompt stands at position 'start', not at {position!r}"
+      f"a causal prompt must be at position 'start', and got {position!r}"
     )
-  adapter = functools.partial(InsertPrompt, length=length, position=position)
   kind = 'causal' if causal else position
   source = functools.partial(Prompt, length=length)
   return Method(
     name='prompt' if kind == 'start' else f'prompt/{kind}',
     placements=(
-      Placement('encoder/embed', 'prompt', adapter),
+      insert(length, position=position),
       *(causal_mask(length) if causal else ()),
     ),
     trainable=(PATH,),
@@ -165,15 +154,9 @@ def prompt(
   )
 
 
-def causal_mask(length: int | None) -> tuple[Placement, ...]:
-  """Places `CausalPrompt` at the encoder's mask."""
-  mask = functools.partial(CausalPrompt, length=length)
-  return (Placement('encoder/mask', 'causal_prompt', mask),)
-
-
 def check_length(length: int) -> None:
-  """Raises a ValueError if a prompt cannot have this length."""
+  """Raises a UserError if a prompt cannot have this length."""
   if not isinstance(length, int) or length < 1:
     raise UserError(
-      f'PROMPT_LENGTH is {length!r}; it must be at least 1, a whole number'
+      f'PROMPT_LENGTH is {length!r}; expected a whole number of at least 1'
     )

@@ -1,44 +1,42 @@
-"""Where a soft prompt starts: at random, from the vocabulary, from a file.
+"""Initialisers of a soft prompt: random, from the vocabulary, from a file.
 
 An initialiser is a function `init(rng, shape, base) -> [prompt, embed]`
 float32. It runs once, on the host, after the frozen weights are restored and
-before the first step: `base` is what it may look at. The settings are those
-of Lester et al. 2021, section 3.2, whose default is class labels.
+before the first step. `base` gives it access to the base model and the task.
+The settings are those of Lester et al. 2021, section 3.2, whose default is
+class labels.
 """
 
 import dataclasses
 import fnmatch
-import math
 import os
-import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
 
-from ptune.errors import UserError, nearest
-from ptune.host import paths
+from ptune.errors import UserError
+from ptune.methods import prompt_array
+from ptune.methods.prompt_array import fit
 from ptune.model import parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-  """What an initialiser may look at.
+  """The base model and the task, for initialisers.
 
   Attributes:
     embedding: Reads rows of the frozen model's token embedding:
       ids [n] -> [n, embed] float32.
-    vocabulary: Makes the task's vocabulary, a seqio.Vocabulary: its `encode`
+    vocabulary: Returns the task's vocabulary, a seqio.Vocabulary. Its `encode`
       turns a string into ids without EOS.
-    labels: Makes the list of the task's class labels, as strings.
-    sites: What leaves each site of the frozen model that reads a text: ids [n]
-      -> arrays [1, n, ...] float32 by the site's path.
-    path: Of the parameter that is initialised.
-    read: Reads a saved prompt: [prompt, embed] float32.
+    labels: Returns the task's class labels, as strings.
+    sites: Runs the frozen model on a text and returns the values at each site:
+      ids [n] -> arrays [1, n, ...] float32 by the path of the site.
+    path: The path of the parameter that is initialised.
+    read: Reads a saved prompt: file -> [prompt, embed] float32.
   """
 
   embedding: Callable[[np.ndarray], np.ndarray]
@@ -50,7 +48,7 @@ class Base:
 
 
 class Initializer(Protocol):
-  """See the module."""
+  """Computes the first value of a prompt."""
 
   def __call__(
     self, rng: np.random.Generator, shape: tuple[int, int], base: Base
@@ -60,12 +58,12 @@ class Initializer(Protocol):
 def initialize_adapters(
   plan: parameters.Plan, base: Base, seed: int
 ) -> dict[str, jax.Array]:
-  """The first values of what the method added.
+  """Computes the first values of a method's own parameters, by path.
 
   Args:
     plan: The plan.
-    base: What an initialiser may look at.
-    seed: Seeds both kinds of initialisers.
+    base: The base model and the task.
+    seed: Seeds these initialisers and Flax's.
   """
   hosted = {
     path: init
@@ -95,21 +93,22 @@ def random_uniform(low: float = -0.5, high: float = 0.5) -> Initializer:
 
 
 def from_sampled_vocab(population: int = 5000) -> Initializer:
-  """Embeddings of random tokens, each of the most common ones once.
+  """Embeddings of random tokens, drawn from the most common ones.
 
   Args:
-    population: How many of the vocabulary's first, most common, ids are drawn
-      from; all, where the vocabulary has fewer (that of bytes). Drawn with
-      replacement, and a warning, where the prompt is longer.
+    population: Tokens are drawn from the ids below this, which are the most
+      common tokens, or from all ids of a smaller vocabulary (such as bytes).
+      They are drawn without replacement, or, if the prompt has more rows than
+      there are ids, with replacement and a warning.
   """
 
   def init(rng, shape, base):
-    # A vocabulary other than SeqIO's need not tell its size.
+    # A vocabulary that is not SeqIO's may have no `vocab_size`.
     size = min(population, getattr(base.vocabulary(), 'vocab_size', population))
     again = shape[0] > size
     if again:
       logging.warning(
-        'a prompt of %d tokens is drawn from %d ids: some occur again',
+        'a prompt of %d tokens is drawn from %d ids, so some repeat',
         shape[0],
         size,
       )
@@ -124,13 +123,14 @@ def from_class_labels(
 ) -> Initializer:
   """Embeddings of the class labels, one row each.
 
-  A label of several pieces gives their mean. Rows beyond the labels come from
-  `fill`; labels beyond the rows are left out, with a warning.
+  A label of several pieces gives the mean of their embeddings. `fill`
+  initialises the rows after the labels. If there are more labels than rows, a
+  warning lists the labels that are left out.
 
   Args:
-    labels: Strings as they stand in the targets (CLASS_LABELS); the distinct
-      targets of the training set if not given.
-    fill: Initialises the other rows; the sampled vocabulary if not given.
+    labels: The labels as in the targets (CLASS_LABELS); the distinct targets of
+      the training set if not given.
+    fill: Initialises the other rows; `from_sampled_vocab` if not given.
   """
   if isinstance(labels, str):
     raise UserError(
@@ -139,7 +139,7 @@ def from_class_labels(
     )
   if wrong := [x for x in labels or () if not isinstance(x, str)]:
     raise UserError(
-      f'CLASS_LABELS has {wrong}; it must be texts as they stand in the targets'
+      f'CLASS_LABELS has {wrong}; it must list the texts of the targets'
     )
 
   def init(rng, shape, base):
@@ -154,7 +154,7 @@ def from_class_labels(
     rows = [_mean_row(name, vocabulary, base) for name in names]
     if len(rows) > shape[0]:
       logging.warning(
-        'the prompt has %d rows for %d class labels; these have none: %s',
+        'the prompt has %d rows for %d class labels; these get no row: %s',
         shape[0],
         len(rows),
         names[shape[0] :],
@@ -170,8 +170,9 @@ def from_string(text: str, fill: Initializer | None = None) -> Initializer:
   """Embeddings of a text's pieces, in order.
 
   Args:
-    text: Cut where it has more pieces than the prompt has rows.
-    fill: Initialises the rows beyond it; the sampled vocabulary if not given.
+    text: The text; pieces beyond the prompt's rows are not used.
+    fill: Initialises the rows after the text; `from_sampled_vocab` if not
+      given.
   """
 
   def init(rng, shape, base):
@@ -184,7 +185,7 @@ def from_string(text: str, fill: Initializer | None = None) -> Initializer:
 def from_ids(
   ids: Sequence[int], fill: Initializer | None = None
 ) -> Initializer:
-  """Embeddings of tokens, in order: as `from_string`, of a text's pieces."""
+  """Embeddings of tokens, in order; see `from_string`."""
 
   def init(rng, shape, base):
     if len(ids) > shape[0]:
@@ -204,11 +205,12 @@ def from_ids(
 
 
 def from_keys_and_values(ids: Sequence[int]) -> Initializer:
-  """A prefix: the keys or values of a text's first tokens, at its attention.
+  """A prefix from the keys or values of a text's first tokens.
 
   Eyuboglu et al. 2025, "Cartridges" (arXiv 2506.06266): the frozen model reads
-  the text by itself. A prefix has no relative position bias, and the tokens
-  had one, so that the model does not start as if it read them.
+  the text by itself, and each prefix takes the keys or values of its attention.
+  The model does not start as if it read the text, because a prefix has no
+  relative position bias.
 
   Args:
     ids: Token ids of the text, without EOS.
@@ -218,8 +220,8 @@ def from_keys_and_values(ids: Sequence[int]) -> Initializer:
     del rng
     if len(ids) < shape[0]:
       raise UserError(
-        f'CONTEXT has {len(ids)} pieces, and the prefix {shape[0]} rows; lower'
-        ' PROMPT_LENGTH'
+        f'CONTEXT has {len(ids)} pieces, but the prefix has {shape[0]} rows;'
+        ' lower PROMPT_LENGTH or give a longer CONTEXT'
       )
     assert base.sites is not None
     # encoder/layers_0/attention/keys_prefix/prefix -> .../keys
@@ -245,7 +247,7 @@ def from_file(path: str | os.PathLike[str]) -> Initializer:
 
   def init(rng, shape, base):
     del rng
-    rows = (base.read or read)(path)
+    rows = (base.read or prompt_array.read)(path)
     return fit(rows, shape, f'prompt file {os.fspath(path)}')
 
   return init
@@ -255,15 +257,15 @@ def from_prompts(
   files: Sequence[str | os.PathLike[str]],
   weights: Sequence[float] | None = None,
 ) -> Initializer:
-  """A saved prompt of another task, or a weighted mean of several.
+  """A saved prompt of another task, or a weighted mean of several prompts.
 
-  Vu et al. 2022, "SPoT" (arXiv 2110.07904): prompts of one or more source tasks
-  start that of a target task.
+  Vu et al. 2022, "SPoT" (arXiv 2110.07904), initialise the prompt of a target
+  task with those of source tasks.
 
   Args:
-    files: As `read` takes them (SOURCE_PROMPTS); all of one shape.
-    weights: One each (SOURCE_WEIGHTS), at least 0; divided by their sum. Equal
-      if not given.
+    files: The prompts (SOURCE_PROMPTS), all of one shape.
+    weights: One weight for each (SOURCE_WEIGHTS), at least 0; they are divided
+      by their sum. Equal if not given.
   """
   if isinstance(files, str | os.PathLike) or not files:
     raise UserError(
@@ -279,19 +281,19 @@ def from_prompts(
   total = sum(given)
   if not all(w >= 0 for w in given) or not 0 < total < float('inf'):
     raise UserError(
-      f'SOURCE_WEIGHTS is {given}; expected numbers of at least 0, and one'
-      ' above it'
+      f'SOURCE_WEIGHTS is {given}; expected numbers of at least 0, and at'
+      ' least one above 0'
     )
 
   def init(rng, shape, base):
     del rng
-    arrays = {os.fspath(f): (base.read or read)(f) for f in files}
+    arrays = {os.fspath(f): (base.read or prompt_array.read)(f) for f in files}
     if wrong := {
       f: list(a.shape) for f, a in arrays.items() if a.shape != shape
     }:
       raise UserError(
         f'the prompt is {list(shape)} [PROMPT_LENGTH, d_model of the model],'
-        ' and of SOURCE_PROMPTS these are not:\n'
+        ' but these SOURCE_PROMPTS are not:\n'
         + '\n'.join(f'  {file} {found}' for file, found in wrong.items())
         + '\nChange PROMPT_LENGTH, or leave them out'
       )
@@ -300,114 +302,6 @@ def from_prompts(
     return np.asarray(mean, np.float32)
 
   return init
-
-
-def read(path: str | os.PathLike[str]) -> np.ndarray:
-  """Reads a prompt file.
-
-  Args:
-    path: NumPy's format, whatever the file's suffix. `.npy` may be left out.
-
-  Returns:
-    [prompt, embed] float32.
-
-  Raises:
-    FileNotFoundError: With the nearest names beside it.
-    ValueError: If the file is none of NumPy's, holds pickled objects, or is
-      not a finite two-dimensional array of numbers.
-  """
-  file = epath.Path(paths.check_file(path, 'prompt file'))
-  if not file.exists():
-    suffixed = epath.Path(f'{file}.npy')
-    if not suffixed.is_file():
-      raise FileNotFoundError(_missing(file))
-    file = suffixed
-  array = read_array(file)
-  if array.ndim != 2 or array.dtype.kind not in 'fiu':
-    raise UserError(
-      f'prompt file {file} holds {array.dtype} {list(array.shape)}; a prompt'
-      ' is [prompt, embed] floats'
-    )
-  with np.errstate(over='ignore'):  # What is too large is reported below.
-    array = array.astype(np.float32)
-  if not np.isfinite(array).all():
-    raise UserError(f'prompt file {file} holds NaN or infinity')
-  return array
-
-
-# What NumPy raises at a damaged header.
-_DAMAGED = (
-  ValueError,
-  EOFError,
-  KeyError,
-  TypeError,
-  SyntaxError,
-  RecursionError,
-  MemoryError,
-  OverflowError,
-  tokenize.TokenError,
-)
-
-
-def read_array(file: epath.Path) -> np.ndarray:
-  """Reads NumPy's format, whatever the file's suffix; never a pickle.
-
-  Raises:
-    UserError: If it is no such file, or damaged.
-  """
-  size = file.stat().length
-  try:
-    with file.open('rb') as f:
-      version = np.lib.format.read_magic(f)
-      read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-      }[version]
-      shape, transposed, dtype = read_header(f)
-      if dtype.hasobject:
-        raise UserError('it holds pickled objects, which are not loaded')
-      # Before room is made for as much as the header says.
-      left = size - f.tell()
-      if left != math.prod(shape) * dtype.itemsize:
-        raise UserError(
-          f'{left} bytes follow a header that says {list(shape)} {dtype}'
-        )
-      data = f.read()
-    order = 'F' if transposed else 'C'
-    if dtype == np.dtype('V2'):  # What NumPy's format makes of bfloat16.
-      dtype = np.dtype(jnp.bfloat16)
-    return np.frombuffer(data, dtype).reshape(shape, order=order)
-  except _DAMAGED as error:
-    said = str(error)
-    said = said if len(said) < 200 else f'{said[:200]}...'
-    raise UserError(
-      f'prompt file {file} ({size} bytes) is no NumPy array file, or is damaged'
-      f' or cut short: {said}'
-    ) from error
-
-
-def _missing(file: epath.Path) -> str:
-  names = []
-  if file.parent.is_dir():
-    names = [child.name for child in file.parent.iterdir()]
-  near = nearest(file.name, names, most=0, cutoff=0.4)
-  return f'there is no prompt file {file}{near}'
-
-
-def fit(array: np.ndarray, shape: tuple[int, int], what: str) -> np.ndarray:
-  """Copies a prompt as float32, after checking its shape.
-
-  Raises:
-    ValueError: If it is not `shape`; `what` says where it came from.
-  """
-  array = np.array(array, np.float32)
-  if array.shape != tuple(shape):
-    raise UserError(
-      f'{what} has shape {list(array.shape)}, and the prompt'
-      f' {list(shape)} [PROMPT_LENGTH, d_model of the model]; change'
-      ' PROMPT_LENGTH or the model file'
-    )
-  return array
 
 
 def _encode(text: str, vocabulary: Any, what: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Residual prompt tuning: a prompt, and what a small network adds to it.
+"""Residual prompt tuning: a small network changes the prompt that is trained.
 
 Razdaibiedina, Mao, Hou, Khabsa, Lewis, Ba and Almahairi 2023, "Residual
 Prompt Tuning" (arXiv 2305.03937), section 3. With a prompt P [prompt, embed],
@@ -9,8 +9,8 @@ the encoder reads
 A [embed, bottleneck], B [bottleneck, embed], the same for all rows; norm is a
 layer norm with mean, scale and bias.
 
-Trained: P, A, B and the norm. Afterwards only P' is needed: it is what a run
-writes to `prompts/`, to be used with methods/prompt.gin.
+Trained: P, A, B and the norm. Only P' is needed afterwards: a run writes P' to
+`prompts/`, and methods/prompt.gin reads it.
 
     --gin_file=methods/residual.gin
 """
@@ -20,17 +20,20 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import partitioning
 
 from ptune.errors import UserError
 from ptune.methods import prompt_init
-from ptune.methods.p_tuning import AXES, encoded_prompt
+from ptune.methods.adapter_layers import PROMPT_AXES, narrow_mlp, vector
+from ptune.methods.p_tuning import encoded_prompt
 from ptune.model.adapters import Method
-from ptune.model.layers import Dense
 
 
 class Residual(nn.Module):
-  """See the module."""
+  """P -> P + norm(relu(P A) B).
+
+  Attributes:
+    bottleneck: Columns of A.
+  """
 
   bottleneck: int
 
@@ -38,17 +41,9 @@ class Residual(nn.Module):
   def __call__(self, rows: jax.Array) -> jax.Array:
     """[prompt, embed] -> the same shape."""
     embed = rows.shape[-1]
-    scale, bias = (
-      partitioning.param_with_axes(
-        name, init, (embed,), jnp.float32, axes=AXES[:1]
-      )[None, :]
-      for name, init in (
-        ('scale', nn.initializers.ones),
-        ('bias', nn.initializers.zeros),
-      )
-    )
-    hidden = nn.relu(Dense(self.bottleneck, AXES, name='wi')(rows))
-    added = Dense(embed, AXES[::-1], name='wo')(hidden)
+    scale = vector('scale', nn.initializers.ones, embed, PROMPT_AXES[0])
+    bias = vector('bias', nn.initializers.zeros, embed, PROMPT_AXES[0])
+    added = narrow_mlp(rows, self.bottleneck)
     variance = jnp.var(added, axis=-1, keepdims=True)
     return rows + nn.standardize(added, variance=variance) * scale + bias
 
@@ -62,11 +57,11 @@ def residual(
 
   Args:
     length: Rows of the prompt (PROMPT_LENGTH).
-    bottleneck: Units of the network.
-    init: One of `prompt_init`, of P.
+    bottleneck: Hidden units of the network.
+    init: The initialiser of P from `prompt_init`.
 
   Raises:
-    ValueError: If a size is below 1.
+    UserError: If a size is below 1.
   """
   if bottleneck < 1:
     raise UserError(f'bottleneck is {bottleneck}; it must be at least 1')

@@ -29,7 +29,7 @@ from flax.linen import partitioning
 
 from ptune.errors import UserError
 from ptune.methods import prompt_init
-from ptune.methods.p_tuning import AXES
+from ptune.methods.adapter_layers import PROMPT_AXES
 from ptune.methods.prompt import check_length
 from ptune.model.adapters import PADDING, Method, Placement
 from ptune.model.layers import Dense
@@ -68,7 +68,7 @@ class RoutedPrompts(nn.Module):
     mean = jnp.sum(y * real, axis=1, dtype=jnp.float32) / jnp.maximum(
       jnp.sum(real, axis=1), 1
     )
-    logits = Dense(self.prompts, AXES, name='router')(mean)
+    logits = Dense(self.prompts, PROMPT_AXES, name='router')(mean)
     if self.has_rng('dropout'):
       noise = jax.random.normal(self.make_rng('dropout'), logits.shape)
       logits *= 1 + self.noise * noise

@@ -7,15 +7,14 @@ prompt is
     P = W E      W [prompt, tokens]
 
 The tokens are drawn without replacement from the first ids of the vocabulary,
-which are the most common ones, and are the same for all rows of the prompt.
-Each row of W starts as normal numbers of variance 1 / tokens, so that a row of
-P is about as large as a token's embedding. The start and the drawing are our
-choices.
+which are the most common ones. All rows of the prompt share them. W starts with
+normal numbers of variance 1 / tokens, so a row of P is about as large as a
+token's embedding. How tokens are drawn and how W starts are our choices.
 
 The paper turns dropout off in the frozen network: set DROPOUT_RATE to 0.
 
-Trained: W, prompt * tokens numbers (12,800 for 100 and 128), whatever the
-model's size. A run writes P, for methods/prompt.gin.
+Trained: W, prompt * tokens parameters (12,800 for 100 and 128), whatever the
+model's size. A run writes P to `prompts/`, and methods/prompt.gin reads it.
 
     --gin_file=methods/superpos.gin
 """
@@ -29,14 +28,19 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from ptune.errors import UserError
+from ptune.methods.adapter_layers import PROMPT_AXES
 from ptune.methods.made_prompts import made_prompt
-from ptune.methods.p_tuning import AXES
 from ptune.model.adapters import Method
 from ptune.model.layers import Embed
 
 
 class Mixture(nn.Module):
-  """A prompt [prompt, embed] mixed from the embeddings of `ids`."""
+  """W E, [prompt, embed].
+
+  Attributes:
+    length: Rows of the prompt.
+    ids: The tokens whose embeddings are E.
+  """
 
   length: int
   ids: tuple[int, ...]
@@ -46,23 +50,23 @@ class Mixture(nn.Module):
     table = _embedder(self)
     if max(self.ids) >= table.vocab_size:
       raise UserError(
-        f'the tokens of SuperPos are drawn from ids up to {max(self.ids)}, and'
-        f' the vocabulary has {table.vocab_size}; lower'
-        ' superpos.superpos.population'
+        f'SuperPos drew token {max(self.ids)}, but the vocabulary has only'
+        f' {table.vocab_size} tokens; lower superpos.superpos.population to'
+        ' that'
       )
     weights = partitioning.param_with_axes(
       'weights',
       nn.initializers.normal(len(self.ids) ** -0.5),
       (self.length, len(self.ids)),
       jnp.float32,
-      axes=('prompt', AXES[1]),
+      axes=('prompt', PROMPT_AXES[1]),
     )
     tokens = table(np.array(self.ids)).astype(jnp.float32)
     return jnp.matmul(weights, tokens, precision='highest')
 
 
 def _embedder(module: nn.Module) -> Embed:
-  """The token embedding of the stack that a module stands in."""
+  """The token embedding of the encoder or decoder that owns a module."""
   while not hasattr(module, 'token_embedder'):
     assert isinstance(module.parent, nn.Module)
     module = module.parent
@@ -79,17 +83,17 @@ def superpos(
 
   Args:
     length: Rows of the prompt (PROMPT_LENGTH).
-    tokens: How many embeddings are mixed.
-    population: The tokens are drawn from this many first ids.
-    seed: Draws them.
+    tokens: Number of embeddings in the mix.
+    population: The tokens are drawn from the ids below this.
+    seed: Draws the tokens.
 
   Raises:
-    ValueError: If a size is below 1, or the population below the tokens.
+    UserError: If a size is below 1, or population is smaller than tokens.
   """
   if not 1 <= tokens <= population:
     raise UserError(
-      f'SuperPos mixes {tokens} tokens of the first {population} ids; it needs'
-      ' at least 1 token, and at least as many ids'
+      f'SuperPos got tokens = {tokens} and population = {population}; tokens'
+      ' must be at least 1 and at most population'
     )
   drawn = np.random.default_rng(seed).choice(population, tokens, replace=False)
   ids = tuple(map(int, drawn))

@@ -16,7 +16,7 @@ from ptune.convert.prompts import find, read_prompt, read_rows
 from ptune.convert.trained import SUFFIX, facts_beside, open_trained
 from ptune.errors import UserError
 from ptune.host.files import absolute, check_writable
-from ptune.methods import prompt_init
+from ptune.methods import prompt_array
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.sizes import Config
@@ -210,7 +210,7 @@ def read_prompt_file(
       )
     return restore(source, plan.select(plan.trainable)), facts
   struct = plan.params[path]
-  prompt = prompt_init.fit(
+  prompt = prompt_array.fit(
     read_rows(place), struct.shape, f'prompt file {prompt_file}'
   )
   if place.is_dir() or place.suffix == SUFFIX:
