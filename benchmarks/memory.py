@@ -12,7 +12,7 @@ before it is run.
 import argparse
 
 from benchmarks import peers
-from ptune.model import parameters
+from ptune.model import frozen_weights, model_info
 
 # Activations, and frozen weights.
 TYPES = (
@@ -29,9 +29,9 @@ def measure(args):
     plan = peers.plan_of(args, dtype=dtype, frozen_dtype=frozen)
     batch = peers.batch_of(plan, args.batch, args.inputs, args.targets)
     memory = peers.compile_step(plan, batch)[0].memory_analysis()
-    held = parameters.frozen_shapes(plan).values()
+    held = frozen_weights.shapes(plan).values()
     result[f'{dtype}, {frozen} weights'] = {
-      'frozen_bytes': sum(map(parameters.nbytes, held)),
+      'frozen_bytes': sum(map(model_info.nbytes, held)),
       'argument_bytes': memory.argument_size_in_bytes,
       'temporary_bytes': memory.temp_size_in_bytes,
     }

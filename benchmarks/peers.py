@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ptune.host import jax_setup
 from ptune.methods import prompt
-from ptune.model import parameters, partitioning, sizes
+from ptune.model import frozen_weights, parameters, partitioning, sizes
 from ptune.model.models import EncoderDecoderModel
 from ptune.training import optim
 from ptune.training import state as state_lib
@@ -183,7 +183,7 @@ def ours(args: argparse.Namespace) -> Ours:
   """What the flags ask for."""
   plan = plan_of(args)
   params = parameters.initialize(plan, plan.params, seed=0)
-  frozen = parameters.freeze(plan, {p: params.pop(p) for p in plan.frozen})
+  frozen = frozen_weights.freeze(plan, {p: params.pop(p) for p in plan.frozen})
   return Ours(plan, parameters.unflatten(params), parameters.unflatten(frozen))
 
 
@@ -214,7 +214,7 @@ def compile_step(plan: parameters.Plan, batch: Mapping[str, Any]):
   model = EncoderDecoderModel(plan.network)
   tx = optim.adafactor()
   like = state_lib.abstract_state(tx, plan)
-  frozen = parameters.unflatten(parameters.frozen_shapes(plan))
+  frozen = parameters.unflatten(frozen_weights.shapes(plan))
   update = state_lib.compile_step(model, tx, plan, like)
 
   def loss(trainable, frozen, batch):

@@ -31,7 +31,7 @@ import optax
 from flax import linen as nn
 
 from benchmarks import peers
-from ptune.model import layers, parameters
+from ptune.model import frozen_weights, layers, parameters
 from ptune.training import state as state_lib
 
 
@@ -113,7 +113,7 @@ def measure(args):
     'temporary_bytes': step.memory_analysis().temp_size_in_bytes,
     'frozen_bytes': sum(
       math.prod(x.shape) * x.dtype.itemsize
-      for x in parameters.frozen_shapes(plan).values()
+      for x in frozen_weights.shapes(plan).values()
     ),
   }
 

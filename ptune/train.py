@@ -129,7 +129,7 @@ def train(
       trainable |= start.first_adapters(plan, base, task, data, seed)
       state = state_lib.first_state(tx, parameters.unflatten(trainable), like)
     del base
-    frozen = parameters.unflatten(parameters.freeze(plan, frozen))
+    frozen = parameters.unflatten(frozen_weights.freeze(plan, frozen))
 
     # ------------------------------------------------------------------ loop
     private = data.privacy and privacy.of_run(data.privacy, run.directory)
@@ -146,7 +146,7 @@ def train(
     ) as ahead:
       following = device_feed.with_first(ahead)
       run.begin([member], train_steps, examples_per_step, saving)
-      run.describe(parameters.describe(plan), gin.operative_config_str())
+      run.describe(model_info.table(plan), gin.operative_config_str())
       steps = loop.Loop(run, update, frozen, {'': evaluate}, evaluation)
       return steps(state, following)
 

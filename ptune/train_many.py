@@ -35,7 +35,7 @@ from ptune.convert import check_config, open_checkpoint, with_rows
 from ptune.convert.fingerprint import of_params
 from ptune.data import device_feed
 from ptune.errors import UserError
-from ptune.model import parameters, partitioning
+from ptune.model import frozen_weights, parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import Config
 from ptune.serving.evaluation import evaluation_of
@@ -142,7 +142,7 @@ def train_many(
           start.first_adapters(own, base, tasks[one.task], data, one.seed)
         )
       state = many.first_state(tx, trainable, groups)
-    frozen = parameters.unflatten(parameters.freeze(plan, base))
+    frozen = parameters.unflatten(frozen_weights.freeze(plan, base))
 
     # ------------------------------------------------------------------ loop
     update = many.compile_step(

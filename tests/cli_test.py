@@ -20,7 +20,7 @@ import gin
 from ptune import cli
 from ptune.config import gin_files
 from ptune.errors import UserError
-from ptune.model import parameters, partitioning, sizes
+from ptune.model import model_info, parameters, partitioning, sizes
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -532,7 +532,7 @@ def test_small_has_the_published_number_of_parameters():
     ['models/t5_1_1_small.gin', 'methods/prompt.gin', 'runs/eval.gin']
   )
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-  summary = parameters.summary(parameters.plan(*chosen(), mesh))
+  summary = model_info.summary(parameters.plan(*chosen(), mesh))
   assert 'trainable 51,200 parameters' in summary
   assert 'frozen 76,961,152 parameters' in summary
 

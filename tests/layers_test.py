@@ -13,7 +13,9 @@ from ptune.convert import identity
 from ptune.methods import full, lora, prompt
 from ptune.model import attention as attention_lib
 from ptune.model import (
+  frozen_weights,
   layers,
+  model_info,
   network,
   parameters,
   partitioning,
@@ -267,9 +269,9 @@ def prompt_gradient(dtype, frozen_dtype=None):
     path: jnp.asarray(weights[path], plan.params[path].dtype)
     for path in plan.frozen
   }
-  held = parameters.freeze(plan, frozen)
+  held = frozen_weights.freeze(plan, frozen)
   assert {k: (x.shape, x.dtype) for k, x in held.items()} == {
-    k: (x.shape, x.dtype) for k, x in parameters.frozen_shapes(plan).items()
+    k: (x.shape, x.dtype) for k, x in frozen_weights.shapes(plan).items()
   }
   model = EncoderDecoderModel(plan.network)
 
@@ -310,7 +312,7 @@ def test_int8_holds_a_channel_to_half_a_step_and_zeros_exactly():
   value = np.random.default_rng(0).standard_normal(plan.params[path].shape)
   value[:, 3] = 0
   frozen = {path: jnp.asarray(value, jnp.float32)}
-  held = parameters.freeze(plan, frozen)
+  held = frozen_weights.freeze(plan, frozen)
   assert not frozen, 'the caller keeps no second copy'
   values, scale = held[path], held[f'{path}_scale']
   assert values.dtype == jnp.int8
@@ -328,7 +330,7 @@ def test_frozen_weights_take_a_half_and_a_quarter(frozen_dtype, most):
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     config = sizes.t5('t5_1_1_small', frozen_dtype=kept)
     plan = parameters.plan(config, prompt.prompt(100), mesh)
-    return sum(map(parameters.nbytes, parameters.frozen_shapes(plan).values()))
+    return sum(map(model_info.nbytes, frozen_weights.shapes(plan).values()))
 
   assert size(frozen_dtype) / size('float32') <= most
 
@@ -337,5 +339,5 @@ def test_what_is_trained_stays_float32():
   config = dataclasses.replace(TINY, frozen_dtype='int8')
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   plan = parameters.plan(config, full.full(), mesh)
-  assert not parameters.frozen_shapes(plan)
+  assert not frozen_weights.shapes(plan)
   assert {x.dtype for x in plan.params.values()} == {jnp.dtype(jnp.float32)}

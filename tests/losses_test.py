@@ -13,7 +13,7 @@ import gin
 from ptune.config import gin_files
 from ptune.data import seqio_task
 from ptune.methods import lora, prompt
-from ptune.model import network, parameters
+from ptune.model import frozen_weights, network, parameters
 from ptune.model.models import EncoderDecoderModel
 from ptune.training import losses
 from tests import tiny
@@ -86,7 +86,7 @@ def test_the_text_of_an_int8_base_is_that_of_its_scales():
   plan = parameters.plan(config, prompt.prompt(5), ONE)
   flat = parameters.flatten(random_params(NET))
   placed = {p: parameters.place(v, plan.params[p]) for p, v in flat.items()}
-  frozen = parameters.freeze(plan, {p: placed[p] for p in plan.frozen})
+  frozen = frozen_weights.freeze(plan, {p: placed[p] for p in plan.frozen})
   assert f'{EMBEDDING}_scale' in frozen
   held = parameters.unflatten({**frozen, prompt.PATH: flat[prompt.PATH]})
   apart = []

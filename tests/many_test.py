@@ -15,7 +15,14 @@ from ptune.convert import open_checkpoint
 from ptune.data import batches as data
 from ptune.data import seqio_task
 from ptune.methods import full, lora, prompt, prompt_init, superpos
-from ptune.model import network, parameters, partitioning, structure
+from ptune.model import (
+  frozen_weights,
+  model_info,
+  network,
+  parameters,
+  partitioning,
+  structure,
+)
 from ptune.model.models import EncoderDecoderModel
 from ptune.serving import trained_model
 from ptune.training import many, optim
@@ -222,7 +229,7 @@ def test_runs_together_cost_what_they_cost_alone():
     rows = jax.ShapeDtypeStruct((8, 16), jnp.int32)
     names = ('encoder_input_tokens', 'decoder_target_tokens')
     names += ('decoder_input_tokens', 'decoder_loss_weights')
-    frozen = parameters.unflatten(parameters.frozen_shapes(plan))
+    frozen = parameters.unflatten(frozen_weights.shapes(plan))
     with plan.scope():
       return step.lower(
         many.abstract_state(tx, groups), frozen, dict.fromkeys(names, rows)
@@ -233,7 +240,7 @@ def test_runs_together_cost_what_they_cost_alone():
   assert 0.98 < flops[1] / flops[0] < 1.05
   grown = [p.memory_analysis().temp_size_in_bytes for p in (one, four)]
   params = structure.parameters(network.Transformer(tiny.CONFIG))
-  base = sum(parameters.nbytes(x) for x in params.values())
+  base = sum(model_info.nbytes(x) for x in params.values())
   assert grown[1] - grown[0] < base
 
 

@@ -10,6 +10,7 @@ import pytest
 from ptune.convert import open_checkpoint
 from ptune.convert.export import export
 from ptune.convert.prompts import read_prompt
+from ptune.errors import UserError
 from ptune.methods import (
   p_tuning,
   prompt,
@@ -109,6 +110,17 @@ def test_the_folded_prompt_is_the_formulas_and_answers_the_same(name):
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('read', [trained_model.check, trained_model.load])
+def test_a_method_refuses_the_plain_prompt_that_it_writes(name, read, tmp_path):
+  file = tmp_path / 'step_2.npy'
+  np.save(file, np.zeros((3, tiny.CONFIG.emb_dim), np.float32))
+  plan = parameters.plan(tiny.CONFIG, METHODS[name](3), ONE)
+  trained = Trained(checkpoint_path='unread', prompt_file=str(file))
+  with pytest.raises(UserError, match=r'plain prompt, .*methods/prompt\.gin'):
+    read(plan, trained)
+
+
 @pytest.mark.slow
 def test_a_run_writes_a_plain_prompt(tmp_path):
   name = 'lstm'
@@ -126,12 +138,6 @@ def test_a_run_writes_a_plain_prompt(tmp_path):
   # The checkpoint has no array that could be taken for the prompt.
   source = open_checkpoint(tmp_path / 'run')
   assert prompt.PATH not in source.leaves
-  # Nor can a prompt be unfolded: the error names what reads it.
-  plan = parameters.plan(tiny.CONFIG, method, ONE)
-  with pytest.raises(ValueError, match=r'methods/prompt\.gin'):
-    trained_model.check(
-      plan, Trained(checkpoint_path=tiny.base(), prompt_file=str(file))
-    )
   plan = parameters.plan(tiny.CONFIG, prompt.prompt(3), ONE)
   with tiny.one_device():
     trained_model.check(

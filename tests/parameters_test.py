@@ -12,7 +12,14 @@ from flax import linen as nn
 
 from ptune.convert.fingerprint import of_params
 from ptune.methods import full, prompt, prompt_init
-from ptune.model import network, parameters, partitioning, sizes, structure
+from ptune.model import (
+  model_info,
+  network,
+  parameters,
+  partitioning,
+  sizes,
+  structure,
+)
 from ptune.model.adapters import Method, Placement
 from tests.network_test import SHALLOW, TINY, load
 
@@ -101,21 +108,21 @@ def small_plan(dtype):
 
 
 def test_summary_has_the_papers_numbers():
-  assert parameters.summary(small_plan('float32')) == (
+  assert model_info.summary(small_plan('float32')) == (
     'prompt: trainable 51,200 parameters (204.8 kB), frozen 76,961,152'
     ' parameters (307.8 MB), on a mesh of 1 data x 1 model'
   )
   # 2 bytes each, but for 42 norms of 512 and 2 bias tables of 6 x 32.
   bytes_of = 2 * 76_961_152 + 2 * (42 * 512 + 2 * 6 * 32)
-  assert f'({bytes_of / 1e6:.1f} MB)' in parameters.summary(
+  assert f'({bytes_of / 1e6:.1f} MB)' in model_info.summary(
     small_plan('bfloat16')
   )
 
 
 def test_describe_has_a_line_for_every_parameter():
   plan = small_plan('bfloat16')
-  lines = parameters.describe(plan).splitlines()
-  assert lines[:2] == [parameters.summary(plan), '']
+  lines = model_info.table(plan).splitlines()
+  assert lines[:2] == [model_info.summary(plan), '']
   table = [re.split(r'  +', line.strip()) for line in lines[2:]]
   assert table[0] == ['name', 'shape', 'dtype', 'axes', 'bytes']
   rows = {row[0]: row[1:] for row in table[1:]}
@@ -155,7 +162,7 @@ def test_identity_is_the_method_and_what_it_trains():
   ],
 )
 def test_bytes_are_written_in_decimal_units(n, text):
-  assert parameters.format_bytes(n) == text
+  assert model_info.format_bytes(n) == text
 
 
 # -------------------------------------------------------------- initial values

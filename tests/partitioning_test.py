@@ -19,7 +19,14 @@ from ptune.convert.fingerprint import of_params
 from ptune.data import device_feed
 from ptune.data.device_feed import device_put
 from ptune.methods import full, prompt
-from ptune.model import attention, models, parameters, partitioning, sizes
+from ptune.model import (
+  attention,
+  frozen_weights,
+  models,
+  parameters,
+  partitioning,
+  sizes,
+)
 from ptune.training import optim
 from ptune.training import state as state_lib
 from tests import tiny
@@ -152,8 +159,8 @@ def test_fully_sharded_weights_change_no_number(mesh):
 @pytest.mark.parametrize('frozen_dtype', [None, 'bfloat16', 'int8'])
 def test_fully_sharded_matrices_lie_in_equal_parts(mesh, frozen_dtype):
   plan = plan_on(mesh, fsdp=True, frozen_dtype=frozen_dtype)
-  held = parameters.freeze(plan, placed(plan, plan.frozen))
-  for path, struct in parameters.frozen_shapes(plan).items():
+  held = frozen_weights.freeze(plan, placed(plan, plan.frozen))
+  for path, struct in frozen_weights.shapes(plan).items():
     assert held[path].sharding.is_equivalent_to(struct.sharding, struct.ndim)
     assert held[path].dtype == struct.dtype
     if struct.ndim > 1 and not path.endswith('rel_embedding'):

@@ -13,6 +13,8 @@ from ptune.methods import decoder_prompt, full, ia3, lora, per_layer, prompt
 from ptune.methods import prefix as prefix_lib
 from ptune.model import (
   adapters,
+  frozen_weights,
+  model_info,
   models,
   network,
   parameters,
@@ -81,7 +83,7 @@ def train(name, mesh='1x1', steps=10, **changes):
     for path, x in plan.params.items()
   }
   trained = {path: placed.pop(path) for path in plan.trainable}
-  frozen = parameters.unflatten(parameters.freeze(plan, placed))
+  frozen = parameters.unflatten(frozen_weights.freeze(plan, placed))
   state = state_lib.first_state(tx, parameters.unflatten(trained), like)
   batch = device_feed.device_put(BATCH, plan.mesh)
   sums = []
@@ -207,7 +209,7 @@ def test_the_program_and_its_memory_are_smaller():
     tx = optim.adafactor(1)
     like = state_lib.abstract_state(tx, plan)
     step = state_lib.compile_step(model, tx, plan, like)
-    frozen = parameters.unflatten(parameters.frozen_shapes(plan))
+    frozen = parameters.unflatten(frozen_weights.shapes(plan))
     program = step.lower(like, frozen, BATCH).compile()
     text = program.as_text()
     assert (' while(' in text) == scans
@@ -234,7 +236,7 @@ def test_outside_of_the_program_all_is_named_as_without(name):
   plain, scanned = plan_of(name), plan_of(name, scan=True)
   assert plain.params == scanned.params
   assert plain.axes == scanned.axes
-  assert parameters.describe(plain) == parameters.describe(scanned)
+  assert model_info.table(plain) == model_info.table(scanned)
   assert parameters.identity(plain) == parameters.identity(scanned)
   drawn = (
     parameters.initialize(plan, plan.adapters, seed=3)
@@ -260,8 +262,8 @@ def test_held_weights_are_stacked_and_take_no_more_room(frozen_dtype):
     }
   )
   held, structs = (
-    parameters.freeze(plan, placed),
-    parameters.frozen_shapes(plan),
+    frozen_weights.freeze(plan, placed),
+    frozen_weights.shapes(plan),
   )
   assert not placed, 'the caller keeps no second copy'
   assert held.keys() == structs.keys()
@@ -269,7 +271,7 @@ def test_held_weights_are_stacked_and_take_no_more_room(frozen_dtype):
     assert (held[path].shape, held[path].dtype) == (x.shape, x.dtype)
     assert held[path].sharding.is_equivalent_to(x.sharding, x.ndim)
   nbytes = [
-    sum(map(parameters.nbytes, parameters.frozen_shapes(p).values()))
+    sum(map(model_info.nbytes, frozen_weights.shapes(p).values()))
     for p in (plain, plan)
   ]
   assert nbytes[0] == nbytes[1]

@@ -34,6 +34,7 @@ from ptune.errors import UserError
 from ptune.methods import decoder_prompt, prompt, row_prompts
 from ptune.model import (
   decoding,
+  frozen_weights,
   models,
   network,
   parameters,
@@ -350,7 +351,7 @@ def logits_on(name, rows=1, parts=1, **changes):
   host = values(name) | {prompt.PATH: prompt_of(name)}
   placed = {p: parameters.place(host[p], x) for p, x in plan.params.items()}
   trained = {prompt.PATH: placed.pop(prompt.PATH)}
-  frozen = parameters.freeze(plan, placed)
+  frozen = frozen_weights.freeze(plan, placed)
   model = models.EncoderDecoderModel(plan.network)
   params = parameters.merge(
     parameters.unflatten(trained), parameters.unflatten(frozen)

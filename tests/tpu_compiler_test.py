@@ -158,7 +158,7 @@ needs_libtpu = pytest.mark.skipif(
 SCRIPT = """
 import json, sys
 from ptune.methods import prompt
-from ptune.model import parameters, partitioning, sizes
+from ptune.model import parameters, partitioning, sizes, model_info
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.tools import memory, tpu_compiler
 from ptune.training import optim
@@ -184,7 +184,7 @@ print(json.dumps({
   'collectives': {k: n for k, (n, _) in found.collectives.items()},
   'bytes': found.total.bytes, 'flops': program.cost_analysis()['flops'],
   'seconds': found.seconds('v5e'), 'aliased': held.alias_size_in_bytes,
-  'state': sum(map(parameters.nbytes, made.select(made.trainable).values()))}))
+  'state': sum(map(model_info.nbytes, made.select(made.trainable).values()))}))
 """
 
 

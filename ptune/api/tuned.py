@@ -20,7 +20,7 @@ from ptune.convert import export as export_lib
 from ptune.convert import merged, prompts, publish
 from ptune.data import batches, bucketing, device_feed, padding, seqio_task
 from ptune.errors import UserError
-from ptune.model import parameters, partitioning
+from ptune.model import frozen_weights, parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.serving import predictor, trained_model
 from ptune.serving.evaluation import Evaluation
@@ -320,7 +320,9 @@ class Tuned:
     values = {path: parameters.place(found.array, plan.params[path])}
     frozen = {p: self.base.weights[p] for p in plan.frozen}
     step = int(found.facts.get('step', 0))
-    return parameters.unflatten(values | parameters.freeze(plan, frozen)), step
+    return parameters.unflatten(
+      values | frozen_weights.freeze(plan, frozen)
+    ), step
 
   @property
   def _params(self) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptune.errors import UserError
-from ptune.model import parameters, scan
+from ptune.model import frozen_weights, parameters, scan
 from ptune.model.sizes import TokenIds
 from ptune.model.t5gemma_sizes import T5GemmaConfig
 
@@ -183,7 +183,7 @@ def with_rows(plan: parameters.Plan, source: Source) -> parameters.Plan:
   def read(ids):
     table = source.leaves[EMBEDDING]
     blocks = [table.read((slice(i, i + 1), slice(None))) for i in ids]
-    return parameters.rows_as_held(plan, np.concatenate(blocks))
+    return frozen_weights.rounded_rows(plan, np.concatenate(blocks))
 
   def rows(ids):
     return read(tuple(map(int, ids)))

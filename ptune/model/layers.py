@@ -137,7 +137,7 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def scale_of(module: nn.Module, name: str) -> jax.Array | None:
-  """The scales [features] beside an int8 parameter; see `parameters.freeze`."""
+  """The scales [features] of an int8 parameter; see `frozen_weights`."""
   name = f'{name}_scale'
   if module.has_variable('params', name):
     return module.get_variable('params', name)

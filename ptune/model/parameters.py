@@ -1,7 +1,7 @@
-"""Every parameter of a run: its shape and place, and where its values are from.
+"""The plan of all parameters of a run: shapes, shardings, what is trained.
 
-`Plan` says what there will be before anything is built. The values of the base
-model come from a checkpoint, strictly; those of the adapters are initialised.
+A `Plan` is made by tracing, before any array exists. A checkpoint gives the
+values of the base model; `initialize` draws those of the adapters.
 """
 
 import dataclasses
@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from ptune.errors import UserError
-from ptune.host.columns import aligned
 from ptune.model import network as network_lib
 from ptune.model import partitioning, scan, structure
 from ptune.model.adapters import Method, Rows
@@ -40,7 +39,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
-  """Puts trainable and frozen parameters together, for the network."""
+  """Merges trainable and frozen parameters into the tree of the network."""
   merged: Flat = {}
   for tree in trees:
     merged.update(flatten(tree))
@@ -60,7 +59,8 @@ class Plan:
     params: Shape, type and sharding, by path.
     base: The paths that a checkpoint of the base model must hold.
     trainable: The paths that are trained; the others are frozen.
-    rows: Reads the base's embedding, once a base is known; for `Method.fold`.
+    rows: Reads rows of the base's embedding, for `Method.fold`; None until the
+      base is known.
   """
 
   network: network_lib.Transformer
@@ -113,11 +113,11 @@ class Plan:
 
 
 def plan(config: Config, method: Method, mesh: Mesh) -> Plan:
-  """Works out every parameter; builds nothing.
+  """Makes the plan of a method on a mesh.
 
   Raises:
-    ValueError: If a placement matches no site, or the method trains a
-      parameter that is not there.
+    UserError: If a placement matches no site, or a pattern of the method's
+      trainable parameters matches none.
   """
   network = network_lib.Transformer(config, method.placements)
   params = structure.parameters(network)
@@ -155,126 +155,12 @@ def _any_match(pattern: str, paths: Iterable[str]) -> bool:
 
 
 def _frozen_dtype(config, path: str, x: jax.ShapeDtypeStruct) -> jnp.dtype:
-  """What a matrix is read in; what is used in float32 is kept in that."""
+  """The type of a frozen parameter; vectors and biases stay float32."""
   if x.ndim < 2 or path.endswith('rel_embedding'):
     return jnp.dtype(jnp.float32)
-  if config.frozen_dtype in (None, 'int8'):  # int8 is made of it by `hold`.
+  if config.frozen_dtype in (None, 'int8'):  # `freeze` makes int8 of it.
     return jnp.dtype(config.dtype)
   return jnp.dtype(config.frozen_dtype)
-
-
-# The matrices that may be int8, and the axis along which a scale is shared.
-_SHARED_AXIS = {'kernel': 0, 'embedding': 1}
-
-
-def freeze(plan: Plan, frozen: Flat) -> Flat:
-  """Frozen parameters as a run keeps them.
-
-  With frozen_dtype 'int8', a matrix becomes int8, and beside it stands
-  `<name>_scale`, float32, by which each output channel (of a kernel) or row
-  (of the embedding) is multiplied: the largest magnitude over 127. With scan,
-  those of the layers are one array, see `scan`.
-
-  Args:
-    plan: The plan.
-    frozen: The parameters, by path; emptied, so that memory is free for others.
-
-  Returns:
-    Arrays, by path; the given ones where there is nothing to do.
-  """
-  held = {}
-  quantized = frozenset(_quantized(plan))
-  for path in list(frozen):
-    if path in quantized:
-      value = frozen.pop(path)
-      with plan.scope():
-        held[path], held[f'{path}_scale'] = jax.jit(
-          _to_int8, static_argnums=1, out_shardings=_int8_shardings(plan, path)
-        )(value, _SHARED_AXIS[path.split('/')[-1]])
-    else:
-      held[path] = frozen.pop(path)
-  if plan.network.config.scan:
-    for name, paths in scan.groups(held).items():
-      layers = [held.pop(path) for path in paths]
-      sharding = _stacked_sharding(layers[0].sharding)
-      held[name] = jax.jit(jnp.stack, out_shardings=sharding)(layers)
-  return held
-
-
-def frozen_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shape, type and sharding of what `hold` returns, by path."""
-  structs = _held_by_layer(plan)
-  if plan.network.config.scan:
-    for name, paths in scan.groups(structs).items():
-      layers = [structs.pop(path) for path in paths]
-      structs[name] = jax.ShapeDtypeStruct(
-        (len(layers), *layers[0].shape),
-        layers[0].dtype,
-        sharding=_stacked_sharding(layers[0].sharding),
-      )
-  return structs
-
-
-def _stacked_sharding(sharding: Any) -> NamedSharding:
-  """That of [layers, ...]: every device holds its part of each layer."""
-  return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-
-
-def _held_by_layer(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
-  """The same under T5X's names, whatever the network takes together."""
-  structs = plan.select(plan.frozen)
-  for path in _quantized(plan):
-    values, scales = _int8_shardings(plan, path)
-    shape = structs[path].shape
-    kept = 1 - _SHARED_AXIS[path.split('/')[-1]]
-    structs[path] = jax.ShapeDtypeStruct(shape, jnp.int8, sharding=values)
-    structs[f'{path}_scale'] = jax.ShapeDtypeStruct(
-      (shape[kept],), jnp.float32, sharding=scales
-    )
-  return structs
-
-
-def _quantized(plan: Plan) -> list[str]:
-  if plan.network.config.frozen_dtype != 'int8':
-    return []
-  return [
-    path
-    for path in plan.frozen & plan.base
-    if path.split('/')[-1] in _SHARED_AXIS
-  ]
-
-
-def _int8_shardings(plan: Plan, path: str):
-  """Of the values, and of their scales."""
-  sharding = plan.params[path].sharding
-  assert isinstance(sharding, NamedSharding)
-  kept = sharding.spec[1 - _SHARED_AXIS[path.split('/')[-1]]]
-  return sharding, NamedSharding(plan.mesh, PartitionSpec(kept))
-
-
-def _to_int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-  x = x.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127
-  # A channel of zeros stays one.
-  values = jnp.round(x / jnp.where(scale > 0, scale, 1))
-  return values.astype(jnp.int8), jnp.squeeze(scale, axis)
-
-
-def rows_as_held(plan: Plan, rows: np.ndarray) -> np.ndarray:
-  """Rows of the token embedding as the network looks them up.
-
-  Args:
-    plan: The plan.
-    rows: [n, embed] as in the checkpoint.
-
-  Returns:
-    [n, embed] float32, rounded as `hold` and `layers.Embed` round them.
-  """
-  x = jnp.asarray(rows).astype(plan.params[EMBEDDING].dtype)
-  if EMBEDDING in _quantized(plan):
-    values, scale = _to_int8(x, _SHARED_AXIS['embedding'])
-    x = values * scale[:, None]
-  return np.asarray(x.astype(plan.network.config.dtype), np.float32)
 
 
 def initialize(
@@ -282,7 +168,7 @@ def initialize(
 ) -> dict[str, jax.Array]:
   """Draws parameters from the network's own initialisers.
 
-  Only what is asked for is computed, each straight into its sharding.
+  Computes only the given paths, each on the devices of its sharding.
   """
   wanted = plan.select(paths)
   if not wanted:
@@ -302,7 +188,7 @@ def initialize(
 
 
 def place(value: np.ndarray, struct: jax.ShapeDtypeStruct) -> jax.Array:
-  """Puts a host array, which every process has, into its sharding."""
+  """Puts an array that every process has on the devices of a sharding."""
   value = np.asarray(value, struct.dtype)
   assert value.shape == struct.shape, (value.shape, struct.shape)
   return jax.make_array_from_callback(
@@ -311,7 +197,10 @@ def place(value: np.ndarray, struct: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def whole(x: jax.Array) -> np.ndarray:
-  """Copies an array to this host; by all processes, where they share it."""
+  """Copies an array to the host.
+
+  Processes that share the array must call it together.
+  """
   if x.is_fully_addressable or x.is_fully_replicated:
     return np.asarray(x)
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
@@ -320,21 +209,21 @@ def whole(x: jax.Array) -> np.ndarray:
 def embedding_rows(
   plan: Plan, params: Mapping[str, jax.Array], ids: np.ndarray
 ) -> np.ndarray:
-  """Embeds tokens as the encoder does, on every host: [n] -> [n, embed].
+  """Embeds tokens as the encoder does: [n] -> [n, embed], on every host.
 
   Args:
     plan: The plan.
-    params: The parameters, by path, before `hold`.
+    params: The parameters, by path, before `freeze`.
     ids: [n] rows of the embedding.
 
   Returns:
-    [n, embed] float32, as the site `encoder/embed` has them.
+    [n, embed] float32, the values at the site `encoder/embed`.
 
   Raises:
-    ValueError: If the embedding does not have all of these rows.
+    UserError: If the embedding does not have all of these rows.
   """
   table = params[EMBEDDING]
-  # On a device, an index beyond the last row would silently give the last.
+  # On a device, an index past the end would silently give the last row.
   if len(ids) and not 0 <= np.min(ids) <= np.max(ids) < table.shape[0]:
     raise UserError(
       f'got token ids from {np.min(ids)} to {np.max(ids)}, but the embedding'
@@ -352,12 +241,12 @@ def embedding_rows(
 def sites(
   plan: Plan, params: Mapping[str, jax.Array], ids: Sequence[int]
 ) -> dict[str, np.ndarray]:
-  """What leaves each site of the base that reads a text, on every host.
+  """Runs the base on a text; returns the values at each site, on every host.
 
   Args:
     plan: The plan.
     params: The base's parameters, by path.
-    ids: [n] the text.
+    ids: [n] tokens of the text.
 
   Returns:
     Arrays [1, n, ...] float32, by the path of the site.
@@ -372,60 +261,14 @@ def sites(
 
 
 def identity(plan: Plan) -> dict[str, Any]:
-  """What a run is known by: its method and what that trains, as JSON."""
+  """What a resumed run must have in common: method and trained shapes."""
   trained = plan.select(plan.trainable)
-  # Full tuning trains hundreds of arrays; their number and size identify it.
+  # Full tuning trains hundreds of arrays: their number and size are enough.
   shapes = {path: list(x.shape) for path, x in trained.items()}
   if len(shapes) > 8:
     count = sum(math.prod(x.shape) for x in trained.values())
     shapes = {'arrays': len(shapes), 'parameters': count}
   found = {'method': plan.method.name, 'trainable': shapes}
-  # Runs of methods without any have no such entry.
+  # Methods without settings have no such entry.
   settings = dict(plan.method.settings)
   return found | ({'settings': settings} if settings else {})
-
-
-def describe(plan: Plan) -> str:
-  """A table of all parameters, for `model-info.txt`."""
-  rows = [('name', 'shape', 'dtype', 'axes', '', 'bytes')]
-  for path, x in (plan.select(plan.trainable) | _held_by_layer(plan)).items():
-    rows.append(
-      (
-        path,
-        str(list(x.shape)),
-        x.dtype.name,
-        ', '.join(plan.axes.get(path, ())),
-        'trainable' if path in plan.trainable else 'frozen',
-        f'{nbytes(x):,}',
-      )
-    )
-  return '\n'.join([summary(plan), '', *aligned(rows, right={5}), ''])
-
-
-def summary(plan: Plan) -> str:
-  """One line: how many parameters are trained and frozen, and their bytes."""
-  parts = []
-  for name, paths in (
-    ('trainable', plan.trainable),
-    ('frozen', plan.frozen),
-  ):
-    count = sum(math.prod(x.shape) for x in plan.select(paths).values())
-    kept = frozen_shapes(plan) if paths == plan.frozen else plan.select(paths)
-    size = sum(map(nbytes, kept.values()))
-    parts.append(f'{name} {count:,} parameters ({format_bytes(size)})')
-  mesh = ' x '.join(f'{n} {axis}' for axis, n in plan.mesh.shape.items())
-  return f'{plan.method.name}: {", ".join(parts)}, on a mesh of {mesh}'
-
-
-def nbytes(x: jax.ShapeDtypeStruct) -> int:
-  """Bytes of one copy of an array."""
-  return math.prod(x.shape) * x.dtype.itemsize
-
-
-def format_bytes(n: float) -> str:
-  """204800 -> '204.8 kB'."""
-  for unit in ('bytes', 'kB', 'MB', 'GB'):
-    if n < 1000 or unit == 'GB':
-      return f'{n:,.0f} {unit}' if unit == 'bytes' else f'{n:,.1f} {unit}'
-    n /= 1000
-  raise AssertionError

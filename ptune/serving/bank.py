@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from ptune.convert.prompts import is_of_a_run, name_of, read_prompt
 from ptune.errors import UserError, nearest
 from ptune.methods.row_prompts import ROWS, per_row, row_parameters
-from ptune.model import parameters, partitioning
+from ptune.model import frozen_weights, parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Batch, Decoding, EncoderDecoderModel
 from ptune.model.sizes import Config
@@ -92,7 +92,7 @@ class PromptBank:
       path: jax.device_put(base[path], struct.sharding)
       for path, struct in plan.select(plan.base).items()
     }
-    self._base = parameters.unflatten(parameters.freeze(plan, placed))
+    self._base = parameters.unflatten(frozen_weights.freeze(plan, placed))
     self.predictor = Predictor(
       plan, model(plan.network), max_decode_length, decoding, seed
     )

@@ -17,7 +17,7 @@ from ptune.convert.trained import SUFFIX, facts_beside, open_trained
 from ptune.errors import UserError
 from ptune.host.files import absolute, check_writable
 from ptune.methods import prompt_array
-from ptune.model import parameters, partitioning
+from ptune.model import frozen_weights, model_info, parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.sizes import Config
 from ptune.serving.bank import OTHER_METHODS, PromptBank, parse
@@ -75,12 +75,8 @@ def check(plan: parameters.Plan, trained: Trained) -> None:
       f'method {plan.method.name!r} trains all of the model: it'
       ' has no prompt to be read from PROMPT_FILE; give MODEL_DIR'
     )
-  if prompt_file is not None and plan.method.fold:
-    raise UserError(
-      f'method {plan.method.name!r} folds what it trained into a simpler'
-      ' method: set METHOD to that one, such as methods/prompt.gin for a .npy,'
-      f' to read PROMPT_FILE={prompt_file!r}; or give MODEL_DIR'
-    )
+  if prompt_file is not None:
+    _refuse_folded(plan.method, prompt_file)
   if prompt_file is None and plan.adapters:
     raise UserError(
       'set MODEL_DIR (a run of ptune train) or PROMPT_FILE (a prompt for the'
@@ -99,6 +95,24 @@ def base_of(trained: Trained) -> PathLike | None:
     return trained.checkpoint_path
   run = run_file.read(run_file.run_directory(trained.model_dir))
   return run.get('initial_checkpoint_path')
+
+
+def _refuse_folded(method: Method, prompt_file: PathLike) -> None:
+  """Raises a UserError if what `method` writes is read by a simpler method."""
+  if method.fold is None:
+    return
+  if method.prompt is None:
+    fix = 'set METHOD to the simpler method'
+  else:
+    fix = (
+      'a .npy file is a plain prompt, so set METHOD to prompt with'
+      ' --gin_file=methods/prompt.gin'
+    )
+  raise UserError(
+    f'METHOD {method.name!r} cannot read PROMPT_FILE={prompt_file!r}: it saves'
+    f' what it trained in the form of a simpler method; {fix}, or give a'
+    f' MODEL_DIR with checkpoints of {method.name!r}'
+  )
 
 
 def _check_run(model_dir: PathLike | None) -> dict[str, Any]:
@@ -171,10 +185,10 @@ def load(
         checkpoint_path,
         fingerprint,
       )
-  logging.info('%s', parameters.summary(plan))
+  logging.info('%s', model_info.summary(plan))
   frozen = {path: values.pop(path) for path in plan.frozen}
   return parameters.unflatten(
-    values | parameters.freeze(plan, frozen)
+    values | frozen_weights.freeze(plan, frozen)
   ), step or 0
 
 
@@ -194,6 +208,7 @@ def read_prompt_file(
   Raises:
     ValueError: If the file does not fit the method or its shapes.
   """
+  _refuse_folded(plan.method, prompt_file)
   path = plan.method.prompt
   place = locate(prompt_file)
   # For a run, an adapter or a checkpoint, read the prompt in it.

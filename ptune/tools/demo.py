@@ -33,7 +33,7 @@ from ptune.convert.prompts import npy
 from ptune.errors import UserError
 from ptune.host.files import write_atomically
 from ptune.methods import full, prompt
-from ptune.model import parameters
+from ptune.model import model_info
 from ptune.tasks import generated_text
 from ptune.tools import miniature
 from ptune.tools.miniature import Row
@@ -291,7 +291,7 @@ def comparison(rows: Sequence[tuple[str, float, int, float]]):
     table.add_row(
       what,
       f'{accuracy:.1%}',
-      parameters.format_bytes(size) if size else '',
+      model_info.format_bytes(size) if size else '',
       f'{seconds:.1f}' if seconds else '',
     )
   return table

@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 
 from ptune.convert import open_checkpoint
 from ptune.methods import prompt
-from ptune.model import parameters, partitioning, sizes
+from ptune.model import model_info, parameters, partitioning, sizes
 from ptune.model.models import EncoderDecoderModel
 from ptune.training import optim
 from ptune.training import state as state_lib
@@ -160,7 +160,7 @@ def check_devices() -> str:
   stats = devices[0].memory_stats() if devices[0].platform != 'cpu' else None
   memory = ''
   if stats and 'bytes_limit' in stats:
-    memory = f', {parameters.format_bytes(stats["bytes_limit"])} each'
+    memory = f', {model_info.format_bytes(stats["bytes_limit"])} each'
   return f'{len(devices)} x {", ".join(kinds)}{memory}'
 
 
@@ -194,7 +194,7 @@ def check_disk(directory: str) -> str:
   while not os.path.exists(path):
     path = os.path.dirname(path)
   free = shutil.disk_usage(path).free
-  text = f'{parameters.format_bytes(free)} free at {path}'
+  text = f'{model_info.format_bytes(free)} free at {path}'
   if free < ENOUGH_DISK:
     raise Failed(
       f'{text}, {parameters.format_bytes(ENOUGH_DISK)} are needed',

@@ -35,7 +35,7 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ptune.errors import UserError
-from ptune.model import parameters, partitioning
+from ptune.model import frozen_weights, parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.model.sizes import Config
@@ -236,7 +236,7 @@ def held(run: Run, plan: parameters.Plan, temporary: int) -> Memory:
   """What lies on one device between two steps, and what a step adds."""
   like = state_of(run, plan)
   return Memory(
-    frozen=_bytes_on_one(parameters.frozen_shapes(plan)),
+    frozen=_bytes_on_one(frozen_weights.shapes(plan)),
     trainable=_bytes_on_one(like.trainable),
     optimizer=_bytes_on_one(like.opt_state),
     temporary=temporary,
@@ -294,7 +294,7 @@ def compile_step(run: Run, plan: parameters.Plan) -> jax.stages.Compiled:
     run.microbatches,
     private=private,
   )
-  frozen = parameters.unflatten(parameters.frozen_shapes(plan))
+  frozen = parameters.unflatten(frozen_weights.shapes(plan))
   options = {}
   if plan.mesh.devices.flat[0].platform == 'cpu':
     # The order that needs the least memory, as on TPU and GPU; by default the
@@ -315,7 +315,7 @@ def compile_decoding(
 ) -> jax.stages.Compiled:
   """Compiles the prediction of a batch for the devices of a plan."""
   model = run.model(plan.network)
-  frozen = parameters.unflatten(parameters.frozen_shapes(plan))
+  frozen = parameters.unflatten(frozen_weights.shapes(plan))
   trainable = parameters.unflatten(plan.select(plan.trainable))
 
   def predict(trainable, frozen, tokens):

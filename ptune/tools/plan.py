@@ -26,7 +26,7 @@ from typing import Any
 
 from ptune.errors import UserError
 from ptune.host.columns import aligned
-from ptune.model import parameters
+from ptune.model import model_info
 from ptune.model.models import Decoding
 from ptune.tools import tpu_compiler
 from ptune.tools.memory import (
@@ -241,7 +241,7 @@ def describe(
     lines.append(
       [
         mesh,
-        *(parameters.format_bytes(n) for n in numbers),
+        *(model_info.format_bytes(n) for n in numbers),
         verdicts[accelerator] if accelerator else answer or 'none',
       ]
     )
@@ -316,12 +316,12 @@ def _best(
       f'MODEL_PARALLEL = {least} needs the least memory; name an --accelerator'
       ' for the mesh that fits it best.'
     )
-  size = parameters.format_bytes(ACCELERATORS[accelerator])
+  size = model_info.format_bytes(ACCELERATORS[accelerator])
   for wanted in ('yes', 'perhaps'):
     for parts, memory in sorted(possible.items()):
       if verdict(memory, accelerator, exact) == wanted:
         word = {'yes': 'fits', 'perhaps': 'may fit'}[wanted]
-        needed = parameters.format_bytes(memory.total)
+        needed = model_info.format_bytes(memory.total)
         return parts, (
           f'best: --gin.MODEL_PARALLEL={parts}, the least split mesh that'
           f' {word} {accelerator} ({needed} of {size}).'

@@ -70,7 +70,7 @@ def wayward(
       )
     table, rows = params['token_embedder'], np.asarray(ids)
     text = table['embedding'][rows].astype(jnp.float32)
-    if 'embedding_scale' in table:  # int8 weights; see `parameters.freeze`.
+    if 'embedding_scale' in table:  # int8 weights; see `frozen_weights.freeze`.
       text *= table['embedding_scale'][rows][:, None]
     text *= model.network.config.embedding_scale
     text = jax.lax.stop_gradient(text)
