@@ -1,4 +1,4 @@
-"""The T5 network, its sites, and what is asked of it.
+"""Networks of the T5 family, their sites, loss and decoding.
 
 JAX and Flax only: nothing here reads files, data or gin.
 """

@@ -1,18 +1,17 @@
 """Adapters, and the one hook through which a network is changed.
 
-The network names its *sites*, the places where something may be changed, and
-calls `adapt` at each. A site is addressed by its path, for example
-`encoder/embed` or `encoder/layers_0/attention/key`; a `Placement` puts an
-adapter at every site that its pattern matches. An adapter is a Flax module
-`__call__(x, y) -> y`: x went into the site, y came out of it, and what is
-returned takes y's place.
+The network names its *sites*, the places where a method may change something,
+and calls `adapt` at each. A site has a path, for example `encoder/embed` or
+`encoder/layers_0/attention/key`. A `Placement` puts an adapter at every site
+that its pattern matches. An adapter is a Flax module `__call__(x, y) -> y`: x
+is the input of the site, y its output, and the result replaces y.
 
     soft prompt   encoder/embed                    concat(prompt, y)
     IA3           */layers_*/attention/key         y * scale
     LoRA          */layers_*/attention/query       y + x A B
 
-A parameter-efficient method is a `Method`: its placements, and which
-parameters it trains.
+A parameter-efficient method is a `Method`: its placements, and the parameters
+that it trains.
 """
 
 import dataclasses
@@ -26,10 +25,9 @@ from flax import linen as nn
 
 from ptune.errors import UserError
 
-# Ids from here on are no token's: see `Packed`.
+# Ids from here on are virtual tokens, see `Packed`.
 VIRTUAL = 2**30
-# Stands for padding in the tokens that the encoder's sites read, whatever the
-# model's own id for it is.
+# Padding in the tokens that adapters see, whatever the model's own pad id is.
 PADDING = -1
 # Reads rows of a base's token embedding: ids [n] -> [n, embed] float32.
 Rows = Callable[[Sequence[int]], np.ndarray]
@@ -40,10 +38,10 @@ class Placement:
   """An adapter at every site that a pattern matches.
 
   Attributes:
-    site: Path pattern; `*` stands for any text within one path component.
+    site: Path pattern; `*` matches any text within one path component.
     name: Name of the adapter's parameters below the module that owns the site.
-    adapter: Makes the adapter; called with `name=`. A fresh module is made at
-      each site, so that two sites never share parameters.
+    adapter: Makes the adapter, called with `name=`. Each site gets a new
+      module, so two sites never share parameters.
   """
 
   site: str
@@ -53,18 +51,17 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-  """How a method reads rows that hold several examples, see `packing`.
+  """How a method reads packed rows, which hold several examples.
 
-  Where an adapter would insert something before each example, the data keeps
-  the places instead: it puts *virtual tokens* among those of the example, ids
-  from VIRTUAL on, and an adapter reads row i of a prompt at VIRTUAL + i. So
-  every example has a copy of its own, where it would have it alone; masks,
-  segments and distances follow from the tokens.
+  Each example needs its own copy of the prompt. The data makes the places: it
+  inserts *virtual tokens*, ids from VIRTUAL on, into each example, and an
+  adapter puts row i of the prompt where the token VIRTUAL + i stands. Masks,
+  segments and distances follow from the tokens. See `data.packing`.
 
   Attributes:
-    placements: In place of `Method.placements`; the parameters are the same.
-    insert: By stack, 'encoder' or 'decoder': by how many tokens an example
-      grows, and what puts them among its own, [length] -> [length + as many].
+    placements: Replace `Method.placements`; the parameters are the same.
+    insert: For the stacks 'encoder' and 'decoder': how many tokens each example
+      gets, and the function that inserts them, [length] -> [length + as many].
   """
 
   placements: tuple[Placement, ...]
@@ -73,32 +70,32 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """What is added to a network, and what of it is trained.
+  """A method: its adapters, and the parameters that it trains.
 
   Attributes:
-    name: Stored with a run, which cannot be resumed with another method.
-    placements: The adapters, applied in this order where they share a site.
-    trainable: Path patterns of the parameters that are trained; here `*`
-      stands for any text, `/` included. All others are frozen.
-    prompt: Path of the [prompt, embed] array, among the folded parameters,
-      that is written as `prompts/step_N.npy`, for methods that have one.
+    name: Stored with a run. A run can only be resumed with the same method.
+    placements: The adapters. Those at the same site are applied in this order.
+    trainable: Path patterns of the parameters that are trained; all others are
+      frozen. Here `*` matches any text, `/` included.
+    prompt: For methods that have one, the path of the prompt [prompt, embed]
+      among the folded parameters. A run writes it to `prompts/step_N.npy`.
     fold: Turns the trained parameters, by path, into those of a simpler method
-      that answers the same, such as a network that makes a prompt into the
-      prompt. Called with these and `Rows` of the base. None where there is
-      nothing to fold.
-    merge: Called with the path and the value (float32, NumPy) of a base
-      parameter, and the folded parameters; returns what the parameter is in a
-      model of the base's own shape that answers the same. None where there is
-      no such model.
-    settings: What the folded parameters mean, where their names and shapes do
-      not tell: arguments of the method's function, as JSON has them. Stored
-      with a run and beside its parameters.
-    check: Looks at the encoder's input tokens [batch, length] of a batch, on
-      the host, and raises a ValueError for what the adapters cannot read.
+      that gives the same answers. For example, it turns a network that computes
+      a prompt into the prompt. Called with these and `Rows` of the base. None
+      if there is nothing to fold.
+    merge: Called with the path and value (float32, NumPy) of a base parameter
+      and with the folded parameters. Returns the value of the parameter in a
+      model without adapters that gives the same answers. None if there is no
+      such model.
+    settings: Arguments of the method's function that the names and shapes of
+      the folded parameters do not tell, as JSON. Stored with a run and beside
+      its parameters.
+    check: Checks the encoder's input tokens [batch, length] of a batch, on the
+      host, and raises a UserError if the adapters cannot read them.
     initial: Initialisers of `prompt_init`, by path pattern, for parameters
-      whose first value is made on the host; the others have Flax's.
-    packed: How it reads packed rows, where it inserts something; a method that
-      inserts nothing reads them as they are.
+      that are initialised on the host; Flax initialises the others.
+    packed: How the method reads packed rows; None if it reads them like others,
+      because it inserts nothing.
   """
 
   name: str
@@ -115,23 +112,23 @@ class Method:
   packed: Packed | None = None
 
   def trains(self, path: str) -> bool:
-    """Whether the parameter at `path`, such as `encoder/prompt/...`, learns."""
+    """Whether a parameter, such as `encoder/prompt/...`, is trained."""
     return any(fnmatch.fnmatchcase(path, p) for p in self.trainable)
 
 
 def take(path: str, value: Any, trained: Mapping[str, Any]) -> Any:
-  """`Method.merge` of methods that train parameters of the base itself."""
+  """`Method.merge` for methods that train parameters of the base itself."""
   return trained.get(path, value)
 
 
 def combine(methods: Sequence[Method]) -> Method:
-  """Several methods as one: a prompt together with LoRA, say.
+  """Several methods as one, such as a prompt together with LoRA.
 
-  Their adapters are placed, and what each trains is trained. Trained
-  parameters are written together; they can be merged if those of each can.
+  The trained parameters of all methods are written together. They can be merged
+  if those of each method can.
 
   Raises:
-    ValueError: If two of them have an adapter of the same name at a site.
+    UserError: If two of them have an adapter of the same name at a site.
   """
   places = [(p.site, p.name) for m in methods for p in m.placements]
   twice = sorted({place for place in places if places.count(place) > 1})
@@ -152,8 +149,8 @@ def combine(methods: Sequence[Method]) -> Method:
     return folded
 
   def merge(path, value, trained):
-    # The kernel of `wo` reads what leaves `hidden`: what is done there comes
-    # after all that is added to the kernel, whichever method stands first.
+    # The kernel of `wo` reads the output of `hidden`, so an adapter at `hidden`
+    # (IA3) scales what others (LoRA) add to the kernel, in any order.
     last = lambda m: any(p.site.endswith('/hidden') for p in m.placements)
     ordered = sorted(methods, key=last) if '/wo/' in path else methods
     for method in ordered:
@@ -171,7 +168,7 @@ def combine(methods: Sequence[Method]) -> Method:
     placements=tuple(p for one in as_they_are for p in one.placements),
     insert={stack: x for one in as_they_are for stack, x in one.insert.items()},
   )
-  # Two insertions into one stack would take each other's virtual tokens.
+  # Two insertions into one stack would read each other's virtual tokens.
   alone = len(packed.insert) == sum(len(one.insert) for one in as_they_are)
 
   return Method(
@@ -198,7 +195,7 @@ def matches(pattern: str, path: str) -> bool:
 def placed(
   module: nn.Module, placements: Iterable[Placement], site: str
 ) -> list[Placement]:
-  """Those of the placements that stand at a site of a module."""
+  """The placements whose pattern matches a site of a module."""
   path = '/'.join((*module.path, site))
   return [p for p in placements if matches(p.site, path)]
 
@@ -210,22 +207,22 @@ def adapt(
   x: jax.Array,
   y: jax.Array,
 ) -> jax.Array:
-  """Lets the adapters placed at a site change what comes out of it.
+  """Applies the adapters at a site to its output.
 
-  To be called in a compact method of `module`. What leaves the site is also
-  sown into the `intermediates` collection, under `<site>_site`, where
-  `structure.sites` finds the names and an analysis finds the values.
+  Call it in a compact method of `module`. The result is also sown into the
+  collection `intermediates`, as `<site>_site`: there `structure.sites` finds
+  the names of sites, and analyses find the values.
 
   Args:
     module: The module that owns the site.
-    placements: All placements of the network; those that match are used.
+    placements: All placements of the network.
     site: Name of the site within the module.
-    x: What went into the site.
-    y: What came out of it.
+    x: The input of the site.
+    y: Its output.
 
   Returns:
-    y, changed by the adapters. Its length may differ from the given one: masks
-    are made from array shapes afterwards.
+    y, changed by the adapters. Its length may have changed too; masks are made
+    afterwards, from its shape.
   """
   for placement in placed(module, placements, site):
     y = placement.adapter(name=placement.name)(x, y)

@@ -1,7 +1,7 @@
-"""Attention of T5: the relative position bias, the softmax, the heads.
+"""T5's attention: softmax, relative position bias and heads.
 
 Shapes: b batch, q and k query and key length, h heads, d kv (head size).
-Softmax and logits are float32, whatever the computations are in.
+Softmax and logits are float32, whatever the compute dtype.
 """
 
 import functools
@@ -28,19 +28,19 @@ from ptune.model.layers import (
 def exponentials(
   dtype: jnp.dtype, logits: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """A softmax that is still to be divided by its sum, and the sum.
+  """The numerators of a softmax, and their sum.
 
-  All that it keeps for the backward pass is what it returns first.
+  The backward pass keeps the numerators only.
 
   Args:
     dtype: Type of the exponentials; they are computed in float32.
     logits: [..., k] float32.
-    mask: Broadcasts to [..., k]; False where the weight is 0. Where it is
-      False for all k, they weigh the same, and have no gradient that counts.
+    mask: Broadcasts to [..., k]; False where the weight is 0. If it is False
+      for all k, all have the same weight.
 
   Returns:
-    Exponentials [..., k] of the distance from the largest, and their sum
-    [...] float32, of what was rounded.
+    exp(logits - their maximum), [..., k] in dtype, and the sum of these rounded
+    numbers, [...] float32.
   """
   logits = jnp.where(mask, logits, MASKED)
   most = jnp.max(logits, axis=-1, keepdims=True)
@@ -56,7 +56,7 @@ def _exponentials_forward(dtype, logits, mask):
 def _exponentials_backward(dtype, y, cotangents):
   del dtype
   dy, dtotal = cotangents
-  # What the largest is does not matter: it cancels when the sum divides.
+  # The maximum has no gradient: it cancels when the sum divides.
   return (dy.astype(jnp.float32) + dtotal[..., None]) * y, None
 
 
@@ -71,15 +71,15 @@ def relative_position_bucket(
 ) -> np.ndarray:
   """Sorts distances into buckets: exact when near, logarithmic when far.
 
-  In NumPy, when the program is traced: a logarithm that rounds differently on
-  another device would move a distance into the next bucket.
+  Computed in NumPy while the program is traced, because a logarithm that rounds
+  differently on another device would move a distance into the next bucket.
 
   Args:
-    relative_position: Any shape, integers: key minus query position.
-    bidirectional: Whether keys after the query have buckets of their own (the
+    relative_position: Key position minus query position, integers of any shape.
+    bidirectional: Whether keys after the query have their own buckets (the
       upper half); otherwise they share bucket 0.
-    num_buckets: Buckets in all.
-    max_distance: Distance from which the last bucket is used.
+    num_buckets: Number of buckets.
+    max_distance: Distances from here on are in the last bucket.
 
   Returns:
     The bucket of each distance, int32.
@@ -94,9 +94,9 @@ def relative_position_bucket(
     distance = np.abs(distance)
   distance = np.maximum(distance, 0)
   exact = num_buckets // 2
-  # The maximum only keeps log(0) away; near distances do not use this branch.
+  # The maximum avoids log(0); near distances do not use this branch.
   ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
-  # T5's own epsilon: it lifts exact powers over the edge of their bucket.
+  # T5 adds this epsilon, which lifts exact powers into the next bucket.
   ratio = ratio + np.finfo(np.float32).eps
   scale = (num_buckets - exact) / np.log(max_distance / exact)
   far = exact + (np.log(ratio) * scale).astype(np.int32)
@@ -105,7 +105,7 @@ def relative_position_bucket(
 
 
 class RelativePositionBias(nn.Module):
-  """A learned number for each head and distance, shared by a stack's layers."""
+  """A learned bias for each head and bucket of distances."""
 
   num_heads: int
   bidirectional: bool
@@ -229,12 +229,12 @@ def all_keys(
 class Attention(nn.Module):
   """Multi-head attention. T5 does not scale its logits by the head size.
 
-  Sites: `query`, `key`, `value` [batch, length, heads, kv], what is projected;
-  `keys`, `values` [batch, k, heads, kv], all that is attended to, with what
-  lies in the cache; `out` [batch, length, embed].
+  Sites: `query`, `key`, `value` [batch, length, heads, kv], the projections;
+  `keys`, `values` [batch, k, heads, kv], all keys and values that are attended
+  to, the cached ones included; `out` [batch, length, embed].
 
-  With `fused`, an accelerator's kernel computes it where there is one that
-  fits; None leaves it to `fused.DEFAULT`.
+  With `fused`, an accelerator's fused kernel computes it, if one fits; None
+  follows `fused.DEFAULT`.
   """
 
   num_heads: int
@@ -261,12 +261,12 @@ class Attention(nn.Module):
     Args:
       inputs_q: [batch, q, embed].
       inputs_kv: [batch, k, embed].
-      mask: Broadcasts to [batch, heads, q, k]; True where a query may look.
+      mask: Broadcasts to [batch, heads, q, k]; True where a query may attend.
       bias: Broadcasts to [batch, heads, q, k], added to the logits.
-      cache_index: When decoding, the position of the one query; the keys and
-        values of all positions are then kept in the `cache` collection. The
-        first call makes it, with the length of its inputs, at position 0.
-      prefill: Whether that call's own keys and values are kept.
+      cache_index: In cached decoding, the position of the query. The collection
+        `cache` keeps the keys and values of all positions. The first call, at
+        position 0, makes the cache for as many positions as its inputs have.
+      prefill: Whether the first call writes its own keys and values to it.
       enable_dropout: Whether attention weights are dropped.
 
     Returns:
@@ -300,12 +300,9 @@ class Attention(nn.Module):
     return weights, total[..., None]
 
   def _kept(self, keys: jax.Array, enable_dropout: bool) -> jax.Array | None:
-    """What dropout leaves of the weights of [b, k, ...] keys: [b, h, k, 1].
+    """The dropout of keys [b, k, ...], [b, h, k, 1], or None for none.
 
-    None if nothing is dropped.
-
-    As T5X does, the weight of a key is dropped for all queries of a head or for
-    none.
+    As in T5X, dropout drops a key for all queries of a head, or for none.
     """
     if not enable_dropout or not self.dropout_rate:
       return None
@@ -314,7 +311,7 @@ class Attention(nn.Module):
     return dropout(jnp.ones(shape, self.dtype))
 
   def _attended(self, q, x, mask, bias, cache_index, prefill, enable_dropout):
-    """Attends to keys and values of x: [b, q, h, d], [b, k, embed] -> as q."""
+    """Attends to x: q [b, q, h, d], x [b, k, embed] -> [b, q, h, d]."""
     k = self._project('key', x)
     v = self._project('value', x)
     k, v, mask = all_keys(
@@ -333,44 +330,45 @@ class Attention(nn.Module):
     kept = self._kept(v, enable_dropout)
     if cache_index is None and fused.fits(self.fused, q, k, bias, mask):
       return fused.attend(q, k, v, bias, mask, kept)
-    if kept is not None:  # Rather than the weight of a key, its value.
+    if kept is not None:  # Dropping the value drops the weight.
       v = v * kept.swapaxes(1, 2)
-    # Keys first: XLA's CPU backend lacks a product that the other order needs
-    # in its backward pass, in bfloat16. -> [b, h, q, k]
+    # Keys first, because the backward pass of the other order needs a bfloat16
+    # product that XLA's CPU backend lacks. -> [b, h, q, k]
     logits = product('bkhd,bqhd->bhqk', k, q)
     weights, total = self._weights(logits, mask, bias)
-    # Divided by the sum last, when there is less to divide.
+    # Dividing by the sum last takes fewer divisions.
     # [b, q, h, d] / [b, q, h, 1]
     y = product('bhqk,bkhd->bqhd', weights, v) / total.swapaxes(1, 2)
     return y.astype(self.dtype)
 
   def _absorbs(self, inputs_q: jax.Array, inputs_kv: jax.Array) -> bool:
-    """Whether keys and values need not be made.
+    """Whether `_absorbed` is used, which computes no keys and values.
 
-    Not in float32, which is computed in T5's own order; not where somebody
-    looks at the sites; not in a decoding loop, which makes them but once.
+    Not in float32, where the order of T5's operations is kept. Not if an
+    adapter or an analysis reads the sites of keys and values. Not in cached
+    decoding, which computes keys and values only once.
     """
     (queries, embed), keys = inputs_q.shape[1:], inputs_kv.shape[1]
     sites = ('key', 'value', 'keys', 'values')
-    # Numbers that are kept of a head, without keys and values and with them.
+    # What a head keeps in memory, without and with keys and values.
     kept, made = queries * embed, keys * self.head_dim
     return (
       self.dtype != jnp.float32
       and queries > 1
       and kept <= made
-      # By half as many multiplications: they are smaller products.
+      # At most half the multiplications, because smaller products are slower.
       and 2 * kept * (keys + self.head_dim) < made * (embed + queries)
       and not self.is_mutable_collection('intermediates')
       and not any(placed(self, self.placements, site) for site in sites)
     )
 
   def _absorbed(self, q, x, mask, bias, enable_dropout):
-    """Attends with the kernels of keys and values on the side of the queries.
+    """Multiplies the key and value kernels into the queries.
 
         (x K) q = x (K q),    w (x V) = (w x) V
 
-    A few targets before many inputs take less than half the products so, both
-    ways; [b, q, h, d] and [b, k, embed] -> [b, q, h, d].
+    When targets are much shorter than inputs, this takes less than half the
+    multiplications. q [b, q, h, d], x [b, k, embed] -> [b, q, h, d].
 
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2, for decoding.
     """

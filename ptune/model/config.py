@@ -1,4 +1,4 @@
-"""What the configuration of every network has, whatever its sizes."""
+"""The settings that the networks of all families have."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from ptune.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class TokenIds:
-  """The ids of the tokens that a model treats specially; T5's by default.
+  """The ids of a model's special tokens; T5's by default.
 
   Attributes:
-    pad: Fills rows up. It is masked, and has no part in the loss.
+    pad: Padding. It is masked, and the loss leaves it out.
     eos: Ends inputs and targets; -1 if nothing ends an answer.
     start: The first token that the decoder reads.
   """
@@ -37,26 +37,26 @@ class TokenIds:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """The special tokens of a model, and how its network is computed.
+  """A model's special tokens, and how its network is computed.
 
   Attributes:
     vocab_size: Rows of the embedding.
     ids: The model's special tokens. Gin files may give them as a dict:
       {'pad': 1, 'eos': 2, 'start': 0}.
-    dropout_rate: In training, on inputs, sublayers and attention weights.
-    dtype: 'float32' or 'bfloat16': what activations are computed in.
-    frozen_dtype: What frozen matrices are kept in: 'float32', 'bfloat16', or
+    dropout_rate: Dropout in training, of inputs, sublayers and attention
+      weights.
+    dtype: Type of activations: 'float32' or 'bfloat16'.
+    frozen_dtype: Type of frozen matrices in memory: 'float32', 'bfloat16', or
       'int8' with a scale for each output channel; `dtype` if not given.
-    fsdp: Whether frozen matrices lie split over all devices, `data` included,
-      and are gathered where they are used.
-    remat: Whether the backward pass computes each layer again, and only what
-      goes into it is kept.
-    fused_attention: Whether attention is computed by an accelerator's fused
-      kernel, where `fused` has one that fits; None does so on TPUs.
-    scan: Whether the layers of a stack are one program, run in a loop over
-      their parameters (see `scan`). Quicker to compile, and, with remat, in
-      less memory; without remat in more, since a loop keeps all that the
-      backward pass may want.
+    fsdp: Whether frozen matrices are sharded over all devices, those of the
+      axis `data` too, and gathered when they are used.
+    remat: Whether the forward pass keeps only the inputs of each layer, and the
+      backward pass computes the layer again.
+    fused_attention: Whether an accelerator's fused kernel computes attention,
+      if `fused` has one that fits; None does so on TPUs.
+    scan: Whether a loop computes the layers of a stack, see `scan`. It compiles
+      faster. It needs less memory with remat, and more without, because the
+      loop keeps everything that the backward pass may read.
   """
 
   vocab_size: int
@@ -104,7 +104,7 @@ class ModelConfig:
 
 
 def _ids(given: Mapping[str, Any]) -> TokenIds:
-  """TokenIds from what a gin file gives."""
+  """Makes TokenIds from the dict of a gin file."""
   known = [field.name for field in dataclasses.fields(TokenIds)]
   wrong = {
     name: value

@@ -1,7 +1,7 @@
-"""How much a method trains, counted without building a model.
+"""Counts the parameters that a method trains, without building a model.
 
-A network of one encoder and one decoder layer is traced for its shapes, and its
-layers are counted as often as there are.
+It traces a network of one encoder and one decoder layer, and multiplies the
+counts of these by the numbers of layers.
 """
 
 import functools
@@ -17,7 +17,7 @@ def counts(config: Config, method: Method) -> tuple[int, int]:
 
   Args:
     config: The sizes of the model.
-    method: Treats all layers of a stack alike.
+    method: The method. It must treat all layers of a stack alike.
   """
   trained = {
     path: x
@@ -31,7 +31,7 @@ def counts(config: Config, method: Method) -> tuple[int, int]:
 def _parameters(
   config: Config, placements: tuple[Placement, ...]
 ) -> dict[str, int]:
-  """Sizes by path, where layer 0 stands for all of its stack."""
+  """Counts by path; those of layer 0 include all layers of its stack."""
   one = network.Transformer(config.with_depth(1, 1), placements)
   params = structure.parameters(one)
   layers = {

@@ -1,14 +1,14 @@
 """Greedy decoding, sampling and beam search over any cached step function.
 
-Nothing here knows the network. The caller gives one function,
+The module does not know the network. The caller passes a function,
 
   tokens_to_logits(tokens [rows, 1] int32, cache)
     -> (logits [rows, 1, vocab], cache)
 
-and its cache before the first step. Every leaf of a cache has a leading
-axis of rows, but for those in `SHARED_CACHE_LEAVES`, which nothing here
-changes. Loops stop once no row can change any more. Settings such as
-`temperature` are Python numbers: to jit, close over them.
+and its cache before the first step. Every leaf of a cache has a leading axis of
+rows, except those in `SHARED_CACHE_LEAVES`, which are passed on as they are.
+Loops stop as soon as no row can change any more. Settings such as `temperature`
+are Python numbers: to jit, close over them.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from jax import lax
 
 from ptune.errors import UserError
 
-# Last path keys of the cache leaves that all rows share, named as in T5X.
+# The cache leaves that all rows share, with T5X's names.
 SHARED_CACHE_LEAVES = ('cache_index', 'cached_bias', 'position_embedder_index')
-# Score of a beam slot that holds no sequence: T5X's, finite for JSON's sake.
+# Score of an empty beam slot. It is T5X's; JSON has no infinity.
 EMPTY_SCORE = -1.0e7
-# T5X decodes greedily below this; here that must be asked for with 0.
+# T5X decodes greedily below this; here, greedy decoding needs 0.
 MIN_TEMPERATURE = 1e-4
 
 TokensToLogits = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
@@ -52,24 +52,24 @@ def sample(
   start_id: int = 0,
   pad_id: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-  """Generates one sequence a row, greedily or by sampling.
+  """Generates one sequence for each row, greedily or by sampling.
 
-  The token at step t is drawn with fold_in(key of the row, t): neither the
-  other rows nor their number has a say in it.
+  The token at step t is drawn with fold_in(key of the row, t), so it depends
+  neither on the other rows nor on their number.
 
   Args:
     tokens_to_logits: The step function (see the module).
     cache: Its cache, with batch_size rows.
     batch_size: Number of rows.
     max_decode_length: Most tokens to generate, the EOS included.
-    rng: [] one key, of which row i takes fold_in(rng, i), or [batch] a key for
-      each row. Not needed to decode greedily.
+    rng: One key [], from which row i gets fold_in(rng, i), or a key for each
+      row [batch]. Greedy decoding needs none.
     temperature: Divides the logits; 0 takes the most probable token.
     top_k: See `sampling_probabilities`.
     top_p: See `sampling_probabilities`.
     eos_id: Token that ends a sequence.
-    start_id: Token that decoding starts from, which is not returned.
-    pad_id: Token that fills rows up behind the EOS.
+    start_id: Token that decoding starts from; it is not returned.
+    pad_id: Token that fills rows after the EOS.
 
   Returns:
     Tokens [batch, max_decode_length] int32, pad_id after the EOS, and log_probs
@@ -77,7 +77,7 @@ def sample(
     the model's own softmax (without temperature, top_k and top_p).
 
   Raises:
-    ValueError: A setting is out of range, rng is missing, or a leaf of the
+    UserError: A setting is out of range, rng is missing, or a leaf of the
       cache does not have batch_size rows.
   """
   _check_problem(cache, batch_size, max_decode_length)
@@ -123,9 +123,9 @@ def sample(
 
 
 def argmax(logits: jax.Array) -> jax.Array:
-  """The first largest of each row: [..., vocab] -> [...] int32.
+  """The index of the first maximum: [..., vocab] -> [...] int32.
 
-  As jnp.argmax, which takes XLA's CPU backend ten times as long.
+  Equal to jnp.argmax, but ten times as fast on XLA's CPU backend.
   """
   largest = jnp.max(logits, axis=-1, keepdims=True)
   last = logits.shape[-1] - 1
@@ -140,16 +140,17 @@ def sampling_probabilities(
 
   Args:
     logits: [..., vocab].
-    temperature: First divides the logits; 0 leaves the most probable token.
+    temperature: First divides the logits; 0 keeps the most probable token only.
     top_k: Then keeps the k most probable tokens; 0 keeps all.
-    top_p: Then keeps the fewest tokens that hold this much of the remaining
-      probability; 0 keeps all. Ties with the last one kept stay, as in T5X.
+    top_p: Then keeps the smallest set of tokens with at least this share of the
+      remaining probability; 0 keeps all. As in T5X, tokens that tie with the
+      last one in the set are kept too.
 
   Returns:
     [..., vocab] float32, summing to 1.
 
   Raises:
-    ValueError: A setting is out of range.
+    UserError: A setting is out of range.
   """
   check_sampling(temperature, top_k, top_p)
   logits = logits.astype(jnp.float32)
@@ -160,16 +161,16 @@ def sampling_probabilities(
 
 def _sampling_logits(logits, temperature, top_k, top_p):
   """Tempered logits [..., vocab], -inf where a token may not be drawn."""
-  # With the maximum at 0, a low temperature cannot overflow to inf - inf.
+  # Subtract the maximum, so that a low temperature cannot give inf - inf.
   logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
   if top_k:
     best, _ = lax.top_k(logits, min(top_k, logits.shape[-1]))
     logits = jnp.where(logits >= best[..., -1:], logits, -jnp.inf)
-  if 0 < top_p < 1:  # 1 keeps all, though a rounded sum might not get there.
+  if 0 < top_p < 1:  # 1 keeps all; a rounded sum might not reach it.
     probs = jax.nn.softmax(logits)
     ordered = jnp.sort(probs, axis=-1, descending=True)
     mass_before = jnp.cumsum(ordered, axis=-1) - ordered
-    # Nothing comes before the most probable token, so it always stays.
+    # No mass is before the most probable token, so it is always kept.
     kept = jnp.where(mass_before < top_p, ordered, jnp.inf)
     least = jnp.min(kept, axis=-1, keepdims=True)
     logits = jnp.where(probs >= least, logits, -jnp.inf)
@@ -177,7 +178,7 @@ def _sampling_logits(logits, temperature, top_k, top_p):
 
 
 def _row_keys(rng, batch_size):
-  """One random key [batch] a row, from either form that `rng` may have."""
+  """A random key for each row, [batch], from one key or from many."""
   want = f'one random key, or {batch_size}; jax.random.key(seed) makes one'
   _require((rng is not None, f'{rng=} with temperature > 0', want))
   if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
@@ -214,30 +215,30 @@ def beam_search(
 ) -> tuple[jax.Array, jax.Array]:
   """Searches for the sequences with the highest length-normalised log p.
 
-  A finished sequence scores log p / ((5 + length) / 6)**alpha, its length
-  counting the EOS. If nothing finished, a row returns what it has, scored by
-  log p alone. Ending a beam early is always considered too, so one beam can
-  find a better sequence than greedy decoding does.
+  The score of a finished sequence is log p / ((5 + length) / 6)**alpha, where
+  length counts the EOS. A row without a finished sequence returns its live
+  beams, whose score is log p. Every step also considers ending each beam, so
+  one beam can find a better sequence than greedy decoding.
 
   Args:
     tokens_to_logits: The step function (see the module), called with
       batch_size * num_beams rows in the order of `jnp.repeat(rows, num_beams)`.
-    cache: Its cache, with batch_size rows; it is repeated here.
+    cache: Its cache, with batch_size rows; beam search repeats them.
     batch_size: Number of rows.
     max_decode_length: Most tokens of a sequence, the EOS included.
-    num_beams: Sequences a row keeps alive, and returns.
-    alpha: Length normalisation; 0 is off, more favours longer sequences.
+    num_beams: Sequences that each row keeps alive and returns.
+    alpha: Length normalisation: 0 is none, more favours longer sequences.
     eos_id: Token that ends a sequence.
-    start_id: Token that decoding starts from, which is not returned.
-    pad_id: Token that fills rows up behind the EOS.
+    start_id: Token that decoding starts from; it is not returned.
+    pad_id: Token that fills rows after the EOS.
 
   Returns:
     Tokens [batch, num_beams, max_decode_length] int32, pad_id after the EOS,
     the best sequence LAST as in T5X, and their scores [batch, num_beams]
-    float32. Slots left empty have pad_id and `EMPTY_SCORE`.
+    float32. Empty slots have pad_id and `EMPTY_SCORE`.
 
   Raises:
-    ValueError: A setting is out of range, or a leaf of the cache does not have
+    UserError: A setting is out of range, or a leaf of the cache does not have
       batch_size rows.
 
   Source: the results are those of t5x/decoding.py; the length normalisation
@@ -252,9 +253,9 @@ def beam_search(
   penalty = ((5 + jnp.arange(1 + max_decode_length)) / 6) ** alpha
 
   def can_improve(state):
-    # log p only falls and the penalty only grows, so this is the most that a
-    # live beam can come to: stopping loses nothing, and steps that only other
-    # rows need change nothing.
+    # log p only falls and the penalty only grows, so no live beam can reach
+    # more than this. Stopping here loses nothing, and steps that other rows
+    # need change nothing in this one.
     reachable = state.live_log_probs[:, 0] / penalty[-1]
     improvable = reachable > state.finished_scores[:, -1]
     return (state.step < max_decode_length) & jnp.any(improvable)
@@ -265,8 +266,8 @@ def beam_search(
     # [batch * beams, 1, vocab] -> [batch, beams, vocab]
     logits = logits.reshape(batch_size, num_beams, -1).astype(jnp.float32)
     log_probs = jax.nn.log_softmax(logits) + state.live_log_probs[:, :, None]
-    # Of twice as many candidates as beams, at most one a beam ends here, which
-    # leaves enough to live on. -> [batch, 2 * beams]
+    # At most one candidate of each beam is an EOS, so twice as many candidates
+    # as beams leave enough live ones. -> [batch, 2 * beams]
     vocab = logits.shape[-1]
     log_probs, index = lax.top_k(
       log_probs.reshape(batch_size, -1), num_beams * min(2, vocab)
@@ -280,8 +281,8 @@ def beam_search(
       jnp.where(ended, -jnp.inf, log_probs), num_beams
     )
     scores = jnp.where(ended, log_probs / penalty[state.step + 1], -jnp.inf)
-    # top_k takes the first of equals: candidates that have not ended come
-    # after the empty slots, and so never fill one.
+    # top_k takes the first of equals. Candidates that have not ended come after
+    # the empty slots, so they never fill one.
     finished_scores, finished = lax.top_k(
       jnp.concatenate([state.finished_scores, scores], axis=1), num_beams
     )
@@ -318,13 +319,13 @@ def beam_search(
 
 
 def _started(shape: tuple[int, ...], start_id: int, pad_id: int) -> jax.Array:
-  """Sequences that hold nothing but the start."""
+  """Sequences that hold only the start token."""
   return jnp.full(shape, pad_id, jnp.int32).at[..., 0].set(start_id)
 
 
 def _gather_beams(x, beams):
   """[batch, old beams, ...] at beams [batch, new beams]."""
-  # Batched over rows: rows that lie on several devices stay where they are.
+  # vmap over rows keeps rows that are sharded over devices where they are.
   return jax.vmap(lambda row, index: row[index])(x, beams)
 
 
@@ -361,7 +362,7 @@ def _check_problem(cache, batch_size, max_decode_length):
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-  """Raises UserError unless tokens can be sampled so; see `sample`."""
+  """Raises a UserError if a setting of `sample` is out of range."""
   hot = MIN_TEMPERATURE <= temperature < float('inf')
   warmth = f'0 to decode greedily, from {MIN_TEMPERATURE} to sample'
   _require(

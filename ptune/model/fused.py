@@ -1,11 +1,12 @@
-"""Attention by an accelerator's fused kernel, where it takes T5's bias.
+"""Attention by an accelerator's fused kernel that supports T5's bias.
 
-    NVIDIA GPU   cuDNN's, through jax.nn.dot_product_attention
-    TPU          our own, `tpu_attention`
+    NVIDIA GPU   cuDNN's kernel, through jax.nn.dot_product_attention
+    TPU          our own kernel, `tpu_attention`
 
-They keep no weights [batch, heads, q, k] for the backward pass, and compute
-them again. Weights are summed in float32, as `Attention` does; what the
-kernels cannot do is left to it: float32, unusual heads, short sequences.
+The kernels keep no weights [batch, heads, q, k] for the backward pass but
+compute them again. Like `Attention`, they sum weights in float32. `Attention`
+itself computes what the kernels do not support or what is too small for them:
+float32, unusual head sizes, short sequences.
 """
 
 import jax
@@ -16,22 +17,22 @@ from jax.sharding import PartitionSpec
 from ptune.model import tpu_attention
 from ptune.model.tpu_attention import MASKED
 
-# Queries and keys from which it is worth it.
+# A kernel is worth it from this many queries and keys.
 LEAST = 128
-# The kernels that are used unless FUSED_ATTENTION forbids it. cuDNN's has to be
-# asked for: it was never run.
+# The kernels that FUSED_ATTENTION = None uses. cuDNN's is not among them,
+# because it was never run on a GPU.
 DEFAULT = ('tpu',)
-# By platform, the head sizes that the kernel takes.
+# The head sizes that the kernels support.
 _CUDNN_LARGEST = 128
 _TPU_MULTIPLE = 64
 
 
 def platform() -> str | None:
-  """The kernel of the devices that are traced for: 'cuda', 'tpu' or None."""
+  """The kernel for the devices of the traced program: 'cuda', 'tpu' or None."""
   name = tpu_attention.platform()
   if name == 'gpu' and jax.default_backend() == 'gpu':
     device = jax.devices()[0]
-    # Before Ampere there is no bfloat16.
+    # GPUs before Ampere have no bfloat16.
     if 'cuda' in device.client.platform_version:
       return 'cuda' if float(device.compute_capability) >= 8 else None
   return 'tpu' if name == 'tpu' else None
@@ -44,10 +45,10 @@ def fits(
   bias: jax.Array | None,
   mask: jax.Array,
 ) -> bool:
-  """Whether `attend` can be used, and should be.
+  """Whether `attend` supports these arrays, and should be used.
 
   Args:
-    wanted: FUSED_ATTENTION; None leaves it to `DEFAULT`.
+    wanted: FUSED_ATTENTION; None follows `DEFAULT`.
     q: [batch, q, heads, kv].
     k: [batch, k, heads, kv].
     bias: As for `attend`.
@@ -57,7 +58,7 @@ def fits(
   if wanted is None:
     wanted = kernel in DEFAULT
   mesh, spec = jax.sharding.get_abstract_mesh(), _spec()
-  # Without a mesh, as under T5X, it is not known how arrays are split.
+  # Without a mesh, as in T5X, we do not know how arrays are sharded.
   if not wanted or (mesh.empty and jax.device_count() > 1):
     return False
   (rows, queries, heads, head_dim), keys = q.shape, k.shape[1]
@@ -95,15 +96,15 @@ def attend(
   """softmax(q k^T + bias) (kept v), for each head.
 
   Args:
-    q: [batch, q, heads, kv]; not scaled, as T5 does not.
+    q: [batch, q, heads, kv]; T5 does not scale it by the head size.
     k: [batch, k, heads, kv].
     v: [batch, k, heads, kv].
     bias: Broadcasts to [batch, heads, q, k], or None.
-    mask: Broadcasts to [batch, heads, q, k]; True where a query may look.
-    kept: [batch, heads, k, 1], what dropout leaves of values, or None.
+    mask: Broadcasts to [batch, heads, q, k]; True where a query may attend.
+    kept: [batch, heads, k, 1], the dropout of keys, or None.
 
   Returns:
-    [batch, q, heads, kv], of the type of q.
+    [batch, q, heads, kv], in the type of q.
   """
   if platform() == 'tpu':
     return tpu_attention.attend(q, k, v, bias, mask, kept, _spec())
@@ -116,7 +117,7 @@ def attend(
 def _cudnn(q, k, v, bias) -> jax.Array:
   (rows, queries, heads, _), keys = q.shape, k.shape[1]
   bias = jnp.broadcast_to(bias, (rows, heads, queries, keys)).astype(q.dtype)
-  # It wants even lengths.
+  # cuDNN needs even lengths.
   more_q, more_k = queries % 2, keys % 2
   q = jnp.pad(q, ((0, 0), (0, more_q), (0, 0), (0, 0)))
   k, v = (jnp.pad(x, ((0, 0), (0, more_k), (0, 0), (0, 0))) for x in (k, v))
@@ -125,7 +126,7 @@ def _cudnn(q, k, v, bias) -> jax.Array:
   )
   kernel = _cudnn_kernel
   if not jax.sharding.get_abstract_mesh().empty:
-    # A kernel is a whole to the compiler, which would not split it.
+    # XLA cannot shard a kernel by itself.
     batch, head = _spec()
     own = PartitionSpec(batch, None, head)
     kernel = jax.shard_map(
@@ -144,7 +145,7 @@ def _cudnn_kernel(q, k, v, bias) -> jax.Array:
 
 
 def _spec() -> tuple[str | None, str | None]:
-  """The mesh axes that rows and heads are split over."""
+  """The mesh axes over which rows and heads are sharded."""
   if jax.sharding.get_abstract_mesh().empty:
     return None, None
   batch, heads = nn.logical_to_mesh_axes(('batch', 'heads')) or (None, None)

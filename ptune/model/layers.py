@@ -1,8 +1,7 @@
-"""The layers of T5 but for attention: dense, norm, embedding, MLP.
+"""The layers below attention: dense, norm, embedding, MLP, sublayer.
 
-Shapes: b batch, q and k query and key length, h heads, d kv (head size).
-Parameters carry the names and the logical axes of T5X checkpoints. Compute
-happens in `dtype`; layer norm, softmax and logits are float32 in any case.
+Parameters have the names and logical axes of T5X checkpoints. Layers compute in
+`dtype`, but norms, activations, softmax and logits always in float32.
 """
 
 import functools
@@ -20,15 +19,15 @@ from ptune.model.config import ModelConfig
 
 Initializer = Callable[..., jax.Array]
 
-# By platform, the positions of a tile of bfloat16.
+# Positions in a tile of bfloat16, by platform.
 TILES = {'tpu': 16}
 
 
 def _precisely(activation: Callable[[jax.Array], jax.Array]):
-  """Computed in float32, and again in the backward pass from its input alone.
+  """Computes an activation in float32, and again in the backward pass.
 
-  In bfloat16 each operation would be rounded, which takes longer, and all that
-  lies between input and output be kept until the backward pass.
+  In bfloat16, XLA would round after each operation, which is slower. Computing
+  it again keeps only the input in memory, not the intermediate results.
   """
   return jax.checkpoint(
     lambda x: activation(x.astype(jnp.float32)).astype(x.dtype)
@@ -36,7 +35,7 @@ def _precisely(activation: Callable[[jax.Array], jax.Array]):
 
 
 ACTIVATIONS = {
-  # The tanh approximation, as T5 1.1 was trained with.
+  # The tanh approximation, with which T5 1.1 was trained.
   'gelu': _precisely(nn.gelu),
   'relu': nn.relu,
   'silu': _precisely(nn.silu),
@@ -49,20 +48,20 @@ kernel_init = nn.initializers.variance_scaling(
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-  """Shards an activation by its logical axes, where rules are in force."""
+  """Shards an activation by its logical axes, if axis rules are in force."""
   return nn.with_logical_constraint(x, axes)
 
 
 def fill_tiles(length: int, multiple: int | None) -> int:
-  """The number of positions that is computed for `length` of them.
+  """Rounds a length up so that it fills the tiles of the device.
 
-  A TPU computes whole tiles of positions. By its compiler, 612 positions (512
-  tokens behind a prompt of 100) take longer than 624, because arrays of 612
-  have to be moved to other layouts and back.
+  A TPU computes whole tiles of positions. According to its compiler, 612
+  positions (512 tokens and a prompt of 100) take longer than 624, because XLA
+  moves arrays of 612 to other layouts and back.
 
   Args:
-    length: Positions, the prompt's included.
-    multiple: What they are rounded up to; None leaves it to the device.
+    length: Positions, the prompt included.
+    multiple: Round up to a multiple of this; None uses the tile of the device.
   """
   if multiple is None:
     multiple = TILES.get(tpu_attention.platform(), 1)
@@ -70,7 +69,7 @@ def fill_tiles(length: int, multiple: int | None) -> int:
 
 
 def pad_to(x: jax.Array, axis: int, length: int) -> jax.Array:
-  """Appends zeros, or False, along an axis; nothing if it is long enough."""
+  """Appends zeros (or False) along an axis until it has `length` entries."""
   more = [(0, 0)] * x.ndim
   more[axis] = (0, length - x.shape[axis])
   return jnp.pad(x, more) if length > x.shape[axis] else x
@@ -97,19 +96,18 @@ def residual_dropout(config: ModelConfig, enable_dropout: bool) -> nn.Dropout:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """An einsum of two arrays whose operands stay in their type both ways.
+  """An einsum of two arrays that keeps their type in both passes.
 
-  Sums are made in float32 in any case. Left to itself, a derivative multiplies
-  the float32 cotangent with a bfloat16 operand, for which no hardware has a
-  unit: both are converted first. Here the cotangent is rounded to the
-  operands' type. In float32 nothing changes.
+  It sums in float32. JAX's own derivative multiplies the float32 cotangent with
+  a bfloat16 operand; no hardware has a unit for that, so XLA converts both to
+  float32. Here the cotangent is rounded to the operands' type instead. With
+  float32 operands nothing changes.
 
-  The cotangents of both operands are given; of a frozen one nothing is
-  computed, as nothing reads it.
+  XLA removes the cotangent of a frozen operand, because nothing reads it.
 
   Args:
-    spec: As for einsum, such as 'bti,io->bto'; each letter stands in two of
-      the three terms at least.
+    spec: As for einsum, such as 'bti,io->bto'. Each letter must be in at least
+      two of the three terms.
     a: An array.
     b: An array of the same type.
 
@@ -150,7 +148,7 @@ def project(
   scale: jax.Array | None,
   term: str = 'io',
 ) -> jax.Array:
-  """[..., i] times weights, 'io' or 'oi' by `term`: [..., o] float32."""
+  """x [..., i] times weights, 'io' or 'oi' (`term`): [..., o] float32."""
   rows = 'abcd'[: x.ndim - 1]
   y = product(f'{rows}i,{term}->{rows}o', x, weights.astype(x.dtype))
   if scale is not None:
@@ -164,7 +162,7 @@ class Dense(nn.Module):
   Attributes:
     features: Size of the output's last axis.
     axes: Logical axes of the kernel.
-    dtype: The operands' type. Products are summed in float32.
+    dtype: Type of the operands. Sums are float32.
     out_dtype: Type of the output; `dtype` if not given.
     kernel_init: Initialiser of the [in, features] kernel.
   """
@@ -179,7 +177,7 @@ class Dense(nn.Module):
   def __call__(
     self, x: jax.Array, apply: Callable[..., jax.Array] = project
   ) -> jax.Array:
-    """Returns what `apply` makes of x, the kernel and its int8 scales."""
+    """Returns apply(x, kernel, scales of an int8 kernel or None)."""
     kernel = partitioning.param_with_axes(
       'kernel',
       self.kernel_init,
@@ -192,12 +190,12 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-  """T5's layer norm: divides by the root mean square; no mean, no bias.
+  """T5's layer norm: divides by the root mean square, without mean or bias.
 
   Attributes:
     dtype: Type of the output; the norm is computed in float32.
     epsilon: Added to the mean square.
-    offset: Added to the stored scale: 1 in Gemma's files.
+    offset: Added to the stored scale; 1 for Gemma's checkpoints.
     axis: Logical axis of the scale.
   """
 
@@ -224,7 +222,7 @@ class LayerNorm(nn.Module):
 
 
 class Embed(nn.Module):
-  """The token embedding, also the output layer of models that tie the two."""
+  """The token embedding, and the output layer of models that tie the two."""
 
   vocab_size: int
   features: int
@@ -248,13 +246,13 @@ class Embed(nn.Module):
     return x.astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
-    """Products with all rows: [..., embed] -> [..., vocab], float32."""
+    """Logits of all tokens: [..., embed] -> [..., vocab], float32."""
     scale = scale_of(self, 'embedding')
     return project(x.astype(self.dtype), self.embedding, scale, 'oi')
 
 
 class Mlp(nn.Module):
-  """The feed-forward block, gated where it has two activations.
+  """The MLP, gated if it has two activations.
 
   With ('gelu', 'linear'), T5 1.1's: wo(gelu(wi_0 x) * (wi_1 x)); with
   ('relu',), T5 1.0's: wo(relu(wi x)).

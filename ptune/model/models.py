@@ -1,4 +1,4 @@
-"""What is asked of a network: the loss, the score of targets, a prediction."""
+"""A network with its loss: training, scoring targets, predicting."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,14 +18,15 @@ Batch = Mapping[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-  """How predictions are made.
+  """Settings of decoding: greedy, sampling or beam search.
 
   Attributes:
     num_beams: Beams of a beam search; 1 decodes greedily or samples.
-    alpha: Strength of beam search's length penalty.
-    temperature: 0 takes the best token, otherwise tokens are sampled.
-    top_k: Sample from the k best tokens only; 0 from all.
-    top_p: Sample from the best tokens of this total probability; 0 from all.
+    alpha: Strength of the length penalty in beam search.
+    temperature: 0 takes the most probable token; more samples.
+    top_k: Sample from the k most probable tokens; 0 from all.
+    top_p: Sample from the most probable tokens with this total probability; 0
+      from all.
   """
 
   num_beams: int = 1
@@ -51,12 +52,12 @@ class EncoderDecoderModel:
 
   Attributes:
     network: The Flax module.
-    z_loss: Coefficient of log(Z)^2, which keeps the logits' scale in place.
-    label_smoothing: Probability spread over the wrong tokens.
-    loss_normalizing_factor: What the summed loss is divided by: nothing
-      (None), a number, or 'NUM_REAL_TARGET_TOKENS'.
-    objective: What is minimised in place of the cross entropy, one of
-      `losses`: called as `loss`, with the model before.
+    z_loss: Coefficient of log(Z)^2, which keeps the logits from drifting.
+    label_smoothing: Probability that is spread over the wrong tokens.
+    loss_normalizing_factor: Divides the summed loss: None (nothing), a number,
+      or 'NUM_REAL_TARGET_TOKENS'.
+    objective: Replaces the cross entropy, one of `losses`; called with the
+      model and then the arguments of `loss`.
   """
 
   network: Transformer
@@ -72,7 +73,7 @@ class EncoderDecoderModel:
       )
 
   def variables(self, params: Params) -> dict[str, Params]:
-    """What the network is applied to, made of its parameters."""
+    """The variables of `network.apply`, from the network's parameters."""
     return {
       'params': scan.stacked(params) if self.network.config.scan else params
     }
@@ -83,7 +84,7 @@ class EncoderDecoderModel:
     batch: Batch,
     dropout_rng: jax.Array | None = None,
   ) -> jax.Array:
-    """Logits [batch, length, vocab], dropping only if given an rng."""
+    """Logits [batch, length, vocab], with dropout if an rng is given."""
     return self.network.apply(
       self.variables(params),
       batch['encoder_input_tokens'],
@@ -101,9 +102,9 @@ class EncoderDecoderModel:
     batch: Batch,
     dropout_rng: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a batch and its parts, summed over target tokens.
+    """The loss of a batch, summed over target tokens.
 
-    The cross entropy, if there is no other `objective`.
+    It is the cross entropy unless there is another `objective`.
 
     Args:
       params: Parameters of the network.
@@ -111,8 +112,8 @@ class EncoderDecoderModel:
       dropout_rng: Turns dropout on.
 
     Returns:
-      The loss, and sums that add up over batches: `loss` and `z_loss` (the
-      former contains the latter), `correct` and `tokens`.
+      The loss, and sums that can be added over batches: `loss` (z-loss
+      included), `z_loss`, `correct` and `tokens`.
     """
     objective = self.objective or EncoderDecoderModel.cross_entropy
     return objective(self, params, batch, dropout_rng)
@@ -123,7 +124,7 @@ class EncoderDecoderModel:
     batch: Batch,
     dropout_rng: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """See `loss`."""
+    """The cross entropy; arguments and results as in `loss`."""
     logits = self.logits(params, batch, dropout_rng)
     targets = batch['decoder_target_tokens']
     weights = batch['decoder_loss_weights'].astype(jnp.float32)
@@ -140,7 +141,7 @@ class EncoderDecoderModel:
     }
 
   def normalizer(self, batch: Batch) -> jax.Array | float | None:
-    """What the summed loss of a whole batch is divided by to be minimised."""
+    """The number that divides the summed loss of a batch; None for none."""
     if self.loss_normalizing_factor == 'NUM_REAL_TARGET_TOKENS':
       tokens = jnp.sum(batch['decoder_loss_weights']).astype(jnp.float32)
       # A batch of padding has a loss of 0, not 0 / 0.
@@ -167,18 +168,18 @@ class EncoderDecoderModel:
     decoding: Decoding = Decoding(),
     rng: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
-    """Decodes what the model answers to each row.
+    """Decodes the model's answer to each row.
 
     Args:
       params: Parameters of the network.
       encoder_input_tokens: [batch, length] int32.
       max_decode_length: Most tokens of an answer, its EOS included.
-      decoding: Greedy unless it says otherwise.
-      rng: A key, or one for each row, to sample with.
+      decoding: Settings of decoding; greedy if not given.
+      rng: To sample, a key, or one key for each row.
 
     Returns:
       Tokens [batch, max_decode_length] int32, padded after EOS, and the score
-      [batch]: summed log probability, penalised by length in a beam search.
+      [batch]: summed log probability, in beam search with the length penalty.
     """
     variables = self.variables(params)
     encoded = self.network.apply(
@@ -209,7 +210,7 @@ class EncoderDecoderModel:
         method='decode',
       )
 
-    # The first call makes the cache; its logits are never computed.
+    # The first call makes the cache. XLA removes its unused logits.
     whole = jnp.ones((rows, max_decode_length), jnp.int32)
     _, cache = decode(whole, {})
     if decoding.num_beams > 1:
@@ -244,14 +245,14 @@ def token_loss(
 ) -> tuple[jax.Array, jax.Array]:
   """Cross entropy and z-loss of every target token.
 
-  With label smoothing, the entropy of the smoothed label is subtracted, so
-  that a perfect prediction still has a loss of 0, as in T5.
+  As in T5, label smoothing subtracts the entropy of the smoothed label, so a
+  perfect prediction has a loss of 0.
 
   Args:
     logits: [batch, length, vocab] float32.
     targets: [batch, length] int32.
     z_loss: Coefficient of log(Z)^2.
-    label_smoothing: Probability spread over the wrong tokens.
+    label_smoothing: Probability that is spread over the wrong tokens.
 
   Returns:
     Two arrays [batch, length] float32.

@@ -1,6 +1,6 @@
-"""The mesh, and which of its axes each logical axis is split over.
+"""The mesh, and the rules that shard logical axes over its axes.
 
-Two mesh axes: `data` splits the batch, `model` splits the weights. The same
+The mesh has two axes: `data` shards the batch, `model` the weights. The same
 program runs on one device and on many; only the mesh differs.
 """
 
@@ -16,8 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ptune.errors import UserError
 from ptune.model.sizes import Config
 
-# Logical axis -> mesh axis. The axes of adapters are replicated, so that every
-# process holds the whole prompt.
+# Logical axis -> mesh axis. The axes of adapters are replicated, so every
+# process has the whole prompt and process 0 can write it.
 LOGICAL_AXIS_RULES = (
   ('batch', 'data'),
   ('vocab', 'model'),
@@ -38,8 +38,8 @@ LOGICAL_AXIS_RULES = (
   ('adapter_heads', None),
   ('adapter_kv', None),
 )
-# With T5Config.fsdp, frozen matrices are split over `data` too: each of them
-# has an axis `embed`.
+# With ModelConfig.fsdp, frozen matrices are sharded over `data` too. Each has
+# an axis `embed`.
 FULLY_SHARDED = {'embed': 'data'}
 
 Rules = Sequence[tuple[str, str | None]]
@@ -51,11 +51,11 @@ def make_mesh(
   """Arranges the devices as [data, model].
 
   Args:
-    model_parallel: Devices that one copy of the weights is split over.
-    devices: All of them if not given.
+    model_parallel: Number of devices that share one copy of the weights.
+    devices: The devices; all of them if not given.
 
   Raises:
-    ValueError: If the devices cannot be divided so.
+    UserError: If model_parallel does not divide the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   n = len(devices)
@@ -66,31 +66,32 @@ def make_mesh(
       f' {n} devices; choose one of {fitting}'
     )
   grid = np.asarray(devices).reshape(n // model_parallel, model_parallel)
-  # Explicit axes, the default of jax.make_mesh, break Linen's modules.
+  # Linen's modules do not work with explicit axes, jax.make_mesh's default.
   return Mesh(grid, ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
 
 
 def rules(
   mesh: Mesh, config: Config, changes: Mapping[str, str | None] | None = None
 ) -> Rules:
-  """The logical axis rules for a mesh, without splits that do not come out.
+  """The logical axis rules for a mesh.
 
-  Six heads cannot be split over four devices; the other axes of that model
-  still can.
+  An axis whose size the devices do not divide is replicated: six heads cannot
+  be sharded over four devices, but other axes of that model can.
 
   Args:
     mesh: The devices.
     config: The sizes.
-    changes: What differs from `LOGICAL_AXIS_RULES`, such as `FULLY_SHARDED`.
+    changes: Rules that replace some of `LOGICAL_AXIS_RULES`, such as
+      `FULLY_SHARDED`.
   """
   sizes = config.axis_sizes()
   kept = []
   for axis, over in (dict(LOGICAL_AXIS_RULES) | dict(changes or {})).items():
     if over == 'model' and axis not in sizes:
-      continue  # Another family's.
+      continue  # An axis of another family.
     if over and any(n % mesh.shape[over] for n in sizes.get(axis, ())):
       logging.info(
-        '%s (%s) is not split over the %d devices of axis %r',
+        '%s (%s) is not sharded over the %d devices of axis %r',
         axis,
         ', '.join(map(str, sizes[axis])),
         mesh.shape[over],
@@ -103,8 +104,8 @@ def rules(
 
 @contextlib.contextmanager
 def scope(mesh: Mesh, logical_rules: Rules) -> Iterator[None]:
-  """Puts a mesh and its rules in force for what is traced inside."""
-  # `with mesh:` would silently drop the constraints of the network.
+  """Programs traced in this context use the mesh and its rules."""
+  # Under `with mesh:`, the network's sharding constraints have no effect.
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules):
     yield
 
@@ -114,12 +115,12 @@ def shardings(
   logical_rules: Rules,
   axes: Mapping[str, tuple[str, ...]],
 ) -> dict[str, NamedSharding]:
-  """How parameters lie on the mesh, by path, from their logical axes."""
+  """The sharding of each parameter, by path, from its logical axes."""
   table = dict(logical_rules)
   unknown = sorted({a for names in axes.values() for a in names} - set(table))
   if unknown:
     raise UserError(
-      f'no logical axis rule for {unknown}; the rules know {sorted(table)}'
+      f'no logical axis rule for {unknown}; there are rules for {sorted(table)}'
     )
   return {
     path: NamedSharding(mesh, PartitionSpec(*(table[a] for a in names)))
@@ -128,5 +129,5 @@ def shardings(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of what every device holds whole."""
+  """The sharding of an array that every device has in full."""
   return NamedSharding(mesh, PartitionSpec())

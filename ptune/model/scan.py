@@ -1,8 +1,8 @@
-"""All layers of a stack as one, for T5Config.scan.
+"""The layers of a stack as one loop, for `scan` of a model's config.
 
-The network then computes them in a loop, whose body is compiled once and takes
-their parameters stacked. Outside of compiled programs, parameters have T5X's
-names, one set for each layer:
+The body of the loop is compiled once and reads the stacked parameters of all
+layers. Outside of compiled programs, parameters have T5X's names, one set for
+each layer:
 
     encoder/layers_0/mlp/wo/kernel   [mlp, embed]
     encoder/layers_1/mlp/wo/kernel   [mlp, embed]
@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from ptune.errors import UserError
 
-# The name of all layers together, which the patterns of sites match too.
+# The name of the stacked layers. The site pattern `layers_*` matches it too.
 LAYERS = 'layers_*'
 _LAYER = re.compile(r'(?<=/)layers_(\d+)(?=/)')
 
@@ -32,7 +32,10 @@ def of_all(path: str) -> str:
 
 
 def groups(paths: Iterable[str]) -> dict[str, list[str]]:
-  """The paths within layers, in the order of these, by that of all of them."""
+  """Groups the paths of layers: {path of the stack: paths in layer order}.
+
+  {'encoder/layers_*/a': ['encoder/layers_0/a', 'encoder/layers_1/a'], ...}
+  """
   found: dict[str, dict[int, str]] = {}
   for path in paths:
     layer = _LAYER.search(path)
@@ -44,7 +47,7 @@ def groups(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def stacked(params: Mapping[str, Any]) -> dict[str, Any]:
-  """Parameters as the network takes them; what is stacked already is kept.
+  """Stacks the parameters of layers; keeps what is already stacked.
 
   {'encoder': {'layers_0': {'a': x}, 'layers_1': {'a': y}}}
   -> {'encoder': {'layers_*': {'a': [x, y]}}}
@@ -58,12 +61,12 @@ def stacked(params: Mapping[str, Any]) -> dict[str, Any]:
 def check_trainable(
   method: str, paths: Iterable[str], trainable: frozenset[str]
 ) -> None:
-  """Raises a ValueError if a parameter is trained in some layers only."""
+  """Raises a UserError if a parameter is trained in some layers only."""
   for layers in groups(paths).values():
     trained = trainable.intersection(layers)
     if trained and len(trained) < len(layers):
       raise UserError(
-        f'SCAN computes all layers by the same program, and method {method!r}'
+        f'SCAN computes all layers by the same program, but method {method!r}'
         f' trains some of them only: {sorted(trained)}. Set SCAN = False'
       )
 
@@ -82,20 +85,20 @@ def through_layers(
   """Calls layers one after the other: x = layer(x, *arrays, **options).
 
   Args:
-    layer: Makes one; called with `name=`, in the module that owns them.
-    count: How many.
-    x: What goes into the first.
-    arrays: What each of them takes beside it.
-    each: Arrays [layers, ...]: a layer takes, behind `arrays`, its own row.
-    remat: Whether the backward pass keeps what goes into a layer only, and
-      calls it again.
-    scans: Whether one layer, with the parameters of all, is called
-      in a loop. What is sown is then stacked as they are; in the cache, layers
-      come after the rows.
-    **options: What is not an array, or has no gradient.
+    layer: Makes a layer, called with `name=` in the module that owns it.
+    count: Number of layers.
+    x: Input of the first layer.
+    arrays: Arguments of every layer.
+    each: Arrays [layers, ...]. After `arrays`, each layer gets its own row.
+    remat: Whether the backward pass keeps only the inputs of layers, and
+      computes the layers again.
+    scans: Whether to call one layer with stacked parameters in a loop. Sown
+      values are then stacked too. In the cache, the axis of layers comes after
+      the axis of rows.
+    **options: Arguments that are no arrays or have no gradient.
 
   Returns:
-    What comes out of the last.
+    Output of the last layer.
   """
 
   def call(module, x, *arrays):

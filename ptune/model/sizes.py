@@ -1,6 +1,6 @@
 """The sizes of a T5, and a table of the published models.
 
-Those of a T5Gemma stand in `t5gemma_sizes`.
+`t5gemma_sizes` has those of a T5Gemma.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ class T5Config(ModelConfig):
   """The sizes of a T5.
 
   Attributes:
-    vocab_size: Rows of the embedding (a few more than the vocabulary has).
+    vocab_size: Rows of the embedding (a few more than the vocabulary's ids).
     emb_dim: Width of the residual stream (d_model).
     num_heads: Attention heads.
     head_dim: Size of one head; num_heads * head_dim need not be emb_dim.
@@ -29,21 +29,22 @@ class T5Config(ModelConfig):
     mlp_activations: ('gelu', 'linear') in T5 1.1, ('relu',) in T5 1.0.
     logits_via_embedding: T5 1.0's output layer: the embedding, scaled by
       emb_dim**-0.5. Otherwise it has its own kernel.
-    scale_decoder_outputs: Whether what the output layer reads is multiplied by
-      emb_dim**-0.5; if not given, that is so with logits_via_embedding.
-    decoder_embedding: Whether the decoder embeds its tokens with a table of its
-      own. With logits_via_embedding, the encoder's makes the logits.
-    relative_attention_per_layer: Whether each layer has a relative position
-      bias of its own, as in UMT5; otherwise the layers of a stack share one.
-    local_radius: How far away an encoder's position sees, as in LongT5; 0 where
-      it sees all positions. See `long_attention`.
-    global_block_size: With local_radius, the positions of a block whose sum is
-      seen from everywhere (transient-global attention); 0 where there is none.
-    length_multiple: What the encoder's positions, prompt and inputs together,
-      are rounded up to by padding; None leaves it to the device, see
+    scale_decoder_outputs: Whether the input of the output layer is multiplied
+      by emb_dim**-0.5; follows logits_via_embedding if not given.
+    decoder_embedding: Whether the decoder has its own token embedding. With
+      logits_via_embedding, the encoder's embedding makes the logits.
+    relative_attention_per_layer: Whether each layer has its own relative
+      position bias, as in UMT5; otherwise the layers of a stack share one.
+    local_radius: How far an encoder's position sees, as in LongT5; 0 for all
+      positions. See `long_attention`.
+    global_block_size: With local_radius, the positions of a block whose sum
+      every position sees (transient-global attention); 0 for none.
+    length_multiple: Padding rounds the encoder's positions, prompt and inputs
+      together, up to a multiple of this; None follows the device, see
       `layers.fill_tiles`.
     relative_attention_num_buckets: Buckets of the relative position bias.
-    relative_attention_max_distance: Where its last bucket starts.
+    relative_attention_max_distance: The distance at which its last bucket
+      starts.
   """
 
   vocab_size: int
@@ -88,19 +89,19 @@ class T5Config(ModelConfig):
 
   @property
   def scales_outputs(self) -> bool:
-    """`scale_decoder_outputs`, or what it is if not given."""
+    """`scale_decoder_outputs`, or its default."""
     if self.scale_decoder_outputs is None:
       return self.logits_via_embedding
     return self.scale_decoder_outputs
 
   @property
   def embedding_scale(self) -> float:
-    """What the lookup multiplies a row of the embedding by."""
+    """The factor of embeddings in the lookup."""
     return 1.0
 
   @property
   def whole(self) -> 'T5Config':
-    """The same model with every site: a decoder alone has some of them."""
+    """The same model with every site; a decoder alone lacks the encoder's."""
     return self.with_depth(
       max(self.num_encoder_layers, 1), self.num_decoder_layers
     )
@@ -112,7 +113,7 @@ class T5Config(ModelConfig):
     )
 
   def axis_sizes(self) -> dict[str, tuple[int, ...]]:
-    """Sizes of the arrays along each logical axis that may be split."""
+    """Sizes of arrays along each logical axis that may be sharded."""
     return {
       'embed': (self.emb_dim,),
       'vocab': (self.vocab_size,),
@@ -122,7 +123,7 @@ class T5Config(ModelConfig):
     }
 
   def __post_init__(self):
-    # Gin gives a list, and what describes a network must be hashable.
+    # Gin gives a list, but the attributes of a Flax module must be hashable.
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
     counts = ('vocab_size', 'emb_dim', 'num_heads', 'head_dim', 'mlp_dim')
     counts += ('num_decoder_layers', 'relative_attention_num_buckets')
@@ -258,7 +259,7 @@ def _sizes() -> dict[str, T5Config]:
   return table
 
 
-# A configuration names its network, see `network.Transformer`.
+# The type of a configuration selects the network, see `network.Transformer`.
 Config = T5Config | T5GemmaConfig
 
 SIZES: Mapping[str, Config] = {**_sizes(), **t5gemma_sizes.SIZES}
@@ -268,14 +269,14 @@ def t5(size: str | Config | None = None, **changes) -> Config:
   """A published size by name, that of a checkpoint, or one given in numbers.
 
   Args:
-    size: A name in `SIZES`, such as 't5_1_1_base', or the configuration that
+    size: A name in `SIZES`, such as 't5_1_1_base', or a configuration that
       `identity.from_checkpoint` read.
-    **changes: Fields that differ from those of `size`; all the sizes of a
-      `T5Config` if it is not given.
+    **changes: Fields that differ from those of `size`; without a size, all
+      fields of a `T5Config` that have no default.
 
   Raises:
-    ValueError: If the name is unknown (the nearest ones are listed), or
-      fields are unknown or missing.
+    UserError: If the name is unknown (it lists the nearest names), or fields
+      are unknown or missing.
   """
   if isinstance(size, str):
     if size not in SIZES:

@@ -5,17 +5,16 @@ T5Gemma (arXiv 2504.06225) is Gemma 2 as an encoder-decoder; T5Gemma 2 (arXiv
 
 - rotary positions, and no position bias;
 - fewer heads of keys and values than of queries;
-- local layers, which see a window of positions, among global ones;
-- a norm before and one behind each sublayer, whose stored scale is its
-  distance from 1;
-- logits that are capped by tanh.
+- local layers, which see a window of positions, between global ones;
+- a norm before and a norm behind each sublayer, which store scale - 1;
+- logits that tanh caps.
 
-Sites, parameter names and calls are those of `network`. The embeddings are
-multiplied by sqrt(d). T5Gemma does so behind the site `encoder/embed`: a prompt
-is multiplied as the tokens are, and its numbers are of the size of the
-embedding's. T5Gemma 2 does so in the lookup, before the site: a prompt is read
-as it is, and its numbers are sqrt(d) times as large. PEFT puts prompts in the
-same places, so a prompt means the same there.
+Sites and parameter names are those of `t5`. Embeddings are multiplied by
+sqrt(embed). T5Gemma does so behind the site `encoder/embed`, so a prompt is
+multiplied too and has the scale of the embedding's rows. T5Gemma 2 does so in
+the lookup, before the site, so a prompt is read as it is and has sqrt(embed)
+times that scale. PEFT inserts prompts at the same places, so they are
+interchangeable.
 """
 
 import functools
@@ -56,9 +55,9 @@ Rotary = tuple[jax.Array, jax.Array]
 
 
 class ImageAwareEmbed(Embed):
-  """The embedding of T5Gemma 2: rows times sqrt(d), and one of its own.
+  """The embedding of T5Gemma 2: rows times sqrt(embed).
 
-  The token that ends an image has a vector beside the table, which is not
+  The token "end of image" has its own vector beside the table, which is not
   multiplied.
   """
 
@@ -92,13 +91,13 @@ def embedder(config: T5GemmaConfig, stack: Stack) -> Embed:
 def rotary(
   positions: jax.Array, head_dim: int, theta: float, factor: float = 1.0
 ) -> Rotary:
-  """Cosines and sines of the angles by which positions are turned.
+  """Cosines and sines of the angles of rotary positions.
 
   Args:
     positions: [rows, length].
     head_dim: Size of a head.
-    theta: The base of the frequencies.
-    factor: What positions are divided by.
+    theta: Base of the frequencies.
+    factor: Divides the positions.
 
   Source: Su et al. 2021, "RoFormer" (arXiv 2104.09864), section 3.2.2; the
   factor: Chen et al. 2023 (arXiv 2306.15595).
@@ -110,11 +109,11 @@ def rotary(
 
 
 def rotate(x: jax.Array, by: Rotary) -> jax.Array:
-  """Turns the two halves of each head into one another.
+  """Rotates the two halves of each head.
 
   Args:
     x: [batch, length, heads, kv].
-    by: Of the positions of x.
+    by: The rotations of the positions of x, from `rotary`.
   """
   cos, sin = (angles[:, :, None] for angles in by)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -125,9 +124,9 @@ def rotate(x: jax.Array, by: Rotary) -> jax.Array:
 class Attention(nn.Module):
   """Attention whose keys and values have fewer heads than the queries.
 
-  Sites: those of `Attention`; `key`, `value`, `keys` and `values` have
-  the heads of keys and values. `query` and `key` are what is projected, before
-  norm and rotation; `keys` are those that are attended to.
+  Sites: those of `attention.Attention`. `key`, `value`, `keys` and `values`
+  have the heads of keys and values. `query` and `key` are the projections
+  before norm and rotation; `keys` are behind them.
   """
 
   config: T5GemmaConfig
@@ -152,14 +151,14 @@ class Attention(nn.Module):
     Args:
       inputs_q: [batch, q, embed].
       inputs_kv: [batch, k, embed].
-      mask: Broadcasts to [batch, 1, q, k]; True where a query may look.
-      positions: Of queries and keys, which are then turned.
-      context: More that is attended to, under the same softmax, and its mask:
-        [batch, c, embed], which is not turned, and what broadcasts to [batch,
-        1, q, c].
-      cache_index: As in `Attention`. The keys and values of the context
-        are kept, too.
-      prefill: As in `Attention`.
+      mask: Broadcasts to [batch, 1, q, k]; True where a query may attend.
+      positions: Rotations of queries and keys; None for no rotation.
+      context: More inputs of keys and values, [batch, c, embed], and their
+        mask, which broadcasts to [batch, 1, q, c]. They share the softmax but
+        are not rotated.
+      cache_index: As in `attention.Attention`. The cache keeps the keys and
+        values of the context too.
+      prefill: As in `attention.Attention`.
       enable_dropout: Whether attention weights are dropped.
 
     Returns:
@@ -167,7 +166,7 @@ class Attention(nn.Module):
     """
     cfg, stack = self.config, self.stack
     dtype = jnp.dtype(cfg.dtype)
-    q = self._turned('query', inputs_q, positions)
+    q = self._rotated('query', inputs_q, positions)
     scalar = cfg.query_scalar or stack.head_dim
     q = q * jnp.asarray(scalar**-0.5, dtype)
 
@@ -176,7 +175,7 @@ class Attention(nn.Module):
     x = inputs_kv
     if context is not None and not kept:
       x = jnp.concatenate([inputs_kv, context[0]], axis=1)
-    k = self._turned('key', x, positions)
+    k = self._rotated('key', x, positions)
     v = self._project('value', x)
     k, context_k = k[:, :own], k[:, own:]
     v, context_v = v[:, :own], v[:, own:]
@@ -203,9 +202,9 @@ class Attention(nn.Module):
       mask = jnp.concatenate(list(masks), axis=-1)
 
     dropout = nn.Dropout(cfg.dropout_rate, deterministic=not enable_dropout)
-    # As in T5, the weight of a key is dropped for all queries or for none.
+    # As in T5, dropout drops a key for all queries or for none.
     v = v * dropout(jnp.ones((*v.shape[:3], 1), dtype))
-    # g: the query heads of one head of keys and values.
+    # g: the query heads that share a head of keys and values.
     group = stack.num_heads // stack.num_kv_heads
     q = q.reshape(*q.shape[:2], stack.num_kv_heads, group, stack.head_dim)
     logits = cap(product('bkhd,bqhgd->bhgqk', k, q), cfg.attention_cap)
@@ -229,12 +228,12 @@ class Attention(nn.Module):
       axis='heads' if query else 'kv_heads',
     )
 
-  def _turned(
+  def _rotated(
     self, site: str, x: jax.Array, positions: Rotary | None
   ) -> jax.Array:
-    """Queries or keys, normed in version 2, and turned as far as positions go.
+    """Queries or keys, normed in version 2 and rotated.
 
-    What stands behind them, the context, is not turned.
+    The context, behind the positions, is not rotated.
     """
     y = self._project(site, x)
     if self.config.version == 2:
@@ -249,7 +248,7 @@ class Attention(nn.Module):
   def _cached_context(
     self, k: jax.Array, v: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """Those of the call that made the cache."""
+    """The context's keys and values from the call that made the cache."""
     return (
       self.variable('cache', 'context_key', lambda: k).value,
       self.variable('cache', 'context_value', lambda: v).value,

@@ -16,7 +16,7 @@ class Stack:
     emb_dim: Width of the residual stream.
     mlp_dim: Width of the MLP.
     num_heads: Heads of the queries.
-    num_kv_heads: Heads of the keys and values, each for as many query heads.
+    num_kv_heads: Heads of the keys and values; each serves as many query heads.
     head_dim: Size of one head.
     window: How far a local layer sees, in positions; see
       `t5gemma.near_both_ways`.
@@ -48,22 +48,21 @@ class T5GemmaConfig(ModelConfig):
     encoder: Sizes of the encoder.
     decoder: Sizes of the decoder.
     version: 1 or 2. In version 2, the decoder's self-attention attends to the
-      encoder too, queries and keys are normed, encoder and decoder share their
-      embedding, and its rows are multiplied by sqrt(d) in the lookup.
+      encoder too, queries and keys are normed, encoder and decoder share one
+      embedding, and the lookup multiplies its rows by sqrt(embed).
     logits_via_embedding: Whether the decoder's embedding makes the logits;
-      otherwise they have a kernel of their own. An untied version 2 has an
-      embedding for each stack.
-    window_pattern: Each layer of this multiple (counted from 1) sees all
-      positions; the others see those of a window.
-    query_scalar: The logits are divided by its square root; the head size if
-      not given.
-    attention_cap: Where tanh caps the attention's logits; None for nowhere.
-    logits_cap: The same for the logits of the vocabulary.
-    theta: Base of the rotary frequencies where all positions are seen.
-    local_theta: The same within windows.
-    rope_factor: What positions are divided by where all of them are seen.
-    eoi_id: The token, end of an image, that has an embedding of its own in
-      version 2.
+      otherwise they have their own kernel, and in version 2 each stack has its
+      own embedding.
+    window_pattern: Layers whose number (counted from 1) is a multiple of this
+      are global and see all positions; the others are local and see a window.
+    query_scalar: The square root of this divides the logits of attention; the
+      head size if not given.
+    attention_cap: Limit of the logits of attention, by tanh; None for no limit.
+    logits_cap: Limit of the logits of the vocabulary, likewise.
+    theta: Base of the rotary frequencies of global layers.
+    local_theta: That of local layers.
+    rope_factor: Divides the positions in global layers.
+    eoi_id: The token "end of image", which has its own embedding in version 2.
   """
 
   encoder: Stack
@@ -137,14 +136,14 @@ class T5GemmaConfig(ModelConfig):
 
   @property
   def embedding_scale(self) -> float:
-    """What the lookup multiplies a row of the embedding by."""
+    """The factor of embeddings in the lookup."""
     return self.emb_dim**0.5 if self.version == 2 else 1.0
 
   @property
   def whole(self) -> 'T5GemmaConfig':
-    """The same model with every site: version 1 has attention to the encoder.
+    """The same model with every site.
 
-    What a method does there is left out in version 2.
+    Only version 1 has cross-attention; in version 2, methods skip its sites.
     """
     return dataclasses.replace(self, version=1)
 
@@ -157,7 +156,7 @@ class T5GemmaConfig(ModelConfig):
     )
 
   def axis_sizes(self) -> dict[str, tuple[int, ...]]:
-    """Sizes of the arrays along each logical axis that may be split."""
+    """Sizes of arrays along each logical axis that may be sharded."""
     stacks = (self.encoder, self.decoder)
     queries = tuple(s.num_heads * s.head_dim for s in stacks)
     keys = tuple(s.num_kv_heads * s.head_dim for s in stacks)

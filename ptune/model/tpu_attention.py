@@ -1,24 +1,23 @@
 """T5's attention on a TPU: one Pallas kernel forward, and one backward.
 
 The attention weights [batch, heads, q, k] never leave the chip. One step of the
-grid takes one row and the few heads that fill the 128 lanes of a register, and
-computes their weights in VMEM:
+grid computes, in VMEM, the weights of one row and of the few heads that fill
+the 128 lanes of a register:
 
     grid            (groups of heads, rows)
-    q, k, v, y      [batch, length, heads * kv], as the projections leave them
-    bias            [heads, k, q], read once a head because rows change faster
+    q, k, v, y      [batch, length, heads * kv], as the projections return them
+    bias            [heads, k, q], read once per head because rows change faster
     mask            [batch, 1, k] for padding, else [batch, k, q]
-    kept            [batch, heads, 1, k], what dropout multiplies values with
+    kept            [batch, heads, 1, k], the dropout of keys
 
-Keys come first in the weights [k, q]: their maximum and sum run over rows of
-registers, and a matrix product needs a transposition only of what is [length,
-kv]. The backward pass computes the weights again from the logarithm of their
-sum, and returns the gradients of q, k and v, and that of the bias if somebody
-asks for it.
+Keys come first in the weights [k, q], so maximum and sum run over rows of
+registers, and matrix products transpose only arrays [length, kv]. The backward
+pass computes the weights again from the logarithm of their sum. It returns the
+gradients of q, k and v, and of the bias if that is differentiated.
 
-T5 drops a key for all queries of a head. The kernel multiplies the key's value,
-in VMEM, where values are transposed. Outside, XLA would move the values to
-another layout and back for it.
+T5 drops a key for all queries of a head. The kernel does so by multiplying the
+key's value in VMEM, where values are transposed anyway. Outside the kernel, XLA
+would move the values to another layout and back.
 """
 
 import functools
@@ -29,22 +28,22 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 LANES = 128
-# Queries whose weights are computed at a time: the most that fit. Larger blocks
-# leave the compiler more to do at the same time.
+# Queries whose weights are computed at a time: the first number that fits.
+# Larger blocks let the compiler do more in parallel.
 BLOCKS = (640, 384, 256, 128)
-# The part of VMEM that the kernel may take; XLA keeps arrays there too.
+# The part of VMEM that the kernel may use; XLA keeps arrays there too.
 USABLE = 0.75
-# What a compiled program calls the two kernels.
+# Names of the two kernels in a compiled program.
 FORWARD, BACKWARD = 't5_attention', 't5_attention_backward'
-# Added to the logits of keys that are not seen. Finite, so that a row without
-# any key (a filler row of the last evaluation batch) stays free of NaN.
+# Added to the logits of masked keys. It is finite, so that a row without any
+# key (the last evaluation batch is filled with such rows) gives no NaN.
 MASKED = -1e10
 
 
 def group(heads: int, head_dim: int) -> int:
-  """How many heads one step of the grid takes.
+  """How many heads one step of the grid computes.
 
-  As few as fill whole registers; all, if no such number divides the heads.
+  The fewest that fill whole registers, or all if no such number divides them.
   """
   for n in range(1, heads):
     if heads % n == 0 and n * head_dim % LANES == 0:
@@ -55,7 +54,7 @@ def group(heads: int, head_dim: int) -> int:
 def block_size(
   queries: int, keys: int, heads: int, head_dim: int, whole_mask: bool
 ) -> int:
-  """How many queries to take at a time, 0 if VMEM has room for none.
+  """How many queries to compute at a time; 0 if none fit into VMEM.
 
   Args:
     queries: Length of the queries.
@@ -68,17 +67,17 @@ def block_size(
     size = min(size, _up(queries, LANES))
     taken = _vmem_bytes(queries, keys, heads, head_dim, whole_mask, size)
     if taken <= USABLE * _vmem():
-      # Blocks of about the same size: [0, 640) and [640, 768) are not.
+      # Blocks of about the same size, unlike [0, 640) and [640, 768).
       return _up(math.ceil(queries / math.ceil(queries / size)), LANES)
   return 0
 
 
 def _vmem_bytes(queries, keys, heads, head_dim, whole_mask, size) -> int:
-  """About what the backward kernel keeps in VMEM; it is the larger one."""
+  """Estimates the VMEM of the backward kernel, which needs more."""
   n = group(heads, head_dim)
   width = _up(n * head_dim, LANES)
   keys, queries = _up(keys, LANES), _up(queries, LANES)
-  # Inputs and outputs are there twice: one is copied, one is worked on.
+  # Inputs and outputs are there twice: one copied, one in use.
   rows = 2 * 2 * (3 * queries + 4 * keys) * width
   plane = 2 * keys * queries * (4 * n + 2 * whole_mask)
   # Gradients of keys and values, and the weights of a block in several states.
@@ -86,7 +85,7 @@ def _vmem_bytes(queries, keys, heads, head_dim, whole_mask, size) -> int:
 
 
 def _vmem() -> int:
-  """Bytes of VMEM of a core of the devices that are traced for."""
+  """Bytes of VMEM per core of the traced program's devices."""
   if platform() != 'tpu':
     return 128 * 2**20
   from jax.experimental.pallas import tpu as pltpu
@@ -114,23 +113,23 @@ def attend(
   """softmax(q k^T + bias) v for each head, over the keys that the mask allows.
 
   Args:
-    q: [batch, q, heads, kv], not scaled, as T5 does not.
+    q: [batch, q, heads, kv]; T5 does not scale it by the head size.
     k: [batch, k, heads, kv].
     v: [batch, k, heads, kv].
     bias: [1, heads, q, k] float32, or None.
-    mask: [batch or 1, 1, q or 1, k]; True where a query may look.
-    kept: [batch, heads, k, 1], what the values are multiplied with, or None. It
-      has no gradient.
-    axes: The mesh axes that rows and heads are split over, if any.
+    mask: [batch or 1, 1, q or 1, k]; True where a query may attend.
+    kept: [batch, heads, k, 1], multiplies the values, or None. It has no
+      gradient.
+    axes: The mesh axes over which rows and heads are sharded, if any.
 
   Returns:
-    [batch, q, heads, kv], of the type of q.
+    [batch, q, heads, kv], in the type of q.
   """
   return _forward(q, k, v, bias, mask, kept, axes)[0]
 
 
 def _attend_forward(q, k, v, bias, mask, kept, axes):
-  # The arguments say whether a gradient is asked for, besides their values.
+  # Each argument has a value, and says whether it is differentiated.
   wants_bias = bias is not None and bias.perturbed
   arrays = jax.tree.map(
     lambda x: x.value,
@@ -138,7 +137,7 @@ def _attend_forward(q, k, v, bias, mask, kept, axes):
     is_leaf=lambda x: hasattr(x, 'perturbed'),
   )
   y, log_sum = _forward(*arrays, axes)
-  # Only arrays can be handed to the backward pass.
+  # Only arrays can be passed to the backward pass.
   asked = jnp.zeros(()) if wants_bias else None
   return y, (*arrays, log_sum, asked)
 
@@ -161,24 +160,17 @@ def _flat(x: jax.Array) -> jax.Array:
   return x.reshape(*x.shape[:2], -1)
 
 
-def _bias_of(bias: jax.Array | None) -> jax.Array | None:
-  """[1, heads, q, k] -> [heads, k, q] float32."""
-  if bias is None:
-    return None
-  return bias[0].swapaxes(1, 2).astype(jnp.float32)
-
-
 def _mask_of(mask: jax.Array, batch: int) -> jax.Array:
-  """To what is added to logits: [batch, 1, k] float32 or [batch, k, q]."""
+  """Makes the mask a summand of logits: [batch, 1, k] or [batch, k, q]."""
   mask = jnp.broadcast_to(mask[:, 0], (batch, *mask.shape[2:]))
   if mask.shape[1] == 1:
     return jnp.where(mask, 0.0, MASKED).astype(jnp.float32)
-  # As large as the weights of a head, so in half the bytes.
+  # In bfloat16, because it is as large as the weights of a head.
   return jnp.where(mask.swapaxes(1, 2), 0.0, MASKED).astype(jnp.bfloat16)
 
 
 def _inputs(q, k, v, bias, mask, kept):
-  """The arrays as kernels take them, see the top."""
+  """The arrays in the layouts of the kernels, listed at the top."""
   if bias is not None:  # [1, heads, q, k] -> [heads, k, q]
     bias = bias[0].swapaxes(1, 2).astype(jnp.float32)
   if kept is not None:  # [batch, heads, k, 1] -> [batch, heads, 1, k]
@@ -188,7 +180,7 @@ def _inputs(q, k, v, bias, mask, kept):
 
 
 def _specs(axes):
-  """How queries, keys, values, bias, mask and kept are split, and log-sums."""
+  """Shardings of queries, keys, values, bias, mask, kept, and of log-sums."""
   rows, heads = axes
   wide, each = PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)
   inputs = (wide, wide, wide, PartitionSpec(heads), PartitionSpec(rows), each)
@@ -196,7 +188,7 @@ def _specs(axes):
 
 
 def _on_mesh(call, in_specs, out_specs):
-  """A kernel is a whole to the compiler, which would not split it."""
+  """Shards a kernel, which XLA cannot do by itself."""
   if jax.sharding.get_abstract_mesh().empty:
     return call
   return jax.shard_map(
@@ -205,7 +197,7 @@ def _on_mesh(call, in_specs, out_specs):
 
 
 def _forward(q, k, v, bias, mask, kept, axes):
-  """The output like q, and log(sum(exp(logits))) [batch, heads, 1, q]."""
+  """The output, like q, and log(sum(exp(logits))) [batch, heads, 1, q]."""
   inputs, sums = _specs(axes)
   call = functools.partial(_call_forward, head_dim=q.shape[-1])
   call = _on_mesh(call, inputs, (inputs[0], sums))
@@ -214,7 +206,7 @@ def _forward(q, k, v, bias, mask, kept, axes):
 
 
 def _backward(q, k, v, bias, mask, kept, log_sum, dy, axes, wants_bias):
-  """Gradients of q, k, v and bias; the last is None if not wanted."""
+  """Gradients of q, k, v and bias; None for a bias that needs none."""
   inputs, sums = _specs(axes)
 
   def call(*arrays):
@@ -248,7 +240,7 @@ def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
 
 
 def _blocks(length: int, size: int) -> list[slice]:
-  """[0, length) in blocks of queries."""
+  """Splits [0, length) into blocks of queries."""
   return [
     slice(start, min(start + size, length)) for start in range(0, length, size)
   ]
@@ -260,14 +252,14 @@ def _heads(width: int, head_dim: int) -> list[slice]:
 
 
 def _hidden(mask_ref, queries: slice) -> jax.Array:
-  """What is added to the logits of a block, [k, q] or [k, 1]."""
+  """The mask of a block as a summand of its logits, [k, q] or [k, 1]."""
   if mask_ref.shape[1] == 1:
     return mask_ref[0].T  # [1, k] -> [k, 1]
   return mask_ref[0, :, queries].astype(jnp.float32)
 
 
 def _logits(q, k, bias_ref, head: int, queries: slice, hidden):
-  """Those of one head and one block of queries: [k, q] float32."""
+  """Logits of one head and one block of queries: [k, q] float32."""
   logits = _dot(k, q, (1, 1))
   if bias_ref is not None:
     logits = logits + bias_ref[head, :, queries]
@@ -375,8 +367,8 @@ def _backward_kernel(
 
 
 def _block_specs(q, k, v, bias, mask, kept, head_dim: int):
-  """Of the inputs, and of log-sums."""
-  # Imported where it is used: it is slow to import.
+  """Blocks of the inputs, and of log-sums."""
+  # Imported here because it is slow to import.
   from jax.experimental import pallas as pl
 
   n = group(q.shape[2] // head_dim, head_dim)
@@ -401,14 +393,14 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, products):
   """Calls a kernel on one device.
 
   Args:
-    name: What the compiler calls it.
+    name: Its name in a compiled program.
     kernel: `_forward_kernel` or `_backward_kernel`.
     inputs: Queries, keys, values, bias, mask and kept, as at the top.
-    more: What else the kernel reads.
+    more: Other inputs of the kernel.
     head_dim: Size of a head.
-    in_specs: Blocks of all of them.
+    in_specs: Blocks of all inputs.
     out: Blocks, shape and type of each output.
-    products: Matrix products of a head.
+    products: Number of matrix products per head.
   """
   q, k, _, _, mask, _ = inputs
   from jax.experimental import pallas as pl
@@ -419,7 +411,7 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, products):
   weights = q.shape[0] * heads * q.shape[1] * k.shape[1]
   lengths = q.shape[1], k.shape[1]
   taken = _vmem_bytes(*lengths, heads, head_dim, mask.shape[1] > 1, size)
-  if len(out) > 3:  # The gradient of the bias, as large as it is.
+  if len(out) > 3:  # The gradient of the bias.
     taken += 2 * 4 * math.prod(in_specs[3].block_shape)
   out_specs = [spec for spec, *_ in out]
   shapes = [jax.ShapeDtypeStruct(*shape) for _, *shape in out]
@@ -430,11 +422,11 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, products):
     out_specs=out_specs,
     out_shape=shapes,
     name=name,
-    # Elsewhere it can be computed, slowly: for tests.
+    # Tests compute it on other devices, slowly.
     interpret=platform() != 'tpu',
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary'),
-      # What it does not need, XLA can keep other arrays in.
+      # XLA may use the rest for other arrays.
       vmem_limit_bytes=int(min(0.9 * _vmem(), max(1.25 * taken, 16 * 2**20))),
     ),
     cost_estimate=pl.CostEstimate(
@@ -450,7 +442,7 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, products):
 
 
 def _call_forward(*inputs, head_dim):
-  """The kernel on one device; arrays as at the top."""
+  """Calls the kernel on one device; arrays as at the top."""
   specs, sums = _block_specs(*inputs, head_dim)
   q = inputs[0]
   totals = (q.shape[0], q.shape[2] // head_dim, 1, q.shape[1])
@@ -467,7 +459,7 @@ def _call_forward(*inputs, head_dim):
 
 
 def _call_backward(*arrays, head_dim, wants_bias):
-  """The kernel on one device: gradients of q, k, v, and of the bias or None."""
+  """Calls the kernel on one device: gradients of q, k, v, and bias or None."""
   *inputs, log_sum, dy = arrays
   specs, sums = _block_specs(*inputs, head_dim)
   asked = 4 if wants_bias else 3
@@ -488,6 +480,6 @@ def _call_backward(*arrays, head_dim, wants_bias):
 
 
 def platform() -> str:
-  """Of the devices that a program is traced for."""
+  """The platform of the traced program's devices."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return (device or jax.devices()[0]).platform
