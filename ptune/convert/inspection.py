@@ -15,7 +15,7 @@ from ptune.convert.huggingface import read_json
 from ptune.convert.safetensors_files import open_file
 from ptune.convert.source import Leaf, Source, nbytes
 from ptune.convert.trained import SUFFIX, open_trained
-from ptune.model.parameters import format_bytes
+from ptune.model.model_info import format_bytes
 
 RUN_FILE = 'run.json'
 # Facts of a run or a prompt to show, in this order.

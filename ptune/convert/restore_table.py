@@ -7,7 +7,7 @@ import jax
 
 from ptune.convert.source import Source
 from ptune.host.columns import aligned
-from ptune.model.parameters import format_bytes
+from ptune.model.model_info import format_bytes
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
 SHOWN = 4
