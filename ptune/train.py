@@ -18,7 +18,7 @@ import gin
 from ptune.convert import check_config, open_checkpoint, with_rows
 from ptune.convert.fingerprint import of_params
 from ptune.data import device_feed, packing
-from ptune.model import parameters, partitioning
+from ptune.model import frozen_weights, model_info, parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import Config
@@ -78,7 +78,7 @@ def train(
   mesh = partitioning.make_mesh(model_parallel)
   start.check_batch_sizes(data, evaluation, mesh)
   plan = parameters.plan(config, method, mesh)
-  logging.info('%s', parameters.summary(plan))
+  logging.info('%s', model_info.summary(plan))
   start.check_base(plan, initial_checkpoint_path)
   evaluated = model(plan.network)
   trained = packing.model_of(model, plan) if data.pack else evaluated

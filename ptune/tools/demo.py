@@ -86,7 +86,7 @@ def demo(
   out.rule('[bold]one frozen T5')
   out.print(
     f'ptune://{MODEL}: {count:,} parameters,'
-    f' {parameters.format_bytes(model_bytes)}. It was pre-trained on generated'
+    f' {model_info.format_bytes(model_bytes)}. It was pre-trained on generated'
     ' sentences. It has never seen a review, nor the words that it must'
     f' answer with: {", ".join(generated_text.SENTIMENT.values())}.\n'
   )

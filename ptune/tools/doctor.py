@@ -197,7 +197,7 @@ def check_disk(directory: str) -> str:
   text = f'{model_info.format_bytes(free)} free at {path}'
   if free < ENOUGH_DISK:
     raise Failed(
-      f'{text}, {parameters.format_bytes(ENOUGH_DISK)} are needed',
+      f'{text}, {model_info.format_bytes(ENOUGH_DISK)} are needed',
       'free space, or choose another directory (JAX_COMPILATION_CACHE_DIR,'
       ' MODEL_DIR)',
     )
