@@ -476,7 +476,7 @@ def save_adapter(
   flat = parameters.flatten(unfreeze(state_dict['target']))
   # All processes take part, because they share the arrays.
   trained = {
-    path: np.asarray(parameters.whole(x), np.float32)
+    path: np.asarray(parameters.to_host(x), np.float32)
     for path, x in flat.items()
     if method.trains(path)
   }
@@ -487,7 +487,9 @@ def save_adapter(
       f'at step {step} these are not finite: {wrong}; lower LEARNING_RATE.'
       f' Checkpoint {step} is not saved'
     )
-  table = parameters.whole(flat[parameters.EMBEDDING]) if method.fold else None
+  table = (
+    parameters.to_host(flat[parameters.EMBEDDING]) if method.fold else None
+  )
   if len(trained) == len(flat) or jax.process_index() != 0:
     return state_dict, parameter_infos
   if method.fold:

@@ -180,7 +180,7 @@ def together(directory, base):
     )
   )
   trained = parameters.flatten(state.trainable)
-  trained = {path: parameters.whole(x) for path, x in trained.items()}
+  trained = {path: parameters.to_host(x) for path, x in trained.items()}
   if index == 0:
     np.savez(directory / 'full.npz', **trained)
 

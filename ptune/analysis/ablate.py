@@ -148,7 +148,7 @@ def ablate(
   whole = measure(plan)
   params, _ = trained_model.load(plan, trained)
   frozen = parameters.flatten(params)
-  prompt = parameters.whole(frozen.pop(prompt_lib.PATH))
+  prompt = parameters.to_host(frozen.pop(prompt_lib.PATH))
   score = float(whole(frozen, prompt[None])[0])
   if importance == 'gradient':
     found = whole.gradients(frozen, prompt)

@@ -1,4 +1,7 @@
-"""Parameter-efficient methods, one module each; see `adapters.Method`."""
+"""Parameter-efficient methods, one per module; see `adapters.Method`.
+
+A method knows the sites of a network, but no network, data or files of a run.
+"""
 
 import importlib
 import pkgutil
@@ -10,7 +13,7 @@ from ptune.model.adapters import Method, combine
 
 
 def functions() -> dict[str, Callable[..., Method]]:
-  """Every method by name: the function that is called as its module."""
+  """All methods by name: the functions that have the name of their module."""
   found = {}
   for module in pkgutil.iter_modules(__path__):
     of = importlib.import_module(f'{__name__}.{module.name}')
@@ -20,14 +23,14 @@ def functions() -> dict[str, Callable[..., Method]]:
 
 
 def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
-  """The method that a run was trained with, up to its sizes.
+  """Makes the method of a run again, except for its sizes.
 
   Args:
-    name: Its `Method.name`, such as 'lora', 'prefix/mlp', 'prompt+lora'.
-    settings: Its `Method.settings`.
+    name: The run's `Method.name`, such as 'lora', 'prefix/mlp', 'prompt+lora'.
+    settings: The run's `Method.settings`.
 
   Raises:
-    ValueError: If there is no such method.
+    UserError: If there is no such method.
   """
   settings = dict(settings or {})
   if '+' in name:

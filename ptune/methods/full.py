@@ -1,7 +1,7 @@
 """Full tuning: every parameter is trained, nothing is frozen.
 
-The baseline that a parameter-efficient method is compared with ("model
-tuning" in Lester et al. 2021), and what pre-training uses.
+This is the baseline of parameter-efficient methods ("model tuning" in Lester et
+al. 2021). Pre-training uses it too.
 
     --gin_file=methods/full.gin
 """
@@ -10,5 +10,5 @@ from ptune.model.adapters import Method, take
 
 
 def full() -> Method:
-  """Trains all parameters of the network as it is."""
+  """Trains all parameters of the network; adds no adapter."""
   return Method(name='full', placements=(), trainable=('*',), merge=take)

@@ -1,4 +1,4 @@
-"""IA3: keys, values and the MLP's hidden units, each times a learned number.
+"""IA3: learned scales of keys, values and the MLP's hidden units.
 
 Liu, Tam, Muqeeth, Mohta, Huang, Bansal and Raffel 2022, "Few-Shot
 Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning"
@@ -7,11 +7,12 @@ and in every MLP
 
     softmax(Q (l_k * K)^T) (l_v * V)        wo (l_ff * hidden)
 
-with l_k and l_v [heads, kv], l_ff [mlp]; all start at 1, so that the model
-starts as it is. In T5 1.1 the gated product is scaled, in T5 1.0 relu(wi x).
+with l_k and l_v [heads, kv], l_ff [mlp]. All start at 1, so training starts
+from the model as it is. `hidden` is the gated product in T5 1.1, and relu(wi x)
+in T5 1.0.
 
-Trained: the vectors. Merged, l_k and l_v scale columns of the kernels of key
-and value, l_ff rows of wo.
+Trained: the three vectors of each layer. Merging multiplies l_k and l_v into
+the columns of the key and value kernels, and l_ff into the rows of wo.
 
     --gin_file=methods/ia3.gin
 """
@@ -24,8 +25,8 @@ from flax.linen import partitioning
 
 from ptune.model.adapters import Method, Placement
 
-# Site -> name of the adapter below the attention or the MLP, as T5X's users
-# know them, and logical axes of the vector.
+# Site -> name of the adapter below the attention or the MLP (users of T5X know
+# these names), and logical axes of the vector.
 _HEADS = ('adapter_heads', 'adapter_kv')
 SITES = {
   '*attention/key': ('k_conv', _HEADS),
@@ -36,7 +37,7 @@ SCALING = 'ia3_scaling'
 
 
 class Scale(nn.Module):
-  """Multiplies what leaves a site, at every position, by a vector."""
+  """Multiplies the output of a site by a vector, at every position."""
 
   axes: tuple[str, ...]
 
@@ -61,14 +62,14 @@ def _merge(path, value, trained):
 
 
 def ia3() -> Method:
-  """The vectors of IA3 at every attention and MLP; the rest is frozen."""
+  """IA3's vectors at every attention and MLP; the rest is frozen."""
   return Method(
     name='ia3',
     placements=tuple(
       Placement(
         f'*/layers_*/{site}',
         name,
-        # Bound at once: the loop goes on.
+        # The default binds `axes` now, before the loop changes it.
         lambda name, axes=axes: Scale(axes, name=name),
       )
       for site, (name, axes) in SITES.items()

@@ -1,4 +1,4 @@
-"""LoRA: to a kernel, a product of two thin matrices is added.
+"""LoRA: adds a product of two thin matrices to a kernel.
 
 Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang and Chen 2021, "LoRA: Low-Rank
 Adaptation of Large Language Models" (arXiv 2106.09685), section 4. At a site
@@ -6,11 +6,11 @@ that maps x to W x
 
     y = W x + (alpha / rank) x A B
 
-A [in, rank] starts at random (normal, variance 1 / in), B [rank, out] at zero,
-so that the model starts as it is. The paper's choice of sites, the queries and
-values of every attention, is the default.
+A [in, rank] starts with normal numbers of variance 1 / in, B [rank, out] at
+zero, so training starts from the model as it is. The default sites are the
+paper's: queries and values of every attention.
 
-Trained: A and B. Merged, W + (alpha / rank) A B takes the place of W.
+Trained: A and B. Merging replaces W by W + (alpha / rank) A B.
 
     --gin_file=methods/lora.gin
 """
@@ -26,7 +26,7 @@ from ptune.errors import UserError
 from ptune.model.adapters import Method, Placement
 from ptune.model.layers import Dense
 
-# Kernels that it can be added to -> the module that owns them.
+# The kernels that LoRA can change -> the module that owns them.
 OWNERS = {
   **dict.fromkeys(('query', 'key', 'value', 'out'), '*attention'),
   **dict.fromkeys(('wi', 'wi_0', 'wi_1', 'wo'), 'mlp'),
@@ -34,11 +34,11 @@ OWNERS = {
 
 
 class LowRank(nn.Module):
-  """Adds x A B, scaled, to what leaves a site.
+  """Adds scale * x A B to the output of a site.
 
   Attributes:
     rank: Columns of A.
-    scale: What the product is multiplied by.
+    scale: alpha / rank.
   """
 
   rank: int
@@ -47,7 +47,7 @@ class LowRank(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """x [batch, length, in], y [batch, length, *out] -> the shape of y."""
-    # y's own axes, which queries, keys and values have two of: joined.
+    # Queries, keys and values have two output axes: [heads, kv].
     out = int(np.prod(y.shape[2:]))
     h = Dense(
       self.rank,
@@ -71,16 +71,16 @@ def lora(
   alpha: float = 16.0,
   sites: Sequence[str] = ('query', 'value'),
 ) -> Method:
-  """Low-rank additions to the kernels at `sites`, in every layer.
+  """Low-rank changes of the kernels at `sites`, in every layer.
 
   Args:
-    rank: Of each addition.
-    alpha: The additions are multiplied by alpha / rank.
+    rank: Columns of A.
+    alpha: The product A B is multiplied by alpha / rank.
     sites: Some of `OWNERS`: 'query', 'key', 'value' and 'out' of every
       attention; 'wi_0', 'wi_1' ('wi' in T5 1.0) and 'wo' of every MLP.
 
   Raises:
-    ValueError: If the rank is below 1, or a site unknown or given twice.
+    UserError: If the rank is below 1, or a site is unknown or given twice.
   """
   if not isinstance(rank, int) or rank < 1:
     raise UserError(
@@ -95,7 +95,7 @@ def lora(
   scale = alpha / rank
 
   def merge(path, value, trained):
-    if path.split('/')[-2] not in sites:  # Perhaps another LoRA's.
+    if path.split('/')[-2] not in sites:  # It may belong to another LoRA.
       return value
     adapter = f'{path.removesuffix("/kernel")}_lora'
     a, b = (trained.get(f'{adapter}/{name}/kernel') for name in 'ab')

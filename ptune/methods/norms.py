@@ -1,16 +1,16 @@
-"""Norm tuning: the scales of the layer norms learn.
+"""Norm tuning: the scales of the layer norms are trained.
 
 Ben Zaken, Goldberg and Ravfogel 2021, "BitFit" (arXiv 2106.10199), trains the
-biases of a model. T5 has none; what it has of that kind is the scale s of
+biases of a model. T5 has none. Its closest parameters are the scales s of
 
     s * x / sqrt(mean(x^2))
 
 before each sublayer and at the end of both stacks, as in Qi et al. 2022,
 "Parameter-Efficient Tuning on Layer Normalization" (arXiv 2211.08682).
 
-Trained: these scales, and on demand the relative position bias of each stack.
-Nothing is added to the model; the merged one has the scales instead of the
-base's.
+Trained: these scales and, with relative_bias, the relative position bias of
+each stack. Nothing is added to the model. The merged model has the trained
+scales in place of the base's.
 
     --gin_file=methods/norms.gin
 """

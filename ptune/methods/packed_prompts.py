@@ -1,4 +1,4 @@
-"""Prompts in packed rows: each example has its own before it.
+"""Prompts in packed rows: each example gets its own copy.
 
 A row of two examples X1 and X2 reads [P; X1; P; X2], see `data.packing`.
 """
@@ -15,10 +15,10 @@ from ptune.model.adapters import VIRTUAL, Packed, Placement
 
 
 class ReadPrompt(nn.Module):
-  """Puts rows of a prompt where virtual tokens stand, see `adapters.Packed`.
+  """Replaces virtual tokens by rows of a prompt, see `adapters.Packed`.
 
   Attributes:
-    source: The module that holds, or makes, the prompt, [..., embed].
+    source: The module that owns or computes the prompt, [..., embed].
   """
 
   source: Callable[..., nn.Module]
@@ -28,7 +28,7 @@ class ReadPrompt(nn.Module):
     """x [batch, length], y [batch, length, embed] -> the shape of y."""
     prompt = self.source(name='prompt')(y.shape[-1])
     prompt = prompt.reshape(-1, y.shape[-1])
-    # A product, not a gather, whose gradient would be summed in any order.
+    # A product, because the gradient of a gather is summed in no fixed order.
     rows = jax.nn.one_hot(x - VIRTUAL, prompt.shape[0])
     read = jnp.einsum('blp,pe->ble', rows, prompt, precision='highest')
     return jnp.where((x >= VIRTUAL)[..., None], read.astype(y.dtype), y)
@@ -41,14 +41,14 @@ def packed(
   position: str = 'start',
   others: tuple[Placement, ...] = (),
 ) -> Packed:
-  """A prompt of `length` rows in packed examples, as `prompt` has it.
+  """`Method.packed` of a method with a prompt of `length` rows.
 
   Args:
     stack: 'encoder' or 'decoder'.
-    source: The module that holds, or makes, the prompt.
+    source: The module that owns or computes the prompt.
     length: Rows of the prompt.
-    position: Where it stands among the tokens of an example.
-    others: Placements that it needs besides.
+    position: Where it is inserted into an example, see `prompt.InsertPrompt`.
+    others: Other placements of the method.
   """
 
   def insert(tokens: np.ndarray) -> np.ndarray:

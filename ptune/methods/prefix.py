@@ -1,4 +1,4 @@
-"""Prefix tuning: learned keys and values before those of every attention.
+"""Prefix tuning: learned keys and values in every attention.
 
 Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation"
 (arXiv 2101.00190), section 4. In an attention with keys K and values V [length,
@@ -6,21 +6,21 @@ heads, kv], each head attends to
 
     [P_k; K]  and  [P_v; V]      [prefix + length, heads, kv]
 
-for queries from everywhere, at a relative position bias of 0. As in the paper,
-the encoder, the decoder and its attention to the encoder all have a prefix; in
-PEFT only the two of the decoder have one (`attentions`).
+Every query sees the prefix, at a relative position bias of 0. As in the paper,
+the encoder's attention and both attentions of the decoder have a prefix. PEFT
+has none in the encoder; `attentions` chooses.
 
-Learned directly, P often trains badly; the paper makes it (section 4.3) of a
-smaller matrix by an MLP, which is dropped afterwards:
+P often trains badly when it is trained directly. With `hidden`, an MLP computes
+it from a smaller matrix (section 4.3), and is dropped after training:
 
     P = tanh(E A) B      E [prefix, hidden], A [hidden, hidden],
                          B [hidden, joined_kv]
 
-Here each P has an E and an A of its own, where the paper's layers share them,
-and there are no biases.
+Here each P has its own E and A, which the paper's layers share, and there are
+no biases.
 
-Trained: P, or E, A and B. What a run writes is P in both cases, to be used
-without `hidden`.
+Trained: P, or E, A and B. In both cases a run writes P; to use it, leave out
+`hidden`.
 
     --gin_file=methods/prefix.gin
 """
@@ -47,16 +47,16 @@ STACKS = {
   'self_attention': 'decoder',
   'encoder_decoder_attention': 'decoder',
 }
-# About the size of a T5's keys and values.
+# About the scale of T5's keys and values.
 _INIT = nn.initializers.normal(1.0)
 
 
 class Prefix(nn.Module):
-  """Puts learned rows before those of every example.
+  """Inserts a prefix before the keys, or before the values, of every row.
 
   Attributes:
-    length: How many.
-    hidden: Units of the MLP that makes them; None where they are learned.
+    length: Rows of the prefix.
+    hidden: Hidden units of the MLP; None to train the prefix directly.
   """
 
   length: int
@@ -83,7 +83,12 @@ class Prefix(nn.Module):
 
 
 class Made(nn.Module):
-  """A prefix [prefix, joined_kv] that an MLP makes of a smaller matrix."""
+  """tanh(E A) B, [prefix, joined_kv].
+
+  Attributes:
+    length: Rows of E.
+    hidden: Columns of E and A.
+  """
 
   length: int
   hidden: int
@@ -126,16 +131,15 @@ def prefix(
 
   Args:
     length: Rows of each prefix (PROMPT_LENGTH).
-    hidden: Units of the MLP that makes them while they are trained; None to
-      learn them directly.
-    attentions: Which have one: 'attention' (the encoder's), 'self_attention'
-      and 'encoder_decoder_attention' (the decoder's).
-    init: `prompt_init.from_keys_and_values`, of the attentions to the input;
-      drawn at random if not given.
+    hidden: Hidden units of the MLP; None to train the prefixes directly.
+    attentions: The attentions that have a prefix: 'attention' (the encoder's),
+      'self_attention' and 'encoder_decoder_attention' (the decoder's).
+    init: `prompt_init.from_keys_and_values`, for the attentions that read the
+      input; random if not given.
 
   Raises:
-    ValueError: If a size is below 1, an attention unknown, or the prefixes that
-      an MLP makes are to be initialised.
+    UserError: If a size is below 1, an attention is unknown, or both `hidden`
+      and `init` are given.
   """
   check_length(length)
   if hidden is not None and hidden < 1:
@@ -148,8 +152,8 @@ def prefix(
     )
   if init is not None and hidden is not None:
     raise UserError(
-      f'a prefix that an MLP makes (hidden is {hidden}) has no init; leave one'
-      ' of the two out'
+      f'init cannot initialise a prefix that an MLP computes (hidden is'
+      f' {hidden}); leave one of the two out'
     )
   adapter = functools.partial(Prefix, length=length, hidden=hidden)
   return Method(

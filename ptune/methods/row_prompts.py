@@ -1,7 +1,7 @@
-"""Batches whose rows have prompts of their own, as a bank of prompts asks them.
+"""Batches in which each row has its own prompt, for a bank of prompts.
 
-Shorter prompts are padded on the left, so that a row reads [padding; P; X] and
-distances are those of [P; X]; the padding is hidden from all that is read.
+Shorter prompts are padded on the left. A row reads [padding; P; X], so its
+distances are those of [P; X], and no position attends to the padding.
 """
 
 import jax
@@ -17,9 +17,9 @@ LENGTHS = ('encoder/row_lengths/lengths', 'decoder/row_lengths/lengths')
 
 
 class RowPrompts(nn.Module):
-  """Puts before the tokens of every row a prompt of its own.
+  """Inserts its own prompt before the tokens of each row.
 
-  The parameter is float32 [batch, prompt, embed], of any prompt length.
+  The parameter is [batch, prompt, embed] float32, of any prompt length.
   """
 
   @nn.compact
@@ -38,9 +38,9 @@ class RowPrompts(nn.Module):
 
 
 class RowLengths(nn.Module):
-  """Hides the padding before prompts that are shorter than others.
+  """Hides the padding before the shorter prompts of a batch.
 
-  The parameter, int32 [batch], is how long each row's prompt is.
+  The parameter is the length of each row's prompt, [batch] int32.
   """
 
   @nn.compact
@@ -50,11 +50,11 @@ class RowLengths(nn.Module):
     Args:
       x: [batch, length] the encoder's tokens; [batch * beams, length] in the
         decoder of a beam search.
-      y: Which positions are seen, [batch, heads, q, k] or what broadcasts to
-        it; k is prompt + length.
+      y: The mask, [batch, heads, q, k] or what broadcasts to it; k is prompt +
+        length.
 
     Returns:
-      The same, [batch, heads, q, k] or what broadcasts to it.
+      The mask with the padding hidden.
     """
     rows = _given(self, 'lengths', x.shape[0], axis=0)
     lengths = partitioning.param_with_axes(
@@ -67,16 +67,16 @@ class RowLengths(nn.Module):
 
 
 def _given(module: nn.Module, name: str, default: int, axis: int) -> int:
-  """The size of a parameter that says its own."""
+  """The size of the given parameter along an axis, or `default` without it."""
   if not module.has_variable('params', name):
     return default
   return module.get_variable('params', name).shape[axis]
 
 
 def per_row() -> tuple[Placement, ...]:
-  """The adapters with which every row of a batch has a prompt of its own.
+  """The adapters that give each row of a batch its own prompt.
 
-  Their parameters, see `row_parameters`, are made for each batch.
+  `row_parameters` makes their parameters for each batch.
   """
   return (
     Placement('encoder/embed', 'row_prompts', RowPrompts),
@@ -91,8 +91,8 @@ def row_parameters(
   """The parameters of `per_row`, by path.
 
   Args:
-    prompts: [batch, prompt, embed] float32; those shorter than the longest
-      stand at its end.
-    lengths: [batch] int32, how long they are.
+    prompts: [batch, prompt, embed] float32; shorter prompts are at the end of
+      the axis `prompt`.
+    lengths: [batch] int32, their lengths.
   """
   return {ROWS: prompts, **dict.fromkeys(LENGTHS, lengths)}

@@ -1,4 +1,4 @@
-"""SMoP: several short prompts, of which a router picks one for each input.
+"""SMoP: a router picks one of several short prompts for each input.
 
 Choi, Kim, Park, Mok and Lee 2023, "SMoP: Towards Efficient and Effective Prompt
 Tuning with Sparse Mixture-of-Prompts" (EMNLP 2023). With the prompts
@@ -7,15 +7,15 @@ X [length, embed], padding left out, the encoder reads
 
     [p_c P_c; X]     p = softmax(x R), c the largest of p, R [embed, n]
 
-The probability p_c stands before the prompt so that the router learns. In
-training, where there is dropout, every logit of the router is multiplied by
-1 + noise * N(0, 1), so that all prompts are tried.
+The factor p_c gives the router a gradient. In training (with dropout), every
+logit of the router is multiplied by 1 + noise * N(0, 1), so that all prompts
+are tried.
 
-Trained: the prompts and R; 18,432 numbers for 4 prompts of 5 tokens and T5
+Trained: the prompts and R; 18,432 parameters for 4 prompts of 5 tokens and T5
 base.
 
-A bank of prompts refuses SMoP, because the router needs the input's embeddings
-to pick a row's prompt, and a bank has picked it before.
+A bank of prompts refuses SMoP, because the router picks a row's prompt from the
+input's embeddings, but a bank needs the prompt before it embeds inputs.
 
     --gin_file=methods/smop.gin
 """
@@ -38,7 +38,13 @@ PATH = 'encoder/routed_prompts/prompts'
 
 
 class RoutedPrompts(nn.Module):
-  """Puts before each row the prompt that the router picks for it."""
+  """Inserts the prompt that the router picks before each row.
+
+  Attributes:
+    prompts: Number of prompts.
+    length: Rows of each prompt.
+    noise: Noise of the router in training.
+  """
 
   prompts: int
   length: int
@@ -49,14 +55,14 @@ class RoutedPrompts(nn.Module):
     """Inserts prompts.
 
     Args:
-      x: [batch, length] the tokens, with PADDING where there is none.
+      x: [batch, length] the tokens, with PADDING at padding.
       y: [batch, length, embed] their embeddings.
 
     Returns:
       [batch, prompt + length, embed]
     """
     embed = y.shape[-1]
-    # All prompts as the rows of one, which initialisers know how to fill.
+    # One array for all prompts, because initialisers fill [prompt, embed].
     prompts = partitioning.param_with_axes(
       'prompts',
       nn.initializers.uniform(1.0),
@@ -74,7 +80,7 @@ class RoutedPrompts(nn.Module):
       logits *= 1 + self.noise * noise
     weights = nn.softmax(logits)
     picked = jax.nn.one_hot(jnp.argmax(logits, axis=-1), self.prompts)
-    # A product, not a gather, whose gradient would be summed in any order.
+    # A product, because the gradient of a gather is summed in no fixed order.
     prompt = jnp.einsum(
       'bn,npe->bpe', picked * weights, prompts, precision='highest'
     )
@@ -91,12 +97,13 @@ def smop(
 
   Args:
     length: Rows of each prompt (PROMPT_LENGTH).
-    prompts: How many.
-    noise: Of the router in training.
-    init: One of `prompt_init`, of all prompts below each other.
+    prompts: Number of prompts.
+    noise: Noise of the router in training.
+    init: Initialiser from `prompt_init` for all prompts, stacked as the rows of
+      one.
 
   Raises:
-    ValueError: If a size is below 1, or the noise below 0.
+    UserError: If a size is below 1, or the noise below 0.
   """
   check_length(length)
   if prompts < 1 or noise < 0:

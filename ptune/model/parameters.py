@@ -196,7 +196,7 @@ def place(value: np.ndarray, struct: jax.ShapeDtypeStruct) -> jax.Array:
   )
 
 
-def whole(x: jax.Array) -> np.ndarray:
+def to_host(x: jax.Array) -> np.ndarray:
   """Copies an array to the host.
 
   Processes that share the array must call it together.

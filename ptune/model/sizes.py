@@ -100,7 +100,7 @@ class T5Config(ModelConfig):
     return 1.0
 
   @property
-  def whole(self) -> 'T5Config':
+  def with_all_sites(self) -> 'T5Config':
     """The same model with every site; a decoder alone lacks the encoder's."""
     return self.with_depth(
       max(self.num_encoder_layers, 1), self.num_decoder_layers

@@ -42,9 +42,9 @@ def parameters(network: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
       that scans its layers, matches some layers only.
   """
   known = sites(network)
-  if network.config.whole != network.config:
+  if network.config.with_all_sites != network.config:
     # A method for encoder and decoder uses those sites that there are.
-    known += sites(Transformer(network.config.whole))
+    known += sites(Transformer(network.config.with_all_sites))
   stray = [
     p.site
     for p in network.placements

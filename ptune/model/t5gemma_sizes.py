@@ -140,7 +140,7 @@ class T5GemmaConfig(ModelConfig):
     return self.emb_dim**0.5 if self.version == 2 else 1.0
 
   @property
-  def whole(self) -> 'T5GemmaConfig':
+  def with_all_sites(self) -> 'T5GemmaConfig':
     """The same model with every site.
 
     Only version 1 has cross-attention; in version 2, methods skip its sites.

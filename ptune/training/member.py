@@ -29,7 +29,7 @@ class Member:
   def trained(self, state: TrainState) -> dict[str, np.ndarray]:
     """Its trained parameters, whole, by path; every process must call this."""
     flat = parameters.flatten(self.trainable(state))
-    return {path: parameters.whole(x) for path, x in flat.items()}
+    return {path: parameters.to_host(x) for path, x in flat.items()}
 
 
 class Stopped(Exception):
