@@ -21,7 +21,7 @@ def made_prompt(
   initial: Mapping[str, prompt_init.Initializer] | None = None,
   settings: Mapping[str, Any] | None = None,
 ) -> Method:
-  """A method that trains what a prompt is computed from, and saves the prompt.
+  """A method that trains the inputs of `source`, and saves only the prompt.
 
   Args:
     name: Name of the method.

@@ -55,7 +55,7 @@ class Packed:
 
   Each example needs its own copy of the prompt. The data makes the places: it
   inserts *virtual tokens*, ids from VIRTUAL on, into each example, and an
-  adapter puts row i of the prompt where the token VIRTUAL + i stands. Masks,
+  adapter replaces the token VIRTUAL + i by row i of the prompt. Masks,
   segments and distances follow from the tokens. See `data.packing`.
 
   Attributes:

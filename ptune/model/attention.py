@@ -203,7 +203,7 @@ def all_keys(
   Args:
     attention: The module that owns the cache and the sites.
     placements: All placements of the network.
-    x: [b, k, embed] what k and v were made of.
+    x: [b, k, embed] input of the keys and values.
     k: [b, k, h, d].
     v: [b, k, h, d].
     mask: Broadcasts to [b, h, q, k].

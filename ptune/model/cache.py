@@ -127,8 +127,8 @@ def keys_and_values(
 def constant(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Keys and values that are the same in every step of a decoding loop.
 
-  XLA moves what stands behind this barrier out of the loop. Without it, XLA
-  transposes them again in every step.
+  XLA moves the operations before this barrier out of the loop. Without the
+  barrier, it transposes keys and values again in every step.
   """
   kept = lax.optimization_barrier((_keys_last(k), _keys_last(v)))
   return _keys_first(kept[0]), _keys_first(kept[1])

@@ -7,7 +7,7 @@ last input predicts the first target:
     predicts                   x    y </s>
 
 The decoder continues what it reads, so padding moves to the front. `Prefix`
-stands in the encoder's place and only embeds the inputs.
+replaces the encoder and only embeds the inputs.
 """
 
 import jax
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         'a decoder alone has no place for a prompt before the targets; put the'
         ' prompt before the inputs instead, with methods/prompt.gin'
       )
-    # The last input stands in the place of the start token.
+    # The last input replaces the start token.
     x = jnp.concatenate([encoded, targets[:, 1:]], axis=1)
     x = constrain(x, 'batch', 'length', 'embed')
     added = encoded.shape[1] - 1

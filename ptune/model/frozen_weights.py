@@ -1,9 +1,9 @@
 """Frozen weights on the devices: quantized to int8, stacked for scan.
 
-A quantized matrix is int8. Beside it stands `<name>_scale`, float32, with a
-scale for each output channel (of a kernel) or row (of the embedding): the
-largest magnitude over 127. With scan, the layers of a stack share one array,
-see `scan`.
+A quantized matrix is int8. The array `<name>_scale`, float32, has its scales,
+one for each output channel (of a kernel) or row (of the embedding): the largest
+magnitude over 127. With scan, the layers of a stack share one array, see
+`scan`.
 """
 
 from typing import Any

@@ -5,7 +5,7 @@
 
 The kernels keep no weights [batch, heads, q, k] for the backward pass but
 compute them again. Like `Attention`, they sum weights in float32. `Attention`
-itself computes what the kernels do not support or what is too small for them:
+itself computes the cases that they do not support or that are too small:
 float32, unusual head sizes, short sequences.
 """
 

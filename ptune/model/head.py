@@ -27,8 +27,8 @@ def logits(
     config: Its sizes.
     placements: All placements of the network.
     embedder: Makes the logits, if config.logits_via_embedding.
-    tokens: [batch, length] what the decoder reads; the site's adapters see it.
-    x: [batch, length, embed] what leaves the last layer.
+    tokens: [batch, length] the decoder's tokens, for the adapters at the site.
+    x: [batch, length, embed] output of the last layer.
     dropout: Applied behind the norm.
 
   Returns:

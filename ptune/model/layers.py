@@ -307,10 +307,10 @@ def sublayer(
     layer: The encoder or decoder layer.
     config: Its sizes.
     placements: All placements of the network.
-    site: The site of what is added to the residual stream.
+    site: The site of the output, before it is added to the residual stream.
     compute: The attention or MLP; it gets x behind the norm.
     x: [batch, length, embed] the residual stream.
-    dropout: Drops from what is added.
+    dropout: Dropout of that output.
     norm: What the norm is called in `pre_<norm>_layer_norm`; `site` if not
       given.
 

@@ -242,7 +242,7 @@ class Transformer(nn.Module):
     decode=False,
     max_decode_length=None,
   ):
-    """Runs the decoder on what the encoder returned.
+    """Runs the decoder on the output of the encoder.
 
     Args:
       encoded: [batch, encoded length, embed].

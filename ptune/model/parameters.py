@@ -1,4 +1,4 @@
-"""The plan of all parameters of a run: shapes, shardings, what is trained.
+"""The plan of all parameters of a run: shapes, shardings, trained or frozen.
 
 A `Plan` is made by tracing, before any array exists. A checkpoint gives the
 values of the base model; `initialize` draws those of the adapters.

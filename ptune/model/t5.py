@@ -1,9 +1,9 @@
 """The encoder and decoder layers of T5.
 
 Each layer is a chain of sublayers: norm, attention or MLP, residual
-connection. Parameters have the names of T5X checkpoints. T5 has no positions
-but a learned relative bias, which the layers of a stack share (UMT5's layers
-each have their own).
+connection. Parameters have the names of T5X checkpoints. T5's only positions
+are a learned relative bias, which the layers of a stack share. In UMT5, each
+layer has its own.
 """
 
 import functools
@@ -131,8 +131,8 @@ def decoder_layers(
 class EncoderLayer(nn.Module):
   """Self-attention and MLP.
 
-  Sites: `input` (the residual stream), `attention`, `mlp` (what a sublayer
-  adds to the stream), and those within the sublayers.
+  Sites: `input` (the residual stream), `attention`, `mlp` (the outputs that are
+  added to the stream), and those within the sublayers.
   """
 
   config: T5Config
@@ -165,7 +165,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-  """Self-attention, attention to the encoder where there is one, and MLP.
+  """Self-attention, attention to the encoder if there is one, and MLP.
 
   Sites: `input`, `self_attention`, `encoder_decoder_attention`, `mlp`, and
   those within the sublayers.

@@ -20,7 +20,7 @@ from ptune.model.layers import LayerNorm, cap, product
 from ptune.model.t5gemma_sizes import Stack, T5GemmaConfig
 
 # The cosines and sines of rotary positions, each [rows, length, kv / 2]
-# float32; one row stands for all.
+# float32; a single row is for all rows of a batch.
 Rotary = tuple[jax.Array, jax.Array]
 
 

@@ -98,7 +98,7 @@ class T5GemmaConfig(ModelConfig):
 
   @property
   def scales_inputs(self) -> bool:
-    """Whether what leaves the site `embed` is multiplied by sqrt(embed)."""
+    """Whether the output of the site `embed` is multiplied by sqrt(embed)."""
     return self.version == 1
 
   @property
@@ -131,7 +131,7 @@ class T5GemmaConfig(ModelConfig):
 
   @property
   def decoder_embedding(self) -> bool:
-    """Whether the decoder embeds its tokens with a table of its own."""
+    """Whether the decoder has its own token embedding."""
     return self.version == 1 or not self.logits_via_embedding
 
   @property
