@@ -1,4 +1,4 @@
-"""`ptune infer`: predictions, or scores of given targets, as JSON lines."""
+"""`ptune infer`: predictions, scores or label probabilities as JSON lines."""
 
 import contextlib
 import functools
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -20,10 +21,17 @@ from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.model.sizes import Config
 from ptune.serving import predictor, trained_model
 from ptune.serving.bank import unknown
+from ptune.tasks.texts import TextTask
 from ptune.training import settings
 from ptune.training.report import to_json
 
-MODES = ('predict', 'score')
+MODES = ('predict', 'score', 'classify')
+# What is printed of each record if the inputs come from standard input.
+PRINTED = {
+  'predict': 'prediction',
+  'score': 'score',
+  'classify': 'probabilities',
+}
 # Batches that are read, sorted by length and written together.
 CHUNK = 64
 
@@ -58,15 +66,17 @@ def infer(
     input_file: One input a line, or a .tsv, .csv or .jsonl file; - is standard
       input. See `inputs.read_inputs`.
     split: The split of the task, where there is no input_file.
-    mode: 'predict', or 'score' for the log probability of the targets.
+    mode: 'predict', 'score' for the log probability of the targets, or
+      'classify' for the probability of each label of the task.
     decoding: How predictions are made.
     seed: For sampling.
     model_parallel: Devices that one copy of the weights is split over.
 
   Returns:
-    The file: a line for each input, with `inputs`, `prediction` and `score`
-    (in predict mode), `targets` where there are any, `prompt` if there are
-    several.
+    The file: a line for each input, with `inputs`, `score`, `targets` where
+    there are any, and `prompt` if there are several. In predict and classify
+    mode it has the `prediction`, and in classify mode the `probabilities` by
+    label, which sum to 1; the prediction is the most likely label.
   """
   if mode not in MODES:
     raise UserError(f'INFER_MODE is {mode!r}; it must be one of {MODES}')
@@ -77,9 +87,7 @@ def infer(
   )
   vocabulary = seqio_task.vocabulary(task)
   named, own = _prompts(trained, method)
-  name, examples = _examples(
-    task, data, config, split, input_file, mode == 'score', own
-  )
+  name, examples = _examples(task, data, config, split, input_file, mode, own)
   mesh = partitioning.make_mesh(model_parallel)
   device_feed.check_batch_size(data.batch_size, mesh)
   plan = parameters.plan(config, method, mesh)
@@ -89,6 +97,9 @@ def infer(
     'INFER_OUTPUT_DIR', output_dir, trained.model_dir, 'infer'
   )
   longest = data.feature_lengths['targets']
+  labels = {}
+  if mode == 'classify':
+    labels = _labels(task, data, config)
   if named is None:
     params, _ = trained_model.load(plan, trained)
     asked = predictor.Predictor(
@@ -114,19 +125,27 @@ def infer(
     records: list[dict[str, Any]] = [dict(texts) for texts, _ in chunk]
 
     def ask(batch, rows):
-      params = trees([records[row] for row in rows])
-      if mode == 'score':
+      params = trees([records[row // len(each)] for row in rows])
+      if mode != 'predict':
         return (), asked.score(params, batch)
       return asked.predict(params, batch, first + rows)
 
+    # To classify, a record stands in one row for each label.
+    each = list(labels.values()) or [{}]
     padded = padding.padded_batches(
-      [features for _, features in chunk],
+      [features | label for _, features in chunk for label in each],
       data.batch_size,
       data.bucket_multiple,
       config.ids.pad,
     )
     put = lambda batch: device_feed.device_put(batch, mesh, method.check)
-    for row, (ids, score) in predictor.by_row(padded, put, ask):
+    found = predictor.by_row(padded, put, ask)
+    if labels:
+      scores = {row: float(score) for row, (_, score) in found}
+      by_row = [scores[row] for row in range(len(scores))]
+      _add_probabilities(records, [*labels], by_row)
+      return records
+    for row, (ids, score) in found:
       if mode == 'predict':
         records[row]['prediction'] = vocabulary.decode(ids.tolist())
       records[row]['score'] = float(score)
@@ -134,9 +153,7 @@ def infer(
 
   path = directory / f'{name}-{mode}.jsonl'
   chunks = _chunks(examples, data.batch_size * CHUNK)
-  shown = None
-  if input_file == STDIN:
-    shown = 'prediction' if mode == 'predict' else 'score'
+  shown = PRINTED[mode] if input_file == STDIN else None
   if not _write(path, chunks, answer, shown):
     raise UserError(
       f'there is nothing to {mode}: {input_file or name} has no examples'
@@ -150,7 +167,7 @@ def _examples(
   config: Config,
   split: str,
   input_file: str | None,
-  with_targets: bool,
+  mode: str,
   own: Callable[..., dict[str, str]],
 ) -> tuple[str, Iterator[tuple[dict[str, str], dict[str, Any]]]]:
   """A name for the output, and (texts, features) of each input."""
@@ -158,24 +175,70 @@ def _examples(
     name = f'{data.task}-{split}'
     seqio_task.check(task, data.feature_lengths, split, data.use_cached)
     same = own(name, {})
-    examples = (
-      (texts | same, features)
-      for texts, features in seqio_task.examples(
+    if mode == 'classify' and isinstance(task, TextTask):
+      # To rank, its examples have each row once for each label.
+      read = task.texts(split)
+      found = (
+        seqio_task.encode(
+          task, data.feature_lengths, {'inputs': i, 'targets': t}, config.ids
+        )
+        for i, t in zip(read['inputs'], read['targets'], strict=True)
+      )
+    else:
+      found = seqio_task.examples(
         task, data.feature_lengths, split, data.use_cached, config.ids
       )
-    )
+    examples = ((texts | same, features) for texts, features in found)
   else:
     name = _stem(input_file)
     seqio_task.check(task, data.feature_lengths, None)
     texts = [
       text | own(where, row)
-      for where, text, row in read_inputs(input_file, task, with_targets)
+      for where, text, row in read_inputs(input_file, task, mode == 'score')
     ]
     examples = (
       seqio_task.encode(task, data.feature_lengths, text, config.ids)
       for text in texts
     )
   return name, examples
+
+
+def _labels(
+  task: seqio_task.Provider, data: settings.Data, config: Config
+) -> dict[str, dict[str, Any]]:
+  """The features of each label of a task as a target.
+
+  Raises:
+    UserError: If the task is no classification.
+  """
+  found = {}
+  for label in seqio_task.labels(task, data.feature_lengths, data.use_cached):
+    texts = {'inputs': '', 'targets': label}
+    _, features = seqio_task.encode(
+      task, data.feature_lengths, texts, config.ids
+    )
+    del features['encoder_input_tokens']
+    found[label] = features
+  return found
+
+
+def _add_probabilities(
+  records: list[dict[str, Any]], labels: list[str], scores: list[float]
+) -> None:
+  """Adds to each record what its labels' scores mean.
+
+  Args:
+    records: What is known of each input.
+    labels: The labels.
+    scores: [records * labels] the log probability of each label.
+  """
+  by_record = np.reshape(scores, (len(records), len(labels)))
+  likely = predictor.probabilities(by_record)
+  for record, own, shares in zip(records, by_record, likely, strict=True):
+    best = int(np.argmax(own))
+    record['prediction'] = labels[best]
+    record['score'] = float(own[best])
+    record['probabilities'] = dict(zip(labels, map(float, shares), strict=True))
 
 
 def _prompts(

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from ptune import infer
+from ptune.convert.pieces import Bytes
 from ptune.data import seqio_task
 from ptune.methods import prompt
 from ptune.model import parameters, partitioning
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.serving import trained_model
+from ptune.tasks import files
 from ptune.training.settings import Trained
 from tests import tiny
 
@@ -41,6 +43,10 @@ def assert_same(got, expected):
   assert len(got) == len(expected)
   for left, right in zip(got, expected, strict=True):
     assert left.pop('score') == pytest.approx(right.pop('score'), rel=1e-5)
+    likely, expected_likely = (
+      x.pop('probabilities', {}) for x in (left, right)
+    )
+    assert likely == pytest.approx(expected_likely, rel=1e-4, abs=1e-6)
     assert left == right
 
 
@@ -119,6 +125,50 @@ def test_scores_are_those_of_the_model(trained, tmp_path):
     assert record['score'] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_label_is_as_likely_as_its_score_says(trained, tmp_path):
+  words = WORDS[:5]
+  file = write(
+    tmp_path / 'a.jsonl', *(json.dumps({'inputs': word}) for word in words)
+  )
+  got = run(tmp_path, model_dir=trained, input_file=file, mode='classify')
+  assert [r['inputs'] for r in got] == words
+  labels = sorted({label for _, label in tiny.rows('train')})
+  assert len(labels) > 1
+  asked = [{'inputs': w, 'targets': y} for w in words for y in labels]
+  each = write(tmp_path / 'b.jsonl', *map(json.dumps, asked))
+  scored = run(tmp_path, model_dir=trained, input_file=each, mode='score')
+  scores = np.reshape([r['score'] for r in scored], (len(words), len(labels)))
+  for record, own in zip(got, scores, strict=True):
+    likely = np.exp(own) / np.exp(own).sum()
+    assert list(record['probabilities']) == labels
+    np.testing.assert_allclose(
+      [*record['probabilities'].values()], likely, rtol=1e-4, atol=1e-6
+    )
+    assert record['prediction'] == labels[np.argmax(own)]
+    assert record['score'] == pytest.approx(max(own), rel=1e-5)
+
+
+def test_rows_that_are_ranked_are_classified_once(trained, tmp_path):
+  rows = {'test': [(word, 'yes') for word in WORDS[:3]]}
+  settings = {'model_dir': trained, 'mode': 'classify', 'split': 'test'}
+  ranked, written = (
+    run(
+      tmp_path / str(rank),
+      mixture_or_task_name=files.from_rows(
+        rows,
+        label_names=['yes', 'no'],
+        rank=rank,
+        vocabulary=Bytes(),
+      ),
+      **settings,
+    )
+    for rank in (True, False)
+  )
+  assert [r['inputs'] for r in ranked] == WORDS[:3]
+  assert [r['targets'] for r in ranked] == ['yes'] * 3
+  assert ranked == written
+
+
 def test_a_prompt_file_on_its_base_is_the_run(trained, tmp_path):
   got = run(
     tmp_path / 'a',
@@ -139,7 +189,7 @@ def prompts(trained, tmp_path_factory):
   return path
 
 
-@pytest.mark.parametrize('mode', ['predict', 'score'])
+@pytest.mark.parametrize('mode', ['predict', 'score', 'classify'])
 def test_rows_of_several_prompts_are_those_of_single_runs(
   prompts, tmp_path, mode
 ):

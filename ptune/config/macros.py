@@ -232,8 +232,8 @@ MACROS = {
     IMPORTANCE=('how rows are scored', "'leave_one_out'"),
   ),
   **_each(
-    one_of('predict', 'score'),
-    INFER_MODE=('predict, or score given targets', "'predict'"),
+    one_of('predict', 'score', 'classify'),
+    INFER_MODE=('predict, score targets, or classify', "'classify'"),
   ),
   **_each(
     _text,

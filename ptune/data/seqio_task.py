@@ -354,6 +354,39 @@ def target_ids(
   return tuple(found.values())
 
 
+def labels(
+  task: Provider, feature_lengths: Mapping[str, int], use_cached: bool = False
+) -> list[str]:
+  """The labels of a classification, as a run asks how likely each of them is.
+
+  Args:
+    task: The task. If it is SeqIO's and does not say its labels, they are the
+      distinct targets of its training split.
+    feature_lengths: TASK_FEATURE_LENGTHS.
+    use_cached: USE_CACHED_TASKS.
+
+  Raises:
+    UserError: If it has no labels, or they do not fit its feature lengths.
+  """
+  if isinstance(task, TextTask):
+    if not task.labels:
+      raise UserError(
+        f'Task {task.name!r} has no labels, so it cannot be told how likely'
+        ' each of them is; set LABEL_NAMES, as in --labels=negative,positive'
+      )
+    return list(task.labels)
+  # The tasks of a mixture may have several.
+  own = map(labels_lib.of, _seqio().postprocessors(task))
+  known = {ids and ids.labels for ids in own}
+  if len(known) == 1 and (same := known.pop()):
+    return list(same)
+  found = distinct_targets(task, feature_lengths, use_cached=use_cached)
+  room = feature_lengths['targets']
+  if problem := labels_lib.cut(found, vocabulary(task), room):
+    raise UserError(f'Task {task.name!r}: {problem}')
+  return found
+
+
 def distinct_targets(
   task: Provider,
   feature_lengths: Mapping[str, int],

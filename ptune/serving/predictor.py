@@ -58,6 +58,19 @@ def by_row(
       yield row, tuple(part[i] if len(part) else () for part in found)
 
 
+def probabilities(scores: np.ndarray) -> np.ndarray:
+  """Returns how likely each label is among all labels of a row.
+
+  Args:
+    scores: [rows, labels] log probabilities of the labels as targets.
+
+  Returns:
+    [rows, labels], which sum to 1 over the labels.
+  """
+  likely = np.exp(scores - scores.max(axis=1, keepdims=True))
+  return likely / likely.sum(axis=1, keepdims=True)
+
+
 class Predictor:
   """Computes predictions, scores and losses of a batch.
 

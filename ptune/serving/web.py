@@ -21,6 +21,7 @@ from starlette.concurrency import run_in_threadpool
 
 from ptune.convert.prompts import read_prompt
 from ptune.errors import UserError
+from ptune.serving import predictor
 from ptune.serving.bank import NAME, PromptBank, UnknownPrompt
 from ptune.serving.batching import Answer, Batcher, Full
 from ptune.serving.guard import Guard, Limits, Metrics, problem
@@ -120,12 +121,11 @@ class Service:
       [label for _ in rows for label in labels],
     )
     scores = np.array([s for _, s in answers]).reshape(len(rows), len(labels))
-    likely = np.exp(scores - scores.max(axis=1, keepdims=True))
     return {
       'prompt': options.prompt,
       'labels': options.labels,
       'scores': scores.tolist(),
-      'probabilities': (likely / likely.sum(axis=1, keepdims=True)).tolist(),
+      'probabilities': predictor.probabilities(scores).tolist(),
     }
 
   async def prompts(self):
