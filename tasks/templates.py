@@ -42,6 +42,11 @@ def columns_of(template: str, macro: str) -> list[str]:
       f'{macro} is {template!r}, expected a column in every pair of braces; '
       'write {{ and }} for braces in the text'
     )
+  if not found:
+    raise UserError(
+      f'{macro} is {template!r}, which is the same for all rows; expected at '
+      "least one column in braces, such as 'sentence: {sentence}'"
+    )
   formats = [
     f'{{{name}{f"!{how}" if how else ""}{f":{spec}" if spec else ""}}}'
     for _, name, spec, how in parts

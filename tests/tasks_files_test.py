@@ -309,6 +309,8 @@ def test_files_that_are_no_data_are_errors(tmp_path, name, content, message):
     ({'inputs': '{a:.3}'}, r'without a format instead of {a:.3}'),
     ({'inputs': '{a!r}'}, r'instead of {a!r}'),
     ({'inputs': None}, 'INPUTS is None, expected a text'),
+    ({'inputs': 'a'}, "INPUTS is 'a', which is the same for all rows"),
+    ({'targets': ''}, "TARGETS is '', which is the same for all rows"),
     ({'files': None}, 'TASK_FILES is None'),
     ({'files': {'train': 3}}, "TASK_FILES has 'train': 3, expected"),
     ({'files': {1: 'a.tsv'}}, "TASK_FILES has 1: 'a.tsv', expected"),
