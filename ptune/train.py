@@ -104,9 +104,10 @@ def train(
       return state
 
     # ------------------------------------------------------------------ data
-    rows = start.rows_of(
-      task, data, config, method, seed, run.directory / 'stream'
-    )
+    private = data.privacy and privacy.of_run(data.privacy, run.directory)
+    drawn = privacy.drawn(private, mesh.shape['data'] * data.microbatches)
+    place = run.directory / 'stream'
+    rows = start.rows_of(task, data, config, method, seed, place, **drawn)
     if data.privacy is not None:
       facts['examples'] = rows.num_examples
       train_steps = privacy.last_step(
@@ -132,7 +133,6 @@ def train(
     frozen = parameters.unflatten(frozen_weights.freeze(plan, frozen))
 
     # ------------------------------------------------------------------ loop
-    private = data.privacy and privacy.of_run(data.privacy, run.directory)
     update = state_lib.compile_step(
       trained, tx, plan, like, data.microbatches, seed, private
     )

@@ -1,7 +1,9 @@
 """Private prompts: the update by hand, what it costs, and what is promised."""
 
+import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -21,7 +23,7 @@ KEY = np.array([1, 2], np.uint32)
 NEVER = 1e9  # A clip that never binds.
 
 
-def update(private, dropout_rate=0.0, microbatches=1, tx=None):
+def update(private, dropout_rate=0.0, microbatches=1, tx=None, batch=BATCH):
   """The prompt before and after a step of SGD, and the step's sums."""
   plan, tx = plan_of(dropout_rate), tx or optax.sgd(1.0)
   state, frozen, like = start(plan, tx)
@@ -35,7 +37,7 @@ def update(private, dropout_rate=0.0, microbatches=1, tx=None):
     private=private,
   )
   with plan.scope():
-    after, sums = step(state, frozen, BATCH)
+    after, sums = step(state, frozen, batch)
   return (
     before,
     np.array(parameters.flatten(after.trainable)[prompt.PATH]),
@@ -84,6 +86,14 @@ def test_every_row_is_clipped_by_itself():
   np.testing.assert_allclose(
     before - after, want, atol=2e-5 * np.abs(want).max()
   )
+
+
+def test_empty_places_of_a_batch_change_nothing():
+  room = {k: np.pad(x, ((0, 3), (0, 0))) for k, x in BATCH.items()}
+  _, want, sums = update(private(0.01, 0.0))
+  _, got, same = update(private(0.01, 0.0), batch=room)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  np.testing.assert_allclose(same['loss'], sums['loss'], rtol=1e-5)
 
 
 def test_the_noise_is_of_its_size_once_a_step_and_follows_the_step():
@@ -181,6 +191,63 @@ def test_a_run_stops_at_epsilon_and_says_what_it_spent(tmp_path):
     tiny.run(tmp_path / 'run', eval_split=None)
 
 
+def test_poisson_sampling_is_accounted_for_and_resumes(tmp_path):
+  one = privacy.Privacy(
+    clip=0.1, noise=2.0, delta=1e-3, epsilon=1.5, sampling='poisson'
+  )
+  # By hand for one step: the density of the outcome is that of N(0, noise^2),
+  # or mixed with that of N(1, noise^2) as often as the row is drawn.
+  x = np.linspace(-30, 30, 600_001)
+  normal = lambda mean: np.exp(-((x - mean) ** 2) / 8) / np.sqrt(8 * np.pi)
+  without, mixed = normal(0), 0.875 * normal(0) + 0.125 * normal(1)
+  cost = privacy.cost(one, 1, 8, 64)
+  deltas = [
+    np.trapezoid(np.maximum(p - np.exp(cost) * q, 0), x)
+    for p, q in ((mixed, without), (without, mixed))
+  ]
+  np.testing.assert_allclose(max(deltas), 1e-3, rtol=0.02)
+  last = privacy.last_step(one, 1000, 8, 64)
+  assert privacy.cost(one, last, 8, 64) <= 1.5
+  assert privacy.cost(one, last + 1, 8, 64) > 1.5
+  # More steps than shuffled batches are allowed.
+  assert last > privacy.last_step(
+    dataclasses.replace(one, sampling='shuffle'), 1000, 8, 64
+  )
+
+  def run(where, steps):
+    return tiny.run(
+      tmp_path / where, privacy=one, eval_split=None, train_steps=steps
+    )
+
+  run('run', 2)
+  shutil.copytree(tmp_path / 'run', tmp_path / 'whole')
+  state = run('run', 4)
+  facts = json.loads((tmp_path / 'run/prompts/step_4.json').read_text())
+  assert facts['privacy'] == {
+    'clip': 0.1,
+    'noise': 2.0,
+    'delta': 1e-3,
+    'sampling': 'poisson',
+    'examples': 64,
+    'epsilon': privacy.cost(one, 4, 8, 64),
+  }
+  again = run('whole', 4)  # By the same keys.
+  for a, b in zip(
+    jax.tree.leaves(state.trainable),
+    jax.tree.leaves(again.trainable),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
+  # A run does not change how it draws.
+  with pytest.raises(ValueError, match='sampling'):
+    tiny.run(
+      tmp_path / 'run',
+      privacy=dataclasses.replace(one, sampling='shuffle'),
+      eval_split=None,
+      train_steps=6,
+    )
+
+
 def test_what_cannot_be_private_is_refused():
   model = models.EncoderDecoderModel(plan_of().network)
   with pytest.raises(ValueError, match="METHOD is 'lora'; only a prompt"):
@@ -189,6 +256,8 @@ def test_what_cannot_be_private_is_refused():
     privacy.check(prompt.prompt(3), model, 4)
   with pytest.raises(ValueError, match=r'(?s)CLIP_NORM is 0.*DELTA is 2'):
     privacy.Privacy(clip=0, delta=2)
+  with pytest.raises(ValueError, match="SAMPLING is 'all'; it must be one of"):
+    privacy.Privacy(sampling='all')
   one = privacy.Privacy(noise=1.0, delta=1e-5, epsilon=0.1)
   with pytest.raises(ValueError, match='in memory, with at least BATCH_SIZE'):
     privacy.last_step(one, 10, 8, None)

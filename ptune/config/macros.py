@@ -307,6 +307,10 @@ MACROS = {
     RANDOM_SEED=('seed of data order, initialisation, dropout', '0'),
   ),
   **_each(
+    one_of('shuffle', 'poisson'),
+    SAMPLING=('how private batches are drawn', "'poisson'"),
+  ),
+  **_each(
     one_of('miniature', 'paper'),
     SETTING=('the size of a study', "'paper'"),
   ),

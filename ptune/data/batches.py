@@ -323,7 +323,10 @@ class Batches:
     for chunk in np.unique(chunks).tolist():
       rows, order = self._chunk(chunk)
       which.append(order[offsets[chunks == chunk]])
-    which = np.concatenate(which)
+    return self._batch(rows, np.concatenate(which))
+
+  def _batch(self, rows: Mapping[str, Ragged], which: np.ndarray) -> Batch:
+    """Some of the rows, padded to the longest of them."""
     inputs, targets = (
       rows[f].padded(
         which,

@@ -10,11 +10,15 @@ batch, and gives the optimizer
 Every row reads a copy of the prompt of its own, [batch, prompt, embed], so that
 one backward pass has all g_r, at the cost of the ordinary one.
 
-What holds. Batches are shuffled: an epoch visits each row once. The reported
-epsilon is that of as many Gaussian mechanisms as there were epochs, without any
-gain from sampling, for a row that is left out of the loss or not, at the given
-delta. What Poisson-sampled batches of this size would have had is reported
-beside it, because papers report that; it does not hold here.
+What holds, for a row that is left out of the loss or not, at the given delta:
+
+- Shuffled batches: an epoch visits each row once. The reported epsilon is that
+  of as many Gaussian mechanisms as there were epochs, without any gain from
+  sampling. What Poisson-sampled batches of this size would have had is reported
+  beside it, because papers report that; it does not hold here.
+- Poisson-sampled batches (see `data.poisson`): each step draws each row by
+  itself, by a key that stays secret. The reported epsilon is that of as many
+  Poisson-sampled Gaussian mechanisms as there were steps.
 
 What it is about: the prompt, and what is computed of it. The log of a run is
 not private: it has the loss on training rows. Nor are labels that were read
@@ -24,6 +28,7 @@ that were chosen by many runs.
 
 import dataclasses
 import functools
+import hashlib
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -42,6 +47,7 @@ from ptune.model.models import Batch, EncoderDecoderModel
 
 # In MODEL_DIR. Whoever knows it can take the noise away.
 SECRET = 'noise.key'
+SAMPLING = ('shuffle', 'poisson')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +59,14 @@ class Privacy:
     noise: NOISE_MULTIPLIER, the standard deviation of the noise over `clip`.
     delta: DELTA; below 1 over the number of training rows.
     epsilon: EPSILON, at which the run stops; never if None.
+    sampling: SAMPLING, how batches are drawn: 'shuffle' or 'poisson'.
   """
 
   clip: float = 1.0
   noise: float = 1.0
   delta: float = 1e-5
   epsilon: float | None = None
+  sampling: str = 'shuffle'
 
   def __post_init__(self):
     wrong = [
@@ -73,15 +81,24 @@ class Privacy:
           self.epsilon is None or self.epsilon > 0,
           'above 0, or None',
         ),
+        (
+          'SAMPLING',
+          self.sampling,
+          self.sampling in SAMPLING,
+          f'one of {SAMPLING}',
+        ),
       )
       if not fits
     ]
     if wrong:
       raise UserError('\n'.join(wrong))
 
-  def facts(self) -> dict[str, float]:
+  def facts(self) -> dict[str, Any]:
     """What a run is known by; it may be started again with another EPSILON."""
-    return {'clip': self.clip, 'noise': self.noise, 'delta': self.delta}
+    facts = {'clip': self.clip, 'noise': self.noise, 'delta': self.delta}
+    if self.sampling != 'shuffle':  # Runs of before have no such fact.
+      facts['sampling'] = self.sampling
+    return facts
 
 
 def check(method: Method, model: EncoderDecoderModel, pack: int) -> None:
@@ -188,6 +205,21 @@ class Private:
     )
 
 
+def drawn(private: Private | None, multiple: int) -> dict[str, int]:
+  """The settings of `PoissonBatches`; {} if batches are shuffled.
+
+  The key of the rows says nothing about that of the noise.
+
+  Args:
+    private: The gradient of a private run; None of others.
+    multiple: The rows of a batch's arrays are a multiple of this.
+  """
+  if private is None or private.privacy.sampling != 'poisson':
+    return {}
+  digest = hashlib.sha256(b'rows' + private.key.tobytes()).digest()
+  return {'key': int.from_bytes(digest[:8], 'little'), 'multiple': multiple}
+
+
 def of_run(privacy: Privacy, directory: epath.Path) -> Private:
   """The gradient of a run, whose key is drawn once and kept in MODEL_DIR.
 
@@ -255,6 +287,13 @@ def _cost(event: Any, delta: float) -> float:
   return float(pld.PLDAccountant().compose(event).get_epsilon(delta))
 
 
+def cost(privacy: Privacy, steps: int, batch_size: int, examples: int) -> float:
+  """The epsilon that holds after some steps."""
+  if privacy.sampling == 'poisson':
+    return epsilon_if_poisson(privacy, steps, batch_size, examples)
+  return epsilon(privacy, visits(steps, batch_size, examples))
+
+
 def last_step(
   privacy: Privacy, steps: int, batch_size: int, examples: int | None
 ) -> int:
@@ -279,8 +318,7 @@ def last_step(
     return steps
 
   def within(step):
-    cost = epsilon(privacy, visits(step, batch_size, examples))
-    return cost <= privacy.epsilon
+    return cost(privacy, step, batch_size, examples) <= privacy.epsilon
 
   low, high = 0, steps  # The first is within, the second may not be.
   while low < high:
@@ -289,32 +327,36 @@ def last_step(
   if not low:
     raise UserError(
       f'EPSILON {privacy.epsilon} allows no step with NOISE_MULTIPLIER'
-      f' {privacy.noise}: an epoch costs {epsilon(privacy, 1):.3g}; raise one'
-      ' of them'
+      f' {privacy.noise}: the first costs'
+      f' {cost(privacy, 1, batch_size, examples):.3g}; raise one of them'
     )
   return low
 
 
 def spent(
   privacy: Privacy, steps: int, batch_size: int, examples: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
   """What is said of a prompt: its epsilon after some steps, and its grounds."""
-  return {
+  found = {
     **privacy.facts(),
     'examples': examples,
-    'epsilon': epsilon(privacy, visits(steps, batch_size, examples)),
-    'epsilon_if_poisson': epsilon_if_poisson(
-      privacy, steps, batch_size, examples
-    ),
+    'epsilon': cost(privacy, steps, batch_size, examples),
   }
+  if privacy.sampling == 'shuffle':
+    found['epsilon_if_poisson'] = epsilon_if_poisson(
+      privacy, steps, batch_size, examples
+    )
+  return found
 
 
-def describe(spent: Mapping[str, float]) -> str:
+def describe(spent: Mapping[str, Any]) -> str:
   """What `spent` found, in a line."""
+  said = f'epsilon {spent["epsilon"]:.3g} at delta {spent["delta"]:g}, for'
+  if 'epsilon_if_poisson' not in spent:
+    return f'{said} Poisson-sampled batches of {spent["examples"]} rows'
   return (
-    f'epsilon {spent["epsilon"]:.3g} at delta {spent["delta"]:g}, for shuffled'
-    f' batches of {spent["examples"]} rows (Poisson-sampled ones, which these'
-    f' are not, would have {spent["epsilon_if_poisson"]:.3g})'
+    f'{said} shuffled batches of {spent["examples"]} rows (Poisson-sampled'
+    f' ones, which these are not, would have {spent["epsilon_if_poisson"]:.3g})'
   )
 
 

@@ -15,7 +15,7 @@ from etils import epath
 from ptune.convert import restore, restore_table
 from ptune.convert.prompts import read_rows
 from ptune.convert.source import Source
-from ptune.data import batches, device_feed, packing, seqio_task
+from ptune.data import batches, device_feed, packing, poisson, seqio_task
 from ptune.errors import UserError
 from ptune.methods import prompt_init
 from ptune.model import parameters
@@ -181,6 +181,7 @@ def rows_of(
   method: Method | None,
   seed: int,
   positions: epath.Path,
+  **drawn: int,
 ) -> batches.Batches:
   """Reads the task; the result gives the batch of a step.
 
@@ -191,9 +192,11 @@ def rows_of(
     method: The method, which packed rows need; None if rows are not packed.
     seed: For the order of the rows.
     positions: The directory where the positions of a stream are kept.
+    **drawn: Settings of `PoissonBatches`. Without any, rows are shuffled.
   """
+  kind = poisson.PoissonBatches if drawn else batches.Batches
   read = functools.partial(
-    packing.PackedBatches if data.pack else batches.Batches,
+    packing.PackedBatches if data.pack else kind,
     task,
     data.feature_lengths,
     data.batch_size,
@@ -207,7 +210,7 @@ def rows_of(
   if data.pack:
     assert method is not None
     return read(method=method, pack=data.pack)
-  return read(bucket_multiple=data.bucket_multiple)
+  return read(bucket_multiple=data.bucket_multiple, **drawn)
 
 
 def initial_base(
