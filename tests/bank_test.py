@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ptune.convert.prompts import read_prompt
-from ptune.methods import prompt, row_prompts
+from ptune.convert.trained import dump
+from ptune.methods import prompt, row_prompts, smop
 from ptune.model import network, parameters, partitioning, structure
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.serving import bank as bank_lib
@@ -115,6 +116,75 @@ def test_mixed_rows_are_scored_as_if_they_were_alone_on_all_devices():
   got = filled(devices=8).score(NAMES, batch)
   single = {n: alone(n, lambda p, t: p.score(t, batch)) for n in PROMPTS}
   np.testing.assert_allclose(got, own_rows(single), rtol=1e-5)
+
+
+ROUTED = {
+  name: smop.Routed(
+    2 * drawn(choices, choices, length, tiny.CONFIG.emb_dim),
+    30 * drawn(7, tiny.CONFIG.emb_dim, choices),
+  )
+  for name, choices, length in (('of two', 2, 4), ('of three', 3, 6))
+}
+
+
+def routed_alone(name, ask):
+  """What the model says with the prompts of SMoP for all rows."""
+  choices, length, embed = ROUTED[name].prompts.shape
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  plan = parameters.plan(tiny.CONFIG, smop.smop(length, choices), mesh)
+  params = {
+    **BASE,
+    smop.PATH: ROUTED[name].prompts.reshape(-1, embed),
+    smop.ROUTER: ROUTED[name].router,
+  }
+  model = EncoderDecoderModel(plan.network)
+  return ask(Predictor(plan, model, TARGETS), (parameters.unflatten(params),))
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_rows_with_a_router_are_answered_as_if_they_were_alone(devices):
+  batch, names = batch_of(), ['of two', 'of three', 'five', 'three'] * 2
+  bank = filled(devices=devices)
+  bank.add('of two', ROUTED['of two'])
+  plain = bank.score(NAMES, batch)
+  bank.add('of three', ROUTED['of three'])  # The longest: it makes room.
+  got = bank.score(names, batch)
+  ask = lambda p, t: p.score(t, batch)
+  single = {name: routed_alone(name, ask) for name in ROUTED}
+  single |= {name: alone(name, ask) for name in PROMPTS}
+  want = [single[name][i] for i, name in enumerate(names)]
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  # Rows of one router have different prompts.
+  mean = smop.mean_token(
+    batch['encoder_input_tokens'],
+    BASE[parameters.EMBEDDING][batch['encoder_input_tokens']],
+  )
+  picked = np.argmax(mean @ ROUTED['of three'].router, axis=1)[1::4]
+  assert len(set(picked.tolist())) == 2
+  assert bank.lengths == {**LENGTHS, 'of two': 4, 'of three': 6}
+  # Batches without a router stay as they were, and so does a name's new prompt.
+  np.testing.assert_allclose(bank.score(NAMES, batch), plain, rtol=1e-5)
+  bank.add('of two', PROMPTS['five'])
+  got = bank.score(['of two'] * 8, batch)
+  np.testing.assert_allclose(got, single['five'], rtol=1e-5)
+  bank.remove('of three')
+  assert 'of three' not in bank.names
+
+
+def test_a_run_of_smop_is_read(tmp_path):
+  routed, file = ROUTED['of two'], tmp_path / 'smop.safetensors'
+  flat = routed.prompts.reshape(-1, tiny.CONFIG.emb_dim)
+  file.write_bytes(dump({smop.PATH: flat, smop.ROUTER: routed.router}))
+  read, given = make(), make()
+  read.add('a', file)
+  given.add('a', routed)
+  batch = batch_of()
+  np.testing.assert_array_equal(
+    read.score(['a'] * 8, batch), given.score(['a'] * 8, batch)
+  )
+  wrong = smop.Routed(routed.prompts[..., :3], routed.router[:3])
+  with pytest.raises(ValueError, match=r'has shape \[4, 3\]'):
+    given.add('b', wrong)
 
 
 def test_gradients_of_the_prompts_are_those_of_single_runs():

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from ptune.convert.prompts import read_prompt
+from ptune.convert.prompts import read_prompt, read_routed
 from ptune.convert.trained import dump
 from ptune.methods import smop
 from ptune.model.adapters import PADDING
 
-ROUTER = 'encoder/routed_prompts/router/kernel'
+ROUTER = smop.ROUTER
 
 
 def by_hand(prompts, router, x, real):
@@ -65,11 +65,17 @@ def test_noise_tries_other_prompts_in_training_only():
   np.testing.assert_allclose(quiet[:, 0, 0], answers[0], rtol=1e-6)
 
 
-def test_a_bank_takes_none_and_says_why(tmp_path):
+def test_it_is_no_plain_prompt_and_a_damaged_file_is_told(tmp_path):
   file = tmp_path / 'smop.safetensors'
   file.write_bytes(dump({smop.PATH: np.ones((6, 8)), ROUTER: np.ones((8, 3))}))
   with pytest.raises(ValueError, match=r'prompts and a router, .*input'):
     read_prompt(file)
+  routed, facts = read_routed(file)
+  assert routed.prompts.shape == (3, 2, 8) and routed.router.shape == (8, 3)
+  assert facts == {}
+  file.write_bytes(dump({smop.PATH: np.ones((7, 8)), ROUTER: np.ones((8, 3))}))
+  with pytest.raises(ValueError, match=r'prompts \[7, 8\] and a router \[8, 3'):
+    read_routed(file)
 
 
 @pytest.mark.parametrize(

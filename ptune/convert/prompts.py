@@ -26,6 +26,7 @@ from ptune.host.files import write_atomically
 from ptune.methods import multitask, prompt_array, smop
 from ptune.methods.prompt import PATH
 from ptune.methods.prompt_array import read_array
+from ptune.methods.smop import Routed
 
 # The name of the prompt's file in the paper's implementation.
 REFERENCE_FILE = 'encoder.prompt.prompt.prompt'
@@ -94,6 +95,44 @@ def read_prompt(path: epath.PathLike, task: int | None = None) -> Prompt:
     kind, array, facts = 'npy', _of_npy(place), _beside(place)
   array = _checked(array, place)
   return Prompt(array, str(place), kind, facts, tuple(notes))
+
+
+def read_routed(path: epath.PathLike) -> tuple[Routed, dict[str, Any]] | None:
+  """The prompts and the router of SMoP, and facts; None if it is not SMoP's.
+
+  Raises:
+    FileNotFoundError: nothing is there.
+    ValueError: the file is damaged.
+  """
+  place = find(path)
+  if place.suffix != SUFFIX or place.is_dir():
+    return None
+  if smop.PATH not in safetensors_files.open_file(place)[0]:
+    return None
+  source, facts = open_trained(place)
+  if set(source.leaves) != {smop.PATH, smop.ROUTER}:
+    raise UserError(
+      f'{place} holds {sorted(source.leaves)[:20]}; expected what SMoP trains,'
+      f' {smop.PATH} and {smop.ROUTER}'
+    )
+  prompts, router = (
+    np.asarray(source.leaves[name].read(), np.float32)
+    for name in (smop.PATH, smop.ROUTER)
+  )
+  if (
+    prompts.ndim != 2
+    or router.ndim != 2
+    or not router.size
+    or router.shape[0] != prompts.shape[1]
+    or len(prompts) % router.shape[1]
+  ):
+    raise UserError(
+      f'{place} holds prompts {list(prompts.shape)} and a router'
+      f' {list(router.shape)}; expected [prompts * prompt, embed] and [embed,'
+      ' prompts]'
+    )
+  shape = router.shape[1], -1, prompts.shape[1]
+  return Routed(prompts.reshape(shape), router), facts
 
 
 def write_prompt(
@@ -246,8 +285,8 @@ def _of_safetensors(file: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
   if smop.PATH in tensors:
     raise UserError(
       f'{file} holds several prompts and a router, which picks one by the'
-      ' input; a prompt in a bank, or for another program, is the same for all'
-      ' inputs. Use the file as PROMPT_FILE with methods/smop.gin'
+      ' input; a prompt for another program is the same for all inputs. Use the'
+      ' file in a bank, or as PROMPT_FILE with methods/smop.gin'
     )
   if set(tensors) != ONE:
     raise UserError(

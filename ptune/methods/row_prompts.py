@@ -2,30 +2,38 @@
 
 Shorter prompts are padded on the left. A row reads [padding; P; X], so its
 distances are those of [P; X], and no position attends to the padding.
+
+A row may have several prompts and a router instead of one prompt, as SMoP
+trains them. The router picks one by the row's tokens.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
+from ptune.methods.smop import Routed, chosen, mean_token
 from ptune.model.adapters import Placement
 
 # The parameters of `per_row`.
 ROWS = 'encoder/row_prompts/prompts'
+ROUTED = 'encoder/row_prompts/routed'
 LENGTHS = ('encoder/row_lengths/lengths', 'decoder/row_lengths/lengths')
 
 
 class RowPrompts(nn.Module):
   """Inserts its own prompt before the tokens of each row.
 
-  The parameter is [batch, prompt, embed] float32, of any prompt length.
+  The parameter is [batch, prompt, embed] float32, of any prompt length. The
+  parameters of `routed_parameters` may stand beside it.
   """
 
   @nn.compact
   def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """y [batch, length, embed] -> [batch, prompt + length, embed]."""
-    del x
     rows, _, embed = y.shape
     prompts = partitioning.param_with_axes(
       'prompts',
@@ -34,7 +42,23 @@ class RowPrompts(nn.Module):
       jnp.float32,
       axes=('batch', 'prompt', 'prompt_embed'),
     )
+    if self.has_variable('params', 'routed_prompts'):
+      prompts = self._routed(x, y, prompts)
     return jnp.concatenate([prompts.astype(y.dtype), y], axis=1)
+
+  def _routed(self, x: jax.Array, y: jax.Array, plain: jax.Array) -> jax.Array:
+    """[batch, prompt, embed]: of each row the plain prompt or a routed one."""
+    choices, routers, counts = (
+      self.get_variable('params', f'routed_{name}')
+      for name in ('prompts', 'routers', 'counts')
+    )
+    logits = jnp.einsum(
+      'be,ben->bn', mean_token(x, y), routers, precision='highest'
+    )
+    there = jnp.arange(logits.shape[1])[None, :] < counts[:, None]
+    weights = chosen(jnp.where(there, logits, -jnp.inf))
+    prompts = jnp.einsum('bn,bnpe->bpe', weights, choices, precision='highest')
+    return jnp.where((counts > 0)[:, None, None], prompts, plain)
 
 
 class RowLengths(nn.Module):
@@ -96,3 +120,29 @@ def row_parameters(
     lengths: [batch] int32, their lengths.
   """
   return {ROWS: prompts, **dict.fromkeys(LENGTHS, lengths)}
+
+
+def routed_parameters(
+  rows: Sequence[Routed | None], choices: int, longest: int, embed: int
+) -> dict[str, np.ndarray]:
+  """Further parameters of `per_row`, by path, if some rows have a router.
+
+  Args:
+    rows: [batch] what a row has; None if it has a plain prompt.
+    choices: The most prompts of a router.
+    longest: Of all prompts.
+    embed: Their width.
+  """
+  prompts = np.zeros((len(rows), choices, longest, embed), np.float32)
+  routers = np.zeros((len(rows), embed, choices), np.float32)
+  counts = np.zeros(len(rows), np.int32)
+  for i, row in enumerate(rows):
+    if row is not None:
+      count, length, _ = row.prompts.shape
+      prompts[i, :count, longest - length :] = row.prompts
+      routers[i, :, :count], counts[i] = row.router, count
+  return {
+    f'{ROUTED}_prompts': prompts,
+    f'{ROUTED}_routers': routers,
+    f'{ROUTED}_counts': counts,
+  }

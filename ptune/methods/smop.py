@@ -14,16 +14,18 @@ are tried.
 Trained: the prompts and R; 18,432 parameters for 4 prompts of 5 tokens and T5
 base.
 
-A bank of prompts refuses SMoP, because the router picks a row's prompt from the
-input's embeddings, but a bank needs the prompt before it embeds inputs.
+A bank of prompts takes SMoP beside plain prompts, see `row_prompts`. Programs
+that know only plain prompts cannot read it.
 
     --gin_file=methods/smop.gin
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
@@ -35,6 +37,38 @@ from ptune.model.adapters import PADDING, Method, Placement
 from ptune.model.layers import Dense
 
 PATH = 'encoder/routed_prompts/prompts'
+ROUTER = 'encoder/routed_prompts/router/kernel'
+
+
+class Routed(NamedTuple):
+  """What SMoP trained.
+
+  Attributes:
+    prompts: [prompts, prompt, embed].
+    router: [embed, prompts].
+  """
+
+  prompts: np.ndarray
+  router: np.ndarray
+
+
+def mean_token(x: jax.Array, y: jax.Array) -> jax.Array:
+  """The mean of the embedded tokens of each row, [batch, embed] float32.
+
+  Args:
+    x: [batch, length] the tokens, with PADDING where there is none.
+    y: [batch, length, embed] their embeddings.
+  """
+  real = (x != PADDING)[..., None]
+  return jnp.sum(y * real, axis=1, dtype=jnp.float32) / jnp.maximum(
+    jnp.sum(real, axis=1), 1
+  )
+
+
+def chosen(logits: jax.Array) -> jax.Array:
+  """[batch, prompts]: the probability of the likeliest prompt, and zeros."""
+  best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+  return best * nn.softmax(logits)
 
 
 class RoutedPrompts(nn.Module):
@@ -70,19 +104,13 @@ class RoutedPrompts(nn.Module):
       jnp.float32,
       axes=('prompt', 'prompt_embed'),
     ).reshape(self.prompts, self.length, embed)
-    real = (x != PADDING)[..., None]
-    mean = jnp.sum(y * real, axis=1, dtype=jnp.float32) / jnp.maximum(
-      jnp.sum(real, axis=1), 1
-    )
-    logits = Dense(self.prompts, PROMPT_AXES, name='router')(mean)
+    logits = Dense(self.prompts, PROMPT_AXES, name='router')(mean_token(x, y))
     if self.has_rng('dropout'):
       noise = jax.random.normal(self.make_rng('dropout'), logits.shape)
       logits *= 1 + self.noise * noise
-    weights = nn.softmax(logits)
-    picked = jax.nn.one_hot(jnp.argmax(logits, axis=-1), self.prompts)
     # A product, because the gradient of a gather is summed in no fixed order.
     prompt = jnp.einsum(
-      'bn,npe->bpe', picked * weights, prompts, precision='highest'
+      'bn,npe->bpe', chosen(logits), prompts, precision='highest'
     )
     return jnp.concatenate([prompt.astype(y.dtype), y], axis=1)
 

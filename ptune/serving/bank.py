@@ -23,11 +23,22 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ptune.convert.prompts import is_of_a_run, name_of, read_prompt
+from ptune.convert.prompts import (
+  is_of_a_run,
+  name_of,
+  read_prompt,
+  read_routed,
+)
 from ptune.errors import UserError, nearest
-from ptune.methods.row_prompts import ROWS, per_row, row_parameters
+from ptune.methods.row_prompts import (
+  ROWS,
+  per_row,
+  routed_parameters,
+  row_parameters,
+)
+from ptune.methods.smop import Routed
 from ptune.model import frozen_weights, parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Batch, Decoding, EncoderDecoderModel
@@ -100,6 +111,7 @@ class PromptBank:
     self._fingerprint = fingerprint
     self._prompts: dict[str, np.ndarray] = {}
     self._slots: dict[str, int] = {}
+    self._routed: dict[str, Routed] = {}
     self._lock = threading.RLock()
     shardings = {
       path: plan.params[path].sharding
@@ -111,6 +123,7 @@ class PromptBank:
       ),
       out_shardings=parameters.unflatten(shardings),
     )
+    self._by_row = NamedSharding(mesh, PartitionSpec('data'))
     whole = partitioning.replicated(mesh)
     self._put = jax.jit(
       lambda table, lengths, slot, prompt, length: (
@@ -136,13 +149,16 @@ class PromptBank:
     with self._lock:
       return {name: len(self._prompts[name]) for name in sorted(self._prompts)}
 
-  def add(self, name: str, prompt: np.ndarray | os.PathLike[str] | str) -> None:
+  def add(
+    self, name: str, prompt: np.ndarray | Routed | os.PathLike[str] | str
+  ) -> None:
     """Adds a prompt, or replaces the prompt of this name.
 
     Args:
       name: The name of the prompt.
       prompt: [prompt, embed], or anything that `convert.prompts` reads: a .npy
-        file, the MODEL_DIR of a run, a PEFT adapter.
+        file, the MODEL_DIR of a run, a PEFT adapter. Or several prompts with
+        their router, such as a run of SMoP, which picks one for each row.
 
     Raises:
       ValueError: If it is not a prompt for this model, or if its run was
@@ -152,6 +168,13 @@ class PromptBank:
       raise UserError('a prompt needs a name')
     if isinstance(prompt, str | os.PathLike):
       prompt = self._read(name, prompt)
+    routed = None
+    if isinstance(prompt, Routed):
+      routed = Routed(*(np.asarray(x, np.float32) for x in prompt))
+      if not all(np.isfinite(x).all() for x in routed):
+        raise UserError(f'prompt {name!r} holds NaN or infinity')
+      # The table knows its length; `trees` gives the prompts themselves.
+      prompt = np.zeros(routed.prompts.shape[1:], np.float32)
     array = np.asarray(prompt)
     if array.ndim != 2 or not len(array) or array.shape[1] != self.embed:
       raise UserError(
@@ -168,6 +191,9 @@ class PromptBank:
       slots = set(range(len(self._prompts) + 1)) - set(self._slots.values())
       slot = self._slots.get(name, min(slots))
       self._slots[name], self._prompts[name] = slot, array
+      self._routed.pop(name, None)
+      if routed is not None:
+        self._routed[name] = routed
       capacity, longest, _ = self._table.shape
       if slot >= capacity or len(array) > longest:
         grown = capacity * 2 if slot >= capacity else capacity
@@ -190,26 +216,34 @@ class PromptBank:
     with self._lock:
       self._slot(name)
       del self._prompts[name], self._slots[name]
+      self._routed.pop(name, None)
 
-  def _read(self, name: str, path: os.PathLike[str] | str) -> np.ndarray:
-    read = read_prompt(path)
-    method = read.facts.get('method', '')
+  def _read(
+    self, name: str, path: os.PathLike[str] | str
+  ) -> np.ndarray | Routed:
+    routed = read_routed(path)
+    if routed is not None:
+      (found, facts), where = routed, os.fspath(path)
+    else:
+      read = read_prompt(path)
+      found, facts, where = read.array, read.facts, read.path
+    method = facts.get('method', '')
     if method.startswith(OTHER_METHODS):
       raise UserError(
-        f'prompt {name!r} ({read.path}) was trained with method {method!r};'
+        f'prompt {name!r} ({where}) was trained with method {method!r};'
         ' prompts that share a batch must be at the start of the input and'
         ' fully visible. To use this one alone, set METHOD and PROMPT_FILE'
       )
-    base = read.facts.get('base', self._fingerprint)
+    base = facts.get('base', self._fingerprint)
     if self._fingerprint is not None and base != self._fingerprint:
       message = (
-        f'prompt {name!r} ({read.path}) was trained on another base model'
+        f'prompt {name!r} ({where}) was trained on another base model'
         f' (fingerprint {base}) than this one ({self._fingerprint})'
       )
       if epath.Path(path).is_dir():
         raise UserError(f'{message}; use the base model of that run')
       logging.warning('%s', message)
-    return read.array
+    return found
 
   def _slot(self, name: str) -> int:
     if name not in self._slots:
@@ -246,8 +280,15 @@ class PromptBank:
     with self._lock:
       ids = np.array([self._slot(name) for name in names], np.int32)
       table, lengths = self._table, self._lengths
+      rows = [self._routed.get(name) for name in names]
+      choices = max((len(x.prompts) for x in self._routed.values()), default=0)
     with self.plan.scope():
-      return self._base, self._gather(table, lengths, ids)
+      trees = self._base, self._gather(table, lengths, ids)
+      if not any(rows):
+        return trees
+      added = routed_parameters(rows, choices, table.shape[1], self.embed)
+      placed = jax.device_put(added, self._by_row)
+      return *trees, parameters.unflatten(placed)
 
   def predict(
     self,
