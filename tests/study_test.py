@@ -146,6 +146,7 @@ OTHER_SETTINGS = [
   {'tuning': Tuning(2, 0.1, optimizer=optim.relative_adam)},
   {'task': 'another'},
   {'evaluated': 'tiny_b'},
+  {'split': 'test'},
   {'best_metric': 'loss'},
   {'eval_steps': 2},
   {'dtype': 'bfloat16'},

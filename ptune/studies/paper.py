@@ -25,6 +25,7 @@ from ptune.methods import full, prompt
 from ptune.methods import prompt_init as inits
 from ptune.model import sizes
 from ptune.studies.study import Base, Cell, Study, Tuning
+from ptune.tasks.texts import TextTask
 from ptune.training import optim
 
 
@@ -48,11 +49,12 @@ class Setting:
     module: Registers the tasks.
     batch_size: Examples a step.
     models: The names of `bases` that `model_size` compares; all if not given.
+    test: The split whose scores the study of methods reports.
   """
 
   bases: Mapping[str, Base]
   usual: str
-  tasks: tuple[str, ...]
+  tasks: tuple[str | TextTask, ...]
   task_feature_lengths: Mapping[str, int]
   prompt: Tuning
   model: Tuning
@@ -65,6 +67,7 @@ class Setting:
   module: str | None = None
   batch_size: int = 32
   models: tuple[str, ...] | None = None
+  test: str = 'validation'
 
   def study(self, name: str, title: str, cells, **others: Any) -> Study:
     """A study in this setting."""
@@ -166,6 +169,7 @@ def miniature() -> Setting:
     ),
     paraphrases=('generated_paraphrase', 'generated_paraphrase_of_reports'),
     module='ptune.tasks.generated',
+    test='test',
   )
 
 
@@ -359,7 +363,7 @@ def _transfer(setting: Setting, name, title, pairs) -> Study:
 def ensembling(setting: Setting, members: int = 5) -> Study:
   """Table 3: the average and the best of several prompts, and their vote."""
   cells = [
-    dataclasses.replace(cell, row=cell.task)
+    dataclasses.replace(cell, row=str(cell.task))
     for cell in setting.prompts('', 'average', setting.usual)
   ]
   title = f'Ensemble of {members} prompts'

@@ -40,14 +40,17 @@ from etils import epath
 from ptune import evaluate
 from ptune.analysis import figures
 from ptune.convert import identity, open_checkpoint
+from ptune.data import seqio_task
 from ptune.errors import UserError, check_counts
 from ptune.host.files import check_writable, write_atomically
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.adapters import Method
-from ptune.serving import ensemble
-from ptune.serving.evaluation import Stopped
+from ptune.model.models import EncoderDecoderModel
+from ptune.serving import ensemble, trained_model
+from ptune.serving.evaluation import Stopped, evaluation_of
 from ptune.studies import tables
 from ptune.studies.tables import Result
+from ptune.tasks.texts import TextTask
 from ptune.train import train
 from ptune.train_many import train_many
 from ptune.training import (
@@ -59,6 +62,8 @@ from ptune.training import (
   settings,
 )
 from ptune.training.many import Trial
+
+Report = Callable[[Sequence[Result], epath.Path], tuple[str, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,16 +119,21 @@ class Cell:
     method: What is trained.
     tuning: How.
     evaluated: The task whose score it is, if not the one trained on.
+    split: The split whose score it is. None is the best of the evaluations
+      during training, which are of the validation split.
+    seeds: The seeds of its trainings; None for those of the study.
   """
 
   row: str
   column: str
   base: str
   training: str
-  task: str
+  task: str | TextTask
   method: Method
   tuning: Tuning
   evaluated: str | None = None
+  split: str | None = None
+  seeds: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +155,10 @@ class Study:
       against their parameters.
     timed: Whether the seconds of trainings are compared: then only those of one
       kind share a program.
-    report: Called with the results that are shown; returns further lines to
-      print, and figures by name.
+    then: Called with the results of `cells` once all are there; returns further
+      cells, which are trained next.
+    report: Called with the results that are shown and the directory that their
+      `prompt` is in; returns further lines to print, and figures by name.
   """
 
   name: str
@@ -160,7 +172,8 @@ class Study:
   vote: bool = False
   by_size: bool = False
   timed: bool = False
-  report: Callable[[Sequence[Result]], tuple[str, dict[str, Any]]] | None = None
+  then: Callable[[Sequence[Result]], Sequence[Cell]] | None = None
+  report: Report | None = None
 
 
 def study(
@@ -235,19 +248,28 @@ class Runner:
 
   def __call__(self) -> None:
     """Trains what is missing, evaluates, and draws."""
+    self._train_all(self._study.cells)
+    if self._study.then is not None:
+      following = tuple(self._study.then(self._shown()))
+      cells = self._study.cells + following
+      self._study = dataclasses.replace(self._study, cells=cells)
+      self._train_all(following)
+    if self._study.vote:
+      self._vote()
+    self._draw()
+
+  def _train_all(self, cells: Sequence[Cell]) -> None:
+    """Trains and evaluates those of the cells whose scores are not there."""
     start = time.monotonic()
-    missing = [
-      (cell, seed)
-      for seed in self._seeds
-      for cell in self._study.cells
-      if self._found(cell, seed) is None
-    ]
+    wanted = [(c, seed) for c in cells for seed in self._seeds_of(c)]
+    wanted.sort(key=lambda x: x[1])  # All cells of a seed before the next one.
+    missing = [x for x in wanted if self._found(*x) is None]
     others = len(self._results) - len(self._shown())
     logging.info(
       'study %s: %d of %d scores are there, in %s%s',
       self._study.name,
-      len(self._study.cells) * len(self._seeds) - len(missing),
-      len(self._study.cells) * len(self._seeds),
+      len(wanted) - len(missing),
+      len(wanted),
       self._directory,
       f'; {others} others, of other settings, are not shown' if others else '',
     )
@@ -261,9 +283,9 @@ class Runner:
         len(missing),
         time.monotonic() - start,
       )
-    if self._study.vote:
-      self._vote()
-    self._draw()
+
+  def _seeds_of(self, cell: Cell) -> Sequence[int]:
+    return self._seeds if cell.seeds is None else cell.seeds
 
   # ----------------------------------------------------------------- training
 
@@ -281,10 +303,11 @@ class Runner:
 
   def _setting(self, cell: Cell) -> str:
     """All that decides its scores."""
-    return _digest(self._training(cell), cell.evaluated)
+    where = [cell.evaluated, *filter(None, [cell.split])]
+    return _digest(self._training(cell), *where)
 
   def _found(self, cell: Cell, seed: int) -> Result | None:
-    at = cell.row, cell.column, cell.task, seed, self._setting(cell)
+    at = cell.row, cell.column, str(cell.task), seed, self._setting(cell)
     for r in self._results:
       if at == (r.row, r.column, r.task, r.seed, r.setting):
         return r
@@ -292,7 +315,7 @@ class Runner:
 
   def _voted(self, cell: Cell) -> list[Result]:
     """Of a cell: the score of its best seed, and of their vote."""
-    at = cell.row, cell.task, -1, self._setting_of_vote(cell)
+    at = cell.row, str(cell.task), -1, self._setting_of_vote(cell)
     return [
       r for r in self._results if at == (r.row, r.task, r.seed, r.setting)
     ]
@@ -305,13 +328,15 @@ class Runner:
   ) -> Iterator[dict[str, list[tuple[Cell, int]]]]:
     """What is trained in one program: by the run's name, the cells it is for.
 
-    Cells that differ only in what they are evaluated on share a run.
+    Cells that differ only in what they are evaluated on share a run. Runs of
+    one program may differ in their learning rates.
     """
     groups: dict[Any, dict[str, list[tuple[Cell, int]]]] = {}
     for cell, seed in missing:
       whole = not cell.method.placements
-      kind = cell.training if self._study.timed else ''
-      runs = groups.setdefault((cell.base, cell.tuning, kind, whole), {})
+      kind = (cell.method.name, str(cell.task)) if self._study.timed else ''
+      tuning = dataclasses.replace(cell.tuning, learning_rate=0.0)
+      runs = groups.setdefault((cell.base, tuning, kind, whole), {})
       name = _slug(f'{cell.training} {cell.task} seed{seed}')
       runs.setdefault(name, []).append((cell, seed))
     for (*_, whole), runs in groups.items():
@@ -320,7 +345,7 @@ class Runner:
         yield {name: runs[name] for name in names[i : i + most]}
 
   def _train(self, trainings: Mapping[str, list[tuple[Cell, int]]]) -> None:
-    """Trains runs of one base and tuning, and records their scores.
+    """Trains runs of one base and optimizer, and records their scores.
 
     Raises:
       Stopped: The training was asked to end, and is saved so far.
@@ -376,7 +401,8 @@ class Runner:
     records_of = {n: report.read_records(folder / n) for n in trainings}
     if not all(report.scores_at(r, tuning.steps) for r in records_of.values()):
       raise Stopped
-    found = []
+    found: list[Result] = []
+    evaluations: dict[epath.Path, Callable[[epath.Path, int], float]] = {}
     for name, cells in trainings.items():
       records = records_of[name]
       own = max(selection.history(records, self._best_metric))
@@ -393,16 +419,16 @@ class Runner:
       ]
       for cell, seed in cells:
         score = own
-        if cell.evaluated is not None:
-          place = folder / name / f'eval_{cell.evaluated}'
-          score = self._score(
-            cell, cell.evaluated, place, model_dir=os.fspath(folder / name)
-          )
+        if cell.evaluated is not None or cell.split is not None:
+          place = folder / where(cell) / of_seeds(name, seed)
+          if place not in evaluations:
+            evaluations[place] = self._evaluation(cell, plan, place)
+          score = evaluations[place](folder / name, seed)
         found.append(
           Result(
             cell.row,
             cell.column,
-            cell.task,
+            str(cell.task),
             seed,
             round(score, 4),
             *counts,
@@ -440,7 +466,7 @@ class Runner:
     config = base.config or identity.config(open_checkpoint(checkpoint))
     return checkpoint, dataclasses.replace(config, **self._how)
 
-  def _data(self, task: str) -> settings.Data:
+  def _data(self, task: str | TextTask) -> settings.Data:
     study = self._study
     return settings.Data(
       task,
@@ -451,21 +477,37 @@ class Runner:
 
   # --------------------------------------------------------------- evaluation
 
-  def _score(
-    self, cell: Cell, task: str, output: epath.Path, **which: Any
-  ) -> float:
-    """What a run or several prompts score on the validation split of a task."""
-    checkpoint, config = self._base(cell.base)
-    scores = evaluate.evaluate(
-      data=self._data(task),
-      config=config,
-      method=cell.method,
-      trained=settings.Trained(checkpoint_path=checkpoint, **which),
-      evaluation=settings.Evaluation(steps=self._eval_steps),
-      output_dir=os.fspath(output),
-      model_parallel=self._model_parallel,
+  def _evaluation(
+    self, cell: Cell, plan: parameters.Plan, output: epath.Path
+  ) -> Callable[[epath.Path, int], float]:
+    """What scores runs of a cell, of any seed, on its task and split.
+
+    The runs share one compiled evaluation. Predictions are written below
+    `output`, with the seed in the place of the step.
+    """
+    data = self._data(cell.evaluated or cell.task)
+    how = settings.Evaluation(
+      split=cell.split or 'validation', steps=self._eval_steps
     )
-    return selection.score(self._best_metric, scores)
+    evaluate = evaluation_of(
+      seqio_task.load(data.task, data.module),
+      plan,
+      EncoderDecoderModel(plan.network),
+      data,
+      how,
+      directory=output,
+    )
+    checkpoint, config = self._base(cell.base)
+    base = None
+    if cell.method.placements:
+      base = trained_model.load_base(config, checkpoint, self._mesh)
+
+    def score(run: epath.Path, seed: int) -> float:
+      trained = settings.Trained(model_dir=os.fspath(run))
+      params, _ = trained_model.load(plan, trained, base)
+      return selection.score(self._best_metric, evaluate((params,), seed))
+
+    return score
 
   def _vote(self) -> None:
     """Adds the best seed of each cell, and what all seeds answer together."""
@@ -480,7 +522,17 @@ class Runner:
         for r in found
       }
       output = self._directory / f'{ensemble.NAME}_{_slug(cell.row)}'
-      voted = self._score(cell, cell.task, output, prompts=prompts)
+      checkpoint, config = self._base(cell.base)
+      scores = evaluate.evaluate(
+        data=self._data(cell.task),
+        config=config,
+        method=cell.method,
+        trained=settings.Trained(checkpoint_path=checkpoint, prompts=prompts),
+        evaluation=settings.Evaluation(steps=self._eval_steps),
+        output_dir=os.fspath(output),
+        model_parallel=self._model_parallel,
+      )
+      voted = selection.score(self._best_metric, scores)
       best = max(r.score for r in found)
       self._record(
         [
@@ -503,7 +555,8 @@ class Runner:
   def _shown(self) -> list[Result]:
     shown = []
     for cell in self._study.cells:
-      shown += [r for seed in self._seeds if (r := self._found(cell, seed))]
+      seeds = self._seeds_of(cell)
+      shown += [r for seed in seeds if (r := self._found(cell, seed))]
       shown += self._voted(cell) if self._study.vote else []
     return shown
 
@@ -517,13 +570,24 @@ class Runner:
     fig = tables.draw(grid, self._study.title, x)
     files = figures.save(fig, self._directory, 'figure')
     if self._study.report is not None:
-      more, drawn = self._study.report(shown)
+      more, drawn = self._study.report(shown, self._directory)
       text = f'{text}\n{more}'
       write_atomically(self._directory / 'table.md', text)
       for name, fig in drawn.items():
         files += figures.save(fig, self._directory, name)
     names = ', '.join(['results.csv', 'table.md', *files])
     print(f'{text}\nin {self._directory}: {names}')
+
+
+def where(cell: Cell) -> str:
+  """The directory of a cell's own evaluations, beside its runs."""
+  parts = [cell.evaluated, cell.split]
+  return _slug('_'.join(['eval', *(part for part in parts if part)]))
+
+
+def of_seeds(run: str, seed: int) -> str:
+  """What the runs of a training are called that differ in their seeds."""
+  return run.removesuffix(f'_seed{seed}')
 
 
 def _digest(*settings: Any) -> str:
@@ -541,6 +605,8 @@ def _facts(x: Any) -> Any:
     return hashlib.sha256(x.tobytes()).hexdigest()
   if isinstance(x, functools.partial):
     return _facts([x.func, x.args, x.keywords])
+  if isinstance(x, TextTask):
+    return _facts_of_texts(x)
   if callable(x):
     x = inspect.unwrap(x)
     name = f'{x.__module__}.{x.__qualname__}'
@@ -550,6 +616,15 @@ def _facts(x: Any) -> Any:
   if dataclasses.is_dataclass(x):
     return _facts({f.name: getattr(x, f.name) for f in dataclasses.fields(x)})
   return x if isinstance(x, str | int | float | None) else str(x)
+
+
+@functools.cache
+def _facts_of_texts(task: TextTask) -> Any:
+  splits = {
+    split: hashlib.sha256(json.dumps(task.texts(split)).encode()).hexdigest()
+    for split in task.splits
+  }
+  return _facts([task.name, task.labels, task.rank, task.metric_fns, splits])
 
 
 def _slug(name: str) -> str:
