@@ -8,8 +8,8 @@ import pytest
 
 from ptune.convert import open_checkpoint, storage
 from ptune.convert.hub import locate
-from ptune.convert.huggingface import read_json
 from ptune.convert.prompts import read_prompt
+from ptune.convert.storage import read_json
 from ptune.convert.trained import facts_beside
 from ptune.errors import UserError
 from ptune.host import paths

@@ -24,7 +24,13 @@ import pytest
 from etils import epath
 
 from ptune import methods
-from ptune.convert import identity, inspection, open_checkpoint, prompts
+from ptune.convert import (
+  identity,
+  inspection,
+  open_checkpoint,
+  prompts,
+  t5gemma_config,
+)
 from ptune.convert import t5gemma as files
 from ptune.convert.conversion import convert
 from ptune.convert.export import export
@@ -116,7 +122,7 @@ def _vision(said):
 @functools.cache
 def reference(name):
   """transformers' model, with random weights."""
-  said = _vision(files.config_json(MODELS[name]))
+  said = _vision(t5gemma_config.config_json(MODELS[name]))
   kind = getattr(transformers, said['architectures'][0])
   config = kind.config_class.from_dict(said)
   config._attn_implementation = 'eager'
@@ -478,7 +484,7 @@ def test_another_size_is_refused_with_both():
 def test_other_networks_are_refused_before_weights_are_read(
   name, changes, message, tmp_path
 ):
-  said = files.config_json(MODELS[name])
+  said = t5gemma_config.config_json(MODELS[name])
   said['decoder'] |= changes
   (tmp_path / 'config.json').write_text(json.dumps(said))
   (tmp_path / 'model.safetensors').write_text('no weights')
@@ -491,7 +497,9 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it(kind):
   whole = getattr(transformers, f'{kind}Config')().to_dict()
   short = {'model_type': kind.lower()}
   got, want = (
-    files.read_config(said, TokenIds(start=2), epath.Path('config.json'))
+    t5gemma_config.read_config(
+      said, TokenIds(start=2), epath.Path('config.json')
+    )
     for said in (short, json.loads(json.dumps(whole)))
   )
   assert got == want
@@ -675,7 +683,7 @@ def test_published_sizes_have_as_many_parameters(name):
 @slow
 @pytest.mark.parametrize('name', PARAMETERS)
 def test_transformers_counts_the_same(name):
-  said = _vision(files.config_json(sizes.t5(name)))
+  said = _vision(t5gemma_config.config_json(sizes.t5(name)))
   kind = getattr(transformers, said['architectures'][0])
   with torch.device('meta'):
     model = kind(kind.config_class.from_dict(said))

@@ -14,7 +14,7 @@ from ptune.api.tuned import Tuned
 from ptune.config import flags, gin_files
 from ptune.convert import peft
 from ptune.convert.hub import SCHEME, locate
-from ptune.convert.huggingface import read_json
+from ptune.convert.storage import read_json
 from ptune.errors import UserError, nearest
 from ptune.tasks.texts import TextTask
 from ptune.training import run_file

@@ -21,9 +21,9 @@ from ptune.convert import (
   safetensors_files,
 )
 from ptune.convert.hub import SCHEME
-from ptune.convert.huggingface import read_json
 from ptune.convert.prompts import FACTS, PATH, Prompt, write_prompt
 from ptune.convert.source import Leaf, Source, sizes
+from ptune.convert.storage import read_json
 from ptune.convert.tokenizer_files import write_vocabulary
 from ptune.errors import UserError
 

@@ -11,9 +11,9 @@ from etils import epath
 
 from ptune.convert import identity, open_checkpoint, peft, prompts
 from ptune.convert.hub import locate
-from ptune.convert.huggingface import read_json
 from ptune.convert.safetensors_files import open_file
 from ptune.convert.source import Leaf, Source, nbytes
+from ptune.convert.storage import read_json
 from ptune.convert.trained import SUFFIX, open_trained
 from ptune.model.model_info import format_bytes
 

@@ -16,8 +16,8 @@ import numpy as np
 from etils import epath
 
 from ptune.convert import safetensors_files
-from ptune.convert.huggingface import read_json
 from ptune.convert.source import Leaf
+from ptune.convert.storage import read_json
 from ptune.errors import UserError
 
 CONFIG = 'adapter_config.json'

@@ -1,7 +1,11 @@
 """Users' files: local, file://, or on gs://, which TensorFlow reads."""
 
 import glob as glob_lib
+import json
 import os
+from typing import Any
+
+from etils import epath
 
 from ptune.errors import UserError
 from ptune.host import paths
@@ -68,3 +72,18 @@ def glob(pattern: str) -> list[str]:
     import tensorflow as tf
 
     return sorted(tf.io.gfile.glob(pattern))
+
+
+def read_json(file: epath.Path) -> dict[str, Any]:
+  """Reads a JSON object; raises ValueError if there is none."""
+  if not file.exists():
+    found = sorted(child.name for child in file.parent.iterdir())
+    raise UserError(f'{file} is missing. Found: {", ".join(found)}')
+  paths.check_file(file)
+  try:
+    value = json.loads(file.read_text())
+  except (ValueError, RecursionError, OSError) as error:
+    raise UserError(f'{file} is not JSON: {error}') from error
+  if not isinstance(value, dict):
+    raise UserError(f'{file} holds a {type(value).__name__}, not an object.')
+  return value

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from ptune.convert import sentencepiece_tokenizer
-from ptune.convert.huggingface import read_json
 from ptune.convert.pieces import load_sentencepiece, sentinels
+from ptune.convert.storage import read_json
 from ptune.errors import UserError
 
 if TYPE_CHECKING:

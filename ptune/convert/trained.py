@@ -13,8 +13,8 @@ import numpy as np
 from etils import epath
 
 from ptune.convert import safetensors_files
-from ptune.convert.huggingface import read_json
 from ptune.convert.source import Leaf, Source
+from ptune.convert.storage import read_json
 from ptune.errors import UserError
 
 SUFFIX = '.safetensors'

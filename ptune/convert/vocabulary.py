@@ -20,7 +20,6 @@ from etils import epath
 from ptune import pretrained
 from ptune.convert import tokenizer_json
 from ptune.convert.hub import locate
-from ptune.convert.huggingface import BYT5, CONFIG, read_json
 from ptune.convert.pieces import (
   Bytes,
   Pieces,
@@ -28,6 +27,8 @@ from ptune.convert.pieces import (
   load_sentencepiece,
   sentinels,
 )
+from ptune.convert.storage import read_json
+from ptune.convert.t5_config import BYT5, CONFIG
 from ptune.convert.tokenizer_json import SENTENCEPIECE, Tokenizer
 from ptune.errors import UserError
 
