@@ -23,7 +23,12 @@ def _source(config, activations=None, **changed):
     path: Leaf(changed.get(path, shape), np.dtype('float32'), fetch)
     for path, shape in shapes(config).items()
   }
-  return Source('/somewhere', 't5x', 7, leaves, activations)
+  # The shapes do not tell whether attention is local.
+  local = (config.local_radius, config.global_block_size)
+  attention = local if any(local) else None
+  return Source(
+    '/somewhere', 't5x', 7, leaves, activations, attention=attention
+  )
 
 
 @pytest.mark.parametrize(
