@@ -37,6 +37,30 @@ def run(output_dir, **changes):
   return scores.get(changes.get('mixture_or_task_name', 'tiny'), scores)
 
 
+def on_validation(task, plan, **settings):
+  """The evaluation of a task's validation split."""
+  return evaluation_lib.Evaluation(
+    task,
+    plan,
+    EncoderDecoderModel(plan.network),
+    split='validation',
+    feature_lengths=tiny.LENGTHS,
+    batch_size=8,
+    **settings,
+  )
+
+
+def seqio_twin(task, **settings):
+  """A SeqIO task `seqio_<name>` with the rows of a task of texts."""
+  return TaskRegistry.add(
+    f'seqio_{task.name}',
+    source=seqio_texts.source(task),
+    preprocessors=registry.tokenized([]),
+    output_features=seqio_task.load('tiny').output_features,
+    **settings,
+  )
+
+
 def predictions(output_dir, task='tiny'):
   (path,) = (output_dir / task).glob('predictions-*.jsonl')
   return [json.loads(line) for line in path.read_text().splitlines()]
@@ -300,25 +324,12 @@ def test_a_users_rows_are_evaluated_as_seqio_does(trained, tmp_path):
     ('ranked', {'label_names': names, 'rank': True}),
   ):
     task = files.from_rows(rows, name=name, vocabulary=Bytes(), **settings)
-    theirs = TaskRegistry.add(
-      f'seqio_{name}',
-      source=seqio_texts.source(task),
-      preprocessors=registry.tokenized([]),
-      output_features=seqio_task.load('tiny').output_features,
-      postprocess_fn=task.postprocess_fn,
-      metric_fns=list(task.metric_fns),
+    theirs = seqio_twin(
+      task, postprocess_fn=task.postprocess_fn, metric_fns=list(task.metric_fns)
     )
     scores, written = [], []
     for one in (task, theirs):
-      evaluation = evaluation_lib.Evaluation(
-        one,
-        plan,
-        EncoderDecoderModel(plan.network),
-        split='validation',
-        feature_lengths=tiny.LENGTHS,
-        batch_size=8,
-        directory=tmp_path,
-      )
+      evaluation = on_validation(one, plan, directory=tmp_path)
       ((_, values),) = evaluation((params,), 1).items()
       scores.append(values)
       file = tmp_path / one.name / 'predictions-1.jsonl'
@@ -335,26 +346,12 @@ def test_two_metrics_of_one_name_are_an_error_in_one_line(trained):
   task = files.from_rows(
     rows, name='twice', metrics=['squad', 'trivia_qa'], vocabulary=Bytes()
   )
-  theirs = TaskRegistry.add(
-    'seqio_twice',
-    source=seqio_texts.source(task),
-    preprocessors=registry.tokenized([]),
-    output_features=seqio_task.load('tiny').output_features,
-    metric_fns=[tiny.accuracy, tiny.accuracy],
-  )
+  theirs = seqio_twin(task, metric_fns=[tiny.accuracy, tiny.accuracy])
   for one, message in (
     (task, r"two of METRICS give a score named \['em', 'f1'\]; remove"),
     (theirs, r"Duplicate metric key 'accuracy'.*; rename one"),
   ):
-    evaluation = evaluation_lib.Evaluation(
-      one,
-      plan,
-      EncoderDecoderModel(plan.network),
-      split='validation',
-      feature_lengths=tiny.LENGTHS,
-      batch_size=8,
-      num_examples=8,
-    )
+    evaluation = on_validation(one, plan, num_examples=8)
     with pytest.raises(UserError, match=message):
       evaluation((params,), 1)
 
@@ -363,22 +360,10 @@ def test_what_an_evaluation_cuts_is_counted_in_the_log(trained, caplog):
   plan, _, _ = load(trained)
   words = [('ab' * n, 'yes') for n in (1, 2, 50, 60)]
   task = files.from_rows({'validation': words}, name='cut', vocabulary=Bytes())
-  theirs = TaskRegistry.add(
-    'seqio_cut',
-    source=seqio_texts.source(task),
-    preprocessors=registry.tokenized([]),
-    output_features=seqio_task.load('tiny').output_features,
-  )
+  theirs = seqio_twin(task)
   for one in (task, theirs):
     with caplog.at_level('WARNING', 'absl'):
-      evaluation_lib.Evaluation(
-        one,
-        plan,
-        EncoderDecoderModel(plan.network),
-        split='validation',
-        feature_lengths=tiny.LENGTHS,
-        batch_size=8,
-      )
+      on_validation(one, plan)
     assert (
       f"{one.name}:validation: of 4 rows, {{'inputs': 2, 'targets': 0}}"
       ' were trimmed'

@@ -1,7 +1,7 @@
 """The metrics of a SeqIO task, computed by SeqIO's evaluator."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,13 @@ import tensorflow_datasets as tfds
 from ptune.data import seqio_rows
 from ptune.errors import UserError
 from ptune.serving import predictions as predictions_lib
-from ptune.serving.text_metrics import Examples, Scores, say_trimmed
+from ptune.serving.text_metrics import (
+  Examples,
+  Predict,
+  Score,
+  Scores,
+  say_trimmed,
+)
 from ptune.training import report as report_lib
 
 
@@ -79,8 +85,8 @@ class SeqioMetrics:
   def __call__(
     self,
     step: int | str | None,
-    predict: Callable[[Any], tuple[list[Any], dict[str, Any]]],
-    score: Callable[[Any], list[tuple[int, float]]],
+    predict: Predict,
+    score: Score,
   ) -> Scores:
     """See `TextMetrics.__call__`."""
     try:

@@ -17,6 +17,10 @@ from ptune.tasks.texts import TextTask
 from ptune.training import report as report_lib
 
 Scores = dict[str, dict[str, float]]
+# Of a data set: [(row, tokens)] in any order, and a dict with their scores.
+Predict = Callable[[Any], tuple[list[Any], dict[str, Any]]]
+# Of a data set: [(row, log probability)] in any order.
+Score = Callable[[Any], list[tuple[int, float]]]
 
 
 class Examples(NamedTuple):
@@ -76,16 +80,15 @@ class TextMetrics:
   def __call__(
     self,
     step: int | str | None,
-    predict: Callable[[Any], tuple[list[Any], dict[str, Any]]],
-    score: Callable[[Any], list[tuple[int, float]]],
+    predict: Predict,
+    score: Score,
   ) -> Scores:
     """Computes the task's own metrics from given predictions.
 
     Args:
       step: The step in the names of the files; None to write none.
-      predict: Takes a data set; returns [(row, tokens)] in any order, and a
-        dict with their scores.
-      score: Takes a data set; returns [(row, log probability)] in any order.
+      predict: Returns the predictions for a data set.
+      score: Returns the scores of a data set's targets.
 
     Returns:
       The numeric metrics, by task.
