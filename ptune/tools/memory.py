@@ -286,11 +286,13 @@ def compile_step(run: Run, plan: parameters.Plan) -> jax.stages.Compiled:
   private = None
   if run.privacy is not None:  # The key of the noise is that of a run.
     private = privacy_lib.Private(run.privacy, np.zeros(2, np.uint32))
+  # Outside of the scope: an optimizer makes arrays, which no TPU is there for.
+  like = state_of(run, plan)
   update = state_lib.compile_step(
     model,
     run.optimizer(initial_step=0),
     plan,
-    state_of(run, plan),
+    like,
     run.microbatches,
     private=private,
   )
@@ -305,9 +307,7 @@ def compile_step(run: Run, plan: parameters.Plan) -> jax.stages.Compiled:
       'xla_backend_optimization_level': 0,
     }
   with plan.scope():
-    return update.lower(state_of(run, plan), frozen, _batch(run, plan)).compile(
-      options
-    )
+    return update.lower(like, frozen, _batch(run, plan)).compile(options)
 
 
 def compile_decoding(
