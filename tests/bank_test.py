@@ -290,7 +290,7 @@ def test_what_is_no_prompt_is_refused_and_changes_nothing(tmp_path):
     bank.trees(['thre'])
   with pytest.raises(bank_lib.UnknownPrompt, match='there are five, three'):
     bank.remove('xyz')
-  with pytest.raises(ValueError, match='which the 8 devices'):
+  with pytest.raises(ValueError, match='a multiple of the 8 devices'):
     filled(devices=8).trees(['five'])
   assert bank.lengths == dict(sorted(LENGTHS.items()))
   with pytest.raises(ValueError, match='the base does not fit the config'):

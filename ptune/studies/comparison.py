@@ -68,8 +68,8 @@ def offsets(
 # Optimizer and learning rate, as in gin/methods/.
 RECIPES: Mapping[str, tuple[Callable[..., Any], float]] = {
   'prompt': (optim.adafactor, 0.3),
-  'superpos': (optim.adamw, 0.03),
-  'ulpt': (optim.adamw, 0.03),
+  'superpos': (optim.adamw, 0.3),
+  'ulpt': (optim.adamw, 0.3),
   'dept': (offsets, 0.3),
   'adept': (offsets, 0.3),
   'smop': (optim.adafactor, 0.3),
