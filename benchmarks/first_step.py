@@ -8,7 +8,8 @@ one step of prompt tuning (20 vectors) on a batch of 8 texts, and answer a text.
 They run in turns. `cold` is ours with an empty compilation cache, `warm` with
 the cache that it left; PEFT compiles nothing. PEFT's program writes nothing,
 and ours leaves a whole run. `lines` counts the lines of each program without
-those that measure.
+those that measure. `_cpu` are the CPU seconds of the process, which a machine
+that other jobs share tells better than wall seconds.
 """
 
 import argparse
@@ -67,12 +68,12 @@ MARK
 """
 MARKER = (
   'import os, time; print("MARK", time.time() - float(os.environ["START"]),'
-  ' flush=True)'
+  ' time.process_time(), flush=True)'
 )
 
 
 def seconds(program, **environment):
-  """Wall seconds of a process to each of its marks."""
+  """Wall and CPU seconds of a process to each of its marks."""
   code = program.replace('\nMARK\n', f'\n{MARKER}\n')
   done = subprocess.run(
     [sys.executable, '-c', code],
@@ -82,7 +83,7 @@ def seconds(program, **environment):
     text=True,
   )
   marks = [x for x in done.stdout.splitlines() if x.startswith('MARK')]
-  return [float(mark.split()[1]) for mark in marks]
+  return [tuple(map(float, mark.split()[1:])) for mark in marks]
 
 
 def lines(program):
@@ -115,8 +116,9 @@ def measure(args):
       runs['warm'].append(seconds(ours, **cache))
     found = {
       name: {
-        what: round(statistics.median(run[i] for run in some), 2)
+        f'{what}{unit}': round(statistics.median(r[i][k] for r in some), 2)
         for i, what in enumerate(('first_step', 'first_answer'))
+        for k, unit in enumerate(('', '_cpu'))
       }
       for name, some in runs.items()
     }

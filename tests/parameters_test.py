@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from ptune.convert import fingerprint as fingerprint_lib
 from ptune.convert.fingerprint import of_params
 from ptune.methods import full, prompt, prompt_init
 from ptune.model import (
@@ -88,6 +89,22 @@ def test_a_placement_without_a_site_stops_the_plan():
   method = Method('stray', (Placement('encoder/embd', 'p', adapter),), ('*',))
   with pytest.raises(ValueError, match=r'no site .*\n  decoder/embed'):
     parameters.plan(TINY, method, ONE)
+
+
+def test_networks_with_the_same_adapters_are_equal():
+  made = [
+    network.Transformer(TINY, prompt.prompt(length).placements)
+    for length in (5, 5, 6)
+  ]
+  assert made[0] == made[1] and hash(made[0]) == hash(made[1])
+  assert made[0] != made[2]
+  dropped = dataclasses.replace(TINY, dropout_rate=0.1)
+  made[1] = made[1].clone(config=dropped)
+  # A second plan traces nothing.
+  structure.parameters(made[0])
+  before = structure._traced.cache_info().misses
+  assert structure.parameters(made[1]) == structure.parameters(made[0])
+  assert structure._traced.cache_info().misses == before
 
 
 def test_merge_and_flatten_are_inverse():
@@ -313,7 +330,11 @@ def weights(numerics):
   return {path: params[path] for path in paths}
 
 
-def test_the_fingerprint_is_that_of_the_weights_on_any_mesh(weights):
+@pytest.mark.parametrize('few', [0, fingerprint_lib.FEW])
+def test_the_fingerprint_is_that_of_the_weights_on_any_mesh(
+  weights, few, monkeypatch
+):
+  monkeypatch.setattr(fingerprint_lib, 'FEW', few)  # By XLA, and by NumPy.
   want = fingerprint(weights)
   assert re.fullmatch('[0-9a-f]{16}', want)
   for model_parallel in (1, 2, 8):

@@ -279,7 +279,7 @@ class Checksums:
           'checkpoint is damaged, or was written after its training diverged'
         )
       if array.shape == leaf.shape:
-        self._lines[path] = f'{path} {array.shape} {_checksum(array)}\n'
+        self._lines[path] = f'{path} {array.shape} {checksum(array)}\n'
       return array
 
     return Leaf(leaf.shape, leaf.dtype, fetch)
@@ -301,7 +301,7 @@ def spread(position: Any) -> Any:
   return w ^ (w >> np.uint32(16))
 
 
-def _checksum(array: np.ndarray) -> int:
+def checksum(array: np.ndarray) -> int:
   """Returns the sum of values as bfloat16 bits, weighted by their position."""
   total = 0
   first = 0

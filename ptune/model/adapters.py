@@ -16,6 +16,7 @@ that it trains.
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,30 @@ class Placement:
 
   site: str
   name: str
-  adapter: Callable[..., nn.Module]
+  adapter: Callable[..., nn.Module] = dataclasses.field(compare=False)
+  # Two placements are equal if they make the same: a network is then traced
+  # once, although each program makes a method of its own.
+  made: Any = dataclasses.field(init=False, repr=False)
+
+  def __post_init__(self):
+    object.__setattr__(self, 'made', _content(self.adapter))
+
+
+def _content(value: Any) -> Any:
+  """A partial as a tuple, since two of them are never equal."""
+  if not isinstance(value, functools.partial):
+    return value
+  keywords = sorted(value.keywords.items())
+  content = (
+    value.func,
+    *map(_content, value.args),
+    *((name, _content(x)) for name, x in keywords),
+  )
+  try:
+    hash(content)
+  except TypeError:  # An array, say.
+    return value
+  return content
 
 
 @dataclasses.dataclass(frozen=True)

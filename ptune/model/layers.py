@@ -42,9 +42,19 @@ ACTIVATIONS = {
   'linear': lambda x: x,
 }
 
-kernel_init = nn.initializers.variance_scaling(
-  1.0, 'fan_in', 'truncated_normal'
+
+def traced_once(init: Initializer) -> Initializer:
+  """The same initialiser, whose trace is kept for each shape and type.
+
+  Flax traces it for the shape of every parameter, whenever a network is traced.
+  """
+  return jax.jit(init, static_argnums=(1, 2))
+
+
+kernel_init = traced_once(
+  nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 )
+embedding_init = traced_once(nn.initializers.normal(stddev=1.0))
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
@@ -231,7 +241,7 @@ class Embed(nn.Module):
   def setup(self):
     self.embedding = partitioning.param_with_axes(
       'embedding',
-      nn.initializers.normal(stddev=1.0),
+      embedding_init,
       (self.vocab_size, self.features),
       jnp.float32,
       axes=('vocab', 'embed'),

@@ -24,13 +24,16 @@ def unrolled(network: Transformer) -> Transformer:
   return network.clone(config=dataclasses.replace(network.config, scan=False))
 
 
-@functools.lru_cache(maxsize=8)  # Tracing takes a CPU second and more.
 def _abstract(network: Transformer) -> Mapping[str, Any]:
   """The shapes of all variables that one call creates."""
+  without = dataclasses.replace(network.config, scan=False, dropout_rate=0.0)
+  return _traced(network.clone(config=without))
+
+
+@functools.lru_cache(maxsize=8)  # Tracing takes a CPU second and more.
+def _traced(network: Transformer) -> Mapping[str, Any]:
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  init = functools.partial(
-    unrolled(network).init, mutable=True, enable_dropout=False
-  )
+  init = functools.partial(network.init, mutable=True, enable_dropout=False)
   return jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)
 
 

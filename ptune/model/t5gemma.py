@@ -34,6 +34,7 @@ from ptune.model.layers import (
   LayerNorm,
   Mlp,
   constrain,
+  embedding_init,
   residual_dropout,
   sublayer,
   times_root,
@@ -56,7 +57,7 @@ class ImageAwareEmbed(Embed):
     super().setup()
     self.eoi_embedding = partitioning.param_with_axes(
       'eoi_embedding',
-      nn.initializers.normal(stddev=1.0),
+      embedding_init,
       (self.features,),
       jnp.float32,
       axes=('embed',),
