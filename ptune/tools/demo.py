@@ -17,9 +17,8 @@ import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 import rich.box
 import rich.console
@@ -28,15 +27,14 @@ import rich.text
 from etils import epath
 
 from ptune import pretrained
-from ptune.analysis import neighbours
-from ptune.convert.prompts import npy
 from ptune.errors import UserError
 from ptune.host.files import write_atomically
-from ptune.methods import full, prompt
-from ptune.model import model_info
 from ptune.tasks import generated_text
-from ptune.tools import miniature
-from ptune.tools.miniature import Row
+
+# The others take seconds to import, when something can be read already.
+if TYPE_CHECKING:
+  from ptune.tools import miniature
+  from ptune.tools.miniature import Row
 
 MODEL = 'tiny'
 PROMPT_LENGTH = 20
@@ -75,6 +73,11 @@ def demo(
       f'--output_dir {directory} cannot be written: {error}. Choose another'
     ) from error
   out = console or rich.console.Console(highlight=False)
+  out.rule('[bold]one frozen T5')
+  out.print('Loading JAX and the model ...')
+  from ptune.methods import full, prompt
+  from ptune.model import model_info
+  from ptune.tools import miniature
 
   # ------------------------------------------------------- one frozen model
   pieces = miniature.Pieces()
@@ -83,7 +86,6 @@ def demo(
   model_bytes = weights.stat().st_size
   count = sum(x.size for x in base.values())
   bank = miniature.bank(config, base)
-  out.rule('[bold]one frozen T5')
   out.print(
     f'ptune://{MODEL}: {count:,} parameters,'
     f' {model_info.format_bytes(model_bytes)}. It was pre-trained on generated'
@@ -186,7 +188,7 @@ With a published T5, name it: --base=hf://google/flan-t5-base
 """  # noqa: E501
 
 
-def splits(make, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
+def splits(make, seed: int) -> 'tuple[list[Row], list[Row], list[Row]]':
   """Returns training, validation and test rows, each from a different seed."""
   return (
     make(f'demo {seed} train', TRAIN_ROWS),
@@ -195,7 +197,7 @@ def splits(make, seed: int) -> tuple[list[Row], list[Row], list[Row]]:
   )
 
 
-def majority_share(train: Sequence[Row], test: Sequence[Row]) -> float:
+def majority_share(train: 'Sequence[Row]', test: 'Sequence[Row]') -> float:
   """Returns the accuracy of always answering the most common training label."""
   labels = [label for _, label in train]
   common = max(sorted(set(labels)), key=labels.count)
@@ -203,7 +205,7 @@ def majority_share(train: Sequence[Row], test: Sequence[Row]) -> float:
 
 
 def nearest_words(
-  base: Mapping[str, jax.Array], pieces: miniature.Pieces, vectors: np.ndarray
+  base: Mapping[str, Any], pieces: 'miniature.Pieces', vectors: np.ndarray
 ) -> list[list[str]]:
   """Returns the three vocabulary pieces nearest in direction to each vector.
 
@@ -215,6 +217,8 @@ def nearest_words(
   Returns:
     For each vector of the prompt, its pieces, the nearest first.
   """
+  from ptune.analysis import neighbours
+
   texts = neighbours.piece_texts(pieces.processor)
   table = np.asarray(base['token_embedder/embedding'])
   best, _ = neighbours.nearest(vectors, [table], texts, 3)
@@ -226,7 +230,7 @@ def nearest_words(
 
 
 def before_and_after(
-  rows: Sequence[Row], before: Sequence[str], after: Sequence[str]
+  rows: 'Sequence[Row]', before: Sequence[str], after: Sequence[str]
 ) -> rich.table.Table:
   """Returns the frozen model's answers without and with the prompt."""
   table = rich.table.Table(box=rich.box.SIMPLE)
@@ -238,7 +242,7 @@ def before_and_after(
 
 
 def mixed_table(
-  rows: Sequence[Row], names: Sequence[str], told: Sequence[str]
+  rows: 'Sequence[Row]', names: Sequence[str], told: Sequence[str]
 ) -> rich.table.Table:
   """Returns a table of one batch with two tasks."""
   table = rich.table.Table(
@@ -260,7 +264,7 @@ def _told(answer: str, label: str) -> rich.text.Text:
 
 
 def rows_of(
-  majority: float, sentiment: miniature.Tuned, everything: miniature.Tuned
+  majority: float, sentiment: 'miniature.Tuned', everything: 'miniature.Tuned'
 ) -> list[tuple[str, float, int, float]]:
   """Returns the rows of `comparison`."""
   return [
@@ -283,6 +287,8 @@ def rows_of(
 
 def comparison(rows: Sequence[tuple[str, float, int, float]]):
   """Returns a table of (name, accuracy, trained bytes, seconds)."""
+  from ptune.model import model_info
+
   table = rich.table.Table(box=rich.box.SIMPLE)
   table.add_column('answers of')
   for title in ('test accuracy', 'trained', 'seconds'):
@@ -306,6 +312,8 @@ def write(
   summary: Mapping[str, Any],
 ) -> None:
   """Writes all files, each of them whole or not at all; the summary is last."""
+  from ptune.convert.prompts import npy
+
   folder = epath.Path(directory)
   for name, rows in zip(('train', 'dev', 'test'), reviews, strict=True):
     table = [('sentence', 'label'), *rows]
