@@ -133,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       status = _use(args) if settings is None else _run(args, settings)
   except Exception as error:
     if _is_for_users(error):
-      print(f'ptune {args.program}: {_message(error)}', file=sys.stderr)
+      print(
+        f'ptune {args.program}: {gin_files.message(error)}', file=sys.stderr
+      )
       status = 2 if isinstance(error, ValueError | FileNotFoundError) else 1
     else:
       processes.wait_for_news()
@@ -292,11 +294,6 @@ def _is_for_users(error: Exception) -> bool:
   return isinstance(error, ValueError | TypeError) and file.is_relative_to(
     pathlib.Path(gin.__file__).parent
   )
-
-
-def _message(error: Exception) -> str:
-  """Returns an error's message without gin's lines about configurables."""
-  return re.sub(r'\n\s*In call to configurable .*', '', str(error))
 
 
 if __name__ == '__main__':

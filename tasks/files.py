@@ -74,7 +74,9 @@ def task_of(
       raise UserError(f'{macro} is {value!r}, expected True or False')
 
   def read(split: str) -> Texts:
-    return to_texts(rows(split), inputs, targets, label_names, skip_bad_rows)
+    return to_texts(
+      split, rows(split), inputs, targets, label_names, skip_bad_rows
+    )
 
   def reader(split: str) -> Callable[[], Texts]:
     return lambda: read(split)

@@ -253,6 +253,7 @@ def templates_of(
 
 
 def to_texts(
+  split: str,
   rows: Iterable[tuple[str, Row | BadRow]],
   inputs: str,
   targets: str,
@@ -262,6 +263,7 @@ def to_texts(
   """Fills the templates with rows.
 
   Args:
+    split: Its name, for messages.
     rows: Each row's location, and the row or its error.
     inputs: The template of the inputs.
     targets: The template of the targets.
@@ -295,7 +297,8 @@ def to_texts(
   if bad:
     logging.warning('%d bad rows are left out:%s', len(bad), listed(bad))
   if not texts['inputs']:
-    raise UserError(f'There are no good rows, and {len(bad)} bad ones')
+    without = f', and {len(bad)} bad ones' if bad else ''
+    raise UserError(f'{split} has no good rows{without}; expected at least one')
   return texts
 
 

@@ -101,6 +101,17 @@ class Dataset:
     return iter(self.rows)
 
 
+def test_a_temporary_run_is_the_same_run_and_goes_with_its_model(base, run):
+  tuned = ptune.tune(base, TRAIN, validation=DEV, steps=4, **SMALL)
+  np.testing.assert_array_equal(tuned.prompt, run.prompt)
+  directory = tuned.directory
+  # Nobody looks at its curves.
+  files = {path.name for path in run.directory.iterdir()} - {'curves.png'}
+  assert {path.name for path in directory.iterdir()} == files
+  del tuned
+  assert not directory.exists()
+
+
 def test_rows_of_every_kind_are_the_same_texts(tmp_path, base):
   pandas = pytest.importorskip('pandas')
   dicts = [{'t': text, 'l': label} for text, label in PAIRS]
@@ -237,18 +248,26 @@ def test_a_prompt_goes_to_the_hub(run, monkeypatch):
     ({'base': None}, "base is NoneType 'None'; expected what ptune.load"),
     ({'method': 'promt'}, "no method 'promt'; did you mean prompt"),
     ({'promt_length': 5}, "no setting 'promt_length'; did you mean prompt_len"),
-    ({'steps': 'many'}, 'TRAIN_STEPS .* is .many.; expected a whole number'),
-    ({'labels': ['yes']}, 'LABEL_NAMES'),
+    ({'steps': 'many'}, "^steps .* is 'many'; expected a whole number"),
+    ({'labels': ['yes']}, '^labels .*; expected a list with at least 2'),
+    ({'learning_rate': float('nan')}, '^learning_rate .* is nan; expected a'),
+    ({'method': 3}, '^method .* is 3; expected a text, such as .lora'),
+    ({'model_dir': 3}, '^model_dir .* is 3; expected a path'),
+    ({'bindings': 'optim.x = 1'}, 'No configurable matching .optim.x'),
+    ({'labels': ['a', 'a']}, 'two different names$'),
+    ({'train': 'empty.csv', 'validation': None}, '^train has no good rows'),
   ],
 )
 def test_bad_input_is_named_and_nothing_is_written(
-  base, change, message, tmp_path
+  base, change, message, tmp_path, monkeypatch
 ):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'empty.csv').write_text('inputs,targets\n')
   run = tmp_path / 'run'
   given = {'base': base, 'train': TRAIN, 'validation': DEV, 'steps': 2, **SMALL}
   with pytest.raises((UserError, FileNotFoundError), match=message):
     ptune.tune(**{**given, 'model_dir': run, **change})
-  assert not run.exists()
+  assert [path.name for path in tmp_path.iterdir()] == ['empty.csv']
 
 
 def test_a_frame_with_a_hole_is_named_by_its_row(base):
@@ -271,9 +290,8 @@ def test_bad_questions_are_named(base, run, tmp_path):
     with pytest.raises((UserError, FileNotFoundError), match=message):
       ask()
   np.save(tmp_path / 'wide.npy', np.zeros((2, 97), np.float32))
-  wide = ptune.load(tmp_path / 'wide.npy', base)
   with pytest.raises(UserError, match=r'2, 97.* is 96 wide; give the base'):
-    wide.predict('a')
+    ptune.load(tmp_path / 'wide.npy', base)
 
 
 # ------------------------------------------------------------------ the names

@@ -86,6 +86,13 @@ def test_an_error_inside_is_not_hidden(tmp_path):
   assert not (tmp_path / 'curves.png').exists()
 
 
+def test_curves_are_drawn_if_anyone_wants_them(tmp_path):
+  for curves in (False, True):
+    with open_report(tmp_path, curves=curves) as r:
+      r.train(4, SUMS)
+    assert (tmp_path / 'curves.png').exists() == curves
+
+
 def test_time_that_is_left_out_does_not_count(tmp_path, monkeypatch):
   now = 100.0
   monkeypatch.setattr(report.time, 'monotonic', lambda: now)

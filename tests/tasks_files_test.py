@@ -26,7 +26,7 @@ def write(path, text):
 
 def texts(file, inputs='{text}', targets='{label}', names=None, skip=False):
   rows = files.read_rows(file)
-  found = files.to_texts(rows, inputs, targets, names, skip)
+  found = files.to_texts('train', rows, inputs, targets, names, skip)
   return list(zip(found['inputs'], found['targets'], strict=True))
 
 

@@ -1,11 +1,11 @@
-"""The Python API: a base model, what is trained on it, and prompts beside it.
+"""The Python API: a base model, what you train on it, and a bank of prompts.
 
     base = ptune.load('hf://google/flan-t5-base')
     tuned = ptune.tune(base, train, validation=dev, steps=300)
     tuned.predict(['so insightful'])
 
-`ptune` has its names. Here stands no second trainer: `tune` calls the program
-`ptune train`, and what it returns is what that program left in its directory.
+`ptune` re-exports these names. There is no second trainer here: `tune` calls
+the program `ptune train`, and returns what that wrote to its directory.
 """
 
 from ptune.api.base import Base

@@ -17,12 +17,12 @@ from ptune.serving import trained_model
 
 
 class Base:
-  """A frozen model. Its weights are read when they are first needed, once.
+  """A frozen model. Its weights are read once, at their first use.
 
   Attributes:
     path: The checkpoint, as it was given.
     config: The sizes of the network.
-    vocabulary_path: Where its vocabulary is.
+    vocabulary_path: The path of its vocabulary.
   """
 
   def __init__(
@@ -48,7 +48,7 @@ class Base:
     """Texts to token ids and back.
 
     Raises:
-      UserError: If it is not in the directory of the checkpoint.
+      UserError: If the directory of the checkpoint has no vocabulary.
     """
     try:
       found = open_vocabulary(self.vocabulary_path)
@@ -66,17 +66,17 @@ class Base:
 
   @functools.cached_property
   def weights(self) -> Mapping[str, jax.Array]:
-    """Every parameter, on the devices, by path."""
+    """All parameters by path, on the devices."""
     return trained_model.load_base(self.config, self.path)
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """16 hexadecimal digits by which runs and prompts name their base."""
+    """16 hexadecimal digits that identify the base in runs and prompts."""
     return of_params(self.weights)
 
 
 def as_base(base: 'Base | str | os.PathLike[str]') -> Base:
-  """A base, which may be given by its path.
+  """Opens a base that is given by its path.
 
   Raises:
     UserError: If it is something else.

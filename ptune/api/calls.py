@@ -1,25 +1,26 @@
-"""From a base to what is trained on it: the program `ptune train`."""
+"""`load` opens a model, `tune` trains on it by the program `ptune train`."""
 
 import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptune.api import rows as rows_lib
 from ptune.api.base import Base, as_base
 from ptune.api.tuned import Tuned
-from ptune.config import flags, gin_files
+from ptune.config import flags, gin_files, macros
 from ptune.convert import peft
 from ptune.convert.hub import SCHEME, locate
 from ptune.convert.storage import read_json
 from ptune.errors import UserError, nearest
+from ptune.host import paths
 from ptune.tasks.texts import TextTask
 from ptune.training import run_file
 
-# A prompt's own files; another file is none.
+# The files that hold a prompt.
 SUFFIXES = ('.npy', '.safetensors')
 
 
@@ -33,19 +34,20 @@ def load(
   """Opens a base model, a run, or a prompt with its base.
 
   Args:
-    path: 'ptune://tiny', 'hf://org/name', a directory of Hugging Face or a T5X
-      checkpoint: a base. The MODEL_DIR of a run, a .npy file or a PEFT adapter
-      (also 'hf://user/prompt'): what was trained.
-    base: The base of what was trained. A run and most adapters name it.
-    vocabulary: A SentencePiece file, if there is none beside the base.
-    dtype: What a base computes in, 'float32' or 'bfloat16'.
+    path: A base model: 'ptune://tiny', 'hf://org/name', a Hugging Face
+      directory or a T5X checkpoint. Or a trained one: the MODEL_DIR of a run, a
+      .npy file or a PEFT adapter (also 'hf://user/prompt').
+    base: The base of a trained model. Runs and most adapters name theirs.
+    vocabulary: A SentencePiece file, if the base comes without one.
+    dtype: The type that the base computes in, 'float32' or 'bfloat16'.
 
   Returns:
-    A `Base`, or a `Tuned` for what was trained.
+    A `Base`, or a `Tuned` for a trained model.
 
   Raises:
-    FileNotFoundError: Nothing is at `path`.
-    UserError: What is there is neither, or its base is not known.
+    FileNotFoundError: If nothing is at `path`.
+    UserError: If `path` is something else, its base is unknown, or a prompt
+      does not fit its base.
 
   Example:
     >>> base = ptune.load('ptune://tiny')
@@ -105,37 +107,36 @@ def tune(
 ) -> Tuned:
   """Trains on rows, as `ptune train --base=... --train=...` does.
 
-  Stopped by Ctrl-C, it returns what it has. With a model_dir, the same call
-  then goes on from there, and ends with the bits of an undisturbed run.
+  If you stop it by Ctrl-C, it returns what it has. With a model_dir, the same
+  call then resumes, and ends with the same bits as an undisturbed run.
 
   Args:
-    base: The frozen model, of `ptune.load`, or its path.
+    base: The frozen model from `ptune.load`, or its path.
     train: Pairs of input and target, dicts by column, a pandas DataFrame, a
       Hugging Face Dataset, the path of a .tsv, .csv or .jsonl file, or the name
       of a SeqIO task.
-    validation: Rows of the same kind, which choose the best step. If not given,
-      the last step is taken; a SeqIO task has its own.
-    inputs: The template of the inputs, such as 'review: {text}'; the column
-      inputs if not given, which is the first of a pair.
-    targets: The template of the targets; the column targets if not given.
+    validation: Rows of the same kind, by which the best step is chosen. Without
+      them, you get the last step. A SeqIO task has its own validation split.
+    inputs: The template of the inputs, such as 'review: {text}'. The default is
+      the column inputs, which is the first item of a pair.
+    targets: The template of the targets. The default is the column targets.
     labels: All targets of a classification, which is then scored by accuracy.
-    method: What is trained: 'prompt', or a file of gin/methods or gin/prompts,
-      such as 'lora' or 'from_string'.
+    method: 'prompt', or the name of a file in gin/methods or gin/prompts, such
+      as 'lora' or 'from_string'.
     prompt_length: Rows of the prompt.
     steps: Training steps.
-    model_dir: Where the run is written; a temporary directory if not given.
-    seed: Of the initialisation, the order of the rows, and dropout.
-    bindings: What is no macro, as gin writes it, such as
-      "optim.schedule.decay = 'linear'".
+    model_dir: The directory of the run. The default is a temporary one.
+    seed: Seeds the initialisation, the order of the rows, and dropout.
+    bindings: Gin bindings for settings that are not macros, such as
+      ["optim.schedule.decay = 'linear'"].
     **settings: Other macros by their names in lower case, such as batch_size,
-      learning_rate, eval_period or dtype; `ptune train --help` lists them.
+      learning_rate, eval_period or dtype. `ptune train --help` lists them.
 
   Returns:
-    The model with what was trained: of the best step, if there is a validation.
+    The trained model, at its best step if there are validation rows.
 
   Raises:
-    UserError: If an argument or a row cannot be used, before anything is
-      written.
+    UserError: If an argument or a row is wrong. Nothing has been written then.
 
   Example:
     >>> rows = [('so insightful', 'positive'), ('so dull', 'negative')]
@@ -165,6 +166,11 @@ def tune(
     'vocabulary': base.vocabulary_path,
   }
   given = {name: value for name, value in given.items() if value is not None}
+  if model_dir is not None:
+    given['model_dir'] = model_dir
+  if isinstance(bindings, str):
+    bindings = [bindings]
+  _check({**given, **settings})
   if base.config.dtype != 'float32':
     given['dtype'] = base.config.dtype
   given = rows_lib.prepared({**given, **settings}, rows)
@@ -173,25 +179,53 @@ def tune(
     return Tuned(base, model_dir)
   directory = tempfile.mkdtemp(prefix='ptune-')
   try:
-    _train({**given, 'model_dir': directory}, rows, bindings)
+    # Nobody looks into this directory, and Matplotlib takes a second to import.
+    no_curves = 'settings.Saving.curves = False'
+    _train({**given, 'model_dir': directory}, rows, [no_curves, *bindings])
   except BaseException:
     shutil.rmtree(directory, ignore_errors=True)
     raise
   return Tuned(base, directory, temporary=True)
 
 
+def _check(given: Mapping[str, Any]) -> None:
+  """Checks settings as the command line does, by the names of the arguments.
+
+  Raises:
+    UserError: If some values are wrong; it lists them all.
+  """
+  macro_of, wrong = flags.names(), []
+  for name, value in given.items():
+    if name in flags.NAMED:
+      what, example = flags.NAMED[name]
+      good = isinstance(value, str) and value.strip()
+      expected, example = '' if good else 'a text', repr(example)
+    else:
+      what, example, kind = macros.MACROS[macro_of[name]]
+      # Paths may be objects.
+      plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+      expected = kind(plain)
+    if expected:
+      wrong.append(
+        f'{name} ({what}) is {value!r:.200}; expected {expected}, such as'
+        f' {example}'
+      )
+  if wrong:
+    raise UserError('\n'.join(wrong))
+
+
 def _train(
   given: dict[str, Any], rows: dict[str, Any], bindings: Sequence[str]
 ) -> None:
-  """Runs the program, with gin's own settings put aside meanwhile."""
+  """Runs the program. Gin's global settings are restored afterwards."""
   import gin
   from ptune import train
 
-  with gin_files.isolated():
+  with gin_files.isolated(), paths.nothing_left():
     files, ours = flags.expand('train', given)
     gin_files.parse(files, [*ours, *bindings], program=train.train)
     rows_lib.bind(rows)
-    # Every row is looked at before anything is written.
+    # Check every row before anything is written.
     task = gin.get_configurable('MIXTURE_OR_TASK_NAME/macro')()
     if isinstance(task, TextTask):
       for split in task.splits:

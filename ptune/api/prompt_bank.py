@@ -1,4 +1,4 @@
-"""One base and many prompts: mixed batches, and their vote."""
+"""One base and many prompts: mixed batches, and majority votes."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,12 @@ def bank(
   lengths: Mapping[str, int] = LENGTHS,
   **prompts: Prompt,
 ) -> 'Bank':
-  """Puts prompts beside one base, which answers with all of them.
+  """Loads several prompts for one base, which then answers with any of them.
 
   Args:
-    base: The frozen model, of `ptune.load`, or its path.
-    lengths: Most tokens of inputs and of answers.
-    **prompts: The prompts, by the names that they are asked by.
+    base: The frozen model from `ptune.load`, or its path.
+    lengths: The most tokens of an input and of an answer.
+    **prompts: The prompts by name.
 
   Raises:
     UserError: If a prompt is not for this base.
@@ -44,7 +44,7 @@ def bank(
 
 
 class Bank:
-  """Prompts by name, and the one model that answers with all of them.
+  """Prompts by name, and the one model that answers with any of them.
 
   Attributes:
     base: The base model.
@@ -56,7 +56,7 @@ class Bank:
     lengths: Mapping[str, int],
     prompts: Mapping[str, Prompt],
   ):
-    """Puts the prompts on the devices; see `ptune.bank`."""
+    """Copies the prompts to the devices; see `ptune.bank`."""
     self.base, self._lengths = base, dict(lengths)
     self._bank = PromptBank(
       base.config,
@@ -76,7 +76,7 @@ class Bank:
     return self._bank.names
 
   def add(self, name: str, prompt: Prompt) -> None:
-    """Adds a prompt, or replaces the one of this name."""
+    """Adds a prompt, or replaces the one with this name."""
     if isinstance(prompt, Tuned):
       prompt = prompt.prompt
     self._bank.add(name, prompt)
@@ -88,17 +88,17 @@ class Bank:
   def predict(
     self, inputs: Sequence[str], prompts: str | Sequence[str]
   ) -> list[str]:
-    """Answers to texts, each with a prompt of its own, in shared batches.
+    """Answers texts in shared batches, each text with its own prompt.
 
     Args:
       inputs: The texts, as the model reads them.
-      prompts: The name of the prompt of each text, or of all.
+      prompts: The name of each text's prompt, or one name for all texts.
 
     Returns:
       A text for each input.
 
     Raises:
-      UserError: If there is no prompt of a name, or not one for each text.
+      UserError: If a name is unknown, or there are not as many names as texts.
     """
     texts = rows_lib.listed('inputs', inputs)
     names = [prompts] * len(texts) if isinstance(prompts, str) else [*prompts]
@@ -119,7 +119,7 @@ class Bank:
       prompts: The names of the prompts; all of them if not given.
 
     Returns:
-      A text for each input. Of answers with equally many votes, the one with
+      A text for each input. If answers have equally many votes, the one with
       the highest score wins (Lester et al. 2021, section 6).
     """
     texts = rows_lib.listed('inputs', inputs)
@@ -140,7 +140,7 @@ class Bank:
   def _asked(
     self, texts: Sequence[str], names: Sequence[str]
   ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and score of the answer to each text, with its prompt."""
+    """The tokens and the score of the answer to each text."""
     ids, mesh = self.base.config.ids, self._bank.plan.mesh
     examples = [
       seqio_task.tokenised(self.base.vocabulary, self._lengths, text, ids)

@@ -1,4 +1,4 @@
-"""What a run recorded of its model and task, or what is known of a prompt."""
+"""The settings of a trained model, from its run or from its prompt file."""
 
 import dataclasses
 import pathlib
@@ -17,26 +17,26 @@ from ptune.model.sizes import Config
 from ptune.serving.bank import OTHER_METHODS
 from ptune.tasks.texts import TextTask
 
-# Rows that are computed at once, at most, if no run says it.
+# The most rows of a batch, unless a run says otherwise.
 BATCH_SIZE = 32
-# Tokens of inputs and answers, if no run says them.
+# Tokens of inputs and answers, unless a run says otherwise.
 LENGTHS = {'inputs': 256, 'targets': 32}
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-  """The settings by which a trained model is asked.
+  """The settings with which a trained model answers.
 
   Attributes:
     config: The sizes of the network.
-    method: What was trained.
+    method: The tuning method.
     task: A `TextTask`, or the name of a SeqIO task.
-    module: What registers a SeqIO task.
-    template: INPUTS, of the inputs.
+    module: The module that registers a SeqIO task.
+    template: INPUTS, the template of the inputs.
     lengths: TASK_FEATURE_LENGTHS.
-    batch_size: Rows that are computed at once, at most.
-    decoding: How predictions are made.
-    seed: For sampling.
+    batch_size: The most rows of a batch.
+    decoding: How answers are decoded.
+    seed: Seeds sampling.
   """
 
   config: Config
@@ -53,11 +53,11 @@ class Recorded:
 def of_run(
   base: Base, directory: pathlib.Path, rows: Mapping[str, Any] | None = None
 ) -> Recorded:
-  """What a run recorded.
+  """Reads the settings of a run.
 
   Args:
-    base: Its base model.
-    directory: Its MODEL_DIR.
+    base: The base model of the run.
+    directory: The MODEL_DIR of the run.
     rows: Other rows for its task, by split: see `rows.taken`.
   """
   files = {k: v for k, v in (rows or {}).items() if isinstance(v, str)}
@@ -87,10 +87,10 @@ def of_run(
 
 
 def of_prompt(base: Base, prompt: Prompt) -> Recorded:
-  """What is known of a prompt alone.
+  """The settings of a prompt without a run: its length, and defaults.
 
   Raises:
-    UserError: It is not for this base, or stands elsewhere than at the start.
+    UserError: If it is not for this base, or not for the start of the input.
   """
   length, width = prompt.array.shape
   if width != base.config.emb_dim:

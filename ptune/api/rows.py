@@ -1,4 +1,4 @@
-"""What users have as rows: lists, DataFrames, data sets, files, task names."""
+"""Rows of users: lists, DataFrames, data sets, files, names of tasks."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from ptune.config import flags
 from ptune.convert.pieces import Vocabulary
 from ptune.errors import UserError
 
-# What TASK_FILES says of rows that are in no file.
+# Stands in TASK_FILES for rows that are not in a file.
 PLACE = '(rows of Python).jsonl'
 
 EXPECTED = (
@@ -22,11 +22,11 @@ def taken(name: str, data: Any) -> dict[str, Any]:
   """The rows of one split, as a path or as a list.
 
   Args:
-    name: The argument, which is the split's name too.
-    data: What the user gave.
+    name: The name of the argument, which is also that of the split.
+    data: The argument.
 
   Raises:
-    UserError: If it holds no rows, or is something else.
+    UserError: If it has no rows, or is something else.
   """
   if isinstance(data, str | os.PathLike):
     return {name: os.fspath(data)}
@@ -36,10 +36,10 @@ def taken(name: str, data: Any) -> dict[str, Any]:
 
 
 class Rows(Sequence):
-  """Rows in memory, which gin neither copies nor writes."""
+  """Rows in memory. Gin neither copies nor writes them."""
 
   def __init__(self, name: str, data: Any):
-    """Takes the rows of a data frame, a data set or any iterable."""
+    """Reads the rows of a DataFrame, a data set or any iterable."""
     self.label_names = _label_names(data)
     self._rows = listed(name, data)
 
@@ -60,11 +60,11 @@ def listed(name: str, data: Any) -> Sequence[Any]:
   """Rows as a sequence.
 
   Args:
-    name: The argument, for messages.
-    data: What the user gave.
+    name: The name of the argument, for messages.
+    data: The argument.
 
   Raises:
-    UserError: If it holds no rows, or is something else.
+    UserError: If it has no rows, or is something else.
   """
   if isinstance(data, str | os.PathLike | Mapping) or not isinstance(
     data, Iterable
@@ -154,11 +154,11 @@ def check_labels(
 def prepared(
   flag_values: Mapping[str, Any], rows: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """The settings of a training on some rows: templates and labels.
+  """Adds default templates and labels to the settings of a training.
 
   Args:
-    flag_values: What the user set.
-    rows: By split, of `taken`.
+    flag_values: The settings of the user.
+    rows: The rows by split, from `taken`.
   """
   given = {**flag_values, **settings(rows)}
   train = rows['train']

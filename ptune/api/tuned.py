@@ -1,4 +1,4 @@
-"""A base with what was trained on it: asked, measured, saved."""
+"""A trained model: ask it, measure it, save it."""
 
 import functools
 import os
@@ -32,14 +32,13 @@ Row = str | Mapping[str, Any]
 
 
 class Tuned:
-  """A base and a prompt, or what another method trained.
+  """A base with a prompt, or with what another method trained.
 
-  `ptune.tune` and `ptune.load` return it; it reads what is on disk when it is
-  first needed.
+  `ptune.tune` and `ptune.load` return it. A run is read when it is needed.
 
   Attributes:
     base: The base model.
-    directory: The run of `ptune train`, None for a prompt's file.
+    directory: The MODEL_DIR of its run; None for a prompt file.
   """
 
   def __init__(
@@ -49,13 +48,15 @@ class Tuned:
     prompt_file: str | os.PathLike[str] | None = None,
     temporary: bool = False,
   ):
-    """Opens a run, or a prompt's file; see `ptune.load`."""
+    """Opens a run or a prompt file; see `ptune.load`."""
     self.base = base
     self.directory = None if directory is None else pathlib.Path(directory)
     self._prompt_file = prompt_file
     self._temporary = temporary
     if temporary:
       weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+    if prompt_file is not None:
+      assert self._settings  # Raises if it is not for this base.
 
   def __repr__(self) -> str:
     what = 'a temporary run' if self._temporary else self.directory
@@ -69,14 +70,15 @@ class Tuned:
   def predict(self, inputs: Sequence[Row]) -> list[str]: ...
 
   def predict(self, inputs):
-    """What the model answers.
+    """Answers texts.
 
     Args:
-      inputs: Texts, or rows by column, as `tune` had them; a text stands for
-        the one column of the template, or for the whole input. Or one of them.
+      inputs: One input, or a list of them. An input is a text or a dict by
+        column, as in the training rows. A text fills the template's only
+        column, or is the whole input if there is no template.
 
     Returns:
-      A list of texts; one text if one was given.
+      A list of texts, or one text for one input.
 
     Example:
       >>> answers = tuned.predict(['so insightful', 'so dull'])
@@ -102,17 +104,17 @@ class Tuned:
   ) -> list[dict[str, float]]: ...
 
   def classify(self, inputs, labels=None):
-    """A probability for each label: those of the model, which sum to 1.
+    """The probability of each label; for one input they sum to 1.
 
     Args:
-      inputs: As of `predict`.
-      labels: The labels, as texts; those of the task if not given.
+      inputs: As for `predict`.
+      labels: The labels as texts. The default is the labels of the task.
 
     Returns:
-      For each input {label: probability}; one of them if one input was given.
+      A list of {label: probability}, or one dict for one input.
 
     Raises:
-      UserError: If the labels are not known, or the vocabulary cannot tell them
+      UserError: If the labels are unknown, or the vocabulary cannot tell them
         apart.
 
     Example:
@@ -131,18 +133,17 @@ class Tuned:
     ]
     score = lambda trees, batch, rows: ((), self._predictor.score(trees, batch))
     scores = [score for _, score in self._asked(features, score)]
-    found = np.reshape(scores, (len(texts), len(labels)))
-    found = np.exp(found - found.max(axis=1, keepdims=True))
-    found /= found.sum(axis=1, keepdims=True)
+    found = predictor.probabilities(
+      np.reshape(scores, (len(texts), len(labels)))
+    )
     told = [dict(zip(labels, map(float, row), strict=True)) for row in found]
     return told[0] if one else told
 
   def evaluate(self, test: Any) -> dict[str, float]:
-    """The metrics of the task on other rows.
+    """Measures the model on other rows.
 
     Args:
-      test: Rows or a file, as `tune` takes them; or the name of a split that
-        the task has.
+      test: Rows or a file, as for `tune`; or the name of a split of the task.
 
     Returns:
       The task's metrics, and `loss` and `token_accuracy` per target token.
@@ -165,7 +166,7 @@ class Tuned:
     scores = evaluation((self._params,), self.step)
     return next(iter(scores.values()))
 
-  # ------------------------------------------------------------ what is left
+  # ----------------------------------------------------------------- results
 
   @property
   def prompt(self) -> np.ndarray:
@@ -178,16 +179,16 @@ class Tuned:
 
   @property
   def step(self) -> int:
-    """The training step of what is asked: the best, or the newest."""
+    """The training step of this model: the best one, or the newest."""
     return self._restored[1]
 
   @property
   def history(self) -> list[dict[str, Any]]:
-    """What the run recorded, oldest first: step, split, and the metrics."""
+    """The records of the run, oldest first: step, split and metrics."""
     return report.read_records(self._run('history'))
 
   def plot(self) -> Any:
-    """The training loss and the scores against the step.
+    """Draws the training loss and the scores against the step.
 
     Returns:
       A `matplotlib.figure.Figure`, which a notebook shows.
@@ -195,11 +196,11 @@ class Tuned:
     return report.draw(self.history)
 
   def save(self, path: str | os.PathLike[str]) -> None:
-    """Writes the prompt, and beside it a .json with what is known of it.
+    """Writes the prompt, and a .json beside it that says how it was trained.
 
     Args:
-      path: A .npy or .safetensors file, replaced if it is there. What is no
-        prompt is a .safetensors file, whatever the name.
+      path: A .npy or .safetensors file, which may exist. Other methods than
+        prompts always write a .safetensors file.
     """
     layout = pathlib.Path(path).suffix.removeprefix('.') or 'npy'
     if layout not in ('npy', 'safetensors'):
@@ -218,13 +219,13 @@ class Tuned:
     format: str = 'peft',
     overwrite: bool = False,
   ) -> None:
-    """Writes what was trained for another program, as `ptune export`.
+    """Writes the model for another program, as `ptune export` does.
 
     Args:
-      path: The directory or file.
-      format: 'peft', 't5x', 'npy', 'safetensors'; what is no prompt is merged
-        into the base: 't5x' or 'huggingface'.
-      overwrite: Whether an earlier output is replaced.
+      path: The directory or file to write.
+      format: 'peft', 't5x', 'npy' or 'safetensors' for a prompt. Other methods
+        are merged into the base: 't5x' or 'huggingface'.
+      overwrite: Whether to replace an earlier output.
     """
     if merged.is_trained(place := prompts.find(self._source)):
       merged.export_merged(
@@ -237,8 +238,8 @@ class Tuned:
     """Uploads the prompt and a model card to the Hugging Face Hub, for PEFT.
 
     Args:
-      name: 'user/prompt'; made if it is not there.
-      private: Whether only the user sees it.
+      name: 'user/prompt'. It is created if it does not exist.
+      private: Whether only the user can see it.
 
     Returns:
       The address that `ptune.load` takes: 'hf://user/prompt'.
@@ -272,10 +273,10 @@ class Tuned:
     )
 
   def _read(self, rows: Mapping[str, Any] | None = None) -> Recorded:
-    """What the run recorded, with other rows if given.
+    """Reads the settings of the run, with other rows if given.
 
     Args:
-      rows: The rows of a split, by its name.
+      rows: The rows of a split, by the name of the split.
     """
     if self.directory is None:
       prompt = prompts.read_prompt(self._source)
@@ -341,7 +342,7 @@ class Tuned:
   # ------------------------------------------------------------------- texts
 
   def _texts(self, inputs: Any) -> tuple[list[str], bool]:
-    """The texts that the model reads, and whether one was given."""
+    """The texts that the model reads, and whether there was only one input."""
     one = isinstance(inputs, str | Mapping)
     rows = [inputs] if one else rows_lib.listed('inputs', inputs)
     return [self._text(i, row) for i, row in enumerate(rows)], one
@@ -369,7 +370,7 @@ class Tuned:
   def _asked(
     self, features: Sequence[batches.Batch], ask: Any
   ) -> Iterator[tuple[Any, Any]]:
-    """The answer to each row, in their order."""
+    """The answers to the rows, in their order."""
     plan, most = self._plan, self._settings.batch_size
     found = predictor.by_row(
       padding.padded_batches(
@@ -386,7 +387,7 @@ class Tuned:
 
 
 def batch_size(rows: int, most: int, mesh: Any) -> int:
-  """Rows that are computed at once: a power of two, so that few compile."""
+  """The rows of a batch: a power of two, so that few shapes are compiled."""
   size = mesh.shape['data']
   while size < min(rows, most):
     size *= 2
@@ -394,6 +395,6 @@ def batch_size(rows: int, most: int, mesh: Any) -> int:
 
 
 def _copy(trained: Any, to: pathlib.Path) -> None:
-  """Copies what a method trained, and the facts beside it."""
+  """Copies the trained parameters of a method, and the facts beside them."""
   for suffix in ('.safetensors', '.json'):
     shutil.copyfile(trained.with_suffix(suffix), to.with_suffix(suffix))

@@ -202,6 +202,8 @@ def isolated() -> Iterator[None]:
   gin.clear_config()
   try:
     yield
+  except UserError as error:
+    raise UserError(message(error)) from None
   finally:
     gin.clear_config()
     for part, before in zip(state, kept, strict=True):
@@ -211,6 +213,11 @@ def isolated() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------- sources
+
+
+def message(error: Exception) -> str:
+  """An error's message, without what gin adds about its configurables."""
+  return re.sub(r'\n\s*In call to configurable .*', '', str(error))
 
 
 def _included(

@@ -125,6 +125,7 @@ class Report:
     write: bool = True,
     name: str = '',
     tracker: 'Tracker | None' = None,
+    curves: bool = True,
   ):
     """Continues the records of a directory from a step.
 
@@ -138,9 +139,10 @@ class Report:
       name: The name of one of several runs, which the log then shows. Several
         runs have no progress bar.
       tracker: Also gets every record.
+      curves: Whether to draw curves.png.
     """
     self._dir = epath.Path(model_dir)
-    self._write, self._tracker = write, tracker
+    self._write, self._tracker, self._curves = write, tracker, curves
     self._name = f'{name}: ' if name else ''
     self._batch_size = batch_size
     self.records = [
@@ -168,7 +170,8 @@ class Report:
       # After an error that is on its way, another tells nothing new.
       with contextlib.suppress(*([Exception] if kind else [])):
         writer.close()
-    if self._write and self.records and kind is None:
+    drawn = self._write and self._curves and kind is None
+    if drawn and self.records:
       plot(self.records, self._dir / 'curves.png')
 
   def train(self, step: int, sums: Mapping[str, float]) -> None:

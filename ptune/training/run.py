@@ -182,6 +182,7 @@ class Run(contextlib.AbstractContextManager['Run']):
           jax.process_index() == 0,
           member.name,
           self._tracker(member),
+          saving.curves,
         )
       )
       for member in members

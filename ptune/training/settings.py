@@ -95,6 +95,7 @@ class Saving:
     profile_steps: The number of steps to trace; see `profiling`.
     tracker: The one of `trackers.TRACKERS` that also gets the records; None for
       no tracker.
+    curves: Whether curves.png is drawn at the end.
   """
 
   checkpoint_period: int = 1000
@@ -102,6 +103,7 @@ class Saving:
   log_period: int = 50
   profile_steps: int | None = None
   tracker: str | None = None
+  curves: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
