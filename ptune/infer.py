@@ -97,9 +97,7 @@ def infer(
     'INFER_OUTPUT_DIR', output_dir, trained.model_dir, 'infer'
   )
   longest = data.feature_lengths['targets']
-  labels = {}
-  if mode == 'classify':
-    labels = _labels(task, data, config)
+  labels = _labels(task, data, config) if mode == 'classify' else {}
   if named is None:
     params, _ = trained_model.load(plan, trained)
     asked = predictor.Predictor(
@@ -141,9 +139,8 @@ def infer(
     put = lambda batch: device_feed.device_put(batch, mesh, method.check)
     found = predictor.by_row(padded, put, ask)
     if labels:
-      scores = {row: float(score) for row, (_, score) in found}
-      by_row = [scores[row] for row in range(len(scores))]
-      _add_probabilities(records, [*labels], by_row)
+      scores = sorted((row, float(score)) for row, (_, score) in found)
+      _add_probabilities(records, [*labels], [score for _, score in scores])
       return records
     for row, (ids, score) in found:
       if mode == 'predict':
