@@ -144,7 +144,8 @@ def test_pairs_are_trained_on_and_asked_without_tensorflow():
     "tuned = ptune.tune('ptune://tiny', rows, validation=rows, steps=1,\n"
     "  batch_size=8, prompt_length=2, labels=['no', 'yes'])\n"
     "assert isinstance(tuned.predict('so good'), str)\n"
-    "assert sum(tuned.classify('so good').values()) > 0.99\n"
+    "assert sum(tuned.classify('so good').values()) > 0.99\n",
+    tiny.environment(),
   )
   assert loaded == ['jax', 'orbax']
 

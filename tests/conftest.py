@@ -4,17 +4,33 @@ Rank promotion raises, so a forgotten axis cannot broadcast; warnings are
 errors (pyproject.toml).
 """
 
+import atexit
 import gc
 import os
 import pathlib
+import shutil
+import tempfile
+
+from tests import QUICK_FLAGS
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = ' '.join(
+  [
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_force_host_platform_device_count=8',
+    QUICK_FLAGS,
+  ]
 )
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # The library's tasks have T5's vocabulary, which is on gs://, unless told.
 os.environ['PTUNE_VOCABULARY'] = 'ptune://tiny'
+# Programs are compiled once for all processes: workers of xdist and commands
+# that tests start inherit this.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  compiled = tempfile.mkdtemp(prefix='ptune-compiled-')
+  atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = compiled
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax
 import pytest

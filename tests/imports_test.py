@@ -1,6 +1,7 @@
 """Imports point one way, and what is light stays light."""
 
 import ast
+import functools
 import graphlib
 import pathlib
 import resource
@@ -44,11 +45,14 @@ def name_of(file):
   return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
 
 
-SOURCES = {
-  name_of(file): ast.parse(file.read_text())
-  for folder in ('ptune', 'tasks')
-  for file in sorted((ROOT / folder).rglob('*.py'))
-}
+@functools.cache  # Not when it is imported: that takes two seconds.
+def sources():
+  """The syntax tree of every module, by its name."""
+  return {
+    name_of(file): ast.parse(file.read_text())
+    for folder in ('ptune', 'tasks')
+    for file in sorted((ROOT / folder).rglob('*.py'))
+  }
 
 
 def is_guard(node):
@@ -74,7 +78,7 @@ def imports(tree, lazy=True):
       # `from ptune import sizes` and `from ptune.model.sizes import t5`.
       for alias in node.names:
         full = f'{node.module}.{alias.name}'
-        yield full if full in SOURCES else node.module
+        yield full if full in sources() else node.module
     elif lazy or not isinstance(
       node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
     ):
@@ -90,16 +94,16 @@ def room_of(name):
 
 
 def test_every_module_has_a_room():
-  found = {room_of(name) for name in SOURCES if name != 'ptune'}
+  found = {room_of(name) for name in sources() if name != 'ptune'}
   assert found == set(ROOMS)
   free = {'importlib', 'os', 'typing'}
-  assert set(imports(SOURCES['ptune'])) == free, '`import ptune` is free'
+  assert set(imports(sources()['ptune'])) == free, '`import ptune` is free'
 
 
 def test_every_room_says_what_it_is():
   for room in ROOMS:
     if (ROOT / 'ptune' / room).is_dir():
-      assert ast.get_docstring(SOURCES[f'ptune.{room}']), room
+      assert ast.get_docstring(sources()[f'ptune.{room}']), room
 
 
 @pytest.mark.parametrize('room', ROOMS)
@@ -107,7 +111,7 @@ def test_imports_point_one_way(room):
   allowed = ROOMS[: ROOMS.index(room) + 1]
   wrong = [
     f'{name} imports {target}'
-    for name, tree in SOURCES.items()
+    for name, tree in sources().items()
     if name != 'ptune' and room_of(name) == room
     for target in imports(tree)
     if target.startswith('ptune.') and room_of(target) not in allowed
@@ -117,8 +121,8 @@ def test_imports_point_one_way(room):
 
 def test_no_module_imports_itself_through_others():
   graph = {
-    name: {t for t in imports(tree, lazy=False) if t in SOURCES} - {name}
-    for name, tree in SOURCES.items()
+    name: {t for t in imports(tree, lazy=False) if t in sources()} - {name}
+    for name, tree in sources().items()
   }
   graphlib.TopologicalSorter(graph).prepare()  # Raises CycleError.
 
@@ -136,7 +140,7 @@ def test_no_module_imports_itself_through_others():
   ],
 )
 def test_what_must_not_know_of_each_other(below, above):
-  for name, tree in SOURCES.items():
+  for name, tree in sources().items():
     if f'{name}.'.startswith(f'ptune.{below}.'):
       for target in imports(tree):
         assert not f'{target}.'.startswith(f'ptune.{above}.'), name
@@ -160,7 +164,7 @@ def test_what_must_not_know_of_each_other(below, above):
 def test_a_heavy_package_is_imported_where_it_is_wrapped(package, modules):
   importers = [
     name
-    for name, tree in SOURCES.items()
+    for name, tree in sources().items()
     if room_of(name) != 'tasks'  # Made of SeqIO and TensorFlow.
     for target in imports(tree)
     if target.split('.')[0] == package
@@ -169,7 +173,7 @@ def test_a_heavy_package_is_imported_where_it_is_wrapped(package, modules):
 
 
 def test_nothing_imports_what_t5x_imports():
-  for name, tree in SOURCES.items():
+  for name, tree in sources().items():
     assert 'ptune.t5x_host' not in imports(tree), name
 
 
@@ -196,7 +200,7 @@ def test_the_parser_sees_every_kind_of_import():
 # --------------------------------------------------------------------- weight
 
 
-def loaded_by(code):
+def loaded_by(code, environment=None):
   """Which heavy packages a fresh interpreter has after `code`; CPU seconds."""
   program = (
     f'import sys\n{code}\n'
@@ -209,6 +213,7 @@ def loaded_by(code):
     capture_output=True,
     text=True,
     cwd=ROOT,
+    env=environment,
     check=True,
   )
   after = resource.getrusage(resource.RUSAGE_CHILDREN)

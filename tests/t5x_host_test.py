@@ -35,7 +35,7 @@ from ptune.convert.trained import open_trained
 from ptune.methods import prompt, prompt_array
 from ptune.model import parameters
 from ptune.pretrained import VOCABULARY
-from tests import readme_test, t5x_contract_test, tiny
+from tests import QUICK_FLAGS, readme_test, t5x_contract_test, tiny
 from tests.methods_test import METHODS
 from tests.network_test import load
 from tests.t5x_contract_test import ROOT
@@ -232,7 +232,6 @@ def work(tmp_path_factory):
   directory = tmp_path_factory.mktemp('t5x')
   for name, text in GIN_FILES.items():
     (directory / name).write_text(text)
-  tiny.directory()  # Compiled programs are kept.
   return directory
 
 
@@ -756,7 +755,7 @@ def test_killed_and_resumed_a_run_ends_as_under_ptune(
     *(f'--gin.{line.replace(" = ", "=", 1)}' for line in bindings(macros)),
   ]
   start = functools.partial(
-    tiny.Command, args, call='tests.t5x_host_test:main', XLA_FLAGS=''
+    tiny.Command, args, call='tests.t5x_host_test:main', XLA_FLAGS=QUICK_FLAGS
   )
   process = start()
   wait_for(process, path=run / f'checkpoint_{START + 4}')

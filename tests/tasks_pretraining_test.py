@@ -5,13 +5,13 @@ function of the seed. Tokens are bytes where the vocabulary does not matter.
 """
 
 import collections
+import contextlib
 import gzip
+import io
 import itertools
 import json
 import pathlib
 import random
-import subprocess
-import sys
 import uuid
 
 import numpy as np
@@ -504,12 +504,14 @@ def test_sources_that_do_not_suit_are_errors(tmp_path):
 
 
 def run_vocabulary(*arguments):
-  return subprocess.run(
-    [sys.executable, '-m', 'ptune.tasks.vocabulary', *arguments],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  """The command line's exit status, and what it writes on stdout and stderr."""
+  out, error = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+    try:
+      vocabulary.main(arguments)
+    except SystemExit as end:
+      return end.code, out.getvalue(), error.getvalue()
+  return 0, out.getvalue(), error.getvalue()
 
 
 @pytest.fixture(scope='module')
@@ -520,11 +522,11 @@ def vocabulary_run(tmp_path_factory):
   long_line = ' '.join(['zebra'] * 2000)  # longer than SentencePiece's default
   (folder / 'b.txt').write_text(long_line, encoding='utf-8')
   output = folder / 'made' / 'vocab.model'
-  run = run_vocabulary(
+  status, printed, error = run_vocabulary(
     f'--input={folder}/*.txt*', '--vocab_size=400', f'--output={output}'
   )
-  assert run.returncode == 0, run.stderr
-  return folder, output, run.stdout
+  assert status == 0, error
+  return folder, output, printed
 
 
 def test_the_script_writes_a_vocabulary_of_t5s_kind(vocabulary_run):
@@ -588,9 +590,9 @@ def test_the_script_says_what_is_wrong(tmp_path):
   (tmp_path / 'a.txt').write_text('a few words of text\n' * 20)
   (tmp_path / 'latin.txt').write_bytes('Übung\n'.encode('latin-1'))
   (tmp_path / 'empty.txt').write_text('')
-  run = run_vocabulary(f'--input={tmp_path}/*.csv', '--output=v')
-  assert run.returncode == 2
-  assert f'No file matches --input {tmp_path}/*.csv' in run.stderr
+  status, _, error = run_vocabulary(f'--input={tmp_path}/*.csv', '--output=v')
+  assert status == 2
+  assert f'No file matches --input {tmp_path}/*.csv' in error
 
   def train(file, vocab_size=300, output=tmp_path / 'v'):
     vocabulary.train_vocabulary([f'{tmp_path}/{file}'], vocab_size, str(output))

@@ -33,6 +33,7 @@ from ptune.model import network, parameters, partitioning, sizes, structure
 from ptune.training import checkpoints
 from ptune.training import settings as settings_lib
 from ptune.training.state import TrainState
+from tests import QUICK_FLAGS
 
 import seqio  # isort: skip  (after seqio_task, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip
@@ -159,11 +160,6 @@ def directory() -> pathlib.Path:
   path = pathlib.Path(tempfile.mkdtemp(prefix='ptune-tiny-'))
   atexit.register(shutil.rmtree, path, ignore_errors=True)
   (path / 'tiny.gin').write_text(GIN)
-  # Compiled programs are shared, by commands too.
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(path / 'cache')
-  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
-  jax.config.update('jax_compilation_cache_dir', str(path / 'cache'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   return path
 
 
@@ -292,7 +288,6 @@ def trained() -> pathlib.Path:
 
 def one_device():
   """A context in which meshes are of one device: there is less to compile."""
-  directory()
   make_mesh = functools.partial(
     partitioning.make_mesh, devices=jax.devices()[:1]
   )
@@ -394,7 +389,7 @@ def processes(
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
-  flag = f'--xla_force_host_platform_device_count={devices}'
+  flags = f'{QUICK_FLAGS} --xla_force_host_platform_device_count={devices}'
   return [
     Command(
       [
@@ -403,7 +398,7 @@ def processes(
         f'--process_count={count}',
         f'--process_index={index}',
       ],
-      XLA_FLAGS=flag,
+      XLA_FLAGS=flags,
       **how,
     )
     for index in range(count)
@@ -425,12 +420,8 @@ def environment() -> dict[str, str]:
   """Of programs that tests start: with one device, and quick to compile."""
   return {
     **os.environ,
-    'XLA_FLAGS': '',
+    'XLA_FLAGS': QUICK_FLAGS,
     'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    # Kept, however little time it took: the next process need not compile.
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-    'JAX_COMPILATION_CACHE_DIR': str(directory() / 'compiled'),
   }
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from ptune.convert import t5gemma
 from ptune.convert.layout import SIDE_BIAS, layout, shapes
 from ptune.convert.source import (
+  Freed,
   Index,
   Leaf,
   Source,
-  give_back,
   is_finite,
   parts,
   sizes,
@@ -263,6 +263,7 @@ class Checksums:
 
   def __init__(self):
     self._lines: dict[str, str] = {}
+    self._freed = Freed()
 
   def reading(self, path: str, leaf: Leaf) -> Leaf:
     """Returns the leaf; a whole read adds it to the fingerprint.
@@ -271,8 +272,9 @@ class Checksums:
     """
 
     def fetch(index: Index) -> np.ndarray:
-      give_back()  # The memory of the previous leaf.
+      self._freed.give_back()  # The memory of the previous leaves.
       array = leaf.fetch(index)
+      self._freed.count(array.nbytes)
       if not is_finite(array):
         raise UserError(
           f'{path} {list(leaf.shape)} has values that are NaN or infinite; the '

@@ -32,6 +32,8 @@ DECODER_EMBEDDING = 'decoder_token_embedder/embedding'
 
 # Values to process at once; this bounds the memory of temporaries.
 _PART = 1 << 22
+# Bytes to read before freed memory is returned to the system.
+_WORTH = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,12 +225,14 @@ def restore(
   _check(source, abstract, _predicate(ignore))
   arrays, broken = {}, {}
   # Layers that share an array of the checkpoint are read consecutively.
+  freed = Freed()
   order = lambda path: (-nbytes(source.leaves[path]), scan.of_all(path))
   for path in sorted(abstract, key=order):
     spec = abstract[path]
     cast = jnp.dtype(spec.dtype if dtype is None else dtype)
     arrays[path], finite = _place(source.leaves[path], spec, cast)
-    give_back()
+    freed.count(nbytes(source.leaves[path]))
+    freed.give_back()
     if not finite:
       broken[path] = f'  {path} {_text(spec.shape)} as {cast.name}'
   if broken:
@@ -346,15 +350,29 @@ def _place(
   return array, finite
 
 
-def give_back() -> None:
-  """Returns memory that TensorStore's threads have freed to the system.
+class Freed:
+  """Counts memory that TensorStore's threads have freed, and gives it back.
 
   glibc keeps it for each thread. Over a whole checkpoint that would add up to
-  more than the largest leaf.
+  more than the largest leaf. In a large process one call of malloc_trim takes
+  tenths of a second, so it waits until enough has been read.
   """
-  trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-  if trim is not None:
-    trim(0)
+
+  def __init__(self):
+    self._bytes = 0
+
+  def count(self, nbytes: int) -> None:
+    """Notes that a leaf of `nbytes` was read."""
+    self._bytes += nbytes
+
+  def give_back(self) -> None:
+    """Returns freed memory to the system after every 16 MiB of leaves."""
+    if self._bytes < _WORTH:
+      return
+    self._bytes = 0
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim is not None:
+      trim(0)
 
 
 def _cover(sharding: jax.sharding.Sharding | None, shape: Shape) -> Index:
