@@ -24,13 +24,13 @@ os.environ['XLA_FLAGS'] = ' '.join(
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # The library's tasks have T5's vocabulary, which is on gs://, unless told.
 os.environ['PTUNE_VOCABULARY'] = 'ptune://tiny'
-# Programs are compiled once for all processes: workers of xdist and commands
-# that tests start inherit this.
-if 'PYTEST_XDIST_WORKER' not in os.environ:
+# Programs are compiled once for all processes: xdist's workers and the commands
+# that tests start inherit the place.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   compiled = tempfile.mkdtemp(prefix='ptune-compiled-')
   atexit.register(shutil.rmtree, compiled, ignore_errors=True)
   os.environ['JAX_COMPILATION_CACHE_DIR'] = compiled
-  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax
 import pytest
