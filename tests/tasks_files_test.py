@@ -198,8 +198,8 @@ def test_bad_rows_are_counted_and_listed_if_skipped(tmp_path, name, caplog):
     ('a.csv', b'text,label\ra,1\r'),
     ('a.csv', b'text;label\na;1\n'),
     ('a.csv', b'text\tlabel\n"a"\t1\n'),
-    ('a.csv.gz', gzip.compress(b'text,label\na,1\n')),
-    ('a.JSONL.GZ', gzip.compress(b'{"text": "a", "label": "1"}')),
+    ('a.csv.gz', gzip.compress(b'text,label\na,1\n', mtime=0)),
+    ('a.JSONL.GZ', gzip.compress(b'{"text": "a", "label": "1"}', mtime=0)),
     ('100%d.tsv', b'text\tlabel\na\t1\n'),
   ],
 )

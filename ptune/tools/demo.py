@@ -305,7 +305,7 @@ def comparison(rows: Sequence[tuple[str, float, int, float]]):
 
 def write(
   directory: pathlib.Path,
-  reviews: Sequence[Sequence[Row]],
+  reviews: 'Sequence[Sequence[Row]]',
   prompts: Mapping[str, np.ndarray],
   words: Mapping[str, list[list[str]]],
   curves: Mapping[str, Sequence[tuple[int, float]]],
