@@ -254,7 +254,7 @@ def test_a_prompt_goes_to_the_hub(run, monkeypatch):
     ({'learning_rate': float('nan')}, '^learning_rate .* is nan; expected a'),
     ({'method': 3}, '^method .* is 3; expected a text, such as .lora'),
     ({'model_dir': 3}, '^model_dir .* is 3; expected a path'),
-    ({'bindings': 'optim.x = 1'}, 'No configurable matching .optim.x'),
+    ({'bindings': 'optim.x = 1'}, 'No configurable matching .optim.; did'),
     ({'labels': ['a', 'a']}, 'two different names$'),
     ({'train': 'empty.csv', 'validation': None}, '^train has no good rows'),
   ],

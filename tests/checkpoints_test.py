@@ -172,7 +172,7 @@ def test_damage_is_told_in_one_line(tmp_path, caplog, collected):
       path.write_bytes(b'')
   with pytest.raises(ValueError, match=r'none of the checkpoints \[4\] in'):
     checkpoints.restore(tmp_path, like)
-  text = f'checkpoint {tmp_path}/4 cannot be read and is passed over: '
+  text = f'checkpoint {tmp_path}/4 cannot be read and is skipped: '
   (message,) = (m for m in caplog.messages if m.startswith(text))
   assert '\n' not in message
 

@@ -226,7 +226,7 @@ def test_a_bug_shows_where_it_is(monkeypatch):
 def test_an_error_that_ptune_did_not_foresee_is_not_hidden(
   says, monkeypatch, fault
 ):
-  monkeypatch.setattr('ptune.train.seqio_task.load', fault)
+  monkeypatch.setattr('ptune.training.start.seqio_task.load', fault)
   with pytest.raises((ValueError, KeyError, TypeError)):
     says(*train_with())
 

@@ -190,7 +190,9 @@ def test_a_damaged_checkpoint_is_passed_over(
   damage(started / 'checkpoints' / '12')
   caplog.set_level(logging.INFO)
   tiny.run(started, eval_split=None)
-  assert f'{started}/checkpoints/12 cannot be read and is passed' in caplog.text
+  assert (
+    f'{started}/checkpoints/12 cannot be read and is skipped' in caplog.text
+  )
   assert 'going on from step 8' in caplog.text
   assert (started / 'checkpoints' / '12.damaged').is_dir()
   assert_same_run(started, undisturbed)
@@ -277,7 +279,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_what_to_do(
     patch.setattr(checkpoints, 'PAUSES', (0.0,))
     with pytest.raises(OSError, match='no space is left for') as error:
       tiny.run(tmp_path, eval_split=None)
-  assert 'checkpoint of step 4 is whole: free space, and start the same' in (
+  assert 'checkpoint of step 4 is complete: free space and start the same' in (
     str(error.value)
   )
   tiny.run(tmp_path, eval_split=None)

@@ -21,6 +21,7 @@ from absl import logging
 
 import gin
 from ptune import cli, pretrained
+from ptune.config import gin_files
 from tests import imports_test, tiny
 
 ROWS = ''.join(f'film {i}\t{i % 2}\n' for i in range(16))
@@ -195,8 +196,9 @@ MISTAKES = [
   # The run.
   ('training', train('--gin.optim.schedule.decay="x"'), "decay 'x' is not one"),
   ('training', train(BEST_METRIC='acc'), "BEST_METRIC 'acc' is not among"),
-  ('programs', train(INITIAL_CHECKPOINT_PATH=None), 'INITIAL_CHECKPOINT_PATH'),
-  ('programs', train(EVAL_SPLIT='nosuch'), "EVAL_SPLIT is 'nosuch'"),
+  ('training', train(INITIAL_CHECKPOINT_PATH=None), 'INITIAL_CHECKPOINT_PATH'),
+  ('training', train(EVAL_SPLIT='nosuch'), "EVAL_SPLIT is 'nosuch'"),
+  ('programs', evaluate(EVAL_SPLIT=None), 'EVAL_SPLIT is None'),
   ('host', train(MODEL_DIR='good.tsv'), 'MODEL_DIR .* cannot be written'),
   # A prompt.
   ('methods', evaluate(PROMPT_FILE='garbage.npy'), 'no NumPy array file'),
@@ -233,10 +235,13 @@ def test_a_mistake_is_answered_and_leaves_nothing(
   room, arguments, message, place, capsys, monkeypatch
 ):
   raised = []
-  message_of = cli._message
-  monkeypatch.setattr(
-    cli, '_message', lambda error: raised.append(error) or message_of(error)
-  )
+  message_of = gin_files.message
+
+  def kept(error):
+    raised.append(error)
+    return message_of(error)
+
+  monkeypatch.setattr(gin_files, 'message', kept)
   before = sorted(place.iterdir())
   with tiny.one_device():
     status = cli.main(arguments)

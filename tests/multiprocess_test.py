@@ -296,7 +296,7 @@ def test_processes_agree_on_the_checkpoint_that_they_go_on_from(alone, two):
   names = {path.name for path in (two / 'restart' / 'checkpoints').iterdir()}
   assert names == {'3', '6', '9', '10', '9.damaged', '10.damaged'}
   output = (two / 'output').read_text()
-  assert output.count('checkpoints/10 cannot be read and is passed over') == 2
+  assert output.count('checkpoints/10 cannot be read and is skipped') == 2
   assert 'over: OSError: Input/output error' in output
   assert 'over: another process cannot read it' in output
 

@@ -120,7 +120,7 @@ def test_sampled_vocab_repeats_ids_where_there_are_too_few(vocabulary, caplog):
   ids = ids_of(run(init, 11, base), table)
   assert max(ids) < 10
   assert warnings_of(caplog) == [
-    'a prompt of 11 tokens is drawn from 10 ids: some occur again'
+    'a prompt of 11 tokens is drawn from 10 ids, so some repeat'
   ]
 
 
@@ -180,7 +180,8 @@ def test_class_labels_beyond_the_prompt_are_left_out(vocabulary, caplog):
   np.testing.assert_allclose(value, want, rtol=1e-6)
   (message,) = warnings_of(caplog)
   assert message == (
-    "the prompt has 2 rows for 4 class labels; these have none: ['bad', 'good']"
+    'the prompt has 2 rows for 4 class labels;'
+    " these get no row: ['bad', 'good']"
   )
 
 
@@ -428,7 +429,7 @@ def test_source_prompts_of_unlike_shapes_are_all_named(sources):
     ('a.npy', None, r"must be a list of prompt files, such as \['a.npy'\]"),
     ([], None, 'must be a list of prompt files'),
     (['a', 'b'], [1.0], '1 numbers for 2 SOURCE_PROMPTS'),
-    (['a', 'b'], [0, 0], 'numbers of at least 0, and one above'),
+    (['a', 'b'], [0, 0], 'numbers of at least 0, and at least one'),
     (['a', 'b'], [2, -1], 'numbers of at least 0'),
     (['a', 'b'], [1, float('nan')], 'numbers of at least 0'),
     (['a', 'b'], [1, float('inf')], 'numbers of at least 0'),

@@ -17,7 +17,15 @@ from ptune import convert, train
 from ptune.data import batches
 from ptune.methods import full, prompt, prompt_init
 from ptune.serving import evaluation, predictor
-from ptune.training import checkpoints, loop, optim, report, selection, stopping
+from ptune.training import (
+  checkpoints,
+  loop,
+  optim,
+  report,
+  selection,
+  start,
+  stopping,
+)
 from ptune.training.run import Run
 from ptune.training.settings import Data
 from tests import tiny
@@ -66,7 +74,7 @@ def test_steps_start_without_waiting_and_compile_once_for_each_shape(
   tmp_path, monkeypatch
 ):
   events, shapes, updates = [], set(), []
-  compile_step, add_metrics = train.state_lib.compile_step, loop.add_metrics
+  compile_step, add_metrics = train.state_lib.compile_step, loop.Loop._add
 
   def watched(*args):
     update = compile_step(*args)
@@ -86,7 +94,7 @@ def test_steps_start_without_waiting_and_compile_once_for_each_shape(
     return add_metrics(this, metrics, step)
 
   monkeypatch.setattr(train.state_lib, 'compile_step', watched)
-  monkeypatch.setattr(loop, 'add_metrics', fetched)
+  monkeypatch.setattr(loop.Loop, '_add', fetched)
   tiny.run(
     tmp_path,
     eval_split=None,
@@ -216,7 +224,7 @@ class Killed(BaseException):
     (report.Report, 'evaluate', 1, True),
     (checkpoints.Checkpoints, 'save', 3, False),
     (Run, 'write_prompt', 3, False),
-    (loop, 'add_metrics', 11, True),
+    (loop.Loop, '_add', 11, True),
   ],
 )
 def test_a_run_cut_short_anywhere_ends_with_the_same_bits(
@@ -299,7 +307,7 @@ def test_a_finished_run_says_so_and_reads_no_model(
   def fail(*args, **kwargs):
     raise AssertionError
 
-  monkeypatch.setattr(train, 'restore', fail)
+  monkeypatch.setattr(start, 'restore', fail)
   monkeypatch.setattr(batches, 'Batches', fail)
   caplog.set_level(logging.INFO)
   before = tiny.files(started)
@@ -547,7 +555,7 @@ NOT_SCORES = ('step', 'split', 'task')
 
 def test_a_directory_that_was_replaced_is_not_written_to(tmp_path, monkeypatch):
   path, moved = tmp_path / 'run', tmp_path / 'moved'
-  original = loop.add_metrics
+  original = loop.Loop._add
 
   def replaced(this, metrics, step):
     if step == 5:
@@ -557,7 +565,7 @@ def test_a_directory_that_was_replaced_is_not_written_to(tmp_path, monkeypatch):
       (path / 'run.lock').write_text('of another run')
     return original(this, metrics, step)
 
-  monkeypatch.setattr(loop, 'add_metrics', replaced)
+  monkeypatch.setattr(loop.Loop, '_add', replaced)
   with pytest.raises(OSError, match='was deleted, renamed or replaced'):
     tiny.run(path)
   assert [file.name for file in path.iterdir()] == ['run.lock']

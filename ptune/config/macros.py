@@ -342,6 +342,10 @@ MACROS = {
     TASK_FILES=('a file or files for each split', "{'train': 'train.tsv'}"),
   ),
   **_each(
+    or_none(list_of(_task)),
+    TASKS=('tasks of a study in place of its own', "['sst2', 'boolq']"),
+  ),
+  **_each(
     _task,
     TASK_NAME=('name of the task made of files', "'mine'"),
   ),

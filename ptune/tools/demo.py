@@ -97,11 +97,8 @@ def demo(
   out.rule(f'[bold]a prompt of {PROMPT_LENGTH} vectors learns their sentiment')
   reviews = splits(generated_text.reviews, seed)
   train, _, test = reviews
-  made = miniature.programs(
-    config,
-    miniature.prompt_method(PROMPT_LENGTH),
-    miniature.prompt_optimizer(steps),
-  )
+  method = miniature.prompt_method(PROMPT_LENGTH)
+  made = miniature.programs(config, method, miniature.prompt_optimizer(steps))
   sentiment = miniature.tune(
     'prompt', made, base, pieces, reviews, steps, seed, out
   )
@@ -162,8 +159,7 @@ def demo(
   nearest = ', '.join(row[0] for row in words['sentiment'])
   out.print(f'Words nearest to the sentiment prompt: {nearest}.', markup=False)
   out.print(f'Written to {directory}: {", ".join(FILES)}.', markup=False)
-  next_steps = NEXT.format(directory=directory)
-  out.print(next_steps, markup=False, soft_wrap=True)
+  out.print(NEXT.format(directory=directory), markup=False, soft_wrap=True)
   return summary
 
 
