@@ -76,7 +76,7 @@ def test_the_others_end_and_name_the_one_that_was_killed(victim):
     host = os.uname().nodename
     text = f'process {victim} (host {host}, pid {started[victim].pid}) is gone'
     assert text in process.output
-    assert 'the same command goes on' in process.output
+    assert 'the same command resumes' in process.output
   assert time.monotonic() - begin < 10
 
 

@@ -196,7 +196,7 @@ def test_a_run_leaves_the_same_and_either_goes_on_with_the_other(tmp_path):
 
 
 def test_the_program_and_its_memory_are_smaller():
-  sizes_of = {}
+  sizes_of, loops = {}, {}
   for scans in (False, True):
     plan = plan_of(
       'prompt',
@@ -212,9 +212,11 @@ def test_the_program_and_its_memory_are_smaller():
     frozen = parameters.unflatten(frozen_weights.shapes(plan))
     program = step.lower(like, frozen, BATCH).compile()
     text = program.as_text()
-    assert (' while(' in text) == scans
+    loops[scans] = text.count(' while(')
     memory = program.memory_analysis().temp_size_in_bytes
     sizes_of[scans] = len(text), memory
+  # Forward and backward of both stacks; the compiler makes a few of its own.
+  assert loops[True] >= loops[False] + 4
   for loop, one in zip(sizes_of[True], sizes_of[False], strict=True):
     assert loop < 0.6 * one
 
