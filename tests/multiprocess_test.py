@@ -297,8 +297,8 @@ def test_processes_agree_on_the_checkpoint_that_they_go_on_from(alone, two):
   assert names == {'3', '6', '9', '10', '9.damaged', '10.damaged'}
   output = (two / 'output').read_text()
   assert output.count('checkpoints/10 cannot be read and is skipped') == 2
-  assert 'over: OSError: Input/output error' in output
-  assert 'over: another process cannot read it' in output
+  assert 'skipped: OSError: Input/output error' in output
+  assert 'skipped: another process cannot read it' in output
 
 
 def test_what_is_trained_in_parts_is_saved_whole(two):
