@@ -22,6 +22,7 @@ from ptune.model.layers import (
   kernel_init,
   product,
 )
+from ptune.model.sizes import T5Config
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -133,6 +134,19 @@ class RelativePositionBias(nn.Module):
     positions = jnp.arange(length)
     distance = positions[None, :] - positions[:, None]
     return jnp.take(by_distance, distance + length - 1, axis=1)[None]
+
+
+def relative_bias(
+  config: T5Config, bidirectional: bool, name: str = 'relpos_bias'
+) -> RelativePositionBias:
+  """The position bias of a stack, or of a layer, by its configuration."""
+  return RelativePositionBias(
+    config.num_heads,
+    bidirectional,
+    config.relative_attention_num_buckets,
+    config.relative_attention_max_distance,
+    name=name,
+  )
 
 
 def project_heads(

@@ -24,8 +24,8 @@ from flax import linen as nn
 
 from ptune.errors import UserError
 from ptune.model.adapters import adapt
-from ptune.model.attention import Attention, RelativePositionBias
-from ptune.model.layers import Dense, LayerNorm, pad_to, product
+from ptune.model.attention import Attention, project_out, relative_bias
+from ptune.model.layers import LayerNorm, pad_to, product
 from ptune.model.sizes import T5Config
 
 
@@ -68,13 +68,7 @@ def bias(config: T5Config, mask: jax.Array) -> Bias:
       same ones: the sums are of a whole row.
   """
   block = config.local_radius + 1
-  buckets = (
-    config.relative_attention_num_buckets,
-    config.relative_attention_max_distance,
-  )
-  made = RelativePositionBias(
-    config.num_heads, True, *buckets, name='relpos_bias'
-  )
+  made = relative_bias(config, bidirectional=True)
   # [1, heads, 3 * block, 3 * block] -> the rows of the block in the middle.
   local = made(3 * block)[:, :, block : 2 * block]
   if not config.global_block_size:
@@ -86,9 +80,7 @@ def bias(config: T5Config, mask: jax.Array) -> Bias:
       ' packed (set PACK = False), and a prompt cannot be causal'
     )
   members, seen, number = _blocks(mask[:, 0, 0], config.global_block_size)
-  side = RelativePositionBias(
-    config.num_heads, True, *buckets, name='side_relpos_bias'
-  )
+  side = relative_bias(config, bidirectional=True, name='side_relpos_bias')
   sums = members.shape[-1]
   # [heads, blocks, sums] -> [heads, batch, length, sums]
   table = side(max(sums, 1))[0, :, :, :sums]
@@ -176,9 +168,7 @@ class LongAttention(Attention):
       v = v * kept.swapaxes(1, 2)
     front = k.shape[1] - x.shape[1]
     y = self._in_blocks(q, k, v, mask, bias, front)
-    y = y[:, :length].reshape(*y.shape[:1], length, -1)
-    out = Dense(embed, ('joined_kv', 'embed'), self.dtype, name='out')(y)
-    return adapt(self, self.placements, 'out', y, out)
+    return project_out(self, self.placements, y[:, :length], embed, self.dtype)
 
   def _in_blocks(self, q, k, v, mask, bias, front):
     """[b, q, h, d], [b, front + q + sums, h, d] -> [b, at least q, h, d]."""

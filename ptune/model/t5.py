@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from ptune.model import cache, long_attention, scan
 from ptune.model.adapters import Placement, adapt
-from ptune.model.attention import Attention, RelativePositionBias
+from ptune.model.attention import Attention, relative_bias
 from ptune.model.layers import (
   Embed,
   Mlp,
@@ -61,7 +61,7 @@ def encoder_layers(
   if config.local_radius:
     bias = long_attention.bias(config, mask)
   elif not config.relative_attention_per_layer:
-    bias = _relative_bias(config, bidirectional=True)(x.shape[1])
+    bias = relative_bias(config, bidirectional=True)(x.shape[1])
   return scan.through_layers(
     functools.partial(EncoderLayer, config, placements),
     config.num_encoder_layers,
@@ -112,7 +112,7 @@ def decoder_layers(
   if config.relative_attention_per_layer:
     cache.keep_length(decoder, positions)
   else:
-    compute = _relative_bias(config, bidirectional=False)
+    compute = relative_bias(config, bidirectional=False)
     length = positions.keys.shape[0]
     bias = cache.bias(decoder, compute, length, positions.cache_index)
   return scan.through_layers(
@@ -144,7 +144,7 @@ class EncoderLayer(nn.Module):
     cfg, place = self.config, self.placements
     drop = residual_dropout(cfg, enable_dropout)
     if cfg.relative_attention_per_layer:
-      bias = _relative_bias(cfg, bidirectional=True)(x.shape[1])
+      bias = relative_bias(cfg, bidirectional=True)(x.shape[1])
     add = functools.partial(sublayer, self, cfg, place, dropout=drop)
 
     kind = Attention
@@ -191,7 +191,7 @@ class DecoderLayer(nn.Module):
     cfg, place = self.config, self.placements
     drop = residual_dropout(cfg, enable_dropout)
     if cfg.relative_attention_per_layer:
-      compute = _relative_bias(cfg, bidirectional=False)
+      compute = relative_bias(cfg, bidirectional=False)
       bias = cache.bias(self, compute, x.shape[1], cache_index)
     add = functools.partial(sublayer, self, cfg, place, dropout=drop)
 
@@ -221,17 +221,6 @@ class DecoderLayer(nn.Module):
       )
     x = add('mlp', mlp, x)
     return constrain(x, 'batch', 'length', 'embed')
-
-
-def _relative_bias(cfg: T5Config, bidirectional: bool) -> RelativePositionBias:
-  """The position bias of a stack, or of a layer."""
-  return RelativePositionBias(
-    cfg.num_heads,
-    bidirectional,
-    cfg.relative_attention_num_buckets,
-    cfg.relative_attention_max_distance,
-    name='relpos_bias',
-  )
 
 
 def _attention(
