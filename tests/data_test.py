@@ -10,7 +10,6 @@ import json
 import pathlib
 import re
 import threading
-import uuid
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from ptune.data import batches as data
 from ptune.data import device_feed, padding, positions, seqio_rows, seqio_task
 from ptune.data.device_feed import device_put
 from ptune.tasks import files
+from tests import new_name
 
 import seqio  # isort: skip  (after seqio_rows, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip
@@ -68,7 +68,7 @@ def make_task(rows, *, preprocessors=TOKENIZE, counted=True, features=FEATURES):
     num_input_examples={'train': len(rows)} if counted else None,
   )
   return seqio.TaskRegistry.add(
-    f'data_test_{uuid.uuid4().hex}',
+    new_name('data_test'),
     source=source,
     preprocessors=preprocessors,
     output_features=features,
@@ -78,7 +78,7 @@ def make_task(rows, *, preprocessors=TOKENIZE, counted=True, features=FEATURES):
 def make_mixture(counts=(40, 25)):
   tasks = [make_task(rows_of_text(n, seed=n)) for n in counts]
   return seqio.MixtureRegistry.add(
-    f'data_test_{uuid.uuid4().hex}',
+    new_name('data_test'),
     [(t.name, 1.0 + i) for i, t in enumerate(tasks)],
   )
 
@@ -387,7 +387,7 @@ def test_the_same_rows_from_files_and_memory_give_the_same_batches(tmp_path):
     return {'inputs': inputs, 'targets': targets}
 
   from_file = seqio.TaskRegistry.add(
-    f'data_test_{uuid.uuid4().hex}',
+    new_name('data_test'),
     source=seqio.TextLineDataSource({'train': str(path)}),
     preprocessors=(split, *TOKENIZE),
     output_features=FEATURES,
@@ -699,8 +699,8 @@ def test_eval_batches_keep_the_indices_of_an_enumerated_dataset(task):
 
 
 def test_load_task_imports_the_module_that_registers_it(tmp_path, monkeypatch):
-  name = f'data_test_{uuid.uuid4().hex}'
-  module = f'module_{uuid.uuid4().hex}'
+  name = new_name('data_test')
+  module = new_name('module')
   (tmp_path / f'{module}.py').write_text(
     'import seqio\n'
     f"seqio.TaskRegistry.add('{name}', source=seqio.TextLineDataSource("
@@ -792,7 +792,7 @@ def test_a_mixture_cannot_be_kept_in_memory():
 def test_a_stream_that_ends_is_an_error():
   tasks = (make_task(rows_of_text(40)), 99), (make_task([]), 1)
   mixture = seqio.MixtureRegistry.add(
-    f'data_test_{uuid.uuid4().hex}', [(task.name, rate) for task, rate in tasks]
+    new_name('data_test'), [(task.name, rate) for task, rate in tasks]
   )
   batches = data.Batches(mixture, LENGTHS, 4, window=2)
   with pytest.raises(

@@ -227,7 +227,7 @@ def test_packed_windows_resume_from_a_kept_position(tmp_path, caplog):
   with caplog.at_level('INFO', logger='absl'):
     assert_same(again(15), expected[15])
     assert_same(again(3), expected[3])
-  assert 'skipping 120 rows to resume, of which 0 are read' in caplog.text
+  assert 'skipping 128 rows to resume, of which 0 are read' in caplog.text
 
 
 def test_rows_have_room_for_the_longest_example_and_its_prompt(task):

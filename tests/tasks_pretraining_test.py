@@ -12,12 +12,12 @@ import itertools
 import json
 import pathlib
 import random
-import uuid
 
 import numpy as np
 import pytest
 
 from ptune.data import batches as data
+from tests import new_name
 
 import seqio  # isort: skip  (after seqio_task, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip
@@ -62,7 +62,7 @@ def source_of(lines):
 
 def add(register, lines, **parameters):
   source = lines if isinstance(lines, seqio.DataSource) else source_of(lines)
-  name = f'pretraining_test_{uuid.uuid4().hex}'
+  name = new_name('pretraining_test')
   return register(name, source, BYTES, **parameters)
 
 
@@ -569,7 +569,7 @@ def test_text_files_train_on_the_vocabulary_made_of_them(vocabulary_run):
   folder, output, _ = vocabulary_run
   pieces = seqio.SentencePieceVocabulary(str(output), extra_ids=100)
   task = pretraining.add_span_corruption(
-    f'pretraining_test_{uuid.uuid4().hex}',
+    new_name('pretraining_test'),
     pretraining.text_files(f'{folder}/*.txt*'),
     pieces,
   )
