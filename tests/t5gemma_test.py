@@ -382,11 +382,16 @@ def test_eight_devices_answer_as_one(name, mesh):
   assert kernel.addressable_shards[0].data.size < kernel.size
 
 
+@pytest.mark.parametrize(
+  'how',
+  [{'scan': True, 'remat': True}, {'length_multiple': 9}],
+  ids=['loop', 'tiles'],
+)
 @both
-def test_a_loop_over_alternating_layers_answers_the_same(name):
-  model = models.EncoderDecoderModel(
-    with_prompt(name, scan=True, remat=True), z_loss=0.0
-  )
+def test_loops_over_alternating_layers_and_full_tiles_answer_the_same(
+  name, how
+):
+  model = models.EncoderDecoderModel(with_prompt(name, **how), z_loss=0.0)
 
   def loss(rows):
     params = parameters.merge(

@@ -1,4 +1,4 @@
-"""Positions that fill the tiles of a device: T5Config.length_multiple."""
+"""Positions that fill the tiles of a device: ModelConfig.length_multiple."""
 
 import dataclasses
 import functools

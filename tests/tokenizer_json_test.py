@@ -17,6 +17,7 @@ from ptune.convert.vocabulary import check_same, open_vocabulary, vocabulary_of
 from ptune.data import batches as data
 from ptune.data import seqio_task
 from ptune.errors import UserError
+from ptune.methods import prompt_init
 from ptune.model.config import TokenIds
 from ptune.tasks import texts
 
@@ -238,6 +239,24 @@ def test_gemmas_start_stands_before_a_text_as_the_files_say(gemma, tmp_path):
     0,
     *Pieces(pretrained.VOCABULARY).encode('so'),
   ]
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'gemma'])
+def test_a_prompt_starts_without_the_start_of_a_text(request, kind):
+  vocabulary = open_vocabulary(request.getfixturevalue(kind))
+  start, *pieces = vocabulary.encode('so good')
+  assert start in vocabulary.encode('') and len(pieces) > 1
+  table = np.arange(3.0 * vocabulary.vocab_size).reshape(-1, 3) ** 2
+  base = prompt_init.Base(table.__getitem__, lambda: vocabulary, list)
+  shape, rng = (len(pieces), 3), np.random.default_rng(0)
+  labels = prompt_init.from_class_labels(['so good'])(rng, shape, base)
+  np.testing.assert_allclose(labels[0], table[pieces].mean(0), rtol=1e-6)
+  text = prompt_init.from_string('so good')(rng, shape, base)
+  np.testing.assert_allclose(text, table[pieces], rtol=1e-6)
+  task = texts.TextTask(f'starts_{kind}', {}, vocabulary=vocabulary)
+  assert seqio_task.text_ids('so good', task) == tuple(pieces)
+  with pytest.raises(UserError, match=r"'\s*' cannot be encoded"):
+    prompt_init.from_class_labels([''])(rng, shape, base)
 
 
 def test_targets_begin_behind_the_start_that_the_decoder_reads(gemma):

@@ -19,6 +19,7 @@ from ptune.data.text_rows import TextRows
 from ptune.errors import UserError
 from ptune.host import paths
 from ptune.host.quiet import quiet_stderr
+from ptune.methods import prompt_init
 from ptune.model.sizes import TokenIds
 from ptune.tasks import labels as labels_lib
 from ptune.tasks.metrics import UNLABELLED
@@ -290,7 +291,7 @@ def text_ids(
   mixture_or_task_module: str | Sequence[str] | None = None,
   file: str | os.PathLike[str] | None = None,
 ) -> tuple[int, ...]:
-  """The token ids of a text in a task's vocabulary, without EOS.
+  """The ids of a text's pieces in a task's vocabulary; see `pieces_of`.
 
   Args:
     text: The text.
@@ -309,7 +310,7 @@ def text_ids(
     path = paths.check_file(file or '', 'CONTEXT_FILE')
     text = epath.Path(path).read_text()
   task = load(mixture_or_task_name, mixture_or_task_module)
-  return tuple(vocabulary(task).encode(text))
+  return tuple(prompt_init.pieces_of(text, vocabulary(task)))
 
 
 def target_ids(

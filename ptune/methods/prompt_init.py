@@ -31,7 +31,7 @@ class Base:
     embedding: Reads rows of the frozen model's token embedding:
       ids [n] -> [n, embed] float32.
     vocabulary: Returns the task's vocabulary, a seqio.Vocabulary. Its `encode`
-      turns a string into ids without EOS.
+      turns a string into ids without EOS; see also `pieces_of`.
     labels: Returns the task's class labels, as strings.
     sites: Runs the frozen model on a text and returns the values at each site:
       ids [n] -> arrays [1, n, ...] float32 by the path of the site.
@@ -304,8 +304,19 @@ def from_prompts(
   return init
 
 
+def pieces_of(text: str, vocabulary: Any) -> list[int]:
+  """Returns the ids of a text's own pieces.
+
+  They are without EOS, and without the token that some vocabularies put before
+  every text: Gemma's <bos>, CodeT5's <s>. The inputs after a prompt begin with
+  it.
+  """
+  ids, begin = list(vocabulary.encode(text)), list(vocabulary.encode(''))
+  return ids[len(begin) :] if ids[: len(begin)] == begin else ids
+
+
 def _encode(text: str, vocabulary: Any, what: str) -> list[int]:
-  ids = list(vocabulary.encode(text))
+  ids = pieces_of(text, vocabulary)
   known = [i for i in ids if i != vocabulary.unk_id]
   # SentencePiece puts a space, which is known, before a word that is not.
   if not known or (

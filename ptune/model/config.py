@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptune.config import annotations
-from ptune.errors import UserError
+from ptune.errors import UserError, check_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,9 @@ class ModelConfig:
     scan: Whether a loop computes the layers of a stack, see `scan`. It compiles
       faster. It needs less memory with remat, and more without, because the
       loop keeps everything that the backward pass may read.
+    length_multiple: Padding rounds the encoder's positions, prompt and inputs
+      together, up to a multiple of this; None follows the device, see
+      `layers.fill_tiles`.
   """
 
   vocab_size: int
@@ -68,6 +71,7 @@ class ModelConfig:
   remat: bool = False
   fused_attention: bool | None = None
   scan: bool = False
+  length_multiple: int | None = None
 
   @property
   def norm_offset(self) -> float:
@@ -78,6 +82,8 @@ class ModelConfig:
     if isinstance(self.ids, Mapping):
       object.__setattr__(self, 'ids', _ids(self.ids))
     annotations.check_fields(self)
+    if self.length_multiple is not None:
+      check_counts(length_multiple=self.length_multiple)
     outside = {
       name: value
       for name, value in dataclasses.asdict(self.ids).items()

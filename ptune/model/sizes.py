@@ -39,9 +39,6 @@ class T5Config(ModelConfig):
       positions. See `long_attention`.
     global_block_size: With local_radius, the positions of a block whose sum
       every position sees (transient-global attention); 0 for none.
-    length_multiple: Padding rounds the encoder's positions, prompt and inputs
-      together, up to a multiple of this; None follows the device, see
-      `layers.fill_tiles`.
     relative_attention_num_buckets: Buckets of the relative position bias.
     relative_attention_max_distance: The distance at which its last bucket
       starts.
@@ -61,7 +58,6 @@ class T5Config(ModelConfig):
   relative_attention_per_layer: bool = False
   local_radius: int = 0
   global_block_size: int = 0
-  length_multiple: int | None = None
   relative_attention_num_buckets: int = 32
   relative_attention_max_distance: int = 128
 
@@ -127,8 +123,6 @@ class T5Config(ModelConfig):
     object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
     counts = ('vocab_size', 'emb_dim', 'num_heads', 'head_dim', 'mlp_dim')
     counts += ('num_decoder_layers', 'relative_attention_num_buckets')
-    if self.length_multiple is not None:
-      counts += ('length_multiple',)
     check_counts(**{name: getattr(self, name) for name in counts})
     super().__post_init__()
     if min(self.local_radius, self.global_block_size) < 0 or (

@@ -107,11 +107,6 @@ class T5GemmaConfig(ModelConfig):
     return False
 
   @property
-  def length_multiple(self) -> int:
-    """Always 1: positions are not padded; see `T5Config.length_multiple`."""
-    return 1
-
-  @property
   def decoder_only(self) -> bool:
     """Always false; see `T5Config.decoder_only`."""
     return False
