@@ -113,7 +113,7 @@ def test_the_noise_is_of_its_size_once_a_step_and_follows_the_step():
 
 
 def test_it_costs_one_backward_pass(optimized):
-  config = sizes.t5('t5_1_1_small')
+  config = sizes.t5('t5_1_1_small').with_depth(2, 1)
   plan = parameters.plan(config, prompt.prompt(100), ONE)
   tx = optim.adafactor()
   like = state_lib.abstract_state(tx, plan)

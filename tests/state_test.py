@@ -106,7 +106,7 @@ def test_bfloat16_has_all_products_that_a_step_with_dropout_needs(microbatches):
 def test_a_prompt_step_costs_at_most_2_1_forward_passes(optimized):
   # Were a single gradient of a frozen kernel read, even by a metric, XLA
   # would compute it; all of them make it three forward passes.
-  config = sizes.t5('t5_1_1_small')
+  config = sizes.t5('t5_1_1_small').with_depth(2, 1)
   plan = parameters.plan(config, prompt.prompt(100), ONE)
   rows = NamedSharding(ONE, PartitionSpec('data'))
   batch = {
@@ -120,7 +120,7 @@ def test_a_prompt_step_costs_at_most_2_1_forward_passes(optimized):
   }
   step, forward, *_ = peers.compile_step(plan, batch)
   step, forward = (p.cost_analysis()['flops'] for p in (step, forward))
-  assert 20e9 < forward < 26e9
+  assert 5e9 < forward < 7e9
   assert 1.9 < step / forward < 2.1
 
 
