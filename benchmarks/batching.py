@@ -85,14 +85,14 @@ def measure(args):
   task = task_of(directory)
   lengths = {'inputs': args.inputs, 'targets': args.targets}
   tx = optim.adafactor()
-  like = state_lib.abstract_state(tx, ours.plan)
+  abstract = state_lib.abstract_state(tx, ours.plan)
   packed = packing.model_of(EncoderDecoderModel, ours.plan)
 
   def steps(model):
     """A call that takes the next step, of a batch."""
-    step = state_lib.compile_step(model, tx, ours.plan, like)
+    step = state_lib.compile_step(model, tx, ours.plan, abstract)
     trainable = jax.tree.map(jnp.copy, ours.trainable)
-    state = state_lib.first_state(tx, trainable, like)
+    state = state_lib.first_state(tx, trainable, abstract)
     return peers.repeated(step, state, ours.frozen)
 
   calls, counts, result = {}, {}, {}

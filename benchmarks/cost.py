@@ -30,9 +30,9 @@ def cost(args):
   ours = peers.ours(args)
   plan = ours.plan
   batch = peers.batch_of(plan, args.batch, args.inputs, args.targets)
-  step, _, tx, like = peers.compile_step(plan, batch)
+  step, _, tx, abstract = peers.compile_step(plan, batch)
   trainable = jax.tree.map(jnp.copy, ours.trainable)
-  state = state_lib.first_state(tx, trainable, like)
+  state = state_lib.first_state(tx, trainable, abstract)
   call = peers.repeated(step, state, ours.frozen, batch)
   taken = [peers.seconds_of(call) for _ in range(args.rounds + 1)]
   return {

@@ -39,10 +39,10 @@ def measure(args):
   )
   with plan.scope():
     together = update.lower(state, ours.frozen, rows).compile()
-  step, _, tx, like = peers.compile_step(plan, one)
+  step, _, tx, abstract = peers.compile_step(plan, one)
   alone = [
     peers.repeated(
-      step, state_lib.first_state(tx, copy(), like), ours.frozen, one
+      step, state_lib.first_state(tx, copy(), abstract), ours.frozen, one
     )
     for _ in runs
   ]

@@ -213,17 +213,17 @@ def compile_step(plan: parameters.Plan, batch: Mapping[str, Any]):
   """
   model = EncoderDecoderModel(plan.network)
   tx = optim.adafactor()
-  like = state_lib.abstract_state(tx, plan)
+  abstract = state_lib.abstract_state(tx, plan)
   frozen = parameters.unflatten(frozen_weights.shapes(plan))
-  update = state_lib.compile_step(model, tx, plan, like)
+  update = state_lib.compile_step(model, tx, plan, abstract)
 
   def loss(trainable, frozen, batch):
     return model.loss(parameters.merge(trainable, frozen), batch)[0]
 
   with plan.scope():
-    step = update.lower(like, frozen, batch).compile()
-    forward = jax.jit(loss).lower(like.trainable, frozen, batch).compile()
-  return step, forward, tx, like
+    step = update.lower(abstract, frozen, batch).compile()
+    forward = jax.jit(loss).lower(abstract.trainable, frozen, batch).compile()
+  return step, forward, tx, abstract
 
 
 def repeated(step: Callable[..., Any], state: Any, *rest: Any):

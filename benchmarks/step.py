@@ -70,11 +70,11 @@ def measure(args):
   plan = ours.plan
   batch = peers.batch_of(plan, args.batch, args.inputs, args.targets)
   start = time.perf_counter()
-  step, forward, tx, like = peers.compile_step(plan, batch)
+  step, forward, tx, abstract = peers.compile_step(plan, batch)
   compile_seconds = time.perf_counter() - start
   # Donated: each has a copy of its own.
   first = lambda: state_lib.first_state(
-    tx, jax.tree.map(jnp.copy, ours.trainable), like
+    tx, jax.tree.map(jnp.copy, ours.trainable), abstract
   )
   calls = {'ours': peers.repeated(step, first(), ours.frozen, batch)}
   result = {}

@@ -53,7 +53,7 @@ def compiled(args: argparse.Namespace):
   devices = tpu_compiler.devices(args.chip, args.devices)
   mesh = partitioning.make_mesh(args.model_parallel, devices)
   plan = parameters.plan(config, prompt.prompt(args.prompt_length), mesh)
-  run = memory.Run(
+  run = memory.Workload(
     config=config,
     method=plan.method,
     optimizer=optim.adafactor,

@@ -168,7 +168,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     [a for a in argv if not a.startswith('--gin.')]
   )
   if unknown:
-    parser.error(f'unrecognized arguments: {flags.like(args.program, unknown)}')
+    parser.error(
+      f'unrecognized arguments: {flags.unknown_flags(args.program, unknown)}'
+    )
   if args.program in TOOLS:
     return args
   args.gin_bindings += bindings

@@ -97,8 +97,8 @@ def train(
       plan = with_rows(plan, source)
     facts['initial_step'] = (source and source.step) or 0
     tx = optimizer(initial_step=facts['initial_step'])
-    like = state_lib.abstract_state(tx, plan)
-    state = run.restore(like)
+    abstract = state_lib.abstract_state(tx, plan)
+    state = run.restore(abstract)
     scored = evaluation if evaluates else None
     if start.is_finished(run, plan, state, train_steps, scored):
       return state
@@ -128,13 +128,15 @@ def train(
     if state is None:
       trainable = {path: base[path] for path in plan.trainable & plan.base}
       trainable |= start.first_adapters(plan, base, task, data, seed)
-      state = state_lib.first_state(tx, parameters.unflatten(trainable), like)
+      state = state_lib.first_state(
+        tx, parameters.unflatten(trainable), abstract
+      )
     del base
     frozen = parameters.unflatten(frozen_weights.freeze(plan, frozen))
 
     # ------------------------------------------------------------------ loop
     update = state_lib.compile_step(
-      trained, tx, plan, like, data.microbatches, seed, private
+      trained, tx, plan, abstract, data.microbatches, seed, private
     )
     member = Member('', plan, facts, lambda state: state.trainable)
     # A packed example was checked by itself.

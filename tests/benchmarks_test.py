@@ -167,8 +167,8 @@ def test_a_step_moves_nothing_between_host_and_device():
   args = peers.parser('toy', **FLAGS).parse_args([])
   ours = peers.ours(args)
   batch = peers.batch_of(ours.plan, 2, 16, 4)
-  step, _, tx, like = peers.compile_step(ours.plan, batch)
-  state = state_lib.first_state(tx, ours.trainable, like)
+  step, _, tx, abstract = peers.compile_step(ours.plan, batch)
+  state = state_lib.first_state(tx, ours.trainable, abstract)
   call = peers.repeated(step, state, ours.frozen, batch)
   with jax.transfer_guard('disallow'):
     for _ in range(3):

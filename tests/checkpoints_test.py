@@ -25,15 +25,15 @@ def make_state(config=tiny.CONFIG, length=3, step=4, seed=0):
   mesh = partitioning.make_mesh()
   plan = parameters.plan(config, prompt.prompt(length), mesh)
   tx = optim.adafactor()
-  like = state_lib.abstract_state(tx, plan)
+  abstract = state_lib.abstract_state(tx, plan)
   rng = np.random.default_rng(seed)
 
   def draw(x):
     values = rng.normal(size=x.shape).astype(x.dtype)
     return jax.device_put(values, x.sharding)
 
-  state = jax.tree.map(draw, like)
-  return state.replace(step=jax.device_put(jnp.int32(step))), like
+  state = jax.tree.map(draw, abstract)
+  return state.replace(step=jax.device_put(jnp.int32(step))), abstract
 
 
 def assert_equal(left, right):
@@ -47,20 +47,20 @@ def save(directory, *states, keep=None, start=0):
 
 
 def test_what_is_saved_is_restored_to_the_bit(tmp_path):
-  state, like = make_state()
+  state, abstract = make_state()
   save(tmp_path, state)
-  restored, sums = checkpoints.restore(tmp_path, like)
+  restored, sums = checkpoints.restore(tmp_path, abstract)
   assert_equal(restored, state)
   assert sums == SUMS
   assert jax.tree.map(lambda x: x.sharding, restored.trainable) == (
-    jax.tree.map(lambda x: x.sharding, like.trainable)
+    jax.tree.map(lambda x: x.sharding, abstract.trainable)
   )
 
 
 def test_nothing_is_restored_from_nothing(tmp_path):
-  _, like = make_state()
-  assert checkpoints.restore(tmp_path / 'none', like) is None
-  assert checkpoints.restore(tmp_path, like) is None
+  _, abstract = make_state()
+  assert checkpoints.restore(tmp_path / 'none', abstract) is None
+  assert checkpoints.restore(tmp_path, abstract) is None
   assert checkpoints.finished_steps(tmp_path / 'none') == []
 
 
@@ -79,10 +79,10 @@ def test_only_the_newest_are_kept_if_so_wished(tmp_path):
 
 
 def test_a_checkpoint_is_not_written_twice(tmp_path):
-  first, like = make_state(seed=0)
+  first, abstract = make_state(seed=0)
   second, _ = make_state(seed=1)
   save(tmp_path, first, second)
-  restored, _ = checkpoints.restore(tmp_path, like)
+  restored, _ = checkpoints.restore(tmp_path, abstract)
   assert_equal(restored, first)
 
 
@@ -98,23 +98,23 @@ def test_what_is_newer_than_the_start_is_set_aside(tmp_path):
 
 
 def test_what_was_cut_short_is_no_checkpoint(tmp_path):
-  state, like = make_state(step=2)
+  state, abstract = make_state(step=2)
   save(tmp_path, state)
   # What Orbax leaves where it is killed.
   (tmp_path / '3.orbax-checkpoint-tmp' / 'state').mkdir(parents=True)
   assert checkpoints.finished_steps(tmp_path) == [2]
-  assert int(checkpoints.restore(tmp_path, like)[0].step) == 2
+  assert int(checkpoints.restore(tmp_path, abstract)[0].step) == 2
   save(tmp_path, make_state(step=3)[0], start=2)
   assert sorted(path.name for path in tmp_path.iterdir()) == ['2', '3']
 
 
 def test_the_state_of_another_optimizer_is_told_from_damage(tmp_path):
-  state, like = make_state()
+  state, abstract = make_state()
   save(tmp_path, state.replace(opt_state={'m': jnp.zeros(3)}))
   with pytest.raises(
     ValueError, match='4 holds the state of another optimizer'
   ):
-    checkpoints.restore(tmp_path, like)
+    checkpoints.restore(tmp_path, abstract)
 
 
 def spoiled(contents):
@@ -144,7 +144,7 @@ careless = pytest.mark.filterwarnings(
 def test_whatever_file_is_damaged_no_other_values_are_restored(
   tmp_path, collected
 ):
-  old, like = make_state(step=4, seed=0)
+  old, abstract = make_state(step=4, seed=0)
   new, _ = make_state(step=8, seed=1)
   save(tmp_path, old, new)
   noticed = 0
@@ -154,24 +154,24 @@ def test_whatever_file_is_damaged_no_other_values_are_restored(
     contents = path.read_bytes()
     for damaged in spoiled(contents):
       path.unlink() if damaged is None else path.write_bytes(damaged)
-      restored, _ = checkpoints.restore(tmp_path, like)
+      restored, _ = checkpoints.restore(tmp_path, abstract)
       assert_equal(restored, {4: old, 8: new}[int(restored.step)])
       noticed += int(restored.step) == 4
       path.write_bytes(contents)
   assert noticed > 10
-  restored, _ = checkpoints.restore(tmp_path, like)
+  restored, _ = checkpoints.restore(tmp_path, abstract)
   assert_equal(restored, new)
 
 
 @careless
 def test_damage_is_told_in_one_line(tmp_path, caplog, collected):
-  state, like = make_state()
+  state, abstract = make_state()
   save(tmp_path, state)
   for path in (tmp_path / '4' / 'state').rglob('*'):
     if path.is_file():
       path.write_bytes(b'')
   with pytest.raises(ValueError, match=r'none of the checkpoints \[4\] in'):
-    checkpoints.restore(tmp_path, like)
+    checkpoints.restore(tmp_path, abstract)
   text = f'checkpoint {tmp_path}/4 cannot be read and is skipped: '
   (message,) = (m for m in caplog.messages if m.startswith(text))
   assert '\n' not in message

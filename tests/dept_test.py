@@ -96,8 +96,8 @@ def test_the_additions_learn_at_their_own_rate(name):
     {p: np.zeros(x.shape, np.float32) for p, x in plan.select(
       plan.trainable).items()}
   )  # fmt: skip
-  like = state_lib.abstract_state(tx, plan)
-  state = state_lib.first_state(tx, trainable, like)
+  abstract = state_lib.abstract_state(tx, plan)
+  state = state_lib.first_state(tx, trainable, abstract)
   grads = jax.tree.map(np.ones_like, trainable)
   updates, _ = tx.update(grads, state.opt_state, trainable)
   for path, x in parameters.flatten(updates).items():

@@ -291,12 +291,12 @@ def test_a_step_is_the_same_when_sharded_and_after_a_restart(name, tmp_path):
   # The reference has that prompt, although layer 0 replaces it.
   assert idle == ({prompt.PATH} if name == 'per_layer, replace' else set())
 
-  like = state_lib.abstract_state(tx, plan)
-  update = state_lib.compile_step(model, tx, plan, like)
+  abstract = state_lib.abstract_state(tx, plan)
+  update = state_lib.compile_step(model, tx, plan, abstract)
   state, frozen = state_and_frozen(
     lambda path: parameters.place(np.asarray(values[path]), plan.params[path])
   )
-  state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, like))
+  state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
   with plan.scope():
     many, sharded_sums = update(state, frozen, batch)
   np.testing.assert_allclose(sharded_sums['loss'], sums['loss'], rtol=1e-5)
@@ -308,7 +308,7 @@ def test_a_step_is_the_same_when_sharded_and_after_a_restart(name, tmp_path):
   # Saved, restored and gone on with: nothing else is needed, bit by bit.
   with checkpoints.Checkpoints(tmp_path, start=0) as saved:
     saved.save(many, {})
-  restored = checkpoints.restore(tmp_path, like)
+  restored = checkpoints.restore(tmp_path, abstract)
   on_disk = open_checkpoint(tmp_path / '1').shapes
   assert on_disk == {p: plan.params[p].shape for p in plan.trainable}
   with plan.scope():

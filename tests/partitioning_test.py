@@ -78,16 +78,22 @@ def program(plan, **settings):
     plan.network, loss_normalizing_factor='NUM_REAL_TARGET_TOKENS'
   )
   tx = optim.adafactor(1_100_000)
-  like = state_lib.abstract_state(tx, plan)
-  return tx, like, state_lib.compile_step(model, tx, plan, like, **settings)
+  abstract = state_lib.abstract_state(tx, plan)
+  return (
+    tx,
+    abstract,
+    state_lib.compile_step(model, tx, plan, abstract, **settings),
+  )
 
 
 @functools.cache
 def update(mesh, method='prompt', **settings):
   """The trained parameters after a step, and its sums."""
   plan = plan_on(mesh, method)
-  tx, like, step = program(plan, **settings)
-  state = state_lib.first_state(tx, nested(placed(plan, plan.trainable)), like)
+  tx, abstract, step = program(plan, **settings)
+  state = state_lib.first_state(
+    tx, nested(placed(plan, plan.trainable)), abstract
+  )
   frozen = nested(placed(plan, plan.frozen))
   with plan.scope():
     state, sums = step(state, frozen, device_put(BATCH, plan.mesh))
@@ -140,8 +146,10 @@ def test_microbatches_change_nothing():
 @pytest.mark.parametrize('mesh', ['8x1', '4x2'])
 def test_fully_sharded_weights_change_no_number(mesh):
   plan = plan_on(mesh, fsdp=True)
-  tx, like, step = program(plan)
-  state = state_lib.first_state(tx, nested(placed(plan, plan.trainable)), like)
+  tx, abstract, step = program(plan)
+  state = state_lib.first_state(
+    tx, nested(placed(plan, plan.trainable)), abstract
+  )
   frozen = placed(plan, plan.frozen)
   with plan.scope():
     state, sums = step(state, nested(frozen), device_put(BATCH, plan.mesh))
@@ -229,10 +237,10 @@ def test_initialised_weights_are_made_where_they_lie():
 
 def test_the_optimizers_moments_lie_like_their_parameters():
   plan = plan_on('2x4', 'full')
-  like = state_lib.abstract_state(optim.adafactor(), plan)
+  abstract = state_lib.abstract_state(optim.adafactor(), plan)
   moments = [
     s.v
-    for s in jax.tree.leaves(like, is_leaf=lambda s: hasattr(s, 'v'))
+    for s in jax.tree.leaves(abstract, is_leaf=lambda s: hasattr(s, 'v'))
     if hasattr(s, 'v')
   ]
   assert len(moments) == 1
@@ -248,14 +256,14 @@ def test_the_optimizers_moments_lie_like_their_parameters():
 def lowered(mesh):
   """The program of an update, as it is handed to XLA, without any array."""
   plan = plan_on(mesh)
-  _, like, step = program(plan)
+  _, abstract, step = program(plan)
   frozen = nested(plan.select(plan.frozen))
   rows = jax.sharding.NamedSharding(plan.mesh, P('data'))
   batch = {
     k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
     for k, x in BATCH.items()
   }
-  return plan, lambda: step.lower(like, frozen, batch).as_text()
+  return plan, lambda: step.lower(abstract, frozen, batch).as_text()
 
 
 def constraints(text):

@@ -12,7 +12,14 @@ from ptune.methods import full, prompt
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.models import EncoderDecoderModel
 from ptune.tools import plan as fit
-from ptune.tools.memory import Memory, Run, at_depth, depths, held, measure
+from ptune.tools.memory import (
+  Memory,
+  Workload,
+  at_depth,
+  depths,
+  measure,
+  memory_of,
+)
 from ptune.training import optim
 from ptune.training import state as state_lib
 
@@ -25,7 +32,7 @@ CONFIG = sizes.T5Config(
   num_encoder_layers=1,
   num_decoder_layers=1,
 )
-RUN = Run(
+RUN = Workload(
   config=CONFIG,
   method=prompt.prompt(8),
   optimizer=optim.adafactor,
@@ -56,7 +63,7 @@ def test_what_is_held_is_what_a_run_would_put_there(method, fsdp):
   run = dataclasses.replace(RUN, config=config, method=method)
   mesh = partitioning.make_mesh(4)
   one = partitioning.make_mesh(1, jax.devices()[:1])
-  planned = held(run, parameters.plan(config, method, one).on(mesh), 0)
+  planned = memory_of(run, parameters.plan(config, method, one).on(mesh), 0)
 
   plan = parameters.plan(config, method, mesh)
   params = parameters.initialize(plan, plan.params, seed=0)

@@ -26,13 +26,13 @@ NEVER = 1e9  # A clip that never binds.
 def update(private, dropout_rate=0.0, microbatches=1, tx=None, batch=BATCH):
   """The prompt before and after a step of SGD, and the step's sums."""
   plan, tx = plan_of(dropout_rate), tx or optax.sgd(1.0)
-  state, frozen, like = start(plan, tx)
+  state, frozen, abstract = start(plan, tx)
   before = np.array(parameters.flatten(state.trainable)[prompt.PATH])
   step = state_lib.compile_step(
     models.EncoderDecoderModel(plan.network),
     tx,
     plan,
-    like,
+    abstract,
     microbatches,
     private=private,
   )
@@ -116,7 +116,7 @@ def test_it_costs_one_backward_pass(optimized):
   config = sizes.t5('t5_1_1_small').with_depth(2, 1)
   plan = parameters.plan(config, prompt.prompt(100), ONE)
   tx = optim.adafactor()
-  like = state_lib.abstract_state(tx, plan)
+  abstract = state_lib.abstract_state(tx, plan)
   shapes = {
     'encoder_input_tokens': (8, 64),
     **dict.fromkeys(
@@ -133,10 +133,10 @@ def test_it_costs_one_backward_pass(optimized):
   flops = []
   for one in (None, private(1.0, 1.0)):
     step = state_lib.compile_step(
-      models.EncoderDecoderModel(plan.network), tx, plan, like, private=one
+      models.EncoderDecoderModel(plan.network), tx, plan, abstract, private=one
     )
     with plan.scope():
-      program = step.lower(like, frozen, batch).compile()
+      program = step.lower(abstract, frozen, batch).compile()
     flops.append(program.cost_analysis()['flops'])
   assert flops[1] < 1.01 * flops[0]
 

@@ -76,15 +76,15 @@ def train(name, mesh='1x1', steps=10, **changes):
     plan.network, loss_normalizing_factor='NUM_REAL_TARGET_TOKENS'
   )
   tx = optim.adafactor(1_100_000, learning_rate=0.01)
-  like = state_lib.abstract_state(tx, plan)
-  step = state_lib.compile_step(model, tx, plan, like)
+  abstract = state_lib.abstract_state(tx, plan)
+  step = state_lib.compile_step(model, tx, plan, abstract)
   placed = {
     path: parameters.place(values(name)[path], x)
     for path, x in plan.params.items()
   }
   trained = {path: placed.pop(path) for path in plan.trainable}
   frozen = parameters.unflatten(frozen_weights.freeze(plan, placed))
-  state = state_lib.first_state(tx, parameters.unflatten(trained), like)
+  state = state_lib.first_state(tx, parameters.unflatten(trained), abstract)
   batch = device_feed.device_put(BATCH, plan.mesh)
   sums = []
   with plan.scope():
@@ -207,10 +207,10 @@ def test_the_program_and_its_memory_are_smaller():
     )
     model = models.EncoderDecoderModel(plan.network)
     tx = optim.adafactor(1)
-    like = state_lib.abstract_state(tx, plan)
-    step = state_lib.compile_step(model, tx, plan, like)
+    abstract = state_lib.abstract_state(tx, plan)
+    step = state_lib.compile_step(model, tx, plan, abstract)
     frozen = parameters.unflatten(frozen_weights.shapes(plan))
-    program = step.lower(like, frozen, BATCH).compile()
+    program = step.lower(abstract, frozen, BATCH).compile()
     text = program.as_text()
     loops[scans] = text.count(' while(')
     memory = program.memory_analysis().temp_size_in_bytes

@@ -35,8 +35,8 @@ def start(plan, tx):
     parameters.unflatten({p: placed[p] for p in paths})
     for paths in (plan.trainable, plan.frozen)
   )
-  like = state_lib.abstract_state(tx, plan)
-  return state_lib.first_state(tx, trainable, like), frozen, like
+  abstract = state_lib.abstract_state(tx, plan)
+  return state_lib.first_state(tx, trainable, abstract), frozen, abstract
 
 
 # ------------------------------------------------------------------ the update
@@ -44,12 +44,12 @@ def start(plan, tx):
 
 def test_a_step_changes_only_what_is_trained():
   plan, tx = plan_of(), optim.adafactor(1_100_000)
-  state, frozen, like = start(plan, tx)
+  state, frozen, abstract = start(plan, tx)
   # Copies on the device: the host's would be views, which cannot be donated.
   before = jax.tree.map(jnp.copy, state)
   base = jax.device_get(frozen)
   step = state_lib.compile_step(
-    models.EncoderDecoderModel(plan.network), tx, plan, like
+    models.EncoderDecoderModel(plan.network), tx, plan, abstract
   )
   with plan.scope():
     after, _ = step(state, frozen, BATCH)
@@ -93,10 +93,10 @@ def test_bfloat16_has_all_products_that_a_step_with_dropout_needs(microbatches):
   config = dataclasses.replace(SHALLOW, dropout_rate=0.1, dtype='bfloat16')
   plan = parameters.plan(config, prompt.prompt(3), ONE)
   tx = optim.adafactor()
-  state, frozen, like = start(plan, tx)
+  state, frozen, abstract = start(plan, tx)
   batch = make_batch([70, 70, 60, 50], [8, 8, 7, 6], 70, 8)
   step = state_lib.compile_step(
-    models.EncoderDecoderModel(plan.network), tx, plan, like, microbatches
+    models.EncoderDecoderModel(plan.network), tx, plan, abstract, microbatches
   )
   with plan.scope():
     _, sums = step(state, frozen, batch)

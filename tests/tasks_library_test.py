@@ -281,15 +281,15 @@ def trained_step():
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   plan = parameters.plan(CONFIG, prompt.prompt(4), mesh)
   tx = optim.adafactor(0, 0.3)
-  like = state.abstract_state(tx, plan)
+  abstract = state.abstract_state(tx, plan)
   values = parameters.initialize(plan, plan.base, seed=0)
   start = {
     path: np.zeros(leaf.shape, leaf.dtype)
     for path, leaf in plan.select(plan.trainable).items()
   }
-  first = state.first_state(tx, parameters.unflatten(start), like)
+  first = state.first_state(tx, parameters.unflatten(start), abstract)
   model = EncoderDecoderModel(plan.network)
-  update = state.compile_step(model, tx, plan, like)
+  update = state.compile_step(model, tx, plan, abstract)
   frozen = parameters.unflatten({p: values[p] for p in plan.frozen})
   return plan, model, first, frozen, update
 

@@ -171,7 +171,7 @@ config = sizes.T5Config(**{
   'dtype': 'bfloat16', 'dropout_rate': 0.1, **changes})
 mesh = partitioning.make_mesh(model_parallel, tpu_compiler.devices('v5e', 4))
 made = parameters.plan(config, prompt.prompt(20), mesh)
-run = memory.Run(config, made.method, optim.adafactor, EncoderDecoderModel,
+run = memory.Workload(config, made.method, optim.adafactor, EncoderDecoderModel,
                {'inputs': 150, 'targets': 8}, 8)
 if decodes:
   program = memory.compile_decoding(run, made, Decoding(decodes))

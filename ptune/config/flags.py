@@ -239,7 +239,7 @@ def usage(program: str) -> str:
   return USAGES.get(program, f'ptune {program} --gin_file=FILE ... [FLAGS]')
 
 
-def like(program: str, unknown: Sequence[str]) -> str:
+def unknown_flags(program: str, unknown: Sequence[str]) -> str:
   """Returns unknown flags, each with the known flags most like it."""
   known = [f'--{flag}' for flag in (*names(), *NAMED)]
   if program not in (*TRAINING, *ASKING):

@@ -260,10 +260,10 @@ def check_step() -> str:
   plan = parameters.plan(config, prompt.prompt(4), mesh)
   params = parameters.initialize(plan, plan.params, seed=0)
   tx = optim.adafactor(learning_rate=0.1)
-  like = state_lib.abstract_state(tx, plan)
+  abstract = state_lib.abstract_state(tx, plan)
   trainable = {p: params[p] for p in plan.trainable}
   frozen = parameters.unflatten({p: params[p] for p in plan.frozen})
-  state = state_lib.first_state(tx, parameters.unflatten(trainable), like)
+  state = state_lib.first_state(tx, parameters.unflatten(trainable), abstract)
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   tokens = np.random.default_rng(0).integers(2, 32, (count, 8), np.int32)
   tokens = jax.make_array_from_callback(
@@ -276,7 +276,7 @@ def check_step() -> str:
     'decoder_loss_weights': tokens,
   }
   model = EncoderDecoderModel(plan.network)
-  update = state_lib.compile_step(model, tx, plan, like)
+  update = state_lib.compile_step(model, tx, plan, abstract)
   seconds = []
   losses = []
   with plan.scope():

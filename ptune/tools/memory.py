@@ -49,7 +49,7 @@ TOO_LARGE = 'no, says the compiler'
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Workload:
   """What decides the memory of a training run; see `train`."""
 
   config: Config
@@ -112,7 +112,7 @@ def fake_devices(count: int) -> Sequence[jax.Device]:
 
 
 def measure(
-  run: Run,
+  run: Workload,
   devices: Sequence[Any],
   extrapolate: bool = True,
   enough: Callable[[Memory], bool] = lambda memory: False,
@@ -164,7 +164,7 @@ def measure(
       at_depth(_depth(run), sizes, values)
       for values in zip(*found, strict=True)
     )
-    memory = held(run, whole.on(mesh), int(temporary))
+    memory = memory_of(run, whole.on(mesh), int(temporary))
     memory = dataclasses.replace(
       memory, decoding=int(decoding), seconds=seconds or None
     )
@@ -175,7 +175,7 @@ def measure(
   return table
 
 
-def _depth(run: Run) -> tuple[int, int]:
+def _depth(run: Workload) -> tuple[int, int]:
   return run.config.num_encoder_layers, run.config.num_decoder_layers
 
 
@@ -227,18 +227,18 @@ def at_depth(
   return value
 
 
-def state_of(run: Run, plan: parameters.Plan) -> state_lib.TrainState:
+def state_of(run: Workload, plan: parameters.Plan) -> state_lib.TrainState:
   """Shapes and shardings of the train state."""
   return state_lib.abstract_state(run.optimizer(initial_step=0), plan)
 
 
-def held(run: Run, plan: parameters.Plan, temporary: int) -> Memory:
+def memory_of(run: Workload, plan: parameters.Plan, temporary: int) -> Memory:
   """What lies on one device between two steps, and what a step adds."""
-  like = state_of(run, plan)
+  abstract = state_of(run, plan)
   return Memory(
     frozen=_bytes_on_one(frozen_weights.shapes(plan)),
-    trainable=_bytes_on_one(like.trainable),
-    optimizer=_bytes_on_one(like.opt_state),
+    trainable=_bytes_on_one(abstract.trainable),
+    optimizer=_bytes_on_one(abstract.opt_state),
     temporary=temporary,
   )
 
@@ -250,7 +250,9 @@ def _bytes_on_one(tree: Any) -> int:
   )
 
 
-def _batch(run: Run, plan: parameters.Plan) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(
+  run: Workload, plan: parameters.Plan
+) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes of the global batch of a step."""
   lengths = run.feature_lengths
   if run.pack:
@@ -276,7 +278,7 @@ def _batch(run: Run, plan: parameters.Plan) -> dict[str, jax.ShapeDtypeStruct]:
   return batch
 
 
-def compile_step(run: Run, plan: parameters.Plan) -> jax.stages.Compiled:
+def compile_step(run: Workload, plan: parameters.Plan) -> jax.stages.Compiled:
   """Compiles a step of training for the devices of a plan, from shapes."""
   model = run.model(plan.network)
   if run.pack:
@@ -287,12 +289,12 @@ def compile_step(run: Run, plan: parameters.Plan) -> jax.stages.Compiled:
   if run.privacy is not None:  # The key of the noise is that of a run.
     private = privacy_lib.Private(run.privacy, np.zeros(2, np.uint32))
   # Outside of the scope: an optimizer makes arrays, which no TPU is there for.
-  like = state_of(run, plan)
+  abstract = state_of(run, plan)
   update = state_lib.compile_step(
     model,
     run.optimizer(initial_step=0),
     plan,
-    like,
+    abstract,
     run.microbatches,
     private=private,
   )
@@ -307,11 +309,11 @@ def compile_step(run: Run, plan: parameters.Plan) -> jax.stages.Compiled:
       'xla_backend_optimization_level': 0,
     }
   with plan.scope():
-    return update.lower(like, frozen, _batch(run, plan)).compile(options)
+    return update.lower(abstract, frozen, _batch(run, plan)).compile(options)
 
 
 def compile_decoding(
-  run: Run, plan: parameters.Plan, how: Decoding
+  run: Workload, plan: parameters.Plan, decoding: Decoding
 ) -> jax.stages.Compiled:
   """Compiles the prediction of a batch for the devices of a plan."""
   model = run.model(plan.network)
@@ -321,7 +323,7 @@ def compile_decoding(
   def predict(trainable, frozen, tokens):
     params = parameters.merge(trainable, frozen)
     length = run.feature_lengths['targets']
-    return model.predict(params, tokens, length, how, jax.random.key(0))
+    return model.predict(params, tokens, length, decoding, jax.random.key(0))
 
   tokens = _batch(run, plan)['encoder_input_tokens']
   with plan.scope():
@@ -329,7 +331,7 @@ def compile_decoding(
 
 
 def _measured(
-  run: Run, plan: parameters.Plan, accelerator: str | None
+  run: Workload, plan: parameters.Plan, accelerator: str | None
 ) -> tuple[int, int, float]:
   """Bytes on one device beside the state, and a step's time.
 

@@ -187,7 +187,7 @@ class Programs(NamedTuple):
 
   plan: parameters.Plan
   tx: optax.GradientTransformation
-  like: state_lib.TrainState
+  abstract: state_lib.TrainState
   update: Any
   right: Any
 
@@ -198,10 +198,10 @@ def programs(
   """Prepares the programs that train a method with an optimizer."""
   plan = parameters.plan(config, method, one_device())
   model = EncoderDecoderModel(plan.network)
-  like = state_lib.abstract_state(tx, plan)
-  update = state_lib.compile_step(model, tx, plan, like)
+  abstract = state_lib.abstract_state(tx, plan)
+  update = state_lib.compile_step(model, tx, plan, abstract)
   return Programs(
-    plan, tx, like, update, jax.jit(functools.partial(right, model))
+    plan, tx, abstract, update, jax.jit(functools.partial(right, model))
   )
 
 
@@ -322,7 +322,7 @@ def tune(
   labels = sorted({label for _, label in rows[0]})
   trainable, frozen = initial(made.plan, base, pieces, labels, seed)
   first = _on_host(trainable)
-  state = state_lib.first_state(made.tx, trainable, made.like)
+  state = state_lib.first_state(made.tx, trainable, made.abstract)
   tested, validated = Accuracy(made, test), Accuracy(made, validation)
   accuracy = lambda of, state: of((state.trainable, frozen))['rows']['accuracy']
   with _progress(console) as progress:

@@ -32,7 +32,7 @@ from ptune.tools import tpu_compiler
 from ptune.tools.memory import (
   TOO_LARGE,
   Memory,
-  Run,
+  Workload,
   depths,
   fake_devices,
   measure,
@@ -112,7 +112,7 @@ def plan(
 
 
 def suggest(
-  run: Run, devices: Sequence[Any], accelerator: str, exact: bool = False
+  run: Workload, devices: Sequence[Any], accelerator: str, exact: bool = False
 ) -> str:
   """What each of `OPTIONS` that the run does not have would do: text."""
   lines, seen = [], {run.config}
@@ -137,7 +137,7 @@ def suggest(
   return '\n'.join(lines)
 
 
-def _run_of_gin() -> Run:
+def _run_of_gin() -> Workload:
   """The settings of `train.train`: what gin binds, and its own defaults."""
   import gin
   from ptune import train  # Imports SeqIO, which a plan does not use.
@@ -159,7 +159,7 @@ def _run_of_gin() -> Run:
   evaluation = gin.get_bindings(settings.Evaluation, resolve_references=False)
   defaults['decoding'] = evaluation.get('decoding', Decoding())
   values = {}
-  for field in dataclasses.fields(Run):
+  for field in dataclasses.fields(Workload):
     value = bound.get(field.name, defaults[field.name])
     # Gin evaluates a reference when it is copied. The others stay as they
     # are: a plan needs no MODEL_DIR.
@@ -169,7 +169,7 @@ def _run_of_gin() -> Run:
       raise _not_set(field.name) from error
     if value is inspect.Parameter.empty:
       raise _not_set(field.name)
-  return Run(**values)
+  return Workload(**values)
 
 
 def _not_set(name: str) -> ValueError:
@@ -194,7 +194,7 @@ def verdict(memory: Memory, accelerator: str, exact: bool = False) -> str:
 
 
 def describe(
-  run: Run,
+  run: Workload,
   table: Mapping[int, Memory | str],
   devices: int,
   accelerator: str | None,
@@ -287,7 +287,7 @@ def describe(
 
 
 def describe_time(
-  run: Run, memory: Memory | str, accelerator: str | None, devices: int
+  run: Workload, memory: Memory | str, accelerator: str | None, devices: int
 ) -> str:
   """The estimated time of a step and of the run, as text; '' if not known."""
   if not isinstance(memory, Memory) or not memory.seconds or not accelerator:

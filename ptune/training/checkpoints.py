@@ -32,7 +32,7 @@ Sums = Mapping[str, Mapping[str, float]]
 
 
 def restore(
-  directory: os.PathLike[str], like: TrainState
+  directory: os.PathLike[str], abstract: TrainState
 ) -> tuple[TrainState, Sums] | None:
   """Reads the newest readable checkpoint; changes nothing on disk.
 
@@ -41,7 +41,7 @@ def restore(
 
   Args:
     directory: Usually MODEL_DIR/checkpoints; it need not exist.
-    like: The shapes, types and shardings of the state.
+    abstract: The shapes, types and shardings of the state.
 
   Returns:
     The state, and the sums that were saved with it; None if there is no
@@ -59,7 +59,7 @@ def restore(
     )
   if not steps:
     return None
-  target = flax.serialization.to_state_dict(like)
+  target = flax.serialization.to_state_dict(abstract)
   with _reader(directory) as reader:
     for step in steps:
       found, problem = None, 'another process cannot read it'
@@ -80,7 +80,7 @@ def restore(
         problem = _first_line(error)
       if all(_gathered(found is not None)):
         assert found is not None
-        state = flax.serialization.from_state_dict(like, found['state'])
+        state = flax.serialization.from_state_dict(abstract, found['state'])
         return state, found['sums']
       logging.error(
         'checkpoint %s cannot be read and is skipped: %s',

@@ -102,11 +102,11 @@ def abstract_state(
   """The state of all runs: by group, arrays whose first axis is the runs."""
   trainable, opt_state, step = {}, {}, None
   for name, members in groups.items():
-    like = state_lib.abstract_state(tx, members.plan)
-    step = like.step
+    abstract = state_lib.abstract_state(tx, members.plan)
+    step = abstract.step
     trainable[name], opt_state[name] = jax.tree.map(
       functools.partial(_stacked, len(members.runs)),
-      (like.trainable, like.opt_state),
+      (abstract.trainable, abstract.opt_state),
     )
   return TrainState(step, trainable, opt_state)
 
@@ -132,7 +132,7 @@ def first_state(
       dicts as in the network.
     groups: The runs.
   """
-  like = abstract_state(tx, groups)
+  abstract = abstract_state(tx, groups)
 
   def init(trainable):
     stacked = {
@@ -144,7 +144,7 @@ def first_state(
     opt_state = {k: jax.vmap(tx.init)(x) for k, x in stacked.items()}
     return TrainState(jnp.zeros((), jnp.int32), stacked, opt_state)
 
-  shardings = jax.tree.map(lambda x: x.sharding, like)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(init, out_shardings=shardings)(dict(trainable))
 
 
@@ -205,9 +205,9 @@ def compile_step(
     return TrainState(state.step + 1, trainable, opt_state), sums
 
   tx = optimizer(initial_step=initial_step, learning_rate=0.0)
-  like = abstract_state(tx, groups)
+  abstract = abstract_state(tx, groups)
   mesh = next(iter(groups.values())).plan.mesh
-  shardings = jax.tree.map(lambda x: x.sharding, like)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(
     update,
     donate_argnums=0,

@@ -112,13 +112,13 @@ class Run(contextlib.AbstractContextManager['Run']):
     for name, own in {**self._shared, **facts}.items():
       run_file.compare(self.place(name), self.present[name], own)
 
-  def restore(self, like: TrainState) -> TrainState | None:
+  def restore(self, abstract: TrainState) -> TrainState | None:
     """Restores the state that an earlier start saved; None if there is none.
 
     Args:
-      like: The shapes, types and shardings of the state.
+      abstract: The shapes, types and shardings of the state.
     """
-    found = checkpoints.restore(self.directory / 'checkpoints', like)
+    found = checkpoints.restore(self.directory / 'checkpoints', abstract)
     if found is None:
       return None
     state, self.sums = found

@@ -69,10 +69,10 @@ def abstract_state(
 
 
 def first_state(
-  tx: optax.GradientTransformation, trainable: Any, like: TrainState
+  tx: optax.GradientTransformation, trainable: Any, abstract: TrainState
 ) -> TrainState:
   """The state before the first step."""
-  shardings = jax.tree.map(lambda x: x.sharding, like)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
   def init(trainable):
     return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
@@ -160,7 +160,7 @@ def compile_step(
   model: EncoderDecoderModel,
   tx: optax.GradientTransformation,
   plan: parameters.Plan,
-  like: TrainState,
+  abstract: TrainState,
   microbatches: int = 1,
   seed: int = 0,
   private: Private | None = None,
@@ -169,7 +169,7 @@ def compile_step(
 
   The state is donated.
   """
-  shardings = jax.tree.map(lambda x: x.sharding, like)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(
     functools.partial(
       train_step,
