@@ -1,6 +1,7 @@
 """`ptune distill`: replaces a long text by a trained prompt or prefix.
 
-First it trains as `ptune train` does, with the loss `losses.distill`. Then it
+First it trains as `ptune train` does, with the loss `losses.distill`; with
+tasks/made_up.gin, on inputs that the model makes up for the text. Then it
 compares three models on a split that was not trained on: the base model with
 the text, the base model with the trained prompt, and the base model alone. It
 prints the result and writes it to MODEL_DIR/distilled.json.
@@ -23,6 +24,7 @@ from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import Config
+from ptune.serving import made_up as made_up_lib
 from ptune.serving import trained_model
 from ptune.training import losses, report, run_file, settings
 
@@ -37,6 +39,7 @@ def distill(
   method: Method,
   evaluation: settings.Evaluation = settings.Evaluation(),
   model_parallel: int = 1,
+  made_up: made_up_lib.MadeUp | None = None,
 ) -> dict[str, Any]:
   """Trains, then compares the trained prompt with the text.
 
@@ -44,6 +47,8 @@ def distill(
     train: `train.train` with its settings.
     context: The token ids of the text, without EOS.
     model_dir, data, config, method, evaluation, model_parallel: See `train`.
+    made_up: How the model makes up the inputs of the task `made_up.task`; None
+      for a task that has inputs.
 
   Returns:
     The result of `compare`; {} if the training was stopped.
@@ -59,13 +64,15 @@ def distill(
       f' {sorted(task.splits)}; name one of them, on whose inputs the models'
       ' with and without the text are compared'
     )
+  if made_up is not None:
+    made_up_lib.make(made_up, context, model_dir, data, config, model_parallel)
+  inputs = held_out(task, data, config, split, evaluation.steps)
   state = train()
   run = run_file.run_directory(model_dir)
   if not report.scores_at(report.read_records(run), int(state.step)):
     return {}  # Stopped; the same command resumes.
   plan = parameters.plan(config, method, partitioning.make_mesh(model_parallel))
   params, _ = trained_model.load(plan, settings.Trained(model_dir=model_dir))
-  inputs = held_out(task, data, config, split, evaluation.steps)
   length = data.feature_lengths['targets']
   found = compare(plan, params, context, inputs, length)
   if jax.process_index() == 0:
@@ -82,7 +89,7 @@ def held_out(
   split: str,
   steps: int | None,
 ) -> Iterator[np.ndarray]:
-  """Yields the inputs of a split, [batch, length]; drops an incomplete batch.
+  """The inputs of a split, [batch, length]; drops an incomplete batch.
 
   Args:
     task: The task.
@@ -112,8 +119,8 @@ def held_out(
       f'split {split!r} has {read.num_examples} rows, fewer than BATCH_SIZE'
       f' {data.batch_size}; lower BATCH_SIZE'
     )
-  for step in range(min(whole, steps or whole)):
-    yield read(step)['encoder_input_tokens']
+  steps = min(whole, steps or whole)
+  return (read(step)['encoder_input_tokens'] for step in range(steps))
 
 
 def compare(
@@ -141,7 +148,7 @@ def compare(
         the model with the text, for the trained prompt and for the base alone;
       answers: the number of distinct answers of the model with the text;
       milliseconds: the time for one input, in batches of the given size: the
-        median over all batches but the first, which compiles.
+        median over all batches, without compilation.
   """
   student = EncoderDecoderModel(plan.network)
   base = EncoderDecoderModel(plan.network.clone(placements=()))
@@ -161,9 +168,12 @@ def compare(
   said: dict[str, list[np.ndarray]] = {name: [] for name in asked}
   seconds: dict[str, list[float]] = {name: [] for name in asked}
   shape = (0, 0)
-  for tokens in inputs:
+  for number, tokens in enumerate(inputs):
     shape = tokens.shape
     for name, predict in asked.items():
+      if not number:  # Compiles, which must not be timed.
+        with plan.scope():
+          predict(params, tokens).block_until_ready()
       start = time.perf_counter()
       with plan.scope():
         said[name].append(np.asarray(predict(params, tokens)))
@@ -174,8 +184,7 @@ def compare(
     return float(np.mean(np.all(answers[name] == answers['text'], axis=1)))
 
   def milliseconds(name):
-    timed = seconds[name][1:] or seconds[name]
-    return 1000 * statistics.median(timed) / shape[0]
+    return 1000 * statistics.median(seconds[name]) / shape[0]
 
   encoded = jax.eval_shape(
     lambda p: plan.network.apply(

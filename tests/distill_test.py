@@ -68,3 +68,30 @@ def test_a_distilled_prompt_answers_as_the_model_with_the_text(
   assert all(x > 0 for x in trained['milliseconds'].values())
   said = capsys.readouterr().out
   assert 'the encoder reads 85 -> 42 tokens' in said
+
+
+@pytest.mark.slow
+def test_a_prompt_is_distilled_on_inputs_that_the_model_made_up(tmp_path):
+  command = arguments(
+    tmp_path / 'run',
+    '--gin_file=tasks/made_up.gin',
+    '--gin_file=prompts/from_context.gin',
+    VOCABULARY='ptune://tiny',
+    TRAIN_STEPS=60,
+    EVAL_PERIOD=60,
+    MADE_UP_INPUTS=200,
+    BATCH_SIZE=16,
+  )
+  own = [x for x in command if 'MIXTURE_OR_TASK' not in x]
+  with tiny.one_device():
+    assert cli.main(own) == 0
+  found = json.loads((tmp_path / 'run' / 'distilled.json').read_text())
+  assert found['inputs'] == 16
+  assert found['same_answer']['trained'] > 0.8 > found['same_answer']['base']
+  made = (tmp_path / 'run' / 'made_up' / 'train.jsonl').read_text()
+  # Started again, it answers the same from the same inputs.
+  with tiny.one_device():
+    assert cli.main(own) == 0
+  again = json.loads((tmp_path / 'run' / 'distilled.json').read_text())
+  assert again['same_answer'] == found['same_answer']
+  assert (tmp_path / 'run' / 'made_up' / 'train.jsonl').read_text() == made

@@ -177,6 +177,7 @@ MACROS = {
     whole(),
     CHECKPOINT_PERIOD=('steps between checkpoints', '1000'),
     EVAL_PERIOD=('steps between evaluations', '1000'),
+    MADE_UP_INPUTS=('inputs that the model makes up for CONTEXT', '512'),
     MEMBERS=('prompts of an ensemble', '5'),
     MICROBATCHES=('parts into which a batch is split', '4'),
     MODEL_PARALLEL=('devices that hold one copy of the weights', '4'),
@@ -256,6 +257,14 @@ MACROS = {
     LEARNING_RATE=('peak learning rate', '0.3'),
     NOISE_MULTIPLIER=('noise, as a multiple of CLIP_NORM', '1.0'),
     OFFSET_LEARNING_RATE=('learning rate of the input offsets', '0.001'),
+  ),
+  **_each(
+    number(1e-4, 1e4),
+    TEMPERATURE=('temperature at which inputs are sampled', '1.0'),
+  ),
+  **_each(
+    list_of(_text),
+    REQUESTS=('what asks for inputs, behind CONTEXT', "['Ask a question.']"),
   ),
   **_each(
     number(0, 1),
