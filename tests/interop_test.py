@@ -13,7 +13,10 @@ from ptune.convert import open_checkpoint
 from ptune.convert.conversion import convert
 from ptune.convert.export import export
 from ptune.convert.prompts import read_prompt
-from tests import layouts
+from ptune.methods import superpos, ulpt
+from ptune.model.models import EncoderDecoderModel
+from ptune.model.network import Transformer
+from tests import layouts, tiny
 
 WHY = "not installed; pip install -e '.[test,interop]' brings it"
 torch = pytest.importorskip('torch', reason=f'torch is {WHY}')
@@ -213,6 +216,37 @@ def test_exported_prompts_answer_the_same_in_peft(numerics, tmp_path, length):
   config = peft.PeftConfig.from_pretrained(tmp_path / 'peft')
   assert config.base_model_name_or_path == str(base)
   assert config.num_transformer_submodules == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'method',
+  [superpos.superpos(5, tokens=8, population=200), ulpt.ulpt(5, rank=4)],
+  ids=lambda method: method.name,
+)
+def test_a_run_of_a_folded_method_answers_the_same_in_peft(
+  numerics, tmp_path, method
+):
+  convert(tiny.base(), 'huggingface', tmp_path / 'hf')
+  run = tmp_path / 'run'
+  state = tiny.run(run, method=method, train_steps=3, eval_split=None)
+  export(read_prompt(run), 'peft', tmp_path / 'peft', base=str(tmp_path / 'hf'))
+  model = peft.PeftModel.from_pretrained(
+    _load(tmp_path / 'hf'), tmp_path / 'peft'
+  ).eval()
+  case = layouts.load(numerics / 'prompt_encoder' / 'case_p5.npz')
+  # Ours is the method itself, with what it trained.
+  _, arrays = layouts.restored(tmp_path / 'hf')
+  params = layouts.nested(arrays)
+  params['encoder'] |= state.trainable['encoder']
+  ours = EncoderDecoderModel(Transformer(tiny.CONFIG, method.placements))
+  layouts.assert_logits(
+    _logits(model, case), np.asarray(ours.logits(params, case)), case, atol=1e-4
+  )
+  np.testing.assert_array_equal(
+    _greedy(model, case),
+    ours.predict(params, case['encoder_input_tokens'], DECODED)[0],
+  )
 
 
 def test_a_prompt_without_a_known_base_loads_in_peft(numerics, tmp_path):

@@ -28,7 +28,14 @@ from ptune.convert.tokenizer_files import write_vocabulary
 from ptune.errors import UserError
 
 # Methods whose prompt stands before the first token and is their only part.
-PLAIN = ('prompt', 'p_tuning/mlp', 'p_tuning/lstm', 'residual')
+PLAIN = (
+  'prompt',
+  'p_tuning/mlp',
+  'p_tuning/lstm',
+  'residual',
+  'superpos',
+  'ulpt',
+)
 FORMATS = ('npy', 'peft', 't5x', 'safetensors')
 
 # An output directory that is replaced must contain one of these.
