@@ -7,7 +7,7 @@ The study has two parts, for each task by itself:
    rate with the best score on the validation split is chosen.
 2. The comparison. Every method is trained at its rate with new seeds, and
    scored on the test split. The validation split also chooses the step of each
-   run, by four evaluations; the test split chooses nothing.
+   run; the test split chooses nothing.
 
 A table for each task ranks the methods, with the parameters that they train,
 the seconds of a training and the rate. Two paired t-tests compare each method
@@ -116,6 +116,7 @@ def methods(
   names: Sequence[str] | None = None,
   factors: Sequence[float] = (0.3, 1.0, 3.0),
   steps: int | None = None,
+  evaluations: int = 4,
 ) -> Study:
   """Every method of RECIPES, at the best of as many learning rates.
 
@@ -124,6 +125,7 @@ def methods(
     names: Only these methods.
     factors: What the learning rate of each is multiplied by in the search.
     steps: Of each training; those of the setting's prompts if not given.
+    evaluations: How often each training is evaluated, evenly.
 
   Raises:
     ValueError: If a method is unknown, there is none or no factor, or a task of
@@ -136,6 +138,7 @@ def methods(
       f'METHODS is {chosen} with FACTORS {list(factors)}; choose at least one'
       f' factor, and at least one of {list(RECIPES)}'
     )
+  check_counts(evaluations=evaluations)
   if steps is not None:
     check_counts(TRAIN_STEPS=steps)
     tuning = dataclasses.replace(setting.prompt, steps=steps)
@@ -157,6 +160,7 @@ def methods(
     'Methods: the search (validation split, by factors of their learning'
     f' rates), and scores of the {setting.test} split at the best one',
     search,
+    evaluations=evaluations,
     timed=True,
     then=functools.partial(_at_best, setting, search),
     report=functools.partial(report, setting.test),

@@ -153,6 +153,8 @@ class Study:
       beside its column stand `best` and `ensemble`.
     by_size: Whether the columns are models, so that a figure shows scores
       against their parameters.
+    evaluations: How often each training is evaluated, evenly; its score is the
+      best of these.
     timed: Whether the seconds of trainings are compared: then only those of one
       kind share a program.
     then: Called with the results of `cells` once all are there; returns further
@@ -171,6 +173,7 @@ class Study:
   seeds: int | None = None
   vote: bool = False
   by_size: bool = False
+  evaluations: int = 4
   timed: bool = False
   then: Callable[[Sequence[Result]], Sequence[Cell]] | None = None
   report: Report | None = None
@@ -298,7 +301,7 @@ class Runner:
       (method.name, method.placements, method.settings, method.initial),
       cell.tuning,
       (cell.task, study.module, study.task_feature_lengths, study.batch_size),
-      (self._eval_steps, self._best_metric),
+      (self._eval_steps, self._best_metric, study.evaluations),
     )
 
   def _setting(self, cell: Cell) -> str:
@@ -360,20 +363,21 @@ class Runner:
       )
     )
     folder = self._directory / 'runs' / f'{_slug(cell.base)}_{digest}'
+    period = max(tuning.steps // self._study.evaluations, 1)
     common: dict[str, Any] = {
       'train_steps': tuning.steps,
       'data': self._data(cell.task),
       'config': config,
       'initial_checkpoint_path': checkpoint,
       'evaluation': settings.Evaluation(
-        period=max(tuning.steps // 4, 1),
+        period=period,
         steps=self._eval_steps,
         best_metric=self._best_metric,
       ),
       'saving': settings.Saving(
         checkpoint_period=max(tuning.steps // 2, 1),
         keep_checkpoints=1,
-        log_period=max(tuning.steps // 4, 1),
+        log_period=period,
       ),
       'model_parallel': self._model_parallel,
     }
