@@ -1,6 +1,7 @@
 """The Python API: the programs of the command line, called from Python."""
 
 import doctest
+import json
 import pathlib
 import types
 
@@ -157,6 +158,40 @@ def test_gin_has_what_it_had_before(run):
   run._read()
   assert gin.config_str() == before
   gin.clear_config()
+
+
+@pytest.mark.slow
+def test_a_loss_is_chosen_by_its_name(base, tmp_path):
+  private = ptune.tune(
+    base,
+    TRAIN,
+    steps=2,
+    loss='private',
+    class_labels=LABELS,
+    noise_multiplier=4.0,
+    delta=0.01,
+    model_dir=tmp_path / 'private',
+    **SMALL,
+  )
+  facts = json.loads(
+    (private.directory / 'prompts' / 'step_2.json').read_text()
+  )
+  assert facts['privacy']['epsilon'] > 0
+  swapped = [(text, {'yes': 'no', 'no': 'yes'}[label]) for text, label in TRAIN]
+  one, other = (
+    ptune.tune(
+      base,
+      rows,
+      steps=2,
+      method='from_context',
+      loss='distill',
+      context='so very good',
+      dropout_rate=0.0,
+      **SMALL,
+    ).prompt
+    for rows in (TRAIN, swapped)
+  )
+  assert np.array_equal(one, other)  # It does not read the targets.
 
 
 # --------------------------------------------------------------------- asking

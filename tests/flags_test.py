@@ -87,6 +87,9 @@ def test_rows_may_be_those_of_a_seqio_task():
   names, bindings = flags.expand('train', {'base': 'b', 'train': 'my_task'})
   assert "MIXTURE_OR_TASK_NAME = 'my_task'" in bindings
   assert names == ['runs/tune.gin', 'prompts/sampled_vocab.gin']
+  own = {'base': 'b', 'train': 'my_task', 'loss': 'private'}
+  names, _ = flags.expand('train', own)
+  assert 'losses/private.gin' in names
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,7 @@ def test_rows_may_be_those_of_a_seqio_task():
     ({'train': 'a.csv', 'test': 'b.txt'}, "--test is 'b.txt'; expected a file"),
     ({'method': 'lor'}, "there is no method 'lor'; did you mean lora"),
     ({'model': 't5_1_1_bas'}, 'did you mean t5_1_1_base'),
+    ({'loss': 'privat'}, "there is no loss 'privat'; did you mean private"),
     ({'split': 'test'}, '--split is only a flag of ablate, eval, infer'),
   ],
 )

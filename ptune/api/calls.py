@@ -130,7 +130,8 @@ def tune(
     bindings: Gin bindings for settings that are not macros, such as
       ["optim.schedule.decay = 'linear'"].
     **settings: Other macros by their names in lower case, such as batch_size,
-      learning_rate, eval_period or dtype. `ptune train --help` lists them.
+      learning_rate, eval_period or dtype; and `loss`, the name of a file in
+      gin/losses, such as 'private'. `ptune train --help` lists them.
 
   Returns:
     The trained model, at its best step if there are validation rows.
@@ -145,7 +146,7 @@ def tune(
     (5, 96)
   """
   base = as_base(base)
-  known = flags.names()
+  known = (*flags.names(), 'loss')
   if unknown := [name for name in settings if name not in known]:
     raise UserError(
       f'tune() has no setting {unknown[0]!r}'

@@ -35,6 +35,7 @@ NAMED = {
   'validation': ('rows that pick the best prompt, a file', 'dev.csv'),
   'test': ('rows of the test split, a file', 'test.csv'),
   'method': ('what to train: a file of methods/ or prompts/', 'lora'),
+  'loss': ('what replaces the cross entropy: a file of losses/', 'private'),
   'model': ('sizes of the network: a file of models/', 't5_1_1_base'),
   'split': ('the split to run on', 'test'),
 }
@@ -73,8 +74,8 @@ GROUPS = {
     *('skip_bad_rows', 'bucket_multiple', 'pack', 'use_cached_tasks'),
   ),
   'model': (
-    *('model', 'initial_checkpoint_path', 'checkpoint_path', 'prompt_file'),
-    *('default_prompt', 'dropout_rate', 'seed'),
+    *('model', 'loss', 'initial_checkpoint_path', 'checkpoint_path'),
+    *('prompt_file', 'default_prompt', 'dropout_rate', 'seed'),
   ),
   'evaluation': (
     *('eval_period', 'eval_split', 'eval_steps', 'best_metric'),
@@ -107,7 +108,7 @@ def explained(program: str) -> dict[str, dict[str, str]]:
   files += ['runs/train.gin' if trains else f'runs/{program}.gin']
   text = '\n'.join(_with_includes(file) for file in files)
   read = set(re.findall(r'%([A-Z_]+)', text))
-  named = {*NAMED} - ({'split'} if trains else {'train', 'method'})
+  named = {*NAMED} - ({'split'} if trains else {'train', 'method', 'loss'})
   found: dict[str, dict[str, str]] = {}
   for title, flags in GROUPS.items():
     for flag in flags:
@@ -407,10 +408,11 @@ def _absolute(file: str) -> str:
 def _choices(
   given: dict[str, Any], files: Sequence[str], default: bool
 ) -> list[str]:
-  """Removes `model` and `method` from `given`, and returns their files."""
+  """Removes `model`, `loss` and `method` from `given`; returns their files."""
   chosen = []
-  if (model := given.pop('model', None)) is not None:
-    chosen.append(_choice('model', model, ['models']))
+  for flag, kind in (('model', 'models'), ('loss', 'losses')):
+    if (name := given.pop(flag, None)) is not None:
+      chosen.append(_choice(flag, name, [kind]))
   method = given.pop('method', None)
   if method not in (None, 'prompt'):
     chosen.append(_choice('method', method, ['methods', 'prompts']))
