@@ -24,6 +24,8 @@ TARGETS may hold:
     a boolean                true and false in any case: names, or 1 and 0
     -1, nothing or null      the row has no label and is not trained on
 
+NaN, which a DataFrame has for a missing value, is an error in every column.
+
 A number that is also the name of another label is an error. Then make
 LABEL_NAMES a dict: the column's value -> the label's name.
 
@@ -31,15 +33,22 @@ A bad row stops the run with an error that names file and line, unless
 SKIP_BAD_ROWS is set.
 """
 
+import contextlib
+import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ptune.convert import storage
 from ptune.convert.pieces import Vocabulary
 from ptune.errors import UserError
 from ptune.tasks.rows import BadRow, Row, read_rows
-from ptune.tasks.templates import LabelNames, templates_of, to_texts
+from ptune.tasks.templates import (
+  LabelNames,
+  Templates,
+  templates_of,
+  to_texts,
+)
 from ptune.tasks.texts import Texts, TextTask
 
 
@@ -184,24 +193,9 @@ def from_rows(
   if not isinstance(rows, Mapping) or not rows:
     raise UserError(f"got {rows!r}, expected {{'train': [...], ...}}")
 
-  def numbered(split):
-    for i, row in enumerate(rows[split]):
-      where = f'{split}[{i}]'
-      if isinstance(row, Mapping):
-        yield where, row
-      elif isinstance(row, tuple | list) and len(row) == 2:
-        yield where, dict(zip(('inputs', 'targets'), row, strict=True))
-      else:
-        yield (
-          where,
-          BadRow(
-            f'{row!r:.80} is not a row; expected a dict, or (inputs, targets)'
-          ),
-        )
-
   return task_of(
     name,
-    numbered,
+    lambda split: _numbered(split, rows[split]),
     rows,
     inputs,
     targets,
@@ -211,6 +205,37 @@ def from_rows(
     rank=rank,
     vocabulary=vocabulary,
   )
+
+
+def _numbered(
+  split: str, rows: Iterable[Any]
+) -> Iterator[tuple[str, Row | BadRow]]:
+  """Yields the location of each row from Python, 'train[7]', and the row."""
+  for i, row in enumerate(rows):
+    where = f'{split}[{i}]'
+    if isinstance(row, Mapping):
+      yield where, row
+    elif isinstance(row, tuple | list) and len(row) == 2:
+      yield where, dict(zip(('inputs', 'targets'), row, strict=True))
+    else:
+      expected = 'is not a row; expected a dict, or (inputs, targets)'
+      yield where, BadRow(f'{row!r:.80} {expected}')
+
+
+def as_jsonl(rows: Iterable[Any], templates: Templates) -> str:
+  """Writes rows from Python as JSON lines, which make the same texts.
+
+  Args:
+    rows: Rows of a split, as for `from_rows`. Bad rows are left out.
+    templates: The templates of the task. Other columns are left out.
+  """
+  lines = []
+  for _, row in _numbered('', rows):
+    if not isinstance(row, BadRow):
+      with contextlib.suppress(BadRow):
+        read = templates.read(row)
+        lines.append(json.dumps(read, ensure_ascii=False) + '\n')
+  return ''.join(lines)
 
 
 def _paths(files: Any) -> dict[str, list[str]]:

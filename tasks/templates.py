@@ -164,10 +164,14 @@ def _label(row: Row, labels: Labels) -> str:
   """Returns the target of a row, by the rules in the docstring of `files`."""
   column, names, texts, exact = labels
   value = _plain(row[column]) if column in row else _value(row, column)
-  missing = value is None or (isinstance(value, float) and math.isnan(value))
-  if not missing:
+  if isinstance(value, float) and math.isnan(value):
+    raise BadRow(
+      f'column {column!r} is nan, expected a label; a row without one has -1 or'
+      ' null'
+    )
+  if value is not None:
     value = str(value) if isinstance(value, bool) else _value(row, column)
-  if missing or (value == '' and '' not in names):
+  if value is None or (value == '' and '' not in names):
     return UNLABELLED
   as_number = _number(value)
   spellings = [value] if as_number is None else [value, str(as_number)]
@@ -237,6 +241,17 @@ class Templates(NamedTuple):
   def of_targets(self, row: Row) -> str:
     """Returns the targets of a row; raises BadRow."""
     return _label(row, self.labels) if self.labels else fill(self.targets, row)
+
+  def read(self, row: Row) -> dict[str, Any]:
+    """Returns what the templates read of a row, as JSON can hold it.
+
+    Raises:
+      BadRow: If a column is missing, or has no text, number or label.
+    """
+    self.of_inputs(row), self.of_targets(row)
+    columns = columns_of(self.inputs, 'INPUTS')
+    columns += columns_of(self.targets, 'TARGETS')
+    return {column: _plain(row[column]) for column in columns}
 
 
 def templates_of(

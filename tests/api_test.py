@@ -3,6 +3,7 @@
 import doctest
 import json
 import pathlib
+import shutil
 import types
 
 import numpy as np
@@ -91,6 +92,52 @@ def test_the_same_call_goes_on_and_a_finished_run_is_as_it_is(
     ptune.tune(base, TRAIN, steps=4, **{**settings, 'seed': 2})
 
 
+def test_a_run_keeps_the_rows_from_python(base, run, tmp_path):
+  moved = shutil.copytree(run.directory, tmp_path / 'moved')
+  expected = run.evaluate(DEV)
+  assert ptune.load(moved).evaluate() == run.evaluate() == expected
+  assert (
+    cli.main(['eval', f'{moved}', f'--eval_output_dir={tmp_path}/eval']) == 0
+  )
+  (told,) = tiny.records(tmp_path / 'eval')
+  assert told['accuracy'] == expected['accuracy']
+  again = {'base': base, 'steps': 4, 'model_dir': moved, **SMALL}
+  other = [*TRAIN[:2], ('good', 'no'), *TRAIN[3:]]
+  for split, rows, message in (
+    ('train', other, r'train\[2\] is {"inputs": "good", "targets": "no"}, and'),
+    ('train', TRAIN[:3], r'train\[3\] is missing, and the run in .*moved was'),
+    (
+      'validation',
+      [*DEV, DEV[0]],
+      r'validation\[4\] .* with no such row. Give',
+    ),
+  ):
+    given = {'train': TRAIN, 'validation': DEV, split: rows}
+    with pytest.raises(UserError, match=message):
+      ptune.tune(**given, **again)
+
+
+def test_rows_are_kept_as_the_same_texts(tmp_path):
+  numpy_row = {
+    't': np.str_('é\0\u2028"'),
+    'n': np.float32(0.1),
+    'l': np.int64(1),
+  }
+  rows = [numpy_row, {'t': 'a\nb', 'n': 1e22, 'l': None}, {'t': 1, 'n': True}]
+  rows += [
+    {'t': '', 'n': -0.0, 'l': 'no'},
+    {'t': 'c', 'n': 1, 'l': float('nan')},
+  ]
+  how = {'inputs': '{t} {n}', 'targets': '{l}', 'label_names': LABELS}
+  task = files.from_rows({'train': rows}, skip_bad_rows=True, **how)
+  (tmp_path / 'train.jsonl').write_text(
+    files.as_jsonl([{**row, 'x': object()} for row in rows], task.templates)
+  )
+  kept = files.from_files({'train': f'{tmp_path}/train.jsonl'}, **how)
+  assert kept.texts('train') == task.texts('train')
+  assert task.texts('train')['targets'] == ['yes', '<unk>', 'no']
+
+
 class Dataset:
   """What is read of a Hugging Face Dataset: its rows and its labels' names."""
 
@@ -125,8 +172,8 @@ def test_rows_of_every_kind_are_the_same_texts(tmp_path, base):
     *((iter(dicts), named), (frame, named), (Dataset(numbered), named)),
   ):
     given = {'train': rows_lib.taken('train', rows)['train']}
-    settings = rows_lib.prepared(templates, given)
-    assert settings.pop('train') == rows_lib.PLACE
+    settings = rows_lib.prepared(templates, given, 'run')
+    assert settings.pop('train') == 'run/rows/train.jsonl'
     task = files.from_rows(
       given,
       settings['inputs'],
@@ -308,9 +355,15 @@ def test_bad_input_is_named_and_nothing_is_written(
 
 def test_a_frame_with_a_hole_is_named_by_its_row(base):
   pandas = pytest.importorskip('pandas')
-  frame = pandas.DataFrame({'t': ['a', None], 'l': ['yes', 'no']})
+  named = {'inputs': '{t}', 'targets': '{l}', 'labels': LABELS}
+  frame = pandas.DataFrame({'t': ['a', float('nan')], 'l': ['yes', 'no']})
   with pytest.raises(UserError, match=r"train\[1\]: column 't' is nan"):
-    ptune.tune(base, frame, inputs='{t}', targets='{l}', labels=LABELS)
+    ptune.tune(base, frame, **named)
+  frame = pandas.DataFrame({'t': ['a', 'b'], 'l': [1, float('nan')]})
+  with pytest.raises(
+    UserError, match=r"train\[1\]: .*'l' is nan, .* -1 or null"
+  ):
+    ptune.tune(base, frame, **named)
 
 
 def test_bad_questions_are_named(base, run, tmp_path):

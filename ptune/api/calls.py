@@ -174,15 +174,15 @@ def tune(
   _check({**given, **settings})
   if base.config.dtype != 'float32':
     given['dtype'] = base.config.dtype
-  given = rows_lib.prepared({**given, **settings}, rows)
+  given |= settings
   if model_dir is not None:
-    _train({**given, 'model_dir': os.fspath(model_dir)}, rows, bindings)
+    _train(given, rows, os.fspath(model_dir), bindings)
     return Tuned(base, model_dir)
   directory = tempfile.mkdtemp(prefix='ptune-')
   try:
     # Nobody looks into this directory, and Matplotlib takes a second to import.
     no_curves = 'settings.Saving.curves = False'
-    _train({**given, 'model_dir': directory}, rows, [no_curves, *bindings])
+    _train(given, rows, directory, [no_curves, *bindings])
   except BaseException:
     shutil.rmtree(directory, ignore_errors=True)
     raise
@@ -216,12 +216,16 @@ def _check(given: Mapping[str, Any]) -> None:
 
 
 def _train(
-  given: dict[str, Any], rows: dict[str, Any], bindings: Sequence[str]
+  given: dict[str, Any],
+  rows: dict[str, Any],
+  directory: str,
+  bindings: Sequence[str],
 ) -> None:
   """Runs the program. Gin's global settings are restored afterwards."""
   import gin
   from ptune import train
 
+  given = rows_lib.prepared(given, rows, directory) | {'model_dir': directory}
   with gin_files.isolated(), paths.nothing_left():
     files, ours = flags.expand('train', given)
     gin_files.parse(files, [*ours, *bindings], program=train.train)
@@ -231,4 +235,5 @@ def _train(
     if isinstance(task, TextTask):
       for split in task.splits:
         task.texts(split)
+      rows_lib.keep(rows, task, directory)
     gin.get_configurable(train.train)()

@@ -1,12 +1,18 @@
 """Rows of users: lists, DataFrames, data sets, files, names of tasks."""
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from ptune.config import flags
 from ptune.convert.pieces import Vocabulary
 from ptune.errors import UserError
+from ptune.host.files import absolute
+from ptune.tasks import files
+from ptune.tasks.texts import TextTask
 
 # Stands in TASK_FILES for rows that are not in a file.
 PLACE = '(rows of Python).jsonl'
@@ -91,8 +97,14 @@ def _label_names(data: Any) -> dict[str, list[str]]:
   }
 
 
-def settings(rows: Mapping[str, Any]) -> dict[str, Any]:
+def settings(
+  rows: Mapping[str, Any], directory: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
   """The settings of `flags.expand` for some rows, by split.
+
+  Args:
+    rows: The rows, from `taken`.
+    directory: The run that keeps rows from Python; None if they are not kept.
 
   Raises:
     UserError: If files and rows are mixed.
@@ -105,7 +117,13 @@ def settings(rows: Mapping[str, Any]) -> dict[str, Any]:
       f'{sorted(in_memory)} are rows, and'
       f' {sorted(set(rows) - in_memory)} files or tasks; give all as one kind'
     )
-  return dict.fromkeys(rows, PLACE)
+  if directory is None:
+    return dict.fromkeys(rows, PLACE)
+  return {split: os.path.join(directory, _file(split)) for split in rows}
+
+
+def _file(split: str) -> str:
+  return flags.ROWS.format(split=split)
 
 
 def bind(rows: Mapping[str, Any]) -> None:
@@ -113,11 +131,55 @@ def bind(rows: Mapping[str, Any]) -> None:
   import gin
 
   if any(isinstance(x, Rows) for x in rows.values()):
-    gin.bind_parameter('files.from_files.rows', _Splits(rows))
+    gin.bind_parameter('files.from_files.rows', _Unwritten(rows))
 
 
-class _Splits(dict):
-  """Rows by split, which gin neither copies nor writes."""
+def keep(
+  rows: Mapping[str, Any], task: TextTask, directory: str | os.PathLike[str]
+) -> None:
+  """Lets the run write rows in memory to its directory, for later programs.
+
+  Args:
+    rows: The rows by split, which `bind` got.
+    task: The task of these rows.
+    directory: The directory of the run.
+
+  Raises:
+    UserError: If an earlier start of the run got other rows.
+  """
+  import gin
+
+  assert task.templates is not None
+  kept = {
+    _file(split): files.as_jsonl(some, task.templates)
+    for split, some in rows.items()
+    if isinstance(some, Rows)
+  }
+  for name, text in kept.items():
+    there = absolute(directory) / name
+    if there.exists():
+      _check_same(text, there)
+  if kept:
+    gin.bind_parameter('settings.Saving.rows', _Unwritten(kept))
+
+
+def _check_same(text: str, there: epath.Path) -> None:
+  """Raises UserError at the first row that differs from those of the run."""
+  run, theirs = there.parent.parent, there.read_text()
+  if text == theirs:
+    return
+  pairs = itertools.zip_longest(text.split('\n')[:-1], theirs.split('\n')[:-1])
+  for number, (ours, earlier) in enumerate(pairs):
+    if ours != earlier:
+      raise UserError(
+        f'{there.stem}[{number}] is {ours or "missing"}, and the run in {run}'
+        f' was started with {earlier or "no such row"}. Give the same rows to'
+        ' go on with that run, or another model_dir'
+      )
+
+
+class _Unwritten(dict):
+  """What gin neither copies nor writes."""
 
   def __deepcopy__(self, memo):
     return self
@@ -152,15 +214,18 @@ def check_labels(
 
 
 def prepared(
-  flag_values: Mapping[str, Any], rows: Mapping[str, Any]
+  flag_values: Mapping[str, Any],
+  rows: Mapping[str, Any],
+  directory: str | os.PathLike[str],
 ) -> dict[str, Any]:
   """Adds default templates and labels to the settings of a training.
 
   Args:
     flag_values: The settings of the user.
     rows: The rows by split, from `taken`.
+    directory: The directory of the run.
   """
-  given = {**flag_values, **settings(rows)}
+  given = {**flag_values, **settings(rows, directory)}
   train = rows['train']
   if isinstance(train, str) and not flags.is_file(train):
     return given  # A SeqIO task has its own texts.

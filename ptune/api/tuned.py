@@ -139,17 +139,19 @@ class Tuned:
     told = [dict(zip(labels, map(float, row), strict=True)) for row in found]
     return told[0] if one else told
 
-  def evaluate(self, test: Any) -> dict[str, float]:
-    """Measures the model on other rows.
+  def evaluate(self, test: Any = 'validation') -> dict[str, float]:
+    """Measures the model.
 
     Args:
-      test: Rows or a file, as for `tune`; or the name of a split of the task.
+      test: Rows or a file, as for `tune`; or the name of a split of the task
+        that the run trained on.
 
     Returns:
       The task's metrics, and `loss` and `token_accuracy` per target token.
     """
     split, task = 'test', None
     if isinstance(test, str) and not flags.is_file(test):
+      self._run('rows of its own')
       split, task = test, self._task
     else:
       task = self._read(rows_lib.taken('test', test)).task

@@ -43,6 +43,8 @@ NAMED = {
 CHOSEN = ('METHOD', 'MODEL', 'OPTIMIZER', 'STUDIES')
 SUFFIXES = ('.tsv', '.csv', '.jsonl')
 CONFIG, RUN_FILE = 'config.gin', 'run.json'
+# Where a run keeps rows that it got from Python.
+ROWS = 'rows/{split}.jsonl'
 # Programs that train, and programs that run a trained model on a split: the
 # macro of the split.
 TRAINING = ('train', 'plan', 'doctor')
@@ -334,6 +336,8 @@ def expand(
   if run is not None:
     files.append(os.fspath(_config(run)))
     bound['MODEL_DIR'] = run
+    if kept := kept_rows(run):
+      bound['TASK_FILES'] = kept
   bound |= _base(given.pop('base', None), run, trains)
   rows = {split: given.pop(split) for split in SPLITS if split in given}
   if not _has(files, 'runs'):
@@ -358,6 +362,12 @@ def expand(
 def _has(files: Sequence[str], *kinds: str) -> bool:
   """Returns whether one of ptune's own files of some kinds is given."""
   return not {*files}.isdisjoint(own_files(kinds))
+
+
+def kept_rows(run: str | os.PathLike[str]) -> dict[str, str]:
+  """Returns the files in which a run keeps rows from Python, by split."""
+  files = sorted(pathlib.Path(run).glob(ROWS.format(split='*')))
+  return {file.stem: str(file.absolute()) for file in files}
 
 
 def _config(run: str) -> pathlib.Path:

@@ -172,6 +172,10 @@ class Run(contextlib.AbstractContextManager['Run']):
     for member in members:
       self.place(member.name).mkdir(parents=True, exist_ok=True)
       run_file.claim(self.place(member.name), member.facts, notes)
+    if jax.process_index() == 0:
+      for name, text in saving.rows.items():
+        (self.directory / name).parent.mkdir(exist_ok=True)
+        write_atomically(self.directory / name, text)
     self.reports = {
       member.name: enter(
         report.Report(

@@ -96,6 +96,8 @@ class Saving:
     tracker: The one of `trackers.TRACKERS` that also gets the records; None for
       no tracker.
     curves: Whether curves.png is drawn at the end.
+    rows: The text of further files, by their paths in MODEL_DIR: the rows from
+      Python that the run trains on; see `ptune.api`.
   """
 
   checkpoint_period: int = 1000
@@ -104,6 +106,7 @@ class Saving:
   profile_steps: int | None = None
   tracker: str | None = None
   curves: bool = True
+  rows: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
