@@ -144,6 +144,8 @@ def compare(
       inputs: the number of inputs;
       tokens: the tokens that the encoder reads for the longest input, with the
         text and with the trained prompt;
+      prefix: the keys and values that every attention reads beside these; 0
+        unless the method is a prefix;
       same_answer: the share of inputs where the whole answer equals that of
         the model with the text, for the trained prompt and for the base alone;
       answers: the number of distinct answers of the model with the text;
@@ -201,6 +203,14 @@ def compare(
       'text': len(context) + shape[1],
       'trained': encoded.shape[1],
     },
+    'prefix': max(
+      (
+        plan.params[path].shape[0]
+        for path in plan.trainable
+        if path.endswith('_prefix/prefix')
+      ),
+      default=0,
+    ),
     'same_answer': {name: same(name) for name in ('trained', 'base')},
     'answers': len(np.unique(answers['text'], axis=0)),
     'milliseconds': {name: milliseconds(name) for name in ('text', 'trained')},
@@ -212,9 +222,12 @@ def describe(found: Mapping[str, Any]) -> str:
   tokens, same, time_of = (
     found[name] for name in ('tokens', 'same_answer', 'milliseconds')
   )
+  beside = ''
+  if found['prefix']:
+    beside = f', and each attention {found["prefix"]} keys and values'
   return (
     f'the encoder reads {tokens["text"]} -> {tokens["trained"]} tokens of an'
-    f' input\n'
+    f' input{beside}\n'
     f'{time_of["text"]:.2f} -> {time_of["trained"]:.2f} ms a prediction\n'
     f'the answer is that with the text for {100 * same["trained"]:.1f} % of'
     f' {found["inputs"]} inputs ({100 * same["base"]:.1f} % without either;'

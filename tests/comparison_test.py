@@ -145,6 +145,10 @@ def test_every_method_has_as_many_rates():
   assert len(one.cells) == 2 * len(comparison.RECIPES)
   ia3 = [c.tuning.learning_rate for c in one.cells if c.row == 'ia3']
   np.testing.assert_allclose(ia3, [0.0015, 0.006])
+  assert one.evaluations == 4
+  assert comparison.methods(QUICK, evaluations=2).evaluations == 2
+  with pytest.raises(ValueError, match='evaluations is 0'):
+    comparison.methods(QUICK, evaluations=0)
   with pytest.raises(ValueError, match=r"METHODS is \['lorra'\]"):
     comparison.methods(QUICK, ['lorra'])
   task = files.from_rows({'train': [], 'validation': []}, vocabulary=Bytes())

@@ -71,6 +71,32 @@ def test_a_distilled_prompt_answers_as_the_model_with_the_text(
 
 
 @pytest.mark.slow
+def test_a_prefix_replaces_the_text_whose_keys_and_values_it_started_as(
+  tmp_path, capsys
+):
+  found = []
+  for name, steps, rate in (('untrained', 1, 1e-9), ('trained', 150, 0.03)):
+    command = arguments(
+      tmp_path / name,
+      '--gin_file=methods/prefix_from_context.gin',
+      TRAIN_STEPS=steps,
+      LEARNING_RATE=rate,
+      EVAL_PERIOD=steps,
+    )
+    with tiny.one_device():
+      assert cli.main(command) == 0
+    found.append(json.loads((tmp_path / name / 'distilled.json').read_text()))
+  untrained, trained = (x['same_answer']['trained'] for x in found)
+  assert trained > 0.8 > untrained
+  assert (tmp_path / 'trained' / 'prompts' / 'best.safetensors').exists()
+  # A prefix is no part of the input, and is told.
+  assert found[1]['tokens'] == {'text': 53 + 32, 'trained': 32}
+  assert found[1]['prefix'] == 10
+  said = capsys.readouterr().out
+  assert '85 -> 32 tokens of an input, and each attention 10 keys' in said
+
+
+@pytest.mark.slow
 def test_a_prompt_is_distilled_on_inputs_that_the_model_made_up(tmp_path):
   command = arguments(
     tmp_path / 'run',
