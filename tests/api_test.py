@@ -278,7 +278,11 @@ def test_what_is_written_is_read_back(base, run, tmp_path):
   assert np.array_equal(np.load(tmp_path / 'prompt.npy'), run.prompt)
   for name in ('prompt.npy', 'peft'):
     assert ptune.load(tmp_path / name, base).predict(TEXTS) == expected
+  loaded = ptune.load(run.directory / 'prompts/best.npy')  # Its run says more.
   assert ptune.load(run.directory).predict(TEXTS) == expected
+  told, ours = loaded.evaluate(DEV), run.evaluate(DEV)
+  for metric in ('loss', 'token_accuracy'):
+    assert told[metric] == pytest.approx(ours[metric], rel=1e-5)
   with pytest.raises(UserError, match='does not say what its base is'):
     ptune.load(tmp_path / 'prompt.npy')
 
@@ -328,7 +332,7 @@ def test_a_prompt_goes_to_the_hub(run, monkeypatch):
     ({'validation': 'dev.csv'}, "'train'] are rows, and .'validation'] files"),
     ({'train': 'no.csv', 'validation': None}, 'no.csv'),
     ({'base': 'no/model'}, 'base: Nothing is at no/model'),
-    ({'base': None}, "base is NoneType 'None'; expected what ptune.load"),
+    ({'base': None}, "base is NoneType 'None'; expected a base model"),
     ({'method': 'promt'}, "no method 'promt'; did you mean prompt"),
     ({'promt_length': 5}, "no setting 'promt_length'; did you mean prompt_len"),
     ({'steps': 'many'}, "^steps .* is 'many'; expected a whole number"),
@@ -366,21 +370,121 @@ def test_a_frame_with_a_hole_is_named_by_its_row(base):
     ptune.tune(base, frame, **named)
 
 
-def test_bad_questions_are_named(base, run, tmp_path):
-  for ask, message in (
-    (lambda: run.predict([]), 'inputs has no rows'),
-    (lambda: run.predict(['a', 5]), r'inputs\[1\] is 5; expected a dict'),
-    (lambda: run.predict([{'x': 'a'}]), r"inputs\[0\]: no column 'inputs'"),
-    (lambda: run.classify('a', labels=['yes']), 'expected a list of two texts'),
-    (lambda: run.evaluate([('a', 'maybe')]), r"test\[0\]: .*'maybe'"),
-    (lambda: ptune.load(tmp_path / 'none'), 'Nothing is at'),
-    (lambda: ptune.load('ptune://tiny', base), 'is no run and no prompt'),
+NAN = float('nan')
+
+
+@pytest.mark.parametrize(
+  ('ask', 'message'),
+  [
+    (lambda run: run.predict([]), 'inputs has no rows'),
+    (lambda run: run.predict(None), 'inputs is NoneType None; expected a text'),
+    (
+      lambda run: run.predict(b'a'),
+      "inputs is bytes b'a'; expected a text, or",
+    ),
+    (
+      lambda run: run.predict(np.array('a')),
+      'inputs is ndarray .*; expected a',
+    ),
+    (
+      lambda run: run.predict(['a', 5]),
+      r'inputs\[1\] is 5; expected a text, or',
+    ),
+    (lambda run: run.predict([{'x': 1}]), r"inputs\[0\]: no column 'inputs'"),
+    (lambda run: run.predict({'inputs': NAN}), r'inputs\[0\]: .* is nan'),
+    (lambda run: run.classify('a', ['yes']), 'expected a list of two texts'),
+    (lambda run: run.classify('a', 'yes'), "labels is str 'yes'; expected a"),
+    (lambda run: run.classify('a', ['a', 0]), r'labels\[1\] is 0; expected a'),
+    (lambda run: run.classify('a', ['a', 'b', 'a']), r"apart .*\['a', 'a'\]"),
+    (lambda run: run.classify('a', ['a', '']), 'cannot write .*choose other'),
+    (
+      lambda run: run.classify('a', ['a', 'b ' * 40]),
+      'do not fit TASK_FEATURE',
+    ),
+    (lambda run: run.evaluate([('a', 'maybe')]), r"test\[0\]: .*'maybe'"),
+    (
+      lambda run: run.evaluate([('a', NAN)]),
+      r'test\[0\]: .* nan, .* -1 or null',
+    ),
+    (lambda run: run.evaluate(None), 'test is NoneType None; expected pairs'),
+    (lambda run: run.evaluate('tset'), "'tset'; .* a split of the task: train"),
+    (lambda run: run.evaluate('no.csv'), 'no.csv.*, which does not exist'),
+    (
+      lambda run: run.evaluate(pathlib.Path('x')),
+      "test is 'x'; .* ends in .tsv",
+    ),
+    (lambda run: run.save(None), 'path is None; expected that of a local file'),
+    (lambda run: run.save(''), "path is ''; expected that of a local file"),
+    (lambda run: run.save('x.txt'), "path is 'x.txt'; .* ends in .npy"),
+    (lambda run: run.save('d.npy'), 'd.npy is a directory with nothing in it'),
+    (lambda run: run.export('x', format='pfet'), "format is 'pfet'; expected"),
+    (lambda run: run.export(5), 'path is 5; expected that of a local file'),
+    (lambda run: run.export('d.npy', 'npy'), 'exists already.*overwrite=True'),
+    (lambda run: run.push_to_hub('hf://a'), "'hf://a'; expected user/name"),
+    (lambda _: ptune.load(5), "path is int '5'; expected that of a base model"),
+    (lambda _: ptune.load('none'), 'Nothing is at none'),
+    (
+      lambda _: ptune.load('wide.npy', 'no/base'),
+      '^base: Nothing is at no/base',
+    ),
+    (
+      lambda run: ptune.load('wide.npy', run),
+      '^base is Tuned .*; expected a bas',
+    ),
+    (
+      lambda _: ptune.load('wide.npy', 'ptune://tiny'),
+      '2, 97.* is 96 wide; give',
+    ),
+    (lambda _: ptune.load('wide.npy'), 'not say what its base is; give it'),
+    (lambda _: ptune.load('broken'), 'run.json is damaged'),
+    (
+      lambda _: ptune.load('moved'),
+      r"at no/base(.|\n)*ptune.load\('moved', base=",
+    ),
+    (lambda run: ptune.load('ptune://tiny', run), 'is no run and no prompt'),
+  ],
+)
+def test_a_bad_question_is_named_and_nothing_is_written(
+  run, ask, message, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  np.save('wide.npy', np.zeros((2, 97), np.float32))
+  for name, text in (
+    ('broken', '{'),
+    ('moved', '{"initial_checkpoint_path": "no/base"}'),
   ):
-    with pytest.raises((UserError, FileNotFoundError), match=message):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'run.json').write_text(text)
+  (tmp_path / 'd.npy').mkdir()
+  before = tiny.files(tmp_path)
+  with pytest.raises((UserError, FileNotFoundError), match=message):
+    ask(run)
+  assert tiny.files(tmp_path) == before
+
+
+def test_a_bad_bank_is_named(base, run):
+  bank = ptune.bank(base, one=run)
+  for ask, message in (
+    (lambda: bank.add('two', None), "prompt 'two' is NoneType None; expected"),
+    (lambda: bank.add(5, run), 'the name of a prompt is 5; expected a text'),
+    (lambda: bank.add('two', np.zeros((2, 97))), r'must be \[prompt, 96\]'),
+    (lambda: bank.remove('two'), "there is no prompt 'two'; there are one"),
+    (lambda: bank.predict('a', 'one'), "inputs is str 'a'; expected a list of"),
+    (lambda: bank.predict([5], 'one'), r'inputs\[0\] is 5; expected a text'),
+    (lambda: bank.predict(['a'], None), 'prompts is NoneType None; expected a'),
+    (
+      lambda: bank.predict(['a'], ['one'] * 2),
+      '2 names for 1 inputs; expected',
+    ),
+    (lambda: bank.predict(['a'], 'two'), "there is no prompt 'two'"),
+    (lambda: bank.vote(['a'], ['two']), "there is no prompt 'two'; there are"),
+    (lambda: ptune.bank(base).vote(['a']), 'the bank has no prompts; add some'),
+    (lambda: ptune.bank(base, lengths=5), 'lengths is 5; expected tokens by'),
+    (lambda: ptune.bank(base, lengths={'inputs': 0}), "'inputs'] is 0; expec"),
+  ):
+    with pytest.raises(UserError, match=message):
       ask()
-  np.save(tmp_path / 'wide.npy', np.zeros((2, 97), np.float32))
-  with pytest.raises(UserError, match=r'2, 97.* is 96 wide; give the base'):
-    ptune.load(tmp_path / 'wide.npy', base)
+  assert bank.names == ['one']
 
 
 # ------------------------------------------------------------------ the names

@@ -7,7 +7,8 @@ import types
 import numpy as np
 import pytest
 
-from ptune import cli
+import ptune
+from ptune import cli, pretrained
 from ptune.convert import hub, publish
 from ptune.convert.prompts import read_prompt
 
@@ -20,6 +21,13 @@ FACTS = {
   'seed': 1,
   'scores': {'my_sst2': {'accuracy': 91.25, 'loss': 0.25}},
 }
+CONFIG = """
+INPUTS = 'review: {text}'
+TARGETS = '{label}'
+LABEL_NAMES = ['negative', 'positive']
+TASK_FILES = \\
+    {'train': '/home/me/train.csv'}
+"""
 
 
 @pytest.fixture
@@ -29,7 +37,7 @@ def run(tmp_path):
   folder.mkdir(parents=True)
   np.save(folder / 'best.npy', np.arange(8, dtype=np.float32).reshape(2, 4))
   (folder / 'best.json').write_text(json.dumps(FACTS))
-  (folder.parent / 'config.gin').write_text('TRAIN_STEPS = 300\n')
+  (folder.parent / 'config.gin').write_text(CONFIG)
   return folder.parent
 
 
@@ -74,7 +82,7 @@ def test_a_prompt_is_pushed_and_read_again(run, repositories, capsys):
   np.testing.assert_array_equal(
     np.load(root / 'me/sst2/prompt.npy'), prompt.array
   )
-  assert (root / 'me/sst2/config.gin').read_text() == 'TRAIN_STEPS = 300\n'
+  assert (root / 'me/sst2/config.gin').read_text() == CONFIG
   for file in (root / 'me/sst2').glob('*.json'):  # No path of this machine.
     assert str(run) not in file.read_text()
 
@@ -94,6 +102,10 @@ def test_the_card_is_one_that_the_hub_understands(run, repositories):
     "ptune.load('hf://me/sst2')",
     "PeftModel.from_pretrained(base, 'me/sst2')",
     'ptune train --gin_file=config.gin',
+    '| inputs | `review: {text}` |',
+    "| label names | `['negative', 'positive']` |",
+    '| data | train: `train.csv` |',
+    "tuned.predict(['review: {text}'])",
   ):
     assert told in text
 
@@ -105,3 +117,24 @@ def test_a_refusal_of_the_hub_is_one_line(run, repositories, monkeypatch):
   monkeypatch.setattr(publish.library('').HfApi, 'create_repo', refuse)
   with pytest.raises(ValueError, match=r'(?s)401 Unauthorized.*hf auth login'):
     publish.push(run, 'me/sst2', base_name='google/t5-v1_1-base')
+
+
+def test_no_path_of_this_machine_is_pushed(repositories, tmp_path):
+  root, _ = repositories
+  tiny = pretrained.directory('ptune://tiny')
+  np.save(tmp_path / 'mine.npy', np.zeros((2, 96), np.float32))
+  for base, named, code in (
+    ('ptune://tiny', 'ptune://tiny', "ptune.load('hf://me/mine')"),
+    (str(tiny), 'tiny', "ptune.load('hf://me/mine', base='path/to/the/base')"),
+  ):
+    shutil.rmtree(root, ignore_errors=True)
+    publish.push(tmp_path / 'mine.npy', 'me/mine', base=base)
+    for file in (root / 'me/mine').iterdir():
+      assert str(tiny.parent).encode() not in file.read_bytes(), file
+      assert str(tmp_path).encode() not in file.read_bytes(), file
+    config = json.loads((root / 'me/mine/adapter_config.json').read_text())
+    assert config['base_model_name_or_path'] == named
+    card = (root / 'me/mine/README.md').read_text()
+    assert code in card and "from_pretrained('path/to/the/base')" in card
+  publish.push(tmp_path / 'mine.npy', 'me/other', base='ptune://tiny')
+  assert ptune.load('hf://me/other').base.path == 'ptune://tiny'

@@ -75,8 +75,12 @@ class Base:
     return of_params(self.weights)
 
 
-def as_base(base: 'Base | str | os.PathLike[str]') -> Base:
-  """Opens a base that is given by its path.
+def as_base(
+  base: 'Base | str | os.PathLike[str]',
+  vocabulary: str | os.PathLike[str] | None = None,
+  dtype: str = 'float32',
+) -> Base:
+  """Opens a base that is given by its path; see `ptune.load`.
 
   Raises:
     UserError: If it is something else.
@@ -85,10 +89,10 @@ def as_base(base: 'Base | str | os.PathLike[str]') -> Base:
     return base
   if not isinstance(base, str | os.PathLike):
     raise UserError(
-      f'base is {type(base).__name__} {str(base)[:60]!r}; expected what'
-      " ptune.load returns, or a path such as 'ptune://tiny'"
+      f'base is {type(base).__name__} {str(base)[:60]!r}; expected a base model'
+      " from ptune.load, or its path, such as 'ptune://tiny'"
     )
   try:
-    return Base(base)
+    return Base(base, vocabulary, dtype)
   except (FileNotFoundError, UserError) as error:
     raise type(error)(f'base: {error}') from error

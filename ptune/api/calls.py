@@ -1,6 +1,5 @@
 """`load` opens a model, `tune` trains on it by the program `ptune train`."""
 
-import json
 import os
 import pathlib
 import shutil
@@ -13,6 +12,7 @@ from ptune.api.base import Base, as_base
 from ptune.api.tuned import Tuned
 from ptune.config import flags, gin_files, macros
 from ptune.convert import peft
+from ptune.convert.export import recorded_base
 from ptune.convert.hub import SCHEME, locate
 from ptune.convert.storage import read_json
 from ptune.errors import UserError, nearest
@@ -54,37 +54,44 @@ def load(
     >>> base.config.emb_dim
     96
   """
-
-  def as_given(base: Base | str) -> Base:
-    if isinstance(base, Base):
-      return base
-    return Base(base, vocabulary, dtype)
-
+  if not isinstance(path, str | os.PathLike):
+    raise UserError(
+      f'path is {type(path).__name__} {str(path)[:60]!r}; expected that of a'
+      " base model, a run or a prompt, such as 'ptune://tiny'"
+    )
   place = locate(path)
-  if (place / run_file.FILE).is_file():
-    record = json.loads((place / run_file.FILE).read_text())
-    recorded = record['initial_checkpoint_path']
-    if recorded is None and base is None:
+  if record := run_file.read(place):
+    base = base or record.get('initial_checkpoint_path')
+    if base is None:
       raise UserError(
         f'{path} trained a whole model, which starts from no base; use ptune'
         ' eval and infer with its MODEL_DIR'
       )
-    return Tuned(as_given(base or recorded), directory=place)
+    try:
+      return Tuned(as_base(base, vocabulary, dtype), directory=place)
+    except FileNotFoundError as error:
+      raise FileNotFoundError(
+        f'{error}\nIf the base of this run has moved, give its path: '
+        f'ptune.load({str(path)!r}, base=...)'
+      ) from error
   adapter = (place / peft.CONFIG).is_file()
   if adapter and base is None:
     named = read_json(place / peft.CONFIG).get('base_model_name_or_path')
     if named:
-      base = named if pathlib.Path(named).exists() else f'{SCHEME}{named}'
+      known = '://' in named or pathlib.Path(named).exists()
+      base = named if known else f'{SCHEME}{named}'
   if adapter or place.suffix in SUFFIXES:
+    base = base or recorded_base(place)
     if base is None:
       raise UserError(
         f'{path} is a prompt, and does not say what its base is; give it, as in'
         f" ptune.load({str(path)!r}, base='ptune://tiny')"
       )
-    return Tuned(as_given(base), prompt_file=path)
+    return Tuned(as_base(base, vocabulary, dtype), prompt_file=path)
   if base is not None:
     raise UserError(
-      f'{path} is no run and no prompt, so base={str(base)!r} has no meaning'
+      f'{path} is no run and no prompt, so it needs no base; leave it out, or'
+      ' give the path of a run or a prompt'
     )
   return Base(path, vocabulary, dtype)
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 from ptune.api import rows as rows_lib
@@ -10,7 +11,7 @@ from ptune.api.base import Base, as_base
 from ptune.api.recorded import BATCH_SIZE, LENGTHS
 from ptune.api.tuned import Tuned, batch_size
 from ptune.data import bucketing, device_feed, padding, seqio_task
-from ptune.errors import UserError
+from ptune.errors import UserError, check_counts
 from ptune.serving import ensemble, predictor
 from ptune.serving.bank import PromptBank
 
@@ -57,7 +58,7 @@ class Bank:
     prompts: Mapping[str, Prompt],
   ):
     """Copies the prompts to the devices; see `ptune.bank`."""
-    self.base, self._lengths = base, dict(lengths)
+    self.base, self._lengths = base, _checked(lengths)
     self._bank = PromptBank(
       base.config,
       base.weights,
@@ -76,13 +77,23 @@ class Bank:
     return self._bank.names
 
   def add(self, name: str, prompt: Prompt) -> None:
-    """Adds a prompt, or replaces the one with this name."""
+    """Adds a prompt, or replaces the one with this name.
+
+    Raises:
+      UserError: If it is no prompt, or is not for this base.
+    """
     if isinstance(prompt, Tuned):
-      prompt = prompt.prompt
+      prompt = prompt.source
+    elif not isinstance(prompt, str | os.PathLike | np.ndarray | jax.Array):
+      raise UserError(
+        f'prompt {name!r} is {type(prompt).__name__} {prompt!r:.60}; expected'
+        ' the path of a run or a prompt, what ptune.tune returns, or an array'
+        ' [prompt, embed]'
+      )
     self._bank.add(name, prompt)
 
   def remove(self, name: str) -> None:
-    """Removes a prompt."""
+    """Removes a prompt; raises UserError if no prompt has this name."""
     self._bank.remove(name)
 
   def predict(
@@ -100,8 +111,11 @@ class Bank:
     Raises:
       UserError: If a name is unknown, or there are not as many names as texts.
     """
-    texts = rows_lib.listed('inputs', inputs)
-    names = [prompts] * len(texts) if isinstance(prompts, str) else [*prompts]
+    texts = rows_lib.texts('inputs', inputs)
+    if isinstance(prompts, str):
+      names = [prompts] * len(texts)
+    else:
+      names = rows_lib.texts('prompts', prompts, 'a name, or a list of names')
     if len(names) != len(texts):
       raise UserError(
         f'prompts has {len(names)} names for {len(texts)} inputs; expected one'
@@ -122,11 +136,13 @@ class Bank:
       A text for each input. If answers have equally many votes, the one with
       the highest score wins (Lester et al. 2021, section 6).
     """
-    texts = rows_lib.listed('inputs', inputs)
-    names = self.names if prompts is None else [*prompts]
+    texts, names = rows_lib.texts('inputs', inputs), self.names
+    if prompts is not None:
+      names = rows_lib.texts('prompts', prompts, 'a list of names')
     if not names:
-      raise UserError('prompts has no names; expected at least one')
-    asked = self._asked([*texts] * len(names), np.repeat(names, len(texts)))
+      raise UserError('the bank has no prompts; add some')
+    repeated = [name for name in names for _ in texts]
+    asked = self._asked(texts * len(names), repeated)
     tokens, scores = zip(*asked, strict=True)
     shape = (len(names), len(texts))
     won = ensemble.vote(
@@ -160,3 +176,15 @@ class Bank:
     )
     by_row = dict(found)
     return [by_row[row] for row in range(len(examples))]
+
+
+def _checked(lengths: Mapping[str, int]) -> dict[str, int]:
+  """The lengths of both features; raises UserError if there are others."""
+  if not isinstance(lengths, Mapping) or set(lengths) - set(LENGTHS):
+    raise UserError(
+      f'lengths is {lengths!r:.80}; expected tokens by feature, such as'
+      f' {LENGTHS}'
+    )
+  found = {**LENGTHS, **lengths}
+  check_counts(**{f'lengths[{name!r}]': found[name] for name in found})
+  return found

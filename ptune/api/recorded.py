@@ -15,6 +15,7 @@ from ptune.model.adapters import Method
 from ptune.model.models import Decoding
 from ptune.model.sizes import Config
 from ptune.serving.bank import OTHER_METHODS
+from ptune.tasks import files
 from ptune.tasks.texts import TextTask
 
 # The most rows of a batch, unless a run says otherwise.
@@ -86,8 +87,15 @@ def of_run(
     )
 
 
-def of_prompt(base: Base, prompt: Prompt) -> Recorded:
+def of_prompt(
+  base: Base, prompt: Prompt, rows: Mapping[str, Any] | None = None
+) -> Recorded:
   """The settings of a prompt without a run: its length, and defaults.
+
+  Args:
+    base: The base model.
+    prompt: The prompt.
+    rows: Rows to evaluate it on, by split: see `rows.taken`.
 
   Raises:
     UserError: If it is not for this base, or not for the start of the input.
@@ -104,10 +112,20 @@ def of_prompt(base: Base, prompt: Prompt) -> Recorded:
       f'prompt {prompt.path} was trained with method {trained!r}, and stands'
       ' elsewhere than at the start; load the directory of its run'
     )
+  task = TextTask('prompt', {}, vocabulary=base.vocabulary)
+  if rows:
+    task = files.from_files(
+      rows_lib.settings(rows),
+      '{inputs}',
+      '{targets}',
+      name='prompt',
+      vocabulary=base.vocabulary,
+      rows=rows_lib.in_memory(rows),
+    )
   return Recorded(
     config=base.config,
     method=prompt_method.prompt(length),
-    task=TextTask('prompt', {}, vocabulary=base.vocabulary),
+    task=task,
     module=None,
     template='{inputs}',
     lengths=LENGTHS,

@@ -12,6 +12,7 @@ from ptune.convert.pieces import Vocabulary
 from ptune.errors import UserError
 from ptune.host.files import absolute
 from ptune.tasks import files
+from ptune.tasks.labels import cut
 from ptune.tasks.texts import TextTask
 
 # Stands in TASK_FILES for rows that are not in a file.
@@ -22,6 +23,9 @@ EXPECTED = (
   ' Dataset, the path of a .tsv, .csv or .jsonl file, or the name of a SeqIO'
   ' task'
 )
+EXPECTED_FILE = f'rows, or a file that ends in {", ".join(flags.SUFFIXES)}'
+# What a model is asked.
+QUESTIONS = 'a text, or a list of texts or dicts'
 
 
 def taken(name: str, data: Any) -> dict[str, Any]:
@@ -35,7 +39,11 @@ def taken(name: str, data: Any) -> dict[str, Any]:
     UserError: If it has no rows, or is something else.
   """
   if isinstance(data, str | os.PathLike):
-    return {name: os.fspath(data)}
+    file = os.fspath(data)
+    # Only `train` may be the name of a SeqIO task, which has all splits.
+    if not flags.is_file(file) and (name != 'train' or file is not data):
+      raise UserError(f'{name} is {file!r}; expected {EXPECTED_FILE}')
+    return {name: file}
   if isinstance(data, Rows):
     return {name: data}
   return {name: Rows(name, data)}
@@ -62,21 +70,21 @@ class Rows(Sequence):
     return f'<{len(self)} rows>'
 
 
-def listed(name: str, data: Any) -> Sequence[Any]:
+def listed(name: str, data: Any, expected: str = EXPECTED) -> Sequence[Any]:
   """Rows as a sequence.
 
   Args:
     name: The name of the argument, for messages.
     data: The argument.
+    expected: What it may be, for messages.
 
   Raises:
     UserError: If it has no rows, or is something else.
   """
-  if isinstance(data, str | os.PathLike | Mapping) or not isinstance(
-    data, Iterable
-  ):
+  single = isinstance(data, str | bytes | os.PathLike | Mapping)
+  if single or not isinstance(data, Iterable) or getattr(data, 'ndim', 1) == 0:
     raise UserError(
-      f'{name} is {type(data).__name__} {data!r:.80}; expected {EXPECTED}'
+      f'{name} is {type(data).__name__} {data!r:.80}; expected {expected}'
     )
   # A pandas DataFrame, without importing pandas.
   if hasattr(data, 'to_dict') and hasattr(data, 'columns'):
@@ -85,6 +93,28 @@ def listed(name: str, data: Any) -> Sequence[Any]:
   if not len(rows):
     raise UserError(f'{name} has no rows; expected at least one')
   return rows
+
+
+def texts(name: str, data: Any, expected: str = 'a list of texts') -> list[str]:
+  """The items of a list of texts.
+
+  Args:
+    name: The name of the argument, for messages.
+    data: The argument.
+    expected: What it may be, for messages.
+
+  Raises:
+    UserError: If it is empty, no list, or not all of it are texts.
+  """
+  found = listed(name, data, expected)
+  for i, text in enumerate(found):
+    if not isinstance(text, str):
+      raise UserError(f'{name}[{i}] is {text!r:.80}; expected a text')
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(f'{name}[{i}] is not Unicode: {error}') from None
+  return list(map(str, found))  # NumPy's texts become Python's.
 
 
 def _label_names(data: Any) -> dict[str, list[str]]:
@@ -130,8 +160,15 @@ def bind(rows: Mapping[str, Any]) -> None:
   """Gives gin rows in memory, for `files.from_files`."""
   import gin
 
+  if (given := in_memory(rows)) is not None:
+    gin.bind_parameter('files.from_files.rows', given)
+
+
+def in_memory(rows: Mapping[str, Any]) -> Mapping[str, Any] | None:
+  """The rows for `files.from_files`, by split; None if they are in files."""
   if any(isinstance(x, Rows) for x in rows.values()):
-    gin.bind_parameter('files.from_files.rows', _Unwritten(rows))
+    return _Unwritten(rows)
+  return None
 
 
 def keep(
@@ -189,28 +226,37 @@ class _Unwritten(dict):
 
 
 def check_labels(
-  labels: Sequence[str] | None, vocabulary: Vocabulary
+  labels: Sequence[str] | None, vocabulary: Vocabulary, length: int
 ) -> list[str]:
   """The labels of a classification.
 
+  Args:
+    labels: The argument.
+    vocabulary: The vocabulary of the answers.
+    length: The most tokens of an answer.
+
   Raises:
-    UserError: If there are not two, or the vocabulary writes some alike.
+    UserError: If there are not two, the vocabulary writes some alike, or some
+      are longer than an answer.
   """
-  if labels is None or isinstance(labels, str) or len(set(labels)) < 2:
-    raise UserError(
-      f'labels is {labels!r}; expected a list of two texts or more, such as'
-      " ['negative', 'positive']"
+  expected = "a list of two texts or more, such as ['negative', 'positive']"
+  found = texts('labels', labels, expected)
+  if len(set(found)) < 2:
+    raise UserError(f'labels is {labels!r}; expected {expected}')
+  by_text: dict[str, list[str]] = {}
+  for label in found:
+    by_text.setdefault(vocabulary.decode(vocabulary.encode(label)), []).append(
+      label
     )
-  by_ids: dict[tuple[int, ...], list[str]] = {}
-  for label in labels:
-    by_ids.setdefault(tuple(vocabulary.encode(label)), []).append(label)
-  wrong = [same for same in by_ids.values() if len(same) > 1]
-  if wrong or () in by_ids:
+  wrong = [same for same in by_text.values() if len(same) > 1]
+  if wrong or '' in by_text:
     raise UserError(
       f'labels: the vocabulary cannot tell apart or cannot write'
-      f' {[*wrong, *by_ids.get((), [])]}; choose other labels'
+      f' {[*wrong, *by_text.get("", [])]}; choose other labels'
     )
-  return list(labels)
+  if longer := cut(found, vocabulary, length):
+    raise UserError(longer)
+  return found
 
 
 def prepared(

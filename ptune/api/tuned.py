@@ -11,13 +11,12 @@ from typing import Any, overload
 import numpy as np
 from absl import logging
 
-from ptune.api import recorded
+from ptune.api import outputs, recorded
 from ptune.api import rows as rows_lib
 from ptune.api.base import Base
 from ptune.api.recorded import Recorded
 from ptune.config import flags
-from ptune.convert import export as export_lib
-from ptune.convert import merged, prompts, publish
+from ptune.convert import prompts, publish
 from ptune.data import batches, bucketing, device_feed, padding, seqio_task
 from ptune.errors import UserError
 from ptune.model import frozen_weights, parameters, partitioning
@@ -114,8 +113,8 @@ class Tuned:
       A list of {label: probability}, or one dict for one input.
 
     Raises:
-      UserError: If the labels are unknown, or the vocabulary cannot tell them
-        apart.
+      UserError: If the labels are unknown, the vocabulary cannot tell them
+        apart, or they are longer than an answer.
 
     Example:
       >>> told = tuned.classify('so insightful', labels=['no', 'yes'])
@@ -125,7 +124,9 @@ class Tuned:
     texts, one = self._texts(inputs)
     if labels is None:
       labels = getattr(self._task, 'labels', None)
-    labels = rows_lib.check_labels(labels, self._task.vocabulary)
+    labels = rows_lib.check_labels(
+      labels, self._task.vocabulary, self._settings.lengths['targets']
+    )
     features = [
       self._encode({'inputs': text, 'targets': label})
       for text in texts
@@ -153,6 +154,11 @@ class Tuned:
     if isinstance(test, str) and not flags.is_file(test):
       self._run('rows of its own')
       split, task = test, self._task
+      if split not in task.splits:
+        raise UserError(
+          f'test is {test!r}; expected {rows_lib.EXPECTED_FILE}, or a split of'
+          f' the task: {", ".join(task.splits)}'
+        )
     else:
       task = self._read(rows_lib.taken('test', test)).task
     evaluation = Evaluation(
@@ -177,7 +183,7 @@ class Tuned:
     Raises:
       UserError: If the method trains no prompt.
     """
-    return prompts.read_prompt(self._source).array
+    return prompts.read_prompt(self.source).array
 
   @property
   def step(self) -> int:
@@ -204,16 +210,7 @@ class Tuned:
       path: A .npy or .safetensors file, which may exist. Other methods than
         prompts always write a .safetensors file.
     """
-    layout = pathlib.Path(path).suffix.removeprefix('.') or 'npy'
-    if layout not in ('npy', 'safetensors'):
-      raise UserError(
-        f'path is {str(path)!r}; expected a name that ends in .npy or'
-        ' .safetensors. Other formats are written by export(path, format=...)'
-      )
-    if merged.is_trained(place := prompts.find(self._source)):
-      _copy(place, pathlib.Path(path).with_suffix('.safetensors'))
-      return
-    self._export(path, layout, overwrite=True)
+    outputs.save(self.source, path, self.base.path)
 
   def export(
     self,
@@ -229,12 +226,7 @@ class Tuned:
         are merged into the base: 't5x' or 'huggingface'.
       overwrite: Whether to replace an earlier output.
     """
-    if merged.is_trained(place := prompts.find(self._source)):
-      merged.export_merged(
-        place, format, path, base=self.base.path, overwrite=overwrite
-      )
-      return
-    self._export(path, format, overwrite)
+    outputs.export(self.source, path, self.base.path, format, overwrite)
 
   def push_to_hub(self, name: str, private: bool = False) -> str:
     """Uploads the prompt and a model card to the Hugging Face Hub, for PEFT.
@@ -247,14 +239,15 @@ class Tuned:
       The address that `ptune.load` takes: 'hf://user/prompt'.
     """
     *_, address = publish.push(
-      self._source, name, base=self.base.path, private=private
+      self.source, name, base=self.base.path, private=private
     )
     return address
 
   # ---------------------------------------------------------------- restored
 
   @property
-  def _source(self) -> Any:
+  def source(self) -> str | os.PathLike[str]:
+    """Its run, or its prompt file."""
     return self._prompt_file if self.directory is None else self.directory
 
   def _run(self, what: str) -> pathlib.Path:
@@ -263,16 +256,12 @@ class Tuned:
         f'{self._prompt_file} is a prompt alone, which has no {what}; load the'
         ' directory of its run'
       )
+    if not self.directory.is_dir():
+      raise FileNotFoundError(
+        f'{self.directory} is no directory any more; load the run from where it'
+        ' is now'
+      )
     return self.directory
-
-  def _export(self, path: Any, layout: str, overwrite: bool) -> None:
-    export_lib.export(
-      prompts.read_prompt(self._source),
-      layout,
-      path,
-      base=self.base.path,
-      overwrite=overwrite,
-    )
 
   def _read(self, rows: Mapping[str, Any] | None = None) -> Recorded:
     """Reads the settings of the run, with other rows if given.
@@ -281,8 +270,8 @@ class Tuned:
       rows: The rows of a split, by the name of the split.
     """
     if self.directory is None:
-      prompt = prompts.read_prompt(self._source)
-      return recorded.of_prompt(self.base, prompt)
+      prompt = prompts.read_prompt(self.source)
+      return recorded.of_prompt(self.base, prompt, rows)
     return recorded.of_run(self.base, self.directory, rows)
 
   @functools.cached_property
@@ -307,7 +296,7 @@ class Tuned:
     return trained_model.load(self._plan, trained, self.base.weights)
 
   def _restored_prompt(self) -> tuple[dict[str, Any], int]:
-    found, plan = prompts.read_prompt(self._source), self._plan
+    found, plan = prompts.read_prompt(self.source), self._plan
     theirs = found.facts.get('base', self.base.fingerprint)
     if theirs != self.base.fingerprint:
       logging.warning(
@@ -346,7 +335,9 @@ class Tuned:
   def _texts(self, inputs: Any) -> tuple[list[str], bool]:
     """The texts that the model reads, and whether there was only one input."""
     one = isinstance(inputs, str | Mapping)
-    rows = [inputs] if one else rows_lib.listed('inputs', inputs)
+    rows = [inputs]
+    if not one:
+      rows = rows_lib.listed('inputs', inputs, rows_lib.QUESTIONS)
     return [self._text(i, row) for i, row in enumerate(rows)], one
 
   def _text(self, number: int, row: Any) -> str:
@@ -356,7 +347,8 @@ class Tuned:
       row = {columns[0]: row}
     if not isinstance(row, Mapping):
       raise UserError(
-        f'inputs[{number}] is {row!r:.80}; expected a dict with the columns'
+        f'inputs[{number}] is {row!r:.80}; expected'
+        f' {"a text, or " if len(columns) == 1 else ""}a dict with the columns'
         f' {columns} of the template {template!r}'
       )
     try:
@@ -394,9 +386,3 @@ def batch_size(rows: int, most: int, mesh: Any) -> int:
   while size < min(rows, most):
     size *= 2
   return min(size, max(most, mesh.shape['data']))
-
-
-def _copy(trained: Any, to: pathlib.Path) -> None:
-  """Copies the trained parameters of a method, and the facts beside them."""
-  for suffix in ('.safetensors', '.json'):
-    shutil.copyfile(trained.with_suffix(suffix), to.with_suffix(suffix))

@@ -46,14 +46,14 @@ def check(
   if not overwrite:
     raise UserError(
       f'{path} exists already; nothing was written. Choose another --output, '
-      'or replace it with --overwrite'
+      'or replace it with --overwrite (overwrite=True in Python)'
     )
   if path.is_dir():
     names = {child.name for child in path.iterdir()}
-    if names and not names & set(marks):
+    if (names or not marks) and not names & set(marks):
       raise UserError(
         f'--output={path} is a directory with '
-        f'{", ".join(sorted(names)[:10])}, '
+        f'{", ".join(sorted(names)[:10]) or "nothing in it"}, '
         + (f'but none of {", ".join(marks)}' if marks else 'not a file')
         + ', so it is not an earlier output and was not replaced'
       )

@@ -289,8 +289,9 @@ def _of_safetensors(file: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
       ' file in a bank, or as PROMPT_FILE with methods/smop.gin'
     )
   if set(tensors) != ONE:
+    more = f' and {len(tensors) - 3} more' if len(tensors) > 3 else ''
     raise UserError(
-      f'{file} holds {sorted(tensors)[:20]}; a prompt file holds only '
+      f'{file} holds {sorted(tensors)[:3]}{more}; a prompt file holds only '
       f'{peft.ROWS}. Use a file of another method as PROMPT_FILE, or merge it '
       'with ptune export --format=t5x or huggingface'
     )

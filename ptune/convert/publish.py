@@ -7,12 +7,14 @@ card: what the prompt is for and how to load it. `hf://user/name` reads it back.
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
+from ptune.config import gin_source
 from ptune.convert import export as export_lib
 from ptune.convert.hub import SCHEME, library
 from ptune.convert.prompts import Prompt, read_prompt
@@ -45,6 +47,10 @@ def push(
     UserError: huggingface_hub is not installed, nobody is logged in, the name
       is taken or wrong, or PEFT cannot hold the prompt.
   """
+  if not isinstance(name, str) or not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
+    raise UserError(
+      f'the repository is {name!r}; expected user/name, such as me/sst2'
+    )
   hub = library(f'pushing {name}')
   prompt = read_prompt(path, task)
   with tempfile.TemporaryDirectory() as folder:
@@ -84,33 +90,38 @@ def write(
     facts = json.loads(file.read_text())
     del facts['read_from']  # A path on this machine.
     file.write_text(json.dumps(facts, indent=2) + '\n')
-  config = json.loads((folder / 'adapter_config.json').read_text())
-  run = epath.Path(prompt.path).parent.parent / 'config.gin'
+  adapter = folder / 'adapter_config.json'
+  config = json.loads(adapter.read_text())
+  named = config['base_model_name_or_path']
+  if named and os.path.isabs(named):  # A path of this machine helps nobody.
+    recorded = base or export_lib.recorded_base(prompt.path) or ''
+    named = recorded if '://' in recorded else os.path.basename(named)
+    config['base_model_name_or_path'] = named
+    adapter.write_text(json.dumps(config, indent=2) + '\n')
+  run, settings = epath.Path(prompt.path).parent.parent / 'config.gin', None
   if run.is_file():
     (folder / 'config.gin').write_text(run.read_text())
-  text = card(
-    prompt,
-    name,
-    base_name=config.get('base_model_name_or_path') or base,
-    reruns=run.is_file(),
-  )
-  (folder / 'README.md').write_text(text)
+    settings = gin_source.parse(run.read_text()).macros
+  (folder / 'README.md').write_text(card(prompt, name, named, settings))
   return lines
 
 
 def card(
-  prompt: Prompt, name: str, *, base_name: str | None, reruns: bool
+  prompt: Prompt,
+  name: str,
+  base_name: str | None,
+  settings: Mapping[str, Any] | None,
 ) -> str:
   """Returns the model card, in Markdown after the Hub's metadata.
 
   Args:
     prompt: The prompt, and the facts about it.
     name: The repository.
-    base_name: The base model's name.
-    reruns: Whether the run's config.gin is in the repository.
+    base_name: The base model's name: on the Hub, ptune://..., or a directory's.
+    settings: The macros in the run's config.gin; None if there is no run.
   """
   facts, (length, width) = prompt.facts, prompt.array.shape
-  of_hub = base_name and not os.path.isabs(base_name) and '/' in base_name
+  of_hub = base_name and '://' not in base_name and '/' in base_name
   hub = library('a model card')
   metadata = hub.ModelCardData(
     base_model=base_name if of_hub else None,
@@ -124,6 +135,7 @@ def card(
     'base model': f'`{base_name}`' if base_name else None,
     'fingerprint of the base': facts.get('base') and f'`{facts["base"]}`',
     'task': facts.get('task') and f'`{facts["task"]}`',
+    **_data(settings or {}),
     'method': facts.get('method'),
     'steps': facts.get('step'),
     'batch size': facts.get('batch_size'),
@@ -152,15 +164,19 @@ def card(
     for task, scores in facts['scores'].items():
       lines += [f'| {task} | {k} | {v:.4g} |' for k, v in scores.items()]
     lines.append('')
-  base_code = repr(base_name or 'the base model')
+  ours, theirs = repr(SCHEME + name), repr(base_name)
+  if not of_hub:
+    theirs = "'path/to/the/base'"
+    if not base_name or '://' not in base_name:
+      ours += f', base={theirs}'
   lines += [
     '## Use it with ptune',
     '',
     '```python',
     'import ptune',
     '',
-    f'tuned = ptune.load({SCHEME + name!r})',
-    "print(tuned.predict(['an input, in the form of the task']))",
+    f'tuned = ptune.load({ours})',
+    f'print(tuned.predict([{_example(settings or {})!r}]))',
     '```',
     '',
     '## Use it with PEFT',
@@ -169,15 +185,15 @@ def card(
     'from peft import PeftModel',
     'from transformers import AutoModelForSeq2SeqLM, AutoTokenizer',
     '',
-    f'base = AutoModelForSeq2SeqLM.from_pretrained({base_code})',
-    f'tokenizer = AutoTokenizer.from_pretrained({base_code})',
+    f'base = AutoModelForSeq2SeqLM.from_pretrained({theirs})',
+    f'tokenizer = AutoTokenizer.from_pretrained({theirs})',
     f'model = PeftModel.from_pretrained(base, {name!r})',
     '```',
     '',
     'With NumPy: `numpy.load("prompt.npy")`.',
     '',
   ]
-  if reruns:
+  if settings is not None:
     lines += [
       '## Train it again',
       '',
@@ -189,6 +205,31 @@ def card(
       '',
     ]
   return '\n'.join(lines)
+
+
+def _data(settings: Mapping[str, Any]) -> dict[str, str]:
+  """Returns what the macros of a run say about its rows, for the table."""
+  names = ('INPUTS', 'TARGETS', 'LABEL_NAMES')
+  found = {
+    name.lower().replace('_', ' '): f'`{settings[name]}`'
+    for name in names
+    if settings.get(name)
+  }
+  files = settings.get('TASK_FILES')
+  if isinstance(files, Mapping):
+    found['data'] = ', '.join(
+      f'{split}: `{os.path.basename(str(file))}`'
+      for split, file in files.items()
+    )
+  return found
+
+
+def _example(settings: Mapping[str, Any]) -> str:
+  """Returns an input for the card's code."""
+  template = settings.get('INPUTS')
+  if isinstance(template, str) and template != '{inputs}':
+    return template
+  return 'an input, in the form of the task'
 
 
 def _results(hub: Any, scores: Mapping[str, Mapping[str, float]]):

@@ -41,10 +41,14 @@ def check_writable(name: str, directory: epath.Path) -> None:
 def write_atomically(path: epath.Path, data: bytes | str) -> None:
   """Writes a file so that it is never incomplete, even if we are killed."""
   temporary = path.parent / f'.{path.name}.tmp'
-  with temporary.open('wb') as f:
-    f.write(data.encode() if isinstance(data, str) else data)
-    to_disk(f)
-  temporary.replace(path)
+  try:
+    with temporary.open('wb') as f:
+      f.write(data.encode() if isinstance(data, str) else data)
+      to_disk(f)
+    temporary.replace(path)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise
 
 
 def to_disk(file: Any) -> None:

@@ -164,8 +164,8 @@ class PromptBank:
       ValueError: If it is not a prompt for this model, or if its run was
         trained on another base. For a file from another base, ptune only warns.
     """
-    if not name:
-      raise UserError('a prompt needs a name')
+    if not isinstance(name, str) or not name:
+      raise UserError(f'the name of a prompt is {name!r}; expected a text')
     if isinstance(prompt, str | os.PathLike):
       prompt = self._read(name, prompt)
     routed = None
@@ -321,7 +321,7 @@ def _padded(prompt: np.ndarray, longest: int) -> np.ndarray:
 
 def unknown(name: str, known: Mapping[str, Any]) -> str:
   """The message about a name that no prompt has."""
-  return f'there is no prompt {name!r}{nearest(name, known)}'
+  return f'there is no prompt {name!r}{nearest(str(name), known)}'
 
 
 def parse(prompts: str) -> dict[str, str]:

@@ -316,6 +316,8 @@ def draw(records: Sequence[Record]) -> Any:
   for name, points in sorted(scores.items()):
     right.plot(*zip(*points, strict=True), marker='.', label=name)
   right.set(xlabel='step', ylabel='score')
+  for axes in (left, right):
+    axes.xaxis.get_major_locator().set_params(integer=True)  # No step 2.5.
   if scores:
     right.legend(fontsize='small')
   else:
