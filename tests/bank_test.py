@@ -284,7 +284,7 @@ def test_what_is_no_prompt_is_refused_and_changes_nothing(tmp_path):
       bank.add('three', wrong)
   with pytest.raises(FileNotFoundError):
     bank.add('three', tmp_path / 'none.npy')
-  with pytest.raises(ValueError, match='the name of a prompt is '''):
+  with pytest.raises(ValueError, match='name of a prompt'):
     bank.add('', good)
   with pytest.raises(bank_lib.UnknownPrompt, match="'thre'; did you mean thre"):
     bank.trees(['thre'])
