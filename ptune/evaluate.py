@@ -99,9 +99,9 @@ def evaluate(
   scores = evaluate_all((params,), step)
   for name, values in scores.items():
     _tell(directory, {'step': step, 'split': split, 'task': name}, values)
-    found = classes.read(directory / name, step)
-    if found and jax.process_index() == 0:
-      print(classes.text(found))
+    told = classes.text(directory / name, step)
+    if told and jax.process_index() == 0:
+      print(told)
   return scores
 
 

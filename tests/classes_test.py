@@ -1,6 +1,7 @@
 """ptune/serving/classes.py: what scikit-learn says of the same answers."""
 
 import csv
+import re
 
 import numpy as np
 import pytest
@@ -88,7 +89,15 @@ def test_an_evaluation_leaves_table_matrix_and_picture(tmp_path):
   ):
     assert read.label == made.label and read.support == made.support
     np.testing.assert_allclose(read[1:4], made[1:4], atol=0.006)
-  assert classes.read(place, 8) == []
+  assert classes.read(place, 8) == [] and classes.text(place, 8) == ''
+  lines = classes.text(place, 7).splitlines()
+  told = [re.split(r'\s{2,}', line) for line in lines]
+  assert told[0] == ['class', 'precision', 'recall', 'F1', 'support']
+  blank = lines.index('')
+  assert [line[0] for line in told[1:blank]] == names[: blank - 1]
+  assert told[blank + 1][1:] == names
+  matrix = [[int(x) for x in line[1:]] for line in told[blank + 2 :]]
+  assert matrix == [row for row in counts.tolist() if any(row)]
 
 
 def test_predictions_have_names_beside_numbers(tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from ptune.config import flags
 from ptune.convert.pieces import Vocabulary
 from ptune.convert.vocabulary import check_same
 from ptune.data.text_rows import TextRows
@@ -117,7 +118,11 @@ def check(
       wrong.append(f'{entry} is {length!r}, expected at least 1 token')
   if split is not None and split not in task.splits:
     splits = ', '.join(sorted(task.splits))
-    wrong.append(f'no split {split!r}; its splits: {splits}')
+    own = isinstance(task, TextTask) and split in flags.SPLITS
+    wrong.append(
+      f'no split {split!r}; its splits: {splits}'
+      + (f'. Give its rows as a file: --{split}=FILE' if own else '')
+    )
   if not wrong:
     wrong = _labels_that_are_cut(task, feature_lengths['targets'])
   if wrong:

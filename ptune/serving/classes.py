@@ -22,6 +22,8 @@ from ptune.host.files import write_atomically
 from ptune.tasks.metrics import UNLABELLED
 
 OTHER = '(other)'
+# More columns than this are too wide for a terminal.
+WIDEST = 12
 # With more distinct targets than this, the task is no classification.
 MOST = 50
 
@@ -173,13 +175,27 @@ def read(directory: os.PathLike[str], step: int | str) -> list[Class]:
   ]
 
 
-def text(found: Sequence[Class]) -> str:
-  """The classes as lines of a table."""
+def text(directory: os.PathLike[str], step: int | str) -> str:
+  """What `write` wrote, as two tables for a terminal; '' if it wrote none.
+
+  The confusion matrix is left out if it has more than WIDEST columns.
+  """
+  found = read(directory, step)
+  if not found:
+    return ''
+  head = ('class', 'precision', 'recall', 'F1', 'support')
   rows = [
     (c.label, *(f'{x:.1f}' for x in c[1:4]), str(c.support)) for c in found
   ]
-  head = ('class', 'precision', 'recall', 'F1', 'support')
-  return '\n'.join(aligned([head, *rows], right={1, 2, 3, 4}))
+  lines = aligned([head, *rows], right={1, 2, 3, 4})
+  matrix = (epath.Path(directory) / f'confusion-{step}.csv').read_text()
+  (_, *names), *counts = csv.reader(io.StringIO(matrix))
+  if len(names) <= WIDEST:
+    # A row of zeros is an answer that is the label of no row.
+    counts = [row for row in counts if any(map(int, row[1:]))]
+    cells = [('label \\ answer', *names), *counts]
+    lines += ['', *aligned(cells, right=range(1, len(names) + 1))]
+  return '\n'.join(lines)
 
 
 def draw(names: Sequence[str], counts: np.ndarray):
