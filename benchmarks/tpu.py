@@ -6,8 +6,11 @@
     python -m benchmarks.tpu --decode --beams=4 --targets=64
 
 It needs libtpu: `pip install 'jax[tpu]'`. It compiles a network of --layers
-layers of full width and multiplies what they cost. Nothing runs: all times are
-the compiler's estimates; `ptune.tools.tpu_compiler` says what they leave out.
+layers of full width and multiplies what they cost. With --continued it also
+compiles one of a layer more, and continues linearly: this takes twice as long,
+counts once what only the first or last layer does, and gives the temporaries of
+all layers. Nothing runs: all times are the compiler's estimates;
+`ptune.tools.tpu_compiler` says what they leave out.
 
 All figures are those of one device: a chip, or half a v7x. `parts` has, for
 each part of the network, the FLOP of its matrix products, its bytes from and to
@@ -33,15 +36,12 @@ from ptune.tools import memory, tpu_compiler
 from ptune.training import optim
 
 
-def compiled(args: argparse.Namespace):
-  """The program, and what was compiled: the run, its plan, the seconds."""
-  whole = peers.SIZES[args.size]
-  if not isinstance(whole, sizes.T5Config):
-    raise UserError(f'--size={args.size} is no T5, and FLOP are counted for T5')
+def compiled(
+  args: argparse.Namespace, whole: sizes.T5Config, layers: int
+) -> jax.stages.Compiled:
+  """The program of a network with as many encoder and decoder layers."""
   config = dataclasses.replace(
-    whole,
-    num_encoder_layers=min(args.layers, whole.num_encoder_layers),
-    num_decoder_layers=min(args.layers, whole.num_decoder_layers),
+    whole.with_depth(layers, layers),
     dropout_rate=args.dropout_rate,
     dtype=args.dtype,
     frozen_dtype=args.frozen_dtype,
@@ -62,33 +62,45 @@ def compiled(args: argparse.Namespace):
     batch_size=args.batch,
     pack=0,
   )
-  start = time.perf_counter()
   if args.decode:
-    program = memory.compile_decoding(run, plan, Decoding(args.beams))
-  else:
-    program = memory.compile_step(run, plan)
-  return program, config, whole, time.perf_counter() - start
+    return memory.compile_decoding(run, plan, Decoding(args.beams))
+  return memory.compile_step(run, plan)
 
 
 def measure(args: argparse.Namespace, schedules: str) -> dict[str, object]:
   """Compiles; returns what is printed."""
-  program, config, whole, seconds = compiled(args)
-  text = program.as_text()
+  whole = peers.SIZES[args.size]
+  if not isinstance(whole, sizes.T5Config):
+    raise UserError(f'--size={args.size} is no T5, and FLOP are counted for T5')
+  depth = whole.num_encoder_layers
+  layers = min(args.layers, depth - args.continued)
+  if layers < 1:
+    raise UserError(f'--layers is {args.layers}; it must be at least 1')
+  start = time.perf_counter()
+  programs = [
+    compiled(args, whole, layers + more) for more in range(1 + args.continued)
+  ]
+  seconds = time.perf_counter() - start
+  estimates = [
+    tpu_compiler.estimate(program.as_text(), args.chip, schedules)
+    for program in programs
+  ]
+  allocated = [program.memory_analysis() for program in programs]
+  temporary = [found.temp_size_in_bytes for found in allocated]
+  if args.continued:
+    estimate = estimates[0].continued(estimates[1], depth - layers)
+    temporary[0] += (depth - layers) * (temporary[1] - temporary[0])
+  else:
+    estimate = estimates[0].deepened(depth / layers)
   if args.hlo:
     with open(args.hlo, 'w') as file:
-      file.write(text)
-  estimate = tpu_compiler.estimate(text, args.chip, schedules)
-  depth = whole.num_encoder_layers / config.num_encoder_layers
-  if not args.scan:
-    estimate = estimate.deepened(depth)
+      file.write(programs[0].as_text())
   chip, step = tpu_compiler.CHIPS[args.chip], estimate.seconds(args.chip)
-  allocated = program.memory_analysis()
   result = {
-    'layers': config.num_encoder_layers,
     'estimated_ms': round(1e3 * step, 1),
     'whole': _described(estimate.total, args.chip),
-    'temporary_megabytes': round(allocated.temp_size_in_bytes / 1e6),
-    'aliased_bytes': allocated.alias_size_in_bytes,
+    'temporary_megabytes': round(temporary[0] / 1e6),
+    'aliased_bytes': allocated[0].alias_size_in_bytes,
     'parts': {
       name: _described(cost, args.chip)
       for name, cost in sorted(estimate.parts.items())
@@ -127,7 +139,7 @@ def main() -> None:
   parser.add_argument('--model_parallel', type=int, default=1)
   parser.add_argument('--layers', type=int, default=2)
   parser.add_argument('--dropout_rate', type=float, default=0.1)
-  for name in ('scan', 'fsdp', 'plain_attention', 'decode'):
+  for name in ('continued', 'scan', 'fsdp', 'plain_attention', 'decode'):
     parser.add_argument(f'--{name}', action='store_true')
   parser.add_argument('--beams', type=int, default=1)
   parser.add_argument('--hlo', help='a file for the compiled program')

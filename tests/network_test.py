@@ -622,12 +622,15 @@ def test_dropout_drops_a_feature_or_a_key_wherever_it_is_seen_or_nowhere():
   }
   for path, value in dropouts.items():
     zero = value == 0
-    # A feature along the length; a value of an attention as a whole.
-    axis = -1 if 'attention/' in path else -2
-    dropped = np.all(zero, axis=axis, keepdims=True)
-    np.testing.assert_array_equal(
-      zero, np.broadcast_to(dropped, zero.shape), err_msg=path
-    )
+    if 'attention/' in path:  # A value as a whole: there is one draw for it.
+      dropped = zero
+      assert zero.shape[:2] == (2, TINY.num_heads), path
+      assert zero.shape[2:] in [(5 + 16,), (10,)], path
+    else:  # A feature along the length.
+      dropped = np.all(zero, axis=-2, keepdims=True)
+      np.testing.assert_array_equal(
+        zero, np.broadcast_to(dropped, zero.shape), err_msg=path
+      )
     assert 0.25 < np.mean(dropped) < 0.75, path
     assert (dropped[0] != dropped[1]).any(), f'{path}: rows drop alike'
   # Stack inputs and outputs, attention values, sublayers (2 of the encoder's

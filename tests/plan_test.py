@@ -238,6 +238,9 @@ def test_the_tpus_own_compiler_is_asked_where_it_can_be(monkeypatch):
   monkeypatch.setattr(fit.tpu_compiler, 'available', lambda: False)
   assert compiler(8, 'v5e') == (8, 'cpu')
   assert compiler(8, 'v5e', 'tpu') == ('v5e', 8)
+  for other in (None, 'h100'):
+    with pytest.raises(ValueError, match=f'needs a TPU.*v6e.*got {other!r}'):
+      fit.plan(8, other, 'tpu')
 
 
 def test_a_steps_time_gives_tokens_a_second_and_chip_hours():
@@ -250,7 +253,9 @@ def test_a_steps_time_gives_tokens_a_second_and_chip_hours():
   assert '9,000 steps: 10.00 chip-hours of v5e' in text
   assert 'not a measurement' in text
   # A chip of v7x is two devices.
-  assert '5.00 chip-hours of v7x' in fit.describe_time(run, memory, 'v7x', 8)
+  other = fit.describe_time(run, memory, 'v7x', 8)
+  assert '5.00 chip-hours of v7x' in other
+  assert 'clock of v7x is assumed' in other and 'assumed' not in text
   table, _ = fit.describe(run, {1: memory}, 8, 'v5e', exact=True)
   assert 'decoding' in table and '20 bytes' in table
   # The first mesh that fits ends the search; there are eight devices even so.

@@ -1,5 +1,6 @@
 """The TPU's own compiler, where libtpu is installed; no TPU is there."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 
+from ptune import methods
+from ptune.model import config
 from ptune.tools import tpu_compiler
 
 # A program as XLA prints it: a loop of three, a kernel of ours, a collective.
@@ -78,6 +81,26 @@ def test_cycles_are_added_up_loops_as_often_as_they_run():
   assert not found.scheduled
 
 
+def test_a_loop_runs_as_often_as_its_condition_says():
+  known = 'backend_config={"known_trip_count":{"n":"3"}}'
+  condition = '  ROOT %t = pred[] constant(true)\n'
+  assert known in PROGRAM and condition in PROGRAM
+  compared = """\
+  %n = s32[]{:T(128)} constant(5)
+  %i = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %t = pred[]{:T(512)} compare(%i, %n), direction=LT
+"""
+  text = PROGRAM.replace(known, '').replace(condition, compared)
+  found = tpu_compiler.estimate(text, 'v5e')
+  assert found.parts['encoder MLP'].cycles == 5 * 1000
+  # The number may be within a fusion.
+  fused = '  ROOT %t = pred[] fusion(%c), kind=kLoop, calls=%compare\n'
+  within = '%compare (i: s32[]) -> pred[] {\n' + compared + '}\n\nENTRY'
+  text = PROGRAM.replace(known, '').replace(condition, fused)
+  found = tpu_compiler.estimate(text.replace('ENTRY', within), 'v5e')
+  assert found.parts['encoder MLP'].cycles == 5 * 1000
+
+
 def test_products_are_counted_where_they_are_fused():
   found = tpu_compiler.estimate(PROGRAM, 'v5e').parts
   assert found['decoder MLP'].flops == 2 * 32 * 16 * 64 * 256
@@ -135,8 +158,19 @@ def test_a_deeper_network_has_more_of_what_layers_cost():
   assert deep.parts[tpu_compiler.REST] == once.parts[tpu_compiler.REST]
 
 
+def test_a_network_is_continued_by_what_one_more_layer_costs():
+  one = tpu_compiler.estimate(PROGRAM, 'v5e')
+  more = PROGRAM.replace('estimated_cycles":"1000', 'estimated_cycles":"1500')
+  two = tpu_compiler.estimate(more, 'v5e')
+  found = one.continued(two, 22)
+  assert found.parts['encoder MLP'].cycles == 3000 + 22 * 1500
+  assert found.parts['decoder MLP'].cycles == 100
+  assert found.kernels == one.kernels
+  assert found.collectives == one.collectives
+
+
 def test_unknown_slices_are_refused_by_name():
-  with pytest.raises(ValueError, match='knows no slice of 3 devices'):
+  with pytest.raises(ValueError, match=r'--devices is 3; .* of \[1, 2, 4'):
     tpu_compiler.devices('v5e', 3)
   with pytest.raises(ValueError, match='v6e'):
     tpu_compiler.devices('h100', 8)
@@ -153,80 +187,221 @@ def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
 needs_libtpu = pytest.mark.skipif(
   not tpu_compiler.available(), reason="needs pip install 'jax[tpu]'"
 )
-# Compiles in a process of its own: libtpu and the tests' fake devices need not
-# meet. It prints what is asked about each program.
-SCRIPT = """
-import json, sys
-from ptune.methods import prompt
-from ptune.model import parameters, partitioning, sizes, model_info
-from ptune.model.models import Decoding, EncoderDecoderModel
-from ptune.tools import memory, tpu_compiler
-from ptune.training import optim
-
-changes = json.loads(sys.argv[1])
-decodes, model_parallel = changes.pop('decodes', 0), changes.pop('split', 2)
-config = sizes.T5Config(**{
-  'vocab_size': 512, 'emb_dim': 256, 'num_heads': 4, 'head_dim': 64,
-  'mlp_dim': 512, 'num_encoder_layers': 2, 'num_decoder_layers': 1,
-  'dtype': 'bfloat16', 'dropout_rate': 0.1, **changes})
-mesh = partitioning.make_mesh(model_parallel, tpu_compiler.devices('v5e', 4))
-made = parameters.plan(config, prompt.prompt(20), mesh)
-run = memory.Workload(config, made.method, optim.adafactor, EncoderDecoderModel,
-               {'inputs': 150, 'targets': 8}, 8)
-if decodes:
-  program = memory.compile_decoding(run, made, Decoding(decodes))
-else:
-  program = memory.compile_step(run, made)
-found = tpu_compiler.estimate(program.as_text(), 'v5e')
-held = program.memory_analysis()
-print(json.dumps({
-  'kernels': found.kernels,
-  'collectives': {k: n for k, (n, _) in found.collectives.items()},
-  'bytes': found.total.bytes, 'flops': program.cost_analysis()['flops'],
-  'seconds': found.seconds('v5e'), 'aliased': held.alias_size_in_bytes,
-  'state': sum(map(model_info.nbytes, made.select(made.trainable).values()))}))
-"""
 
 
-def compiled(**changes):
-  """What the compiler says of a small network's step on a v5e 2x2."""
-  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
-  environment.pop('XLA_FLAGS', None)
+def environment():
+  """That of a process with libtpu, and without the tests' fake devices."""
+  found = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  found.pop('XLA_FLAGS', None)
+  return found
+
+
+# The first of these tests: libtpu allows one process at a time.
+@pytest.mark.slow
+@needs_libtpu
+def test_a_step_of_t5_1_1_large_stays_within_its_bounds():
+  """One v5e, bfloat16, 32 rows of 512 + 100, 16 targets.
+
+  Two layers are compiled and multiplied by twelve, as in benchmarks/README.md;
+  the bounds are 2 % above what it says. If a change of the network or of libtpu
+  exceeds them, find out why before you raise them.
+  """
   done = subprocess.run(
-    [sys.executable, '-c', SCRIPT, json.dumps(changes)],
-    env=environment,
+    [sys.executable, '-m', 'benchmarks.tpu'],
+    env=environment(),
     capture_output=True,
     text=True,
-    timeout=540,
   )
   assert not done.returncode, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  found = json.loads(done.stdout.splitlines()[-1])
+  whole = found['whole']
+  assert found['kernels'] == {
+    't5_attention': 24,
+    't5_attention_backward': 24,
+  }
+  assert found['kernels_scheduled'] and not found['collectives']
+  assert found['estimated_ms'] < 264
+  assert whole['hbm_gigabytes'] < 69.5
+  assert whole['gflops'] < 31_800
+
+
+@pytest.fixture(scope='module')
+def compiled():
+  """Asks what the compiler says of a program for a v5e 2x2."""
+  with subprocess.Popen(
+    [sys.executable, '-m', 'tests.tpu_worker'],
+    env=environment(),
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as worker:
+    assert worker.stdin and worker.stdout
+
+    def ask(**case):
+      print(json.dumps(case), file=worker.stdin, flush=True)
+      found = json.loads(worker.stdout.readline())
+      assert 'error' not in found, found['error']
+      return found
+
+    yield ask
+
+
+# The collectives of a step on a mesh of 2 x 2, with one layer in each stack;
+# the compiler merges some. Along `model`, the outputs of sublayers and the
+# gradients of their inputs are summed, and so are the looked-up embeddings and
+# the softmax, because tokens are split; along `data`, the gradients of what is
+# trained. Two gathers find the most probable token, for the accuracy.
+REDUCED, GATHERED = 13, 2
+
+
+def check(
+  found,
+  *,
+  reduced=REDUCED,
+  gathered=GATHERED,
+  permuted=0,
+  exchanged=0,
+  forward=1,
+  backward=1,
+):
+  """Asserts how many collectives there are, and calls of the two kernels."""
+  assert found['seconds'] > 0
+  kernels = {'t5_attention': forward, 't5_attention_backward': backward}
+  assert found['kernels'] == {k: n for k, n in kernels.items() if n}
+  numbers = {
+    'all-reduce': reduced,
+    'all-gather': gathered,
+    'collective-permute': permuted,
+    'all-to-all': exchanged,
+  }
+  assert found['collectives'] == {k: n for k, n in numbers.items() if n}
+
+
+# Where it is not so. If nothing is trained in the encoder's input, there is one
+# sum less; behind the encoder's attention, no backward pass either. Each device
+# has all of what a layer trains, so that its gradient is gathered where the
+# heads are split.
+OF_METHODS = {
+  'bottleneck': {'reduced': 11, 'backward': 0},
+  'decoder_prompt': {'reduced': 12, 'backward': 0},
+  'full': {'reduced': 15, 'gathered': 22},
+  'ia3': {'reduced': 12, 'gathered': 10},
+  'lora': {'reduced': 12, 'gathered': 8},
+  'multitask': {'reduced': 12},
+  'norms': {'reduced': 12},
+  'prefix': {'reduced': 12, 'gathered': 8},
+  'smop': {'reduced': 12},
+}
 
 
 @pytest.mark.slow
 @needs_libtpu
-def test_a_step_calls_the_kernel_and_keeps_its_state_in_place():
-  found = compiled()
-  # Two encoder layers, forward and backward.
-  assert found['kernels'] == {'t5_attention': 2, 't5_attention_backward': 2}
-  # The state is donated: what is trained, at least, stays where it is.
-  assert found['aliased'] >= found['state']
-  assert found['seconds'] > 0
+@pytest.mark.parametrize('name', methods.functions())
+def test_every_method_compiles_for_a_tpu(compiled, name):
+  found = compiled(method=name)
+  check(found, **OF_METHODS.get(name, {}))
+  # All of the state stays where it is.
+  assert found['aliased'] == found['donated'] > 1
+
+
+LAYERS = {'num_encoder_layers': 3, 'num_decoder_layers': 3}
+# What is set, of the run or its network, and what is then not as above.
+OPTIONS = {
+  'data alone': ({'model_parallel': 1}, {'reduced': 2, 'gathered': 0}),
+  'model alone': ({'model_parallel': 4}, {'reduced': 11}),
+  'DROPOUT_RATE': ({'network': {'dropout_rate': 0.0}}, {}),
+  'DTYPE': (
+    {'network': {'dtype': 'float32'}},
+    {'reduced': 12, 'forward': 0, 'backward': 0},
+  ),
+  'FROZEN_DTYPE': ({'network': {'frozen_dtype': 'int8'}}, {'reduced': 14}),
+  'FSDP': ({'network': {'fsdp': True}}, {'gathered': 6}),
+  'REMAT': ({'network': {'remat': True}}, {'reduced': 16, 'forward': 2}),
+  'SCAN': (
+    {'network': {'scan': True, **LAYERS}},
+    {'reduced': 38, 'forward': 3, 'backward': 3},
+  ),
+  'SCAN, REMAT, FSDP, int8': (
+    {
+      'network': {
+        'scan': True,
+        'remat': True,
+        'fsdp': True,
+        'frozen_dtype': 'int8',
+        **LAYERS,
+      }
+    },
+    {'reduced': 57, 'gathered': 22, 'forward': 6, 'backward': 3},
+  ),
+  'FUSED_ATTENTION': (
+    {'network': {'fused_attention': False}},
+    {'forward': 0, 'backward': 0},
+  ),
+  'length_multiple': ({'network': {'length_multiple': 128}}, {}),
+  'PACK': ({'pack': 2}, {'reduced': 12}),
+  'MICROBATCHES': (
+    {'microbatches': 2},
+    {'gathered': 4, 'permuted': 4, 'forward': 2, 'backward': 2},
+  ),
+  'losses/private.gin': ({'private': True}, {'reduced': 12}),
+  'prefix, hidden': (
+    {'method': 'prefix', 'settings': {'hidden': 8}},
+    {'reduced': 12, 'gathered': 3},
+  ),
+  # The kernel returns its gradient.
+  'norms, relative_bias': (
+    {'method': 'norms', 'settings': {'relative_bias': True}},
+    {},
+  ),
+}
+NETWORKS = {
+  'T5 1.0': (
+    {'mlp_activations': ['relu'], 'logits_via_embedding': True},
+    {},
+  ),
+  'UMT5': ({'relative_attention_per_layer': True}, {}),
+  'LongT5, local': ({'local_radius': 31}, {'forward': 0, 'backward': 0}),
+  'LongT5, transient-global': (
+    {'local_radius': 31, 'global_block_size': 16},
+    {'forward': 0, 'backward': 0},
+  ),
+  'decoder alone': ({'num_encoder_layers': 0}, {'reduced': 9}),
+  'T5Gemma': ({'version': 1}, {'reduced': 14, 'forward': 0, 'backward': 0}),
+  'T5Gemma 2': ({'version': 2}, {'forward': 0, 'backward': 0}),
+}
+OPTIONS |= {k: ({'network': n}, more) for k, (n, more) in NETWORKS.items()}
+
+
+def test_every_option_of_a_network_is_compiled():
+  told = set().union(*(case.get('network', {}) for case, _ in OPTIONS.values()))
+  known = {field.name for field in dataclasses.fields(config.ModelConfig)}
+  assert known - told == {'vocab_size', 'ids'}
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize('name', OPTIONS)
+def test_every_option_compiles_for_a_tpu(compiled, name):
+  case, expected = OPTIONS[name]
+  found = compiled(**case)
+  check(found, **expected)
+  assert found['aliased'] == found['donated']
 
 
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
-  'changes',
+  ('decoding', 'expected'),
   [
-    {'scan': True, 'remat': True},
-    {'fsdp': True, 'frozen_dtype': 'int8'},
-    {'fused_attention': False},
-    {'decodes': 2},
+    ({}, {'reduced': 67, 'gathered': 0}),
+    ({'num_beams': 2}, {'reduced': 51, 'gathered': 16}),
+    (
+      {'temperature': 0.5, 'top_k': 5, 'top_p': 0.9},
+      {'reduced': 83, 'gathered': 24, 'permuted': 16, 'exchanged': 48},
+    ),
   ],
   ids=str,
 )
-def test_options_compile_for_a_tpu(changes):
-  found = compiled(**changes)
-  assert found['seconds'] > 0
-  assert bool(found['kernels']) == (changes.get('fused_attention') is None)
+def test_decoding_compiles_for_a_tpu(compiled, decoding, expected):
+  # Of eight tokens.
+  check(compiled(decoding=decoding), **expected, backward=0)

@@ -94,6 +94,11 @@ def plan(
     known = chip is not None and devices in chip.topologies
     compiler = 'tpu' if known and tpu_compiler.available() else 'cpu'
   exact = compiler == 'tpu'
+  if exact and accelerator not in tpu_compiler.CHIPS:
+    raise UserError(
+      f'--compiler=tpu needs a TPU as --accelerator: one of'
+      f' {list(tpu_compiler.CHIPS)}; got {accelerator!r}'
+    )
   if exact:
     chips = tpu_compiler.devices(accelerator or '', devices)
   else:
@@ -294,7 +299,8 @@ def describe_time(
     return ''
   lengths = run.feature_lengths
   tokens = run.batch_size * (lengths['inputs'] + lengths['targets'])
-  chips = devices / tpu_compiler.CHIPS[accelerator].per_chip
+  chip = tpu_compiler.CHIPS[accelerator]
+  chips = devices / chip.per_chip
   hours = run.train_steps * memory.seconds * chips / 3600
   return (
     f'a step: {1000 * memory.seconds:,.0f} ms,'
@@ -303,6 +309,8 @@ def describe_time(
     "This is the compiler's estimate, not a measurement: waits for memory and"
     ' collectives are not in it, nor are evaluations. Every row is counted with'
     ' the longest inputs and targets.'
+    + f' The clock of {accelerator} is assumed.'
+    * chip.assumed_clock
   )
 
 

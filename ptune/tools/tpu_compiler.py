@@ -47,6 +47,7 @@ class Chip:
     topologies: By the number of devices.
     per_chip: Devices in a chip.
     options: What libtpu is to know besides the topology.
+    assumed_clock: Whether the clock is not known but assumed.
   """
 
   flops: float
@@ -55,6 +56,7 @@ class Chip:
   topologies: Mapping[int, str]
   per_chip: int = 1
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  assumed_clock: bool = False
 
 
 _FLAT = {
@@ -82,9 +84,10 @@ _CUBES = {
 # Both cores of a v4 are one device to JAX; libtpu takes them for two.
 _MEGACORE = {'chip_config_name': 'megacore'}
 
-# By the names of `plan.ACCELERATORS`; libtpu calls v7x tpu7x. The clock is the
-# peak by the products that a device makes in a cycle. That of v7x follows from
-# four matrix units of 256 x 256 a device, which nobody has confirmed here.
+# By the names of `plan.ACCELERATORS`; libtpu calls v7x tpu7x. Peak and
+# bandwidth are from the documentation of Google Cloud. The clock is the peak
+# divided by the products that a device makes in a cycle. Nobody has published
+# that of v7x: we assume that half a chip makes as many as a v6e does.
 CHIPS: Mapping[str, Chip] = {
   'v4': Chip(275e12, 1.228e12, 1.05e9, _CUBES, options=_MEGACORE),
   'v5e': Chip(197e12, 0.819e12, 1.503e9, _FLAT),
@@ -94,6 +97,7 @@ CHIPS: Mapping[str, Chip] = {
     *(2307e12 / 2, 7.38e12 / 2, 2.2e9),
     {2 * chips: shape for chips, shape in _CUBES.items()},
     per_chip=2,
+    assumed_clock=True,
   ),
 }
 
@@ -115,12 +119,15 @@ def devices(chip: str, count: int) -> Sequence[Any]:
   Raises:
     UserError: If there is no such slice, or no libtpu.
   """
-  known = CHIPS[chip].topologies if chip in CHIPS else {}
-  if count not in known:
-    slices = {name: list(c.topologies) for name, c in CHIPS.items()}
+  if chip not in CHIPS:
     raise UserError(
-      f"the TPU's compiler knows no slice of {count} devices of {chip!r}; it"
-      f' knows {slices}'
+      f"the TPU's compiler compiles for {list(CHIPS)}; got {chip!r}"
+    )
+  known = CHIPS[chip].topologies
+  if count not in known:
+    raise UserError(
+      f"--devices is {count}; of {chip}, the TPU's compiler knows slices of"
+      f' {list(known)} devices'
     )
   if not available():
     raise UserError(
@@ -272,6 +279,36 @@ class Estimate:
       self.scheduled,
     )
 
+  def continued(self, further: 'Estimate', layers: float) -> 'Estimate':
+    """The same of a network with more layers.
+
+    Unlike `deepened`, it counts once what only the first or last layer does.
+
+    Args:
+      further: Of a network with one layer more.
+      layers: How many more there are in all.
+    """
+
+    def line(a, b):
+      return a + layers * (b - a)
+
+    parts = collections.defaultdict(Cost)
+    for estimate, times in ((self, 1 - layers), (further, layers)):
+      for name, cost in estimate.parts.items():
+        parts[name].add(cost, times)
+    collectives = {}
+    for kind in {*self.collectives, *further.collectives}:
+      a, b = (x.collectives.get(kind, (0.0, 0.0)) for x in (self, further))
+      collectives[kind] = line(a[0], b[0]), line(a[1], b[1])
+    return Estimate(
+      dict(parts),
+      collectives,
+      {
+        k: line(self.kernels.get(k, 0.0), n) for k, n in further.kernels.items()
+      },
+      self.scheduled and further.scheduled,
+    )
+
 
 def _bytes(text: str) -> float:
   """Bytes in HBM of all arrays in the type of an instruction."""
@@ -349,6 +386,25 @@ def _product_flops(kind: str, after: str, kinds: Mapping[str, str]) -> float:
   return flops
 
 
+def _trips(
+  loop: str, computations: Mapping[str, Sequence[tuple[str, str]]]
+) -> int:
+  """How often a loop runs at most.
+
+  The TPU's compiler seldom writes it down; then it is the largest number that
+  the condition compares with. A loop of decoding may end earlier.
+  """
+  if known := re.search(r'known_trip_count[^0-9]*(\d+)', loop):
+    return int(known[1])
+  numbers = [1]
+  todo = re.findall(r'condition=%?([\w.<>-]+)', loop)
+  while todo:
+    for _, rest in computations[todo.pop()]:
+      numbers += map(int, re.findall(r'^s32\[\]\S* constant\((\d+)\)', rest))
+      todo += re.findall(_CALLED, rest)
+  return max(numbers)
+
+
 def _part(line: str) -> str:
   found = re.search(r'op_name="([^"]*)"', line)
   for name, pattern in PARTS:
@@ -400,10 +456,8 @@ def estimate(text: str, chip: str, schedules: str | None = None) -> Estimate:
     for name, rest in computations[computation]:
       kinds[name], opcode, after = _split(rest)
       if opcode == 'while':
-        trips = re.search(r'known_trip_count[^0-9]*(\d+)', rest)
-        times_more = int(trips[1]) if trips else 1
         for body in re.findall(r'body=%?([\w.<>-]+)', rest):
-          walk(body, times * times_more)
+          walk(body, times * _trips(rest, computations))
       elif opcode in ('call', 'conditional', 'async-start'):
         for called in re.findall(_CALLED, rest):
           walk(called, times)
