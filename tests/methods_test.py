@@ -323,6 +323,8 @@ def test_parameters_of_adapters_are_on_every_device(name):
   plan = parameters.plan(SHALLOW, METHODS[name], mesh)
   for path, x in plan.select(plan.adapters).items():
     assert x.sharding.is_fully_replicated, path
+  # The base is the network without adapters, whose paths are not traced again.
+  assert plan.base == set(structure.parameters(network.Transformer(SHALLOW)))
 
 
 # ------------------------------------------------------------------- merging

@@ -143,6 +143,7 @@ def assert_answers(response, name, texts, expected):
 
 # A request that is wrong, and what is said of it.
 LONG = 'word ' * 40
+FORM = {'Content-Type': 'application/x-www-form-urlencoded'}  # As curl -d has.
 WRONG = [
   ({'json': {'prompt': 'shart', 'inputs': 'a'}}, 404, 'did you mean short'),
   ({'json': {'prompt': 'short', 'inputs': LONG}}, 413, 'tokens; at most 32'),
@@ -153,6 +154,7 @@ WRONG = [
   ({'json': {'prompt': 'short', 'inputs': ['a'] * 1001}}, 413, 'at most 1000'),
   ({'content': b'{"prompt": '}, 422, 'JSON'),
   ({'content': b'\xff\xfe'}, 422, 'JSON'),
+  ({'content': b'{}', 'headers': FORM}, 422, 'Content-Type: application/json'),
   ({'content': b'[' * 90_000}, 400, 'parsing'),
   ({'content': b'x' * 100_001}, 413, 'at most 100000 bytes'),
   ({'content': b'{"prompt": "short", "inputs": "\\ud800"}'}, 422, 'no text'),
@@ -161,8 +163,8 @@ WRONG = [
 
 async def send_wrong(client, i):
   request, status, message = WRONG[i % len(WRONG)]
-  headers = {'Content-Type': 'application/json'}
-  response = await client.post('/predict', headers=headers, **request)
+  sent = {'headers': {'Content-Type': 'application/json'}, **request}
+  response = await client.post('/predict', **sent)
   assert response.status_code == status, (request, response.text)
   assert message in response.json()['detail']
 

@@ -137,7 +137,6 @@ def plan(config: Config, method: Method, mesh: Mesh) -> Plan:
     )
     for path, x in params.items()
   }
-  base = structure.parameters(network_lib.Transformer(config))
   return Plan(
     network=network,
     method=method,
@@ -145,7 +144,7 @@ def plan(config: Config, method: Method, mesh: Mesh) -> Plan:
     rules=(),
     axes=structure.parameter_axes(network),
     params=structs,
-    base=frozenset(base),
+    base=structure.base_paths(network),
     trainable=trainable,
   ).on(mesh)
 

@@ -75,6 +75,21 @@ def parameters(network: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
   return traverse_util.flatten_dict(_abstract(network)['params'], sep='/')
 
 
+def base_paths(network: Transformer) -> frozenset[str]:
+  """The paths of the parameters that the network has without its adapters.
+
+  An adapter is a submodule of the module that owns the site, so its path tells
+  it; we need not trace the network a second time.
+  """
+  added = tuple(
+    '/'.join([*site.split('/')[:-1], placement.name, ''])
+    for placement in network.placements
+    for site in sites(network)
+    if matches(placement.site, site)
+  )
+  return frozenset(p for p in parameters(network) if not p.startswith(added))
+
+
 def parameter_axes(network: Transformer) -> dict[str, tuple[str, ...]]:
   """Logical axis names of every parameter, by path."""
   axes = _abstract(network)['params_axes']

@@ -270,11 +270,12 @@ def make(service: Service) -> fastapi.FastAPI:
 
   @app.exception_handler(exceptions.RequestValidationError)
   async def invalid(request, error):
-    del request
     # Without the value, which may be text that cannot be encoded.
     wrong = [
       f'{".".join(map(str, e["loc"]))}: {e["msg"]}' for e in error.errors()
     ]
+    if 'json' not in request.headers.get('content-type', 'json'):
+      wrong.append("send the header 'Content-Type: application/json'")
     return problem(422, '; '.join(wrong))
 
   @app.exception_handler(UnknownPrompt)
