@@ -341,7 +341,10 @@ def test_a_prompt_goes_to_the_hub(run, monkeypatch):
     ({'method': 3}, '^method .* is 3; expected a text, such as .lora'),
     ({'model_dir': 3}, '^model_dir .* is 3; expected a path'),
     ({'bindings': 'optim.x = 1'}, 'No configurable matching .optim.; did'),
+    ({'bindings': 5}, 'bindings is int 5; expected a list of texts'),
     ({'labels': ['a', 'a']}, 'two different names$'),
+    ({'model_dir': 'hf://me/x'}, 'which cannot be written; choose a local dir'),
+    ({'train': 'dev.cvs', 'validation': None}, "'dev.cvs', .* its own labels;"),
     ({'train': 'empty.csv', 'validation': None}, '^train has no good rows'),
   ],
 )

@@ -178,6 +178,7 @@ def tune(
     given['model_dir'] = model_dir
   if isinstance(bindings, str):
     bindings = [bindings]
+  bindings = rows_lib.texts('bindings', bindings) if bindings else []
   _check({**given, **settings})
   if base.config.dtype != 'float32':
     given['dtype'] = base.config.dtype

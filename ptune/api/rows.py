@@ -10,10 +10,10 @@ from etils import epath
 from ptune.config import flags
 from ptune.convert.pieces import Vocabulary
 from ptune.errors import UserError
-from ptune.host.files import absolute
 from ptune.tasks import files
 from ptune.tasks.labels import cut
 from ptune.tasks.texts import TextTask
+from ptune.training import run_file
 
 # Stands in TASK_FILES for rows that are not in a file.
 PLACE = '(rows of Python).jsonl'
@@ -193,7 +193,7 @@ def keep(
     if isinstance(some, Rows)
   }
   for name, text in kept.items():
-    there = absolute(directory) / name
+    there = run_file.run_directory(directory) / name
     if there.exists():
       _check_same(text, there)
   if kept:
@@ -274,7 +274,14 @@ def prepared(
   given = {**flag_values, **settings(rows, directory)}
   train = rows['train']
   if isinstance(train, str) and not flags.is_file(train):
-    return given  # A SeqIO task has its own texts.
+    own = [name for name in ('inputs', 'targets', 'labels') if name in given]
+    if own:
+      raise UserError(
+        f'train is {train!r}, which does not end in'
+        f' {", ".join(flags.SUFFIXES)}, so it names a SeqIO task. A task has'
+        f' its own {", ".join(own)}; leave them out, or give a file'
+      )
+    return given
   given.setdefault('inputs', '{inputs}')
   given.setdefault('targets', '{targets}')
   column = given['targets'].strip('{}')

@@ -24,12 +24,17 @@ def run_directory(model_dir: os.PathLike[str] | str | None) -> epath.Path:
   """MODEL_DIR as an absolute path: Orbax takes no other.
 
   Raises:
-    ValueError: If it is empty.
+    UserError: If it is empty, or cannot be written.
   """
   if not model_dir or not isinstance(model_dir, str | os.PathLike):
     raise UserError(
       f'MODEL_DIR is {model_dir!r}; it must be a directory, for example'
       ' --gin.MODEL_DIR="\'/runs/sst2\'"'
+    )
+  if os.fspath(model_dir).startswith(('hf://', 'ptune://')):
+    raise UserError(
+      f'MODEL_DIR is {os.fspath(model_dir)}, which cannot be written; choose a'
+      ' local directory, or one in a bucket. ptune push uploads the result'
     )
   return absolute(model_dir)
 
