@@ -14,7 +14,7 @@ from scipy import stats
 from ptune import methods
 from ptune.convert.pieces import Bytes
 from ptune.methods import prompt_init
-from ptune.studies import comparison, paper, study, tables
+from ptune.studies import comparison, paper, ranking, study, tables
 from ptune.studies.study import Base, Tuning
 from ptune.studies.tables import Result
 from ptune.tasks import files
@@ -89,7 +89,7 @@ def test_recipes_are_those_of_the_gin_files():
 
 
 def test_methods_are_ranked_and_ties_are_told(tmp_path):
-  ranked = comparison.rank('test', results(), tmp_path)
+  ranked = ranking.rank('test', results(), tmp_path)
   assert [r.name for r in ranked] == ['lora', 'prompt', 'ia3']
   # By hand: differences of 1, -1, 1 and of 41, 39, 41, with two degrees.
   t = (1 / 3) / (np.std([1, -1, 1], ddof=1) / np.sqrt(3))
@@ -97,8 +97,10 @@ def test_methods_are_ranked_and_ties_are_told(tmp_path):
   np.testing.assert_allclose(ranked[1].over_seeds, p)
   assert ranked[2].over_seeds < 0.001
   assert [one.over_rows for one in ranked] == [None] * 3
-  lines = comparison.ranking(ranked).splitlines()
-  assert lines[2].startswith('| lora | 400 | 7 | 0.1 | 92.3 ± 3.2 | the best')
+  lines = ranking.table(ranked).splitlines()
+  assert lines[2].startswith(
+    '| lora | 400 | 7 | 0.1 | 92.3 ± 3.2 | 91.0, 90.0, 96.0 | the best'
+  )
   assert 'tie (p: seeds ' in lines[3]
   assert 'below (p: seeds ' in lines[4]
 
@@ -111,33 +113,46 @@ def test_a_method_is_below_only_if_seeds_and_rows_say_so(tmp_path):
     tmp_path,
     {'lora': [best] * 3, 'prompt': [best, ~best, best], 'ia3': [worse] * 3},
   )
-  shares = comparison.right('test', results()[:3], epath.Path(tmp_path))
+  shares = ranking.right('test', results()[:3], epath.Path(tmp_path))
   np.testing.assert_allclose(shares, np.where(best, 2 / 3, 1 / 3))
-  lora, prompt, ia3 = comparison.rank('test', results(), epath.Path(tmp_path))
+  lora, prompt, ia3 = ranking.rank('test', results(), epath.Path(tmp_path))
   # One row of sixty: t is 1, whatever the seeds say.
   want = stats.ttest_1samp([1.0] + [0.0] * 59, 0).pvalue
   np.testing.assert_allclose(ia3.over_rows, want)
   assert ia3.over_seeds < 0.001 and not ia3.below
   assert prompt.over_rows < 0.05 < prompt.over_seeds and not prompt.below
   assert lora.over_rows is None
-  assert ', rows 0.32)' in comparison.ranking([lora, ia3])
+  assert ', rows 0.32)' in ranking.table([lora, ia3])
 
 
 def test_one_seed_tells_nothing_apart(tmp_path):
-  ranked = comparison.rank('test', results(count=1), tmp_path)
+  ranked = ranking.rank('test', results(count=1), tmp_path)
   assert [one.over_seeds for one in ranked] == [None] * 3
-  assert comparison.ranking(ranked).count('not tested: one seed') == 2
+  assert ranking.table(ranked).count('not tested: one seed') == 2
 
 
 def test_the_front_has_what_nothing_smaller_beats(tmp_path):
   both = [*results(), *results('another')]
-  ranked = comparison.rank('test', results(), tmp_path)
-  assert [r.name for r in comparison.pareto(ranked)] == ['prompt', 'lora']
+  ranked = ranking.rank('test', results(), tmp_path)
+  assert [r.name for r in ranking.pareto(ranked)] == ['prompt', 'lora']
   text, drawn = comparison.report('test', both, epath.Path(tmp_path))
-  assert text.count(comparison.ranking(ranked)) == 2
+  assert text.count(ranking.table(ranked)) == 2
   assert set(drawn) == {'parameters', 'pareto_tiny', 'pareto_another'}
   lines = {text.get_text() for text in drawn['parameters'].axes[0].texts}
   assert lines == {'prompt', 'lora', 'ia3'}
+  names = drawn['pareto_tiny'].axes[0].texts
+  assert {text.get_text() for text in names} == {'prompt', 'lora', 'ia3'}
+
+
+def test_names_of_points_that_lie_together_stay_apart():
+  ranked = [
+    ranking.Ranked(name, '1', (90.0, 91.0), 100 + i, 1.0)
+    for i, name in enumerate(('prompt', 'superpos', 'decoder_prompt'))
+  ]
+  far = ranking.Ranked('full', '1', (95.0, 96.0), 10**6, 1.0)
+  _, *texts = ranking.draw_pareto([far, *ranked], 'here').axes[0].texts
+  heights = sorted(text.xyann[1] for text in texts)
+  assert min(np.diff(heights)) >= 10
 
 
 def test_every_method_has_as_many_rates():

@@ -22,21 +22,18 @@ if both tests say so. Otherwise the two are tied.
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from etils import epath
 
 from ptune import methods as methods_lib
 from ptune.errors import UserError, check_counts
 from ptune.model.adapters import Method
-from ptune.model.counts import counts
-from ptune.model.sizes import SIZES
+from ptune.studies import ranking, tables
 from ptune.studies.paper import Setting
-from ptune.studies.study import Cell, Study, of_seeds
+from ptune.studies.study import Cell, Study
 from ptune.studies.tables import Result
 from ptune.tasks.texts import TextTask
 from ptune.training import optim
@@ -44,8 +41,6 @@ from ptune.training import optim
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
-# A difference is none if it is as likely as this by chance.
-SIGNIFICANCE = 0.05
 # Of the search: none of the seeds whose scores are reported.
 SEARCH_SEED = 1000
 # Follows a rate that is the lowest or highest one of the search.
@@ -157,8 +152,8 @@ def methods(
   ]
   return setting.study(
     'methods',
-    'Methods: the search (validation split, by factors of their learning'
-    f' rates), and scores of the {setting.test} split at the best one',
+    'Methods, each at the best learning rate of the search, which was its usual'
+    ' one times some factors',
     search,
     evaluations=evaluations,
     timed=True,
@@ -224,244 +219,28 @@ def _at_best(
   return cells
 
 
-@dataclasses.dataclass(frozen=True)
-class Ranked:
-  """A method at its best learning rate, on one task.
-
-  Attributes:
-    name: The method.
-    rate: The learning rate, with EDGE behind it if none beyond was tried.
-    scores: Of each seed.
-    trained: Parameters.
-    seconds: Of one training.
-    over_seeds: The p-value of its difference from the best, by a paired test
-      over the seeds; None if there is one seed, or for the best itself.
-    over_rows: The same over the rows of the split; None if no predictions were
-      kept, or none that are plainly right or wrong.
-  """
-
-  name: str
-  rate: str
-  scores: tuple[float, ...]
-  trained: int
-  seconds: float
-  over_seeds: float | None = None
-  over_rows: float | None = None
-
-  @property
-  def mean(self) -> float:
-    """The mean score."""
-    return float(np.mean(self.scores))
-
-  @property
-  def deviation(self) -> float:
-    """The standard deviation of the scores; 0 of one."""
-    return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else 0.0
-
-  @property
-  def below(self) -> bool | None:
-    """Whether it is worse than the best; None if that was not tested."""
-    if self.over_seeds is None:
-      return None
-    return max(self.over_seeds, self.over_rows or 0.0) <= SIGNIFICANCE
-
-
-def rank(
-  split: str, results: Sequence[Result], directory: epath.Path
-) -> list[Ranked]:
-  """The methods on the task of `results`, the best first.
-
-  Args:
-    split: What was scored.
-    results: Of the comparison, on one task.
-    directory: What their `prompt` is in.
-  """
-  found: dict[str, list[Result]] = {}
-  for r in sorted(results, key=lambda r: r.seed):
-    found.setdefault(r.row, []).append(r)
-  ranked, rows = [], {}
-  for name, mine in found.items():
-    scores = tuple(r.score for r in mine)
-    seconds = float(np.mean([r.seconds for r in mine]))
-    rate = mine[0].column.rpartition(' at ')[2]
-    ranked.append(Ranked(name, rate, scores, mine[0].trained, seconds))
-    rows[name] = right(split, mine, directory)
-  first, *others = sorted(ranked, key=lambda one: one.mean, reverse=True)
-  return [
-    first,
-    *(
-      dataclasses.replace(
-        one,
-        over_seeds=_chance(first.scores, one.scores),
-        over_rows=_chance(rows[first.name], rows[one.name]),
-      )
-      for one in others
-    ),
-  ]
-
-
-def right(
-  split: str, results: Sequence[Result], directory: epath.Path
-) -> Sequence[float]:
-  """For each row of the split, the share of the trainings that got it right.
-
-  Empty if an evaluation has kept no predictions, or some that are neither
-  plainly right nor wrong.
-  """
-  shares = []
-  for r in results:
-    run = directory / r.prompt
-    place = run.parent / f'eval_{split}' / of_seeds(run.name, r.seed) / r.task
-    file = place / f'predictions-{r.seed}.jsonl'
-    lines = file.read_text().splitlines() if file.exists() else []
-    shares.append([json.loads(line).get('right') for line in lines])
-  if not all(shares) or any(None in share for share in shares):
-    return []
-  return np.mean(shares, axis=0).tolist()
-
-
-def _chance(a: Sequence[float], b: Sequence[float]) -> float | None:
-  """The p-value of a paired, two-sided t-test; None of fewer than two pairs."""
-  from scipy import stats
-
-  if len(a) != len(b) or len(a) < 2:
-    return None
-  apart = np.subtract(a, b)
-  if not apart.std():  # The test divides by it.
-    return 1.0 if not apart.any() else 0.0
-  return float(stats.ttest_rel(a, b).pvalue)
-
-
 def report(
   split: str, results: Sequence[Result], directory: epath.Path
 ) -> tuple[str, dict[str, 'Figure']]:
-  """The ranking on each task, and figures by name."""
+  """The search and the ranking on each task, and figures by name."""
   texts, drawn, names = [], {}, dict.fromkeys(r.row for r in results)
   for task in dict.fromkeys(r.task for r in results):
-    prefix = f'{task} {split} at '
-    mine = [
-      r for r in results if r.task == task and r.column.startswith(prefix)
+    searched, scored = f'{task} x ', f'{task} {split} at '
+    mine = [r for r in results if r.task == task]
+    of_search = [
+      dataclasses.replace(r, column=f'x {r.column.removeprefix(searched)}')
+      for r in mine
+      if r.column.startswith(searched)
     ]
-    ranked = rank(split, mine, directory)
-    texts.append(f'{task}, {split} split:\n\n{ranking(ranked)}')
-    drawn[f'pareto_{task}'] = draw_pareto(ranked, f'{task}, {split} split')
-  return '\n'.join(texts), {'parameters': draw_parameters([*names]), **drawn}
-
-
-def ranking(ranked: Sequence[Ranked]) -> str:
-  """A table in Markdown."""
-
-  def told(one: Ranked) -> str:
-    if one is ranked[0]:
-      return 'the best'
-    if one.below is None:
-      return 'not tested: one seed'
-    rows = '' if one.over_rows is None else f', rows {one.over_rows:.2g}'
-    how = 'below' if one.below else 'tie'
-    return f'{how} (p: seeds {one.over_seeds:.2g}{rows})'
-
-  lines = [
-    '| method | trained | seconds | learning rate | score | against the best |',
-    '|---|---:|---:|---:|---:|---|',
-  ]
-  for one in ranked:
-    score = f'{one.mean:.1f}'
-    if len(one.scores) > 1:
-      score += f' ± {one.deviation:.1f}'
-    lines.append(
-      f'| {one.name} | {one.trained:,} | {one.seconds:.0f} | {one.rate} |'
-      f' {score} | {told(one)} |'
+    if of_search:
+      grid = tables.markdown(tables.table(of_search))
+      texts.append(f'{task}, the search (validation split):\n\n{grid}')
+    ranked = ranking.rank(
+      split, [r for r in mine if r.column.startswith(scored)], directory
     )
-  return '\n'.join([*lines, ''])
-
-
-def draw_parameters(names: Sequence[str]) -> 'Figure':
-  """Figure 4: what each method trains, in percent, by the size of T5 1.1."""
-  from matplotlib import figure
-
-  fig = figure.Figure(figsize=(6.5, 4), layout='constrained')
-  axes = fig.subplots()
-  configs = [c for name, c in SIZES.items() if name.startswith('t5_1_1_')]
-  known = methods_lib.functions()
-  ends = []
-  for name in names:
-    pairs = [counts(config, known[name]()) for config in configs]
-    x = [whole for _, whole in pairs]
-    y = [100 * trained / whole for trained, whole in pairs]
-    axes.plot(x, y, 'o-', markersize=3, linewidth=1)
-    ends.append((y[-1], x[-1], name))
-  axes.set(
-    xscale='log',
-    yscale='log',
-    xlabel='parameters of the model (T5 1.1 small to XXL)',
-    ylabel='trained, % of them',
-    title='What methods train, with their defaults',
-  )
-  _label(axes, ends)
-  axes.grid(alpha=0.3)
-  return fig
-
-
-def _label(axes: Any, ends: Sequence[tuple[float, float, str]]) -> None:
-  """Names lines at their ends, one above the other where these are close."""
-  low, high = np.log10(axes.get_ylim())
-  step, last = (high - low) / 22, -np.inf
-  for y, x, name in sorted(ends):
-    last = max(np.log10(y), last + step)
-    axes.annotate(
-      name,
-      (x, y),
-      (x * 1.25, 10**last),
-      va='center',
-      fontsize='small',
-      arrowprops={'arrowstyle': '-', 'linewidth': 0.3},
+    texts.append(f'{task}, {split} split:\n\n{ranking.table(ranked)}')
+    drawn[f'pareto_{task}'] = ranking.draw_pareto(
+      ranked, f'{task}, {split} split'
     )
-  left, right = axes.get_xlim()
-  axes.set_xlim(left, right * 8)
-
-
-def pareto(ranked: Sequence[Ranked]) -> list[Ranked]:
-  """Those that no method with as few parameters beats, by parameters."""
-  front: list[Ranked] = []
-  for one in sorted(ranked, key=lambda r: (r.trained, -r.mean)):
-    if not front or one.mean > front[-1].mean:
-      front.append(one)
-  return front
-
-
-def draw_pareto(ranked: Sequence[Ranked], title: str) -> 'Figure':
-  """Score against trained parameters, and the line of `pareto`."""
-  from matplotlib import figure
-
-  fig = figure.Figure(figsize=(6.5, 4), layout='constrained')
-  axes = fig.subplots()
-  for one in ranked:
-    axes.errorbar(
-      one.trained, one.mean, one.deviation, fmt='o', capsize=3, color='C0'
-    )
-    axes.annotate(
-      one.name,
-      (one.trained, one.mean),
-      (4, 4),
-      textcoords='offset points',
-      fontsize='small',
-    )
-  front = pareto(ranked)
-  axes.step(
-    [one.trained for one in front],
-    [one.mean for one in front],
-    where='post',
-    color='C1',
-    linewidth=1,
-    label='best with as many parameters or fewer',
-  )
-  axes.set(
-    xscale='log',
-    xlabel='trained parameters',
-    ylabel='score',
-    title=f'{title}: methods, each at its best learning rate',
-  )
-  axes.margins(x=0.15)
-  fig.legend(loc='outside lower center')
-  axes.grid(alpha=0.3)
-  return fig
+  figures = {'parameters': ranking.draw_parameters([*names]), **drawn}
+  return '\n'.join(texts), figures

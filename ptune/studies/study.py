@@ -160,7 +160,8 @@ class Study:
     then: Called with the results of `cells` once all are there; returns further
       cells, which are trained next.
     report: Called with the results that are shown and the directory that their
-      `prompt` is in; returns further lines to print, and figures by name.
+      `prompt` is in; returns the text of table.md and figures by name, in place
+      of the usual table and figure.
   """
 
   name: str
@@ -566,19 +567,19 @@ class Runner:
 
   def _draw(self) -> None:
     shown = self._shown()
-    grid = tables.table(shown)
-    text = f'{self._study.title}\n\n{tables.markdown(grid)}'
+    if self._study.report is None:
+      grid = tables.table(shown)
+      sized = self._study.by_size and len(tables.columns(grid)) > 1
+      x = {r.column: r.parameters for r in shown} if sized else None
+      text = tables.markdown(grid)
+      drawn = {'figure': tables.draw(grid, self._study.title, x)}
+    else:
+      text, drawn = self._study.report(shown, self._directory)
+    text = f'{self._study.title}\n\n{text}'
     write_atomically(self._directory / 'table.md', text)
-    sized = self._study.by_size and len(tables.columns(grid)) > 1
-    x = {r.column: r.parameters for r in shown} if sized else None
-    fig = tables.draw(grid, self._study.title, x)
-    files = figures.save(fig, self._directory, 'figure')
-    if self._study.report is not None:
-      more, drawn = self._study.report(shown, self._directory)
-      text = f'{text}\n{more}'
-      write_atomically(self._directory / 'table.md', text)
-      for name, fig in drawn.items():
-        files += figures.save(fig, self._directory, name)
+    files: list[str] = []
+    for name, fig in drawn.items():
+      files += figures.save(fig, self._directory, name)
     names = ', '.join(['results.csv', 'table.md', *files])
     print(f'{text}\nin {self._directory}: {names}')
 
