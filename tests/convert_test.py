@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from ptune.convert import Leaf, Source, open_checkpoint, restore
 from ptune.convert import source as source_lib
 from ptune.convert import t5x as t5x_lib
 from ptune.convert.layout import layout
+from tests import layouts
 
 PROMPT = 'encoder/prompt/prompt/prompt'
 LOGITS = 'decoder/logits_dense/kernel'
@@ -676,27 +676,10 @@ def test_tensorflow_checkpoints_are_recognised(tmp_path):
     open_checkpoint(tmp_path)
 
 
-def _scanned(params, heads):
-  """As T5X stacks the layers of a stack, with heads on an axis or without."""
-  stacks: dict[str, list[np.ndarray]] = {}
-  flat = {}
-  for path, array in params.items():
-    match = re.fullmatch(r'(encoder|decoder)/layers_\d+/(.+)', path)
-    if not match:
-      flat[path] = array
-      continue
-    if heads and 'attention/' in path and path.endswith('out/kernel'):
-      array = array.reshape(HEADS, -1, array.shape[1])
-    elif heads and 'attention/' in path and path.endswith('kernel'):
-      array = array.reshape(array.shape[0], HEADS, -1)
-    stacks.setdefault(f'{match[1]}/{match[1]}/{match[2]}', []).append(array)
-  return flat | {name: np.stack(x, axis=1) for name, x in stacks.items()}
-
-
 @pytest.mark.parametrize('heads', [False, True])
 @pytest.mark.parametrize('write', ['t5x', 't5x_orbax'])
 def test_scanned_layers_are_read_one_by_one(params, tmp_path, write, heads):
-  stacked = _scanned(params, heads)
+  stacked = layouts.scanned(params, HEADS if heads else None)
   assert stacked['encoder/encoder/mlp/wo/kernel'].ndim == 3
   writer = {'t5x': _write_t5x, 't5x_orbax': _write_orbax}[write]
   source = open_checkpoint(writer(tmp_path / 'a', stacked))
@@ -708,7 +691,7 @@ def test_scanned_layers_are_read_one_by_one(params, tmp_path, write, heads):
 
 
 def test_an_array_of_all_layers_is_read_once(params, tmp_path, monkeypatch):
-  stacked = _scanned(params, heads=False)
+  stacked = layouts.scanned(params)
   reads = collections.Counter()
   original = t5x_lib.open_arrays
 
@@ -856,6 +839,8 @@ def test_config_and_tensors_must_agree(params, tmp_path):
     {'relative_attention_max_distance': 64},
     {'feed_forward_proj': ['gated-gelu']},
     {'model_type': None},
+    {'model_type': ['t5']},
+    {'is_encoder_decoder': False},
   ],
   ids=str,
 )

@@ -11,12 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
+from ptune import methods
 from ptune.convert import open_checkpoint, prompts
 from ptune.convert.conversion import convert
 from ptune.convert.export import export
+from ptune.convert.source import Leaf
+from ptune.convert.t5x import write_t5x
 from ptune.methods import prompt
-from ptune.model import parameters, partitioning
+from ptune.model import frozen_weights, parameters, partitioning, structure
 from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.model.network import Transformer
 from ptune.model.sizes import TokenIds
@@ -60,18 +64,20 @@ class Kind:
     """The model; it is saved at `path`."""
     torch.manual_seed(self.seed)
     config = getattr(transformers, f'{self.name}Config')(
-      vocab_size=96,
-      d_model=16,
-      d_kv=6,
-      num_heads=3,
-      d_ff=24,
-      num_layers=2,
-      num_decoder_layers=3,
-      initializer_factor=1.0,
-      pad_token_id=self.ids.pad,
-      eos_token_id=self.ids.eos,
-      decoder_start_token_id=self.ids.start,
-      **dict(self.config),
+      **{
+        'vocab_size': 96,
+        'd_model': 16,
+        'd_kv': 6,
+        'num_heads': 3,
+        'd_ff': 24,
+        'num_layers': 2,
+        'num_decoder_layers': 3,
+        'initializer_factor': 1.0,
+        'pad_token_id': self.ids.pad,
+        'eos_token_id': self.ids.eos,
+        'decoder_start_token_id': self.ids.start,
+        **dict(self.config),
+      }
     )
     kind = getattr(transformers, f'{self.name}ForConditionalGeneration')
     model = kind(config).eval()
@@ -252,6 +258,95 @@ def test_eight_devices_equal_one(directory, kind):
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+OTHERWISE = ['umt5', 'embedding of the decoder', 'long_t5 local']
+OTHERWISE.append('long_t5 global')
+
+
+def loss_of(path, case, mesh, **how):
+  """The loss, with frozen weights as a run holds them on a mesh."""
+  config, arrays = layouts.restored(path)
+  plan = parameters.plan(
+    dataclasses.replace(config, **how), prompt.prompt(PROMPT), mesh
+  )
+  arrays = {**arrays, prompt.PATH: rows_of_a_prompt()}
+  placed = {
+    name: parameters.place(np.asarray(arrays[name]), x)
+    for name, x in plan.params.items()
+  }
+  trained = layouts.nested({prompt.PATH: placed.pop(prompt.PATH)})
+  frozen = layouts.nested(frozen_weights.freeze(plan, placed))
+  model = EncoderDecoderModel(plan.network, z_loss=0.0)
+
+  def loss(trained, frozen):
+    return model.loss(parameters.merge(trained, frozen), case)[0]
+
+  with plan.scope():
+    found = jax.jit(jax.value_and_grad(loss))(trained, frozen)
+  return jax.device_get(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', OTHERWISE)
+def test_loss_and_gradient_are_the_same_however_it_is_computed(directory, kind):
+  path, _ = made(kind, directory)
+  case = {k: np.repeat(x, 8, axis=0) for k, x in case_of(TokenIds()).items()}
+  one = partitioning.make_mesh(1, jax.devices()[:1])
+  want, slope = loss_of(path, case, one)
+  slope = slope['encoder']['prompt']['prompt']['prompt']
+  for parts, how in (
+    (1, {'fsdp': True, 'scan': True, 'remat': True}),
+    (2, {'fsdp': True}),
+    (8, {'scan': True}),
+    (4, {'length_multiple': 16}),
+  ):
+    got, found = loss_of(path, case, partitioning.make_mesh(parts), **how)
+    np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=str(how))
+    found = found['encoder']['prompt']['prompt']['prompt']
+    limit = 1e-4 * np.abs(slope).max()
+    np.testing.assert_allclose(found, slope, atol=limit, err_msg=str(how))
+  for how in ({'frozen_dtype': 'int8', 'fsdp': True}, {'dtype': 'bfloat16'}):
+    got, _ = loss_of(path, case, partitioning.make_mesh(2), **how)
+    np.testing.assert_allclose(got, want, rtol=0.05, err_msg=str(how))
+    assert got != want, 'nothing was rounded'
+
+
+# Arguments of methods whose defaults are too large for 96 tokens.
+SMALL = {
+  'superpos': {'tokens': 8, 'population': 90},
+  'multitask': {'tasks': 2, 'vocab_size': 96},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', sorted(methods.functions()))
+@pytest.mark.parametrize('kind', ['umt5', 'long_t5 global'])
+def test_every_method_learns(directory, kind, method):
+  path, _ = made(kind, directory)
+  config, arrays = layouts.restored(path)
+  how = methods.functions()[method](**SMALL.get(method, {}))
+  net = Transformer(config, how.placements)
+  rng = np.random.default_rng(3)
+  params = {
+    name: rng.normal(size=x.shape, scale=0.2).astype(np.float32)
+    for name, x in structure.parameters(net).items()
+  } | arrays
+  trained = {name: params.pop(name) for name in [*params] if how.trains(name)}
+  case = case_of(TokenIds())
+  if method == 'multitask':  # A row begins with the token of its task.
+    case['encoder_input_tokens'][:, 0] = 95
+  asked = EncoderDecoderModel(net)
+
+  def loss(trained):
+    return asked.loss(layouts.nested({**params, **trained}), case)[0]
+
+  gradients = jax.jit(jax.grad(loss))(trained)
+  assert trained
+  for name, x in gradients.items():
+    assert np.isfinite(x).all(), name
+  moved = [name for name, x in gradients.items() if np.abs(x).max() > 0]
+  assert len(moved) > len(trained) // 2
+
+
 @pytest.mark.parametrize(
   'kind',
   [
@@ -385,3 +480,20 @@ def test_a_t5x_checkpoint_of_an_umt5_is_the_same_model(directory, tmp_path):
     open_checkpoint(tmp_path / 't5x').shapes == open_checkpoint(path).shapes
   )
   layouts.assert_same(layouts.read(tmp_path / 't5x'), layouts.read(path))
+
+
+@pytest.mark.parametrize('kind', ['madlad', 'codet5', 'umt5', 'long_t5 global'])
+@pytest.mark.parametrize('heads', [None, 3])
+def test_scanned_layers_of_t5x_are_the_same_model(
+  directory, tmp_path, kind, heads
+):
+  path, _ = made(kind, directory)
+  params = layouts.read(path)
+  stacked = layouts.scanned(params, heads)
+  assert stacked['decoder/decoder/mlp/wo/kernel'].ndim == 3
+  leaves = {
+    name: Leaf(array.shape, array.dtype, array.__getitem__)
+    for name, array in stacked.items()
+  }
+  write_t5x(epath.Path(tmp_path), leaves, 5)
+  layouts.assert_same(layouts.read(tmp_path), params)

@@ -7,6 +7,7 @@ import argparse
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,23 @@ def assert_logits(got, expected, case, atol=5e-5) -> None:
   """Compares logits where there are targets."""
   real = case['decoder_loss_weights'] > 0
   np.testing.assert_allclose(got[real], expected[real], atol=atol)
+
+
+def scanned(params, heads: int | None = None) -> dict[str, np.ndarray]:
+  """As T5X stacks the layers of a stack, with heads on an axis if given."""
+  stacks: dict[str, list[np.ndarray]] = {}
+  flat = {}
+  for path, array in params.items():
+    match = re.fullmatch(r'(encoder|decoder)/layers_\d+/(.+)', path)
+    if not match:
+      flat[path] = array
+      continue
+    if heads and 'attention/' in path and path.endswith('out/kernel'):
+      array = array.reshape(heads, -1, array.shape[1])
+    elif heads and 'attention/' in path and path.endswith('kernel'):
+      array = array.reshape(array.shape[0], heads, -1)
+    stacks.setdefault(f'{match[1]}/{match[1]}/{match[2]}', []).append(array)
+  return flat | {name: np.stack(x, axis=1) for name, x in stacks.items()}
 
 
 def shard(directory: pathlib.Path, target: pathlib.Path) -> pathlib.Path:

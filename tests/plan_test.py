@@ -4,13 +4,15 @@ Everything is measured on networks a few thousand numbers wide.
 """
 
 import dataclasses
+import math
 
 import jax
 import pytest
 
 from ptune.methods import full, prompt
-from ptune.model import parameters, partitioning, sizes
+from ptune.model import network, parameters, partitioning, sizes, structure
 from ptune.model.models import EncoderDecoderModel
+from ptune.model.t5gemma_sizes import Stack, T5GemmaConfig
 from ptune.tools import plan as fit
 from ptune.tools.memory import (
   Memory,
@@ -92,6 +94,36 @@ def test_extrapolation_equals_compiling_every_layer():
     assert estimated[parts].temporary == pytest.approx(
       memory.temporary, rel=0.03
     )
+
+
+NARROW = T5GemmaConfig(
+  Stack(1, 64, 128, 4, 2, 16, window=8),
+  Stack(1, 32, 64, 4, 2, 8, window=8),
+  vocab_size=512,
+)
+
+
+@pytest.mark.parametrize(
+  ('config', 'widths'),
+  [
+    (dataclasses.replace(CONFIG, relative_attention_per_layer=True), '64'),
+    (dataclasses.replace(CONFIG, local_radius=8, global_block_size=4), '64'),
+    (NARROW, '64 + 32'),
+    (dataclasses.replace(NARROW, version=2, decoder=NARROW.encoder), '64'),
+  ],
+  ids=['umt5', 'long_t5', 't5gemma', 't5gemma_2'],
+)
+def test_every_family_is_planned(config, widths):
+  run = dataclasses.replace(RUN, config=config)
+  table = measure(run, jax.devices()[:2])
+  params = structure.parameters(network.Transformer(config))
+  one, two = table[1], table[2]
+  assert one.frozen == 4 * sum(math.prod(x.shape) for x in params.values())
+  assert 0.5 * one.frozen <= two.frozen < 0.6 * one.frozen
+  assert one.temporary > 0
+  text, _ = fit.describe(run, table, 2, 'v5e')
+  assert text.startswith(f'prompt, 1 + 1 layers of {widths}, float32; a batch')
+  assert 'best: --gin.MODEL_PARALLEL=1' in text
 
 
 def test_encoder_and_decoder_are_continued_each_by_itself():

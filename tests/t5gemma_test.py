@@ -122,19 +122,24 @@ def _vision(said):
 @functools.cache
 def reference(name):
   """transformers' model, with random weights."""
-  said = _vision(t5gemma_config.config_json(MODELS[name]))
+  return reference_of(MODELS[name])
+
+
+def reference_of(model):
+  """The same for any sizes."""
+  said = _vision(t5gemma_config.config_json(model))
   kind = getattr(transformers, said['architectures'][0])
   config = kind.config_class.from_dict(said)
   config._attn_implementation = 'eager'
   torch.manual_seed(0)
   torch.set_num_threads(1)
-  model = kind(config).eval()
+  made = kind(config).eval()
   with torch.no_grad():
-    for path, value in model.named_parameters():
+    for path, value in made.named_parameters():
       # Tables larger, so that answers differ from token to token.
       size = 1.0 if 'embed_tokens.weight' in path else 0.3
       value.copy_(torch.randn_like(value) * size)
-  return model
+  return made
 
 
 @functools.cache
@@ -477,7 +482,20 @@ def test_another_size_is_refused_with_both():
     ('one', {'attention_bias': True}, 'attention_bias True'),
     ('one', {'layer_types': ['chunked_attention'] * 2}, 'chunked_attention'),
     ('one', {'rope_scaling': {'rope_type': 'yarn'}}, "rope_type 'yarn'"),
+    (
+      'one',
+      {'rope_parameters': {'partial_rotary_factor': 0.5}},
+      'partial_rotary_factor 0.5',
+    ),
+    ('one', {'quantization_config': {'bits': 4}}, "quantization_config {'bits"),
+    ('one', {'layer_types': 'full_attention'}, "layer_types 'full_attention'"),
+    ('one', {'layer_types': ['full_attention']}, 'expected a list of 2'),
+    ('one', {'hidden_size': '24'}, "hidden_size '24': expected a whole number"),
+    ('one', {'num_hidden_layers': 0}, 'num_hidden_layers 0: expected a whole'),
+    ('one', {'num_key_value_heads': 4}, 'must be a multiple of num_kv_heads'),
+    ('one', {'rope_theta': 'big'}, "rope_theta 'big' of full_attention"),
     ('one', {'attn_logit_softcapping': 9.0}, 'attn_logit_softcapping is 2.0'),
+    ('two', {'rope_parameters': {'rope_type': 'yarn'}}, 'one for each of'),
     ('two', {'attn_logit_softcapping': 9.0}, 'attn_logit_softcapping 9.0'),
     (
       'two',
@@ -491,10 +509,13 @@ def test_other_networks_are_refused_before_weights_are_read(
 ):
   said = t5gemma_config.config_json(MODELS[name])
   said['decoder'] |= changes
+  if 'rope_theta' in changes:
+    del said['decoder']['rope_parameters']  # Which takes precedence.
   (tmp_path / 'config.json').write_text(json.dumps(said))
   (tmp_path / 'model.safetensors').write_text('no weights')
-  with pytest.raises(UserError, match=re.escape(message)):
+  with pytest.raises(UserError, match=re.escape(message)) as refused:
     open_checkpoint(tmp_path)
+  assert f'{tmp_path / "config.json"} describes' in str(refused.value)
 
 
 @pytest.mark.parametrize('kind', ['T5Gemma', 'T5Gemma2'])

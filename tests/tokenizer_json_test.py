@@ -20,6 +20,7 @@ from ptune.errors import UserError
 from ptune.methods import prompt_init
 from ptune.model.config import TokenIds
 from ptune.tasks import texts
+from tests import vocabularies
 
 tokenizers = pytest.importorskip(
   'tokenizers', reason="pip install 'ptune[tokenizers]' brings it"
@@ -51,125 +52,22 @@ TEXTS = (
 
 @pytest.fixture(scope='module')
 def corpus():
-  return pretrained.VOCABULARY.parent.joinpath('README.md').read_text()
+  return vocabularies.corpus()
 
 
 @pytest.fixture(scope='module')
-def bpe(tmp_path_factory, corpus):
-  """CodeT5's files: byte-level BPE, sentinels among the added tokens."""
-  path = tmp_path_factory.mktemp('codet5')
-  made = tokenizers.ByteLevelBPETokenizer()
-  special = ['<pad>', '<s>', '</s>', '<unk>', '<mask>']
-  made.train_from_iterator(
-    corpus.splitlines(), vocab_size=500, special_tokens=special
-  )
-  made.save_model(str(path))
-  size = made.get_vocab_size()
-  extra = [f'<extra_id_{i}>' for i in reversed(range(10))]
-  added = {token: size + i for i, token in enumerate(extra)}
-  (path / 'added_tokens.json').write_text(json.dumps(added))
-  (path / 'special_tokens_map.json').write_text(
-    json.dumps({'additional_special_tokens': extra})
-  )
-  (path / 'tokenizer_config.json').write_text(
-    json.dumps({'tokenizer_class': 'RobertaTokenizer', 'eos_token': '</s>'})
-  )
-  return path
+def bpe(tmp_path_factory):
+  return vocabularies.codet5(tmp_path_factory.mktemp('codet5'))
 
 
 @pytest.fixture(scope='module')
-def llama(tmp_path_factory, corpus):
-  """A BPE with bytes for what it lacks, as Llama's and Gemma's are."""
-  from tokenizers import decoders, models, normalizers, trainers
-
-  path = tmp_path_factory.mktemp('llama')
-  made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
-  made.normalizer = normalizers.Sequence(
-    [normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]
-  )
-  made.decoder = decoders.Sequence(
-    [
-      decoders.Replace('▁', ' '),
-      decoders.ByteFallback(),
-      decoders.Fuse(),
-      decoders.Strip(' ', 1, 0),
-    ]
-  )
-  trainer = trainers.BpeTrainer(
-    vocab_size=600,
-    special_tokens=['<unk>', '<s>', '</s>'],
-    initial_alphabet=[],
-  )
-  made.train_from_iterator(corpus.splitlines(), trainer)
-  state = json.loads(made.to_str())
-  vocab = state['model']['vocab']
-  for byte in range(256):
-    vocab[f'<0x{byte:02X}>'] = len(vocab)
-  made = tokenizers.Tokenizer.from_str(json.dumps(state))
-  made.add_tokens([tokenizers.AddedToken('{', normalized=False), '}'])
-  made.save(str(path / 'tokenizer.json'))
-  (path / 'tokenizer_config.json').write_text(
-    json.dumps({'tokenizer_class': 'PreTrainedTokenizerFast'} | ENDS)
-  )
-  return path
+def llama(tmp_path_factory):
+  return vocabularies.llama(tmp_path_factory.mktemp('llama'))
 
 
 @pytest.fixture(scope='module')
-def gemma(tmp_path_factory, corpus):
-  """As Gemma's: bytes for what it lacks, and <bos> before a text."""
-  from tokenizers import (
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-  )
-
-  path = tmp_path_factory.mktemp('gemma')
-  special = ['<pad>', '<eos>', '<bos>', '<unk>', '<mask>']
-  made = tokenizers.Tokenizer(
-    models.BPE(byte_fallback=True, fuse_unk=True, unk_token='<unk>')
-  )
-  made.normalizer = normalizers.Replace(' ', '▁')
-  made.pre_tokenizer = pre_tokenizers.Split(' ', 'merged_with_previous')
-  made.decoder = decoders.Sequence(
-    [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
-  )
-  trainer = trainers.BpeTrainer(
-    vocab_size=500, special_tokens=special, initial_alphabet=[]
-  )
-  made.train_from_iterator(corpus.splitlines(), trainer)
-  state = json.loads(made.to_str())
-  vocab = state['model']['vocab']
-  for byte in range(256):
-    vocab[f'<0x{byte:02X}>'] = len(vocab)
-  made = tokenizers.Tokenizer.from_str(json.dumps(state))
-  made.add_tokens(
-    [
-      tokenizers.AddedToken(token, normalized=False)
-      for token in ('\n\n', '<table>', '▁▁')
-    ]
-  )
-  made.add_special_tokens(['<start_of_turn>'])
-  made.post_processor = processors.TemplateProcessing(
-    single='<bos> $A', special_tokens=[('<bos>', 2)]
-  )
-  made.save(str(path / 'tokenizer.json'))
-  (path / 'tokenizer_config.json').write_text(
-    json.dumps(
-      {
-        'tokenizer_class': 'GemmaTokenizer',
-        'add_bos_token': False,  # The template has the last word.
-        **{f'{name}_token': f'<{name}>' for name in ('bos', 'eos', 'pad')},
-        'unk_token': '<unk>',
-      }
-    )
-  )
-  return path
-
-
-ENDS = {'eos_token': '</s>', 'unk_token': '<unk>', 'pad_token': '<unk>'}
+def gemma(tmp_path_factory):
+  return vocabularies.gemma(tmp_path_factory.mktemp('gemma'))
 
 
 @pytest.fixture(scope='module')

@@ -39,7 +39,7 @@ def open_huggingface(path: epath.Path) -> Source:
       contradicts the tensors, or ptune does not have the network.
   """
   config = read_json(path / CONFIG)
-  if config.get('model_type') in t5gemma_config.MODEL_TYPES:
+  if str(config.get('model_type')) in t5gemma_config.MODEL_TYPES:
     return _open_t5gemma(path, config)
   activations = t5_config.activations(config, path / CONFIG)
   attention = t5_config.attention(config)
@@ -105,7 +105,7 @@ def _open_t5gemma(path: epath.Path, said: Mapping[str, Any]) -> Source:
   leaves, used = {}, set()
   for ours, (theirs, transposed) in t5gemma.layout(config).items():
     # A shared tensor has several names; torch may save any of them.
-    names = [theirs, *t5gemma.copies(config, ours)]
+    names = dict.fromkeys([theirs, *t5gemma.copies(config, ours)])
     found = [name for name in names if name in tensors]
     if found:
       leaf = tensors[found[0]]
@@ -273,13 +273,13 @@ def _output(
 
 
 def _equal(a: Leaf, b: Leaf) -> bool:
-  """Compares matrices by blocks of rows, up to the first difference."""
+  """Compares matrices, even of NaN, by blocks of rows."""
   if a.shape != b.shape or a.dtype != b.dtype or len(a.shape) != 2:
     return False
   rows, columns = a.shape
   for start in range(0, rows, 1024):
     index = slice(start, min(start + 1024, rows)), slice(0, columns)
-    if not np.array_equal(a.fetch(index), b.fetch(index)):
+    if a.fetch(index).tobytes() != b.fetch(index).tobytes():
       return False
   return True
 

@@ -6,6 +6,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from ptune.config import annotations
+from ptune.convert import t5gemma_config
 from ptune.convert.layout import ENCODER_ATTENTION
 from ptune.convert.source import Source, sizes
 from ptune.convert.storage import read_json
@@ -66,10 +68,10 @@ def activations(config: Mapping[str, Any], file: epath.Path) -> tuple[str, ...]:
   default = 'relu' if config.get('model_type') in plain else 'gated-gelu'
   projection = str(config.get('feed_forward_proj', default))
   wrong = []
-  if config.get('model_type') not in CLASSES:
+  if str(config.get('model_type')) not in CLASSES:
+    known = (*CLASSES, *t5gemma_config.MODEL_TYPES)
     wrong.append(
-      f'model_type {config.get("model_type")!r}: expected one of'
-      f' {tuple(CLASSES)}'
+      f'model_type {config.get("model_type")!r}: expected one of {known}'
     )
   wrong += _unknown_attention(config)
   if projection not in ACTIVATIONS:
@@ -85,6 +87,7 @@ def activations(config: Mapping[str, Any], file: epath.Path) -> tuple[str, ...]:
     ('dense_act_fn', act),
     ('is_gated_act', len(activations) > 1),
     ('tie_encoder_decoder', False),
+    ('is_encoder_decoder', True),
     ('quantization_config', None),
   ):
     if config.get(key, value) != value and '?' not in activations:
@@ -108,7 +111,7 @@ def _unknown_attention(config: Mapping[str, Any]) -> list[str]:
     wrong.append(f'encoder_attention_type {kind!r}: expected one of {known}')
   for key in ('local_radius', 'global_block_size'):
     value = config.get(key, 1)
-    if not isinstance(value, int) or value < 1:
+    if not annotations.fits(value, int) or value < 1:
       wrong.append(f'{key} {value!r}: expected a whole number from 1 on')
   return wrong
 
@@ -131,7 +134,7 @@ def token_ids(config: Mapping[str, Any], path: epath.Path) -> TokenIds:
   generation = path / GENERATION
   told = read_json(generation) if generation.exists() else {}
   said = {
-    key: told.get(key, config.get(key, default))
+    key: config.get(key, default) if told.get(key) is None else told[key]
     for key, default in (
       ('pad_token_id', 0),
       ('eos_token_id', 1),
@@ -231,7 +234,7 @@ def check_sizes(config: Mapping[str, Any], source: Source) -> None:
     said = config.get(key)
     said = config.get(other) if said is None and other else said
     if said is not None and ours in found and said != found[ours]:
-      wrong.append(f'  {key} is {said}, in the tensors {found[ours]}')
+      wrong.append(f'  {key} is {said!r}, in the tensors {found[ours]}')
   gated = len(source.activations or ()) == 2
   if found.get('gated', gated) != gated:
     wrong.append(

@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from ptune.config import annotations
 from ptune.errors import UserError
 from ptune.model.config import TokenIds
 from ptune.model.t5gemma_sizes import Stack, T5GemmaConfig
@@ -43,6 +44,8 @@ _FIXED = {
   'rms_norm_eps': 1e-6,
   'attention_bias': False,
 }
+# Beside them, weights that are not stored as they are.
+_ABSENT = {'quantization_config': None}
 _LOCAL, _GLOBAL = 'sliding_attention', 'full_attention'
 
 
@@ -63,19 +66,23 @@ def read_config(
   stacks = {name: _dict(said.get(name)) for name in ('encoder', 'decoder')}
   if version == 2:
     stacks['encoder'] = _dict(stacks['encoder'].get('text_config'))
-  stacks = {k: {**_DEFAULTS, **values} for k, values in stacks.items()}
-  for values in stacks.values():
-    if values.get('layer_types') is None:
-      pattern = values.get('sliding_window_pattern', _PATTERN[version])
-      count = values['num_hidden_layers']
-      values['layer_types'] = _layer_types(count, pattern)
-  wrong = [
-    f'{stack}: {line}'
-    for stack, values in stacks.items()
-    for line in _unknown(values, version)
-  ]
-  if wrong:
-    raise _refusal(file, wrong)
+  stacks = {
+    name: {**_DEFAULTS, 'sliding_window_pattern': _PATTERN[version], **values}
+    for name, values in stacks.items()
+  }
+  for check in (_malformed, _unknown):
+    wrong = _unknown_whole(said) + [
+      f'{stack}: {line}'
+      for stack, values in stacks.items()
+      for line in check(values, version)
+    ]
+    if wrong:
+      raise _refusal(file, wrong)
+    for values in stacks.values():
+      if values.get('layer_types') is None:
+        values['layer_types'] = _layer_types(
+          values['num_hidden_layers'], values['sliding_window_pattern']
+        )
   # Our network has one of each, and the configuration two.
   common = {name: _common(values, version) for name, values in stacks.items()}
   wrong = [
@@ -94,22 +101,25 @@ def read_config(
   if wrong:
     raise _refusal(file, wrong)
   values = common['decoder']
-  return T5GemmaConfig(
-    encoder=_stack(stacks['encoder']),
-    decoder=_stack(stacks['decoder']),
-    vocab_size=values['vocab_size'],
-    version=version,
-    logits_via_embedding=bool(said.get('tie_word_embeddings', True)),
-    window_pattern=pattern,
-    query_scalar=values['query_pre_attn_scalar'],
-    attention_cap=values['attn_logit_softcapping'],
-    logits_cap=values['final_logit_softcapping'],
-    theta=values['rope_theta'],
-    local_theta=values['local rope_theta'],
-    rope_factor=values['rope factor'],
-    eoi_id=_dict(said.get('encoder')).get('eoi_token_index', 256_000),
-    ids=ids,
-  )
+  try:
+    return T5GemmaConfig(
+      encoder=_stack(stacks['encoder']),
+      decoder=_stack(stacks['decoder']),
+      vocab_size=values['vocab_size'],
+      version=version,
+      logits_via_embedding=bool(said.get('tie_word_embeddings', True)),
+      window_pattern=pattern,
+      query_scalar=values['query_pre_attn_scalar'],
+      attention_cap=values['attn_logit_softcapping'],
+      logits_cap=values['final_logit_softcapping'],
+      theta=values['rope_theta'],
+      local_theta=values['local rope_theta'],
+      rope_factor=values['rope factor'],
+      eoi_id=_dict(said.get('encoder')).get('eoi_token_index', 256_000),
+      ids=ids,
+    )
+  except UserError as error:
+    raise _refusal(file, str(error).splitlines()) from error
 
 
 def token_ids(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,15 +143,55 @@ def _refusal(file: epath.Path, wrong: list[str]) -> UserError:
   )
 
 
+def _unknown_whole(said: Mapping[str, Any]) -> list[str]:
+  """Returns what config.json says of the model that ptune does not support."""
+  return [
+    f'{key} {said[key]!r}: expected {value}'
+    for key, value in (
+      ('is_encoder_decoder', True),
+      ('quantization_config', None),
+    )
+    if said.get(key, value) != value
+  ]
+
+
+def _malformed(values: Mapping[str, Any], version: int) -> list[str]:
+  """Returns the values of a stack that are not what they must be."""
+  wrong = [
+    f'{key} {values[key]!r}: expected a whole number of at least 1'
+    for key in (*_SIZES.values(), 'sliding_window_pattern')
+    if not annotations.fits(values[key], int) or values[key] < 1
+  ]
+  types = values.get('layer_types')
+  if types is not None and (
+    not isinstance(types, list) or len(types) != values['num_hidden_layers']
+  ):
+    wrong.append(
+      f'layer_types {types!r:.200}: expected a list of'
+      f' {values["num_hidden_layers"]}, one for each layer'
+    )
+  given = values.get('rope_parameters')
+  keys = set(_dict(given)) - {_LOCAL, _GLOBAL} if version == 2 else set()
+  if keys or (given is not None and not isinstance(given, dict)):
+    wrong.append(
+      f'rope_parameters {given!r:.200}: expected one for each of'
+      f' {_LOCAL}, {_GLOBAL}'
+    )
+  for kind, rope in _ropes(values, version).items():
+    wrong += [
+      f'{key} {rope[key]!r} of {kind}: expected a number'
+      for key in ('rope_theta', 'factor')
+      if not annotations.fits(rope[key], float)
+    ]
+  return wrong
+
+
 def _unknown(values: Mapping[str, Any], version: int) -> list[str]:
   """Returns the properties of a stack that our network does not support."""
   wrong = [
     f'{key} {values[key]!r}: expected {value!r}'
-    for key, value in _FIXED.items()
+    for key, value in (_FIXED | _ABSENT).items()
     if values.get(key, value) != value
-  ]
-  wrong += [
-    f'{key} is missing' for key in _SIZES.values() if not values.get(key)
   ]
   if version == 2 and values.get('attn_logit_softcapping') is not None:
     wrong.append(
@@ -152,18 +202,16 @@ def _unknown(values: Mapping[str, Any], version: int) -> list[str]:
   if types:
     wrong.append(f'layer_types {sorted(types)}: expected {_LOCAL}, {_GLOBAL}')
   for kind, rope in _ropes(values, version).items():
-    known = (
-      ('default',)
-      if kind == _LOCAL or version == 1
-      else (
-        'default',
-        'linear',
-      )
-    )
+    known = ('default',)
+    if kind == _GLOBAL and version == 2:
+      known = ('default', 'linear')
     if rope['rope_type'] not in known:
       wrong.append(
         f'rope_type {rope["rope_type"]!r} of {kind}: expected one of {known}'
       )
+    part = rope.get('partial_rotary_factor', 1)
+    if part != 1:
+      wrong.append(f'partial_rotary_factor {part!r} of {kind}: expected 1')
   return wrong
 
 
@@ -223,7 +271,10 @@ def _common(values: Mapping[str, Any], version: int) -> dict[str, Any]:
     'final_logit_softcapping': values.get('final_logit_softcapping', caps[1]),
     'rope_theta': float(ropes[_GLOBAL]['rope_theta']),
     'local rope_theta': float(ropes[_LOCAL]['rope_theta']),
-    'rope factor': float(ropes[_GLOBAL]['factor']),
+    # transformers reads it in this type alone.
+    'rope factor': float(ropes[_GLOBAL]['factor'])
+    if ropes[_GLOBAL]['rope_type'] == 'linear'
+    else 1.0,
   }
 
 

@@ -45,9 +45,16 @@ def open_file(file: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
     raise
   # Damaged files make torch raise many kinds of errors.
   except Exception as error:
+    # Within torch's own advice, a sentence names what it refused.
+    lines = [line.strip() for line in str(error).splitlines()] or [repr(error)]
+    reasons = [
+      line.partition('. Please')[0]
+      for line in lines[1:]
+      if 'nsupported' in line
+    ]
     raise UserError(
       f'{file} is damaged, or holds something other than tensors, which ptune'
-      f' refuses: {str(error).splitlines()[0] if str(error) else repr(error)}'
+      f' refuses: {(reasons or lines)[0]}'
     ) from error
   if not isinstance(tensors, dict):
     raise UserError(f'{file} holds a {type(tensors).__name__}, not tensors')

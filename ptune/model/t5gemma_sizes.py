@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-from ptune.errors import UserError
+from ptune.config import annotations
+from ptune.errors import UserError, check_counts
 from ptune.model.config import ModelConfig, TokenIds
 
 
@@ -31,6 +32,8 @@ class Stack:
   window: int = 4096
 
   def __post_init__(self):
+    annotations.check_fields(self)
+    check_counts(**dataclasses.asdict(self))
     if self.num_heads % self.num_kv_heads:
       raise UserError(
         f'num_heads is {self.num_heads}; it must be a multiple of num_kv_heads,'
@@ -83,6 +86,15 @@ class T5GemmaConfig(ModelConfig):
 
   def __post_init__(self):
     super().__post_init__()
+    check_counts(window_pattern=self.window_pattern)
+    wrong = {
+      name: value
+      for name in ('attention_cap', 'logits_cap', 'query_scalar', 'theta')
+      + ('local_theta', 'rope_factor')
+      if (value := getattr(self, name)) is not None and value <= 0
+    }
+    if wrong:
+      raise UserError(f'T5GemmaConfig has {wrong}; expected numbers above 0')
     if self.version not in (1, 2):
       raise UserError(f'version is {self.version}; T5Gemma has 1 and 2')
     if self.version == 2 and self.encoder.emb_dim != self.decoder.emb_dim:

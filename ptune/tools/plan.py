@@ -260,11 +260,14 @@ def describe(
     )
   lengths = ', '.join(f'{v} {k}' for k, v in run.feature_lengths.items())
   whole = run.config.num_encoder_layers, run.config.num_decoder_layers
+  # One width, unless encoder and decoder differ.
+  widths = dict.fromkeys(run.config.axis_sizes()['embed'])
   parts = f', in {run.microbatches} parts' if run.microbatches > 1 else ''
   parts += f', {run.pack} of the longest a row' if run.pack else ''
   text = [
     f'{run.method.name}, {whole[0]} + {whole[1]} layers of'
-    f' {run.config.emb_dim}, {run.config.dtype}; a batch of {run.batch_size}'
+    f' {" + ".join(map(str, widths))}, {run.config.dtype}; a batch of'
+    f' {run.batch_size}'
     f' with {lengths}{parts}; bytes on each of {devices} devices:',
     '',
     *rows,
