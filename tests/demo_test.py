@@ -1,5 +1,6 @@
 """`ptune demo` and the model that it runs on."""
 
+import contextlib
 import io
 import json
 import os
@@ -20,12 +21,24 @@ from ptune.tasks import generated_text
 from ptune.tasks.rows import read_rows
 from ptune.tools import demo, miniature
 
+# Enough for what is not about accuracy.
+FEW = {'TRAIN_ROWS': 200, 'VALIDATION_ROWS': 200, 'TEST_ROWS': 200}
+
+
+@contextlib.contextmanager
+def few_rows():
+  with pytest.MonkeyPatch.context() as patch:
+    for name, count in FEW.items():
+      patch.setattr(demo, name, count)
+    yield
+
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   """A demo of few steps: its directory, its summary, what it printed."""
   directory = tmp_path_factory.mktemp('demo')
-  return directory, *told(directory, steps=3)
+  with few_rows():
+    return directory, *told(directory, steps=2)
 
 
 def told(directory, **how):
@@ -70,12 +83,11 @@ def test_a_demo_shows_answers_of_both_tasks_and_how_to_go_on(run):
 
 def test_a_demo_leaves_the_reviews_as_files_to_train_on(run):
   directory, *_ = run
-  counts = {'train': 2000, 'dev': 200, 'test': 1000}
-  for (name, count), rows in zip(
-    counts.items(), demo.splits(generated_text.reviews, 0), strict=True
-  ):
+  with few_rows():
+    made = demo.splits(generated_text.reviews, 0)
+  for name, rows in zip(('train', 'dev', 'test'), made, strict=True):
     read = [row for _, row in read_rows(f'{directory}/{name}.tsv')]
-    assert len(read) == count
+    assert len(read) == 200
     assert read == [{'sentence': s, 'label': label} for s, label in rows]
   sentences = (directory / 'sentences.txt').read_text().splitlines()
   assert sentences == [row['sentence'] for row in read[: len(sentences)]] != []
@@ -87,7 +99,8 @@ def test_a_second_demo_replaces_the_first_by_the_same(run):
   before = {p.name: p.read_bytes() for p in directory.iterdir()}
   (directory / 'words.txt').write_text('of an earlier version')
   (directory / 'mine.txt').write_text('mine')
-  again, _ = told(directory, steps=3)
+  with few_rows():
+    again, _ = told(directory, steps=2)
   after = {p.name: p.read_bytes() for p in directory.iterdir()}
   assert after.pop('mine.txt') == b'mine'
   for name in ('sentiment.npy', 'topics.npy', 'words.txt'):

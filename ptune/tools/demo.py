@@ -100,7 +100,7 @@ def demo(
   method = miniature.prompt_method(PROMPT_LENGTH)
   made = miniature.programs(config, method, miniature.prompt_optimizer(steps))
   sentiment = miniature.tune(
-    'prompt', made, base, pieces, reviews, steps, seed, out
+    'prompt', made, base, pieces, reviews, steps, seed, out, test_untrained=True
   )
   shown = test[:SHOWN]
   bank.add('untrained', sentiment.first[prompt.PATH])

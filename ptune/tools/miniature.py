@@ -40,7 +40,7 @@ from ptune.training.member import Member
 
 BATCH_SIZE = 32
 TEST_BATCH = 200  # Rows in a test batch; the size of a split is a multiple.
-EVALUATIONS = 12  # Points of a curve.
+EVALUATIONS = 8  # Points of a curve.
 INPUT_LENGTH, ANSWER_LENGTH = 32, 8  # Tokens, EOS included.
 
 Row = tuple[str, str]  # A text and its label.
@@ -159,7 +159,7 @@ class Tuned(NamedTuple):
     first: The trained parameters before the first step, by path.
     last: The trained parameters after the last step.
     curve: (step, accuracy on the validation rows).
-    untrained: Accuracy on the test rows before the first step.
+    untrained: Accuracy on the test rows before the first step, if asked for.
     accuracy: Accuracy on the test rows.
     seconds: Time of the training, with compilation and validation.
   """
@@ -167,7 +167,7 @@ class Tuned(NamedTuple):
   first: Mapping[str, np.ndarray]
   last: Mapping[str, np.ndarray]
   curve: list[tuple[int, float]]
-  untrained: float
+  untrained: float | None
   accuracy: float
   seconds: float
 
@@ -304,6 +304,7 @@ def tune(
   steps: int,
   seed: int = 0,
   console: rich.console.Console | None = None,
+  test_untrained: bool = False,
 ) -> Tuned:
   """Trains under a progress bar, then tests.
 
@@ -316,6 +317,7 @@ def tune(
     steps: Training steps.
     seed: Seed of the first values and of the order of the rows.
     console: Where to show progress; nowhere if not given.
+    test_untrained: Whether to test before the first step too.
   """
   start = time.monotonic()
   train, validation, test = (features(pieces, part) for part in rows)
@@ -327,7 +329,7 @@ def tune(
   accuracy = lambda of, state: of((state.trainable, frozen))['rows']['accuracy']
   with _progress(console) as progress:
     bar = Bar(title, steps, progress)
-    untrained = accuracy(tested, state)
+    untrained = accuracy(tested, state) if test_untrained else None
     bar.evaluate(0, 'validation', validated((state.trainable, frozen)))
     train_on = Loop(
       Unsaved(made.plan, steps, bar),
