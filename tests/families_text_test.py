@@ -68,6 +68,7 @@ def t5gemma(name):
 
 
 KINDS = {
+  'madlad': (t5('madlad'), vocabularies.madlad),
   'long_t5': (t5('long_t5 global'), sentencepiece),
   'umt5': (t5('umt5'), sentencepiece),
   'pile_t5': (t5('umt5', ids=TokenIds(eos=2)), vocabularies.llama),

@@ -367,6 +367,9 @@ def test_beams_and_a_temperature_exclude_each_other():
     'codet5p_770m': 737_639_424,
     # As mT5, with more rows and a bias in every layer.
     'umt5_small': 306_601_984,
+    'umt5_base': 592_043_520,
+    'umt5_xl': 3_768_356_864,
+    'umt5_xxl': 12_972_531_712,
     # As T5 1.1; transient-global attention adds a norm in every layer and a
     # bias. So transformers counts them.
     'long_t5_local_base': 247_577_856,

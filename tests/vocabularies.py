@@ -13,6 +13,25 @@ def corpus() -> str:
   return pretrained.VOCABULARY.parent.joinpath('README.md').read_text()
 
 
+def madlad(path: pathlib.Path) -> pathlib.Path:
+  """A SentencePiece model with MADLAD's ids: pad 1, EOS 2, unknown 0."""
+  import sentencepiece
+
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(corpus().splitlines()),
+    model_prefix=str(path / 'spiece'),
+    vocab_size=300,
+    hard_vocab_limit=False,
+    unk_id=0,
+    pad_id=1,
+    eos_id=2,
+    bos_id=-1,
+    minloglevel=2,
+  )
+  (path / 'spiece.vocab').unlink()
+  return path
+
+
 def codet5(path: pathlib.Path) -> pathlib.Path:
   """CodeT5's files: byte-level BPE, sentinels among the added tokens."""
   import tokenizers
