@@ -149,6 +149,11 @@ class Tuned:
 
     Returns:
       The task's metrics, and `loss` and `token_accuracy` per target token.
+
+    Example:
+      >>> scores = tuned.evaluate([('so insightful', 'yes')])
+      >>> sorted(scores)
+      ['accuracy', 'invalid', 'loss', 'token_accuracy']
     """
     split, task = 'test', None
     if isinstance(test, str) and not flags.is_file(test):
@@ -209,6 +214,11 @@ class Tuned:
     Args:
       path: A .npy or .safetensors file, which may exist. Other methods than
         prompts always write a .safetensors file.
+
+    Example:
+      >>> tuned.save('sst2.npy')
+      >>> ptune.load('sst2.npy', base='ptune://tiny').prompt.shape[1]
+      96
     """
     outputs.save(self.source, path, self.base.path)
 
