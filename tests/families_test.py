@@ -470,6 +470,10 @@ def test_what_t5x_has_no_network_for_is_refused(directory, tmp_path, kind, why):
   path, _ = made(kind, directory)
   with pytest.raises(ValueError, match=why):
     convert(path, 't5x', tmp_path / 't5x')
+  np.save(tmp_path / 'prompt.npy', rows_of_a_prompt())
+  read = prompts.read_prompt(tmp_path / 'prompt.npy')
+  with pytest.raises(ValueError, match=why):
+    export(read, 't5x', tmp_path / 't5x', base=str(path))
   assert not (tmp_path / 't5x').exists()
 
 

@@ -475,6 +475,14 @@ def test_another_size_is_refused_with_both():
     convert(directory('one'), 't5x', directory('one') / 't5x')
 
 
+def test_an_export_that_t5x_has_no_network_for_is_refused(tmp_path):
+  np.save(tmp_path / 'prompt.npy', prompt_of('two'))
+  read = prompts.read_prompt(tmp_path / 'prompt.npy')
+  with pytest.raises(UserError, match='it is a T5Gemma'):
+    export(read, 't5x', tmp_path / 't5x', base=str(directory('two')))
+  assert not (tmp_path / 't5x').exists()
+
+
 @pytest.mark.parametrize(
   ('name', 'changes', 'message'),
   [
@@ -674,6 +682,32 @@ def test_every_method_learns(name, method):
   # The first layer's prompt of `replace` and the like may have no effect.
   moved = [path for path, x in gradients.items() if np.abs(x).max() > 0]
   assert len(moved) > len(trained) // 2
+
+
+@slow
+@pytest.mark.parametrize('method', ['ia3', 'lora', 'norms'])
+@both
+def test_a_merged_model_answers_as_the_adapted_one(name, method):
+  how = methods.functions()[method]()
+  net = network.Transformer(MODELS[name], how.placements)
+  rng = np.random.default_rng(3)
+  trained = {
+    path: rng.normal(size=x.shape, scale=0.5).astype(np.float32)
+    for path, x in structure.parameters(net).items()
+    if how.trains(path)
+  }
+  assert how.merge is not None
+  merged = {
+    path: how.merge(path, x, trained) for path, x in values(name).items()
+  }
+  batch = batch_of(name)
+  adapted = parameters.unflatten(values(name) | trained)
+  want = logits_of(net, adapted, batch)
+  plain = network.Transformer(MODELS[name])
+  got = logits_of(plain, parameters.unflatten(merged), batch)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  before = logits_of(plain, parameters.unflatten(values(name)), batch)
+  assert np.abs(before - want).max() > 0.1
 
 
 # ------------------------------------------------------------- at full size

@@ -9,8 +9,7 @@ from ptune.convert import identity, open_checkpoint, output
 from ptune.convert.source import Source
 from ptune.convert.tokenizer_files import write_vocabulary
 from ptune.errors import UserError
-from ptune.model.sizes import Config, T5Config, TokenIds
-from ptune.model.t5gemma_sizes import T5GemmaConfig
+from ptune.model.sizes import TokenIds
 
 # An output directory that is replaced must contain one of these.
 MARKS = {'t5x': ('checkpoint',), 'huggingface': ('config.json',)}
@@ -60,7 +59,7 @@ def convert(
   _check_activations(source, activations)
   identity.check_whole(source, config)
   if layout == 't5x':
-    _check_t5x(source, config)
+    identity.check_t5x(source, config)
   leaves = identity.base_leaves(source)
   beyond = sorted(source.leaves.keys() - leaves.keys())
   if beyond and not base_only:
@@ -105,28 +104,6 @@ def convert(
   if layout == 't5x' and step is None:
     lines.append('the step was taken as 0; set it with --step=N')
   return [*lines, *written_vocabulary, f'wrote {target}']
-
-
-def _check_t5x(source: Source, config: Config) -> None:
-  """Raises a UserError if T5X has no such network."""
-  wrong = []
-  if isinstance(config, T5GemmaConfig):
-    wrong.append('it is a T5Gemma')
-  elif config.decoder_embedding:
-    wrong.append('its decoder has its own embedding')
-  elif config.local_radius:
-    wrong.append("its encoder's attention is local")
-  if isinstance(config, T5Config) and (
-    config.scales_outputs != config.logits_via_embedding
-  ):
-    scaled = 'are' if config.scales_outputs else 'are not'
-    tied = 'tied to the embedding' if source.tied else 'not tied'
-    wrong.append(f'its logits {scaled} scaled, and {tied}')
-  if wrong:
-    raise UserError(
-      f'{source.path} cannot become a T5X checkpoint, because T5X has no such'
-      f' network: {"; ".join(wrong)}'
-    )
 
 
 def _check_activations(

@@ -191,8 +191,9 @@ def _export_t5x(
 ) -> list[str]:
   from ptune.convert.t5x import write_t5x
 
-  leaves = identity.base_leaves(source)
-  identity.check_whole(source, identity.config(source))
+  leaves, config = identity.base_leaves(source), identity.config(source)
+  identity.check_whole(source, config)
+  identity.check_t5x(source, config)
   checksums = identity.Checksums()
   read = {name: checksums.reading(name, x) for name, x in leaves.items()}
   array = prompt.array

@@ -166,6 +166,28 @@ def check_whole(source: Source, config: Config) -> None:
     )
 
 
+def check_t5x(source: Source, config: Config) -> None:
+  """Raises ValueError if T5X has no such network."""
+  wrong = []
+  if isinstance(config, T5GemmaConfig):
+    wrong.append('it is a T5Gemma')
+  elif config.decoder_embedding:
+    wrong.append('its decoder has its own embedding')
+  elif config.local_radius:
+    wrong.append("its encoder's attention is local")
+  if isinstance(config, T5Config) and (
+    config.scales_outputs != config.logits_via_embedding
+  ):
+    scaled = 'are' if config.scales_outputs else 'are not'
+    tied = 'tied to the embedding' if source.tied else 'not tied'
+    wrong.append(f'its logits {scaled} scaled, and {tied}')
+  if wrong:
+    raise UserError(
+      f'{source.path} cannot become a T5X checkpoint, because T5X has no such'
+      f' network: {"; ".join(wrong)}'
+    )
+
+
 def misshapen(
   got: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]
 ) -> list[str]:

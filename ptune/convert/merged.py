@@ -23,7 +23,7 @@ from ptune.convert.trained import SUFFIX, open_trained
 from ptune.errors import UserError
 from ptune.model import network, structure
 from ptune.model.adapters import Method
-from ptune.model.sizes import T5Config
+from ptune.model.sizes import Config
 
 
 def is_trained(place: epath.Path) -> bool:
@@ -81,6 +81,8 @@ def export_merged(
   source = open_checkpoint(base)
   config = identity.config(source)
   identity.check_whole(source, config)
+  if layout == 't5x':
+    identity.check_t5x(source, config)
   _check_shapes(method, trained, config)
   checksums = identity.Checksums()
   leaves = {
@@ -131,7 +133,7 @@ def _method(file: epath.PathLike, facts: Mapping[str, Any]) -> Method:
   return method
 
 
-def _check_shapes(method: Method, trained: Source, config: T5Config) -> None:
+def _check_shapes(method: Method, trained: Source, config: Config) -> None:
   """Raises ValueError if a parameter is missing, unknown or misshapen."""
   params = structure.parameters(network.Transformer(config, method.placements))
   expected = {p: x.shape for p, x in params.items() if method.trains(p)}
