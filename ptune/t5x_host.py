@@ -48,18 +48,17 @@ from flax.core import freeze, unfreeze
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ptune.convert import open_checkpoint, restore
-from ptune.convert.prompts import npy, read_rows
+from ptune.convert.prompts import npy
 from ptune.convert.trained import dump as dump_trained
 from ptune.data import seqio_task
 from ptune.errors import UserError
 from ptune.host.files import write_atomically
-from ptune.methods import prompt_init
 from ptune.model import models as models_lib
 from ptune.model import network as network_lib
 from ptune.model import parameters, partitioning, sizes
 from ptune.model.adapters import Method
 from ptune.serving import trained_model
-from ptune.training import optim, settings
+from ptune.training import optim, settings, start
 
 Rules = list[tuple[str, str | None]]
 
@@ -240,8 +239,8 @@ def learning_rate(
   ptune's schedules count only the run's own steps. Bind it to
   `trainer.Trainer.learning_rate_fn`, for T5X's log and T5X's own optimizers.
   """
-  start = _step(initial_checkpoint_path)
-  return lambda step: schedule(step - start)
+  first = _step(initial_checkpoint_path)
+  return lambda step: schedule(step - first)
 
 
 def _step(initial_checkpoint_path: str | None) -> int:
@@ -408,29 +407,17 @@ class Initializer(t5x_utils.TrainStateInitializer):
       self.global_train_state_shape.params,
       self.train_state_axes.params,
     )
+    start.check_base(plan, self._path)
     if self._path is None:
-      if plan.frozen:
-        raise UserError(
-          f'method {plan.method.name!r} freezes the base model, so'
-          ' INITIAL_CHECKPOINT_PATH is needed'
-        )
       return super().from_scratch(init_rng)
     source = open_checkpoint(self._path)
     base = restore(
       source, plan.select(plan.base), ignore=plan.params.__contains__
     )
-    adapters = prompt_init.initialize_adapters(
-      plan,
-      prompt_init.Base(
-        embedding=functools.partial(parameters.embedding_rows, plan, base),
-        vocabulary=lambda: seqio_task.vocabulary(task),
-        labels=lambda: seqio_task.distinct_targets(
-          task, self._feature_lengths, use_cached=self._use_cached
-        ),
-        read=read_rows,
-      ),
-      self._seed,
+    data = settings.Data(
+      task, self._feature_lengths, use_cached=self._use_cached
     )
+    adapters = start.first_adapters(plan, base, task, data, self._seed)
     params = freeze(parameters.unflatten(base | adapters))
     param_states = self._partitioner.partition(
       lambda params: self._optimizer_def.init_state(params).param_states,
