@@ -60,6 +60,8 @@ FILES = [
   f'{kind}/{path.stem}'
   for kind in ('methods', 'prompts')
   for path in sorted((ROOT / 'gin' / kind).iterdir())
+  # Those that start from a text's tokens are for losses/distill.gin.
+  if not path.stem.endswith('from_context')
 ]
 # Methods that change what lies in the cache, or what the decoder reads.
 DECODED = ['prompt', 'decoder_prompt', 'multitask', 'prefix', 'prompt_and_lora']
