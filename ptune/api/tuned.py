@@ -68,7 +68,7 @@ class Tuned:
   @overload
   def predict(self, inputs: Sequence[Row]) -> list[str]: ...
 
-  def predict(self, inputs):
+  def predict(self, inputs: Row | Sequence[Row]) -> str | list[str]:
     """Answers texts.
 
     Args:
@@ -102,7 +102,9 @@ class Tuned:
     self, inputs: Sequence[Row], labels: Sequence[str] | None = None
   ) -> list[dict[str, float]]: ...
 
-  def classify(self, inputs, labels=None):
+  def classify(
+    self, inputs: Row | Sequence[Row], labels: Sequence[str] | None = None
+  ) -> dict[str, float] | list[dict[str, float]]:
     """The probability of each label; for one input they sum to 1.
 
     Args:
