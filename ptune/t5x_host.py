@@ -59,6 +59,7 @@ from ptune.model import parameters, partitioning, sizes
 from ptune.model.adapters import Method
 from ptune.serving import trained_model
 from ptune.training import optim, settings, start
+from ptune.training import state as state_lib
 
 Rules = list[tuple[str, str | None]]
 
@@ -333,14 +334,20 @@ class Optax(t5x_optimizers.OptaxWrapper):
   """
 
   def derive_logical_axes(self, optimizer, param_logical_axes):
+    def moment(leaf, p, axes):
+      if state_lib.is_masked(leaf):
+        return leaf
+      # A factored moment has fewer axes than its parameter; we replicate it.
+      return axes if leaf.shape == p.shape else None
+
     param_states = optax.tree_utils.tree_map_params(
       self.optax_optimizer,
-      # A factored moment has fewer axes than its parameter; we replicate it.
-      lambda leaf, p, axes: axes if leaf.shape == p.shape else None,
+      moment,
       optimizer.state.param_states,
       optimizer.target,
       param_logical_axes,
       transform_non_params=lambda _: None,
+      is_leaf=state_lib.is_masked,
     )
     return t5x_optimizers.Optimizer(
       optimizer.optimizer_def,

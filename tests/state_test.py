@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import peers
-from ptune.methods import prompt
+from ptune.methods import prompt, smop
 from ptune.model import models, network, parameters, partitioning, sizes
 from ptune.training import optim
 from ptune.training import state as state_lib
@@ -22,9 +22,9 @@ TOKENS = 10 + 4 + 1
 
 
 @functools.cache
-def plan_of(dropout_rate=0.0):
+def plan_of(dropout_rate=0.0, make=lambda: prompt.prompt(5)):
   config = dataclasses.replace(SHALLOW, dropout_rate=dropout_rate)
-  return parameters.plan(config, prompt.prompt(5), ONE)
+  return parameters.plan(config, make(), ONE)
 
 
 def start(plan, tx):
@@ -70,8 +70,12 @@ def test_a_step_changes_only_what_is_trained():
   jax.tree.map(np.testing.assert_array_equal, frozen, base)
 
 
-def test_dropout_follows_the_seed_and_the_step():
-  plan, tx = plan_of(0.1), optim.adafactor()
+@pytest.mark.parametrize(
+  'settings', [(0.1,), (0.0, lambda: smop.smop(3))], ids=['dropout', 'smop']
+)
+def test_dropout_and_noise_follow_the_seed_and_the_step(settings):
+  # A router's noise does not depend on DROPOUT_RATE.
+  plan, tx = plan_of(*settings), optim.adafactor()
   state, frozen, _ = start(plan, tx)
   model = models.EncoderDecoderModel(plan.network)
 

@@ -391,6 +391,10 @@ def macros_of(file, work):
       'multitask.multitask.vocab_size': 128,
       'multitask.multitask.tasks': 126,
     }
+  if name == 'superpos':
+    macros |= {'superpos.superpos.population': 128}
+  if name == 'smop':  # T5X draws the noise by other keys.
+    macros |= {'smop.smop.noise': 0.0}
   if kind == 'prompts':
     files = [str(work / f'{i}.npy') for i in range(2)]
     for i, path in enumerate(files):

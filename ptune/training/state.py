@@ -37,6 +37,11 @@ class TrainState:
 Update = Callable[..., tuple[TrainState, Mapping[str, jax.Array]]]
 
 
+def is_masked(leaf: Any) -> bool:
+  """Whether a leaf stands for parameters that another optimizer has."""
+  return isinstance(leaf, optax.MaskedNode)
+
+
 def abstract_state(
   tx: optax.GradientTransformation, plan: parameters.Plan
 ) -> TrainState:
@@ -47,11 +52,8 @@ def abstract_state(
   def struct(leaf, sharding=replicated):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-  def masked(leaf):  # A placeholder for the parameters of another optimizer.
-    return isinstance(leaf, optax.MaskedNode)
-
   def moment(leaf, p):
-    if masked(leaf):
+    if is_masked(leaf):
       return leaf
     # A factored moment has fewer axes than its parameter: we replicate it.
     return struct(leaf, p.sharding if leaf.shape == p.shape else replicated)
@@ -62,7 +64,7 @@ def abstract_state(
     jax.eval_shape(tx.init, trainable),
     trainable,
     transform_non_params=struct,
-    is_leaf=masked,
+    is_leaf=is_masked,
   )
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
   return TrainState(step, trainable, opt_state)
@@ -104,25 +106,22 @@ def train_step(
     batch: Features [batch, length].
     microbatches: The number of parts of the batch. Their gradients are computed
       one after the other and summed.
-    seed: For dropout, combined with the step.
+    seed: For dropout and a method's noise, combined with the step.
     private: Clips the gradient of each row and adds noise to their sum.
 
   Returns:
     The next state, and the sums of `EncoderDecoderModel.loss` together with
     the norm of the gradient.
   """
-  drop = model.network.config.dropout_rate > 0
   rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
   def gradient(part, rng):
     if private is not None:
-      return private.gradient(
-        model, state.trainable, frozen, part, rng if drop else None
-      )
+      return private.gradient(model, state.trainable, frozen, part, rng)
 
     def loss(trainable):
       params = parameters.merge(trainable, frozen)
-      return model.loss(params, part, rng if drop else None)
+      return model.loss(params, part, rng)
 
     return jax.grad(loss, has_aux=True)(state.trainable)
 
