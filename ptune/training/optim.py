@@ -201,6 +201,9 @@ def grouped(
   """
   rates = {'': learning_rate, **(learning_rates or {})}
 
+  def key(pattern):  # Of the group in the state. In T5X, `/` is between keys.
+    return pattern.replace('/', '.')
+
   def labels(params):
     # optax also calls this with a placeholder that has no leaves.
     if not isinstance(params, Mapping):
@@ -215,11 +218,12 @@ def grouped(
         f'learning_rates has {idle}, which no parameter uses; the trained'
         ' parameters are:\n  ' + '\n  '.join(flat)
       )
-    return traverse_util.unflatten_dict(found, sep='/')
+    keys = {path: key(pattern) for path, pattern in found.items()}
+    return traverse_util.unflatten_dict(keys, sep='/')
 
   return optax.partition(
     {
-      pattern: optimizer(initial_step=initial_step, learning_rate=rate)
+      key(pattern): optimizer(initial_step=initial_step, learning_rate=rate)
       for pattern, rate in rates.items()
     },
     labels,
