@@ -487,7 +487,8 @@ def test_ten_steps_end_as_under_ptune(ten_steps, file):
     assert not written
   elif (prompts / 'step_10.npy').exists():
     assert written == ['encoder.prompt.prompt.prompt']
-    method = methods.functions()[name](length=5)
+    tokens = {'population': 128} if name == 'superpos' else {}
+    method = methods.functions()[name](length=5, **tokens)
     if method.fold:  # Networks that make a prompt magnify what is apart.
       table = last[parameters.EMBEDDING].read()
       values = method.fold(
