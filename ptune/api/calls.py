@@ -132,7 +132,8 @@ def tune(
       as 'lora' or 'from_string'.
     prompt_length: Rows of the prompt.
     steps: Training steps.
-    model_dir: The directory of the run. The default is a temporary one.
+    model_dir: The directory of the run, which also keeps the rows if they are
+      not in files. The default is a temporary one.
     seed: Seeds the initialisation, the order of the rows, and dropout.
     bindings: Gin bindings for settings that are not macros, such as
       ["optim.schedule.decay = 'linear'"].

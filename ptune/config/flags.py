@@ -147,7 +147,12 @@ def add_arguments(program: str, command: argparse.ArgumentParser) -> None:
     )
   if program == 'infer':
     command.add_argument(
-      'file', nargs='?', metavar='FILE', help='the inputs: INFER_FILE'
+      'file',
+      nargs='?',
+      metavar='FILE',
+      help='INFER_FILE: a text file with an input a line, or .tsv, .csv or'
+      ' .jsonl with the columns of INPUTS; - reads standard input and prints'
+      ' the answers',
     )
   if program == 'study':
     command.add_argument(
