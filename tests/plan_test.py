@@ -288,6 +288,8 @@ def test_a_steps_time_gives_tokens_a_second_and_chip_hours():
   other = fit.describe_time(run, memory, 'v7x', 8)
   assert '5.00 chip-hours of v7x' in other
   assert 'clock of v7x is assumed' in other and 'assumed' not in text
+  short = dataclasses.replace(memory, seconds=4.2e-4)
+  assert 'a step: 0.42 ms' in fit.describe_time(run, short, 'v5e', 8)
   table, _ = fit.describe(run, {1: memory}, 8, 'v5e', exact=True)
   assert 'decoding' in table and '20 bytes' in table
   # The first mesh that fits ends the search; there are eight devices even so.

@@ -305,8 +305,10 @@ def describe_time(
   chip = tpu_compiler.CHIPS[accelerator]
   chips = devices / chip.per_chip
   hours = run.train_steps * memory.seconds * chips / 3600
+  ms = 1000 * memory.seconds
+  step = f'{ms:,.0f}' if ms >= 10 else f'{ms:.2g}'
   return (
-    f'a step: {1000 * memory.seconds:,.0f} ms,'
+    f'a step: {step} ms,'
     f' {tokens / memory.seconds:,.0f} tokens a second;'
     f' {run.train_steps:,} steps: {hours:,.2f} chip-hours of {accelerator}.\n'
     "This is the compiler's estimate, not a measurement: waits for memory and"
