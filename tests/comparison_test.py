@@ -225,6 +225,7 @@ def test_the_comparison_has_new_seeds_on_the_test_split(tmp_path):
     if r.task == 'rows':
       np.testing.assert_allclose(r.score, 100 * np.mean(right), atol=1e-4)
   text = (tmp_path / 'methods' / 'table.md').read_text()
-  assert 'rows, test split:' in text and 'p: seeds' in text
+  assert 'rows, the search (validation split):\n\n| | x 0.5 | x 2 |' in text
+  assert 'rows, test split:' in text and '| the best |' in text
   with mock.patch.object(study.Runner, '_train', side_effect=AssertionError):
     assert run() == found
