@@ -79,6 +79,12 @@ def test_cycles_are_added_up_loops_as_often_as_they_run():
   assert kernel == pytest.approx(2 * flops / chip.flops * chip.clock)
   assert found.seconds('v5e') == pytest.approx((3110 + kernel) / chip.clock)
   assert not found.scheduled
+  # A head of 64 fills less of a v6e's matrix units.
+  chip = tpu_compiler.CHIPS['v6e']
+  other = tpu_compiler.estimate(PROGRAM, 'v6e').parts['encoder attention']
+  assert other.kernel_cycles == pytest.approx(
+    6 * flops / chip.flops * chip.clock
+  )
 
 
 def test_a_loop_runs_as_often_as_its_condition_says():

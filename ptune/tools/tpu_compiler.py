@@ -13,8 +13,8 @@ It is an estimate, not a measurement:
   in the time.
 - A Pallas kernel has none either. Where the bundles of its schedule are known
   (`dump_bundles`), they are counted as cycles: a lower bound, because waits for
-  copies are not in them. Elsewhere a kernel is taken to compute at half of the
-  peak, about what its schedules say for heads of 64.
+  copies are not in them. Elsewhere a kernel is taken to compute at
+  `Chip.kernel_rate` of the peak, about what its schedules say for heads of 64.
 """
 
 import collections
@@ -48,6 +48,8 @@ class Chip:
     per_chip: Devices in a chip.
     options: What libtpu is to know besides the topology.
     assumed_clock: Whether the clock is not known but assumed.
+    kernel_rate: The part of the peak at which our kernels compute: a head of 64
+      fills half of a matrix unit of 128, and a quarter of one of 256.
   """
 
   flops: float
@@ -57,6 +59,7 @@ class Chip:
   per_chip: int = 1
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   assumed_clock: bool = False
+  kernel_rate: float = 0.5
 
 
 _FLAT = {
@@ -94,12 +97,13 @@ CHIPS: Mapping[str, Chip] = {
   'v4': Chip(275e12, 1.228e12, 1.05e9, _CUBES, options=_MEGACORE),
   'v5e': Chip(197e12, 0.819e12, 1.503e9, _FLAT),
   'v5p': Chip(459e12, 2.765e12, 1.75e9, _CUBES),
-  'v6e': Chip(918e12, 1.64e12, 1.75e9, _FLAT),
+  'v6e': Chip(918e12, 1.64e12, 1.75e9, _FLAT, kernel_rate=1 / 6),
   'v7x': Chip(
     *(2307e12 / 2, 7.38e12 / 2, 2.2e9),
     {2 * chips: shape for chips, shape in _CUBES.items()},
     per_chip=2,
     assumed_clock=True,
+    kernel_rate=1 / 6,
   ),
 }
 
@@ -483,9 +487,8 @@ def estimate(text: str, chip: str, schedules: str | None = None) -> Estimate:
         found = bundles(schedules, name) if schedules else 0
         scheduled &= found > 0
         about = CHIPS[chip]
-        cost.kernel_cycles = steps * found or 2 * cost.flops / (
-          about.flops / about.clock
-        )
+        rate = about.kernel_rate * about.flops / about.clock
+        cost.kernel_cycles = steps * found or cost.flops / rate
       base = opcode.removesuffix('-start')
       if base in _COLLECTIVES:
         number, size = collectives.get(base, (0.0, 0.0))
