@@ -72,7 +72,7 @@ KINDS = {
   'long_t5': (t5('long_t5 global'), sentencepiece),
   'umt5': (t5('umt5'), sentencepiece),
   'pile_t5': (t5('umt5', ids=TokenIds(eos=2)), vocabularies.llama),
-  'codet5': (t5('codet5'), vocabularies.codet5),
+  'codet5': (t5('codet5', seed=9), vocabularies.codet5),
   't5gemma': (t5gemma('one_untied'), vocabularies.gemma),
   't5gemma_2': (t5gemma('two_untied'), vocabularies.gemma),
 }
