@@ -304,6 +304,35 @@ def test_beam_search_matches_one_by_hand_that_never_stops_early(
     assert_beams(model, 0, tokens[0], scores[0], expected)
 
 
+def test_any_of_several_tokens_ends_an_answer():
+  model, ends = HistoryModel(vocab=5, length=4), (EOS, 3)
+
+  def complete(row):
+    """{answer with EOS at its end: [log p of the ends that it can have]}."""
+    found = {}
+    for length in range(1, model.length + 1):
+      for head in itertools.product((0, 2, 4), repeat=length - 1):
+        log_p = [model.log_prob(row, (*head, end)) for end in ends]
+        found[(*head, EOS)] = log_p
+    return found
+
+  tokens, scores = beam_search(model, num_beams=90, alpha=0.0, also_ends=(3,))
+  greedy, log_probs = sample(model, also_ends=(3,))
+  for row in range(model.rows):
+    answers = complete(row)
+    assert generated(tokens[row, -1]) == max(
+      answers, key=lambda x: max(answers[x])
+    )
+    best = max(max(log_p) for log_p in answers.values())
+    np.testing.assert_allclose(scores[row, -1], best, rtol=1e-5)
+    own = ()
+    while len(own) < model.length and not set(ends) & set(own):
+      own += (int(np.argmax(model.logits(row, own))),)
+    ended = (*own[:-1], EOS if own[-1] in ends else own[-1])
+    assert generated(greedy[row]) == ended
+    np.testing.assert_allclose(log_probs[row], model.log_prob(row, own), 1e-5)
+
+
 def test_one_beam_is_greedy_where_eos_is_the_first_choice_or_the_last():
   model = HistoryModel(rows=8, eos_bias=-100.0)
   model.weights[3, :, EOS] += 200.0

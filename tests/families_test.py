@@ -5,6 +5,8 @@ They come with `pip install -e '.[test,interop]'`.
 
 import dataclasses
 import functools
+import json
+import shutil
 import warnings
 
 import jax
@@ -412,6 +414,47 @@ def test_answers_are_those_of_transformers(directory, kind, beams):
   # an answer that it has not found is a better one.
   other = ended & ~same
   assert (scores > scored(want) + 1e-3)[other].all()
+
+
+def test_answers_end_with_any_of_several_tokens(directory, tmp_path):
+  made_at, model = made('ul2', directory)
+  path, other = tmp_path / 'several', tmp_path / 'again'
+  shutil.copytree(made_at, path)
+  case, value = case_of(KINDS['ul2'].ids), rows_of_a_prompt()
+
+  def answers(ends):
+    with torch.no_grad():
+      found = model.generate(
+        **theirs(model, case, torch.tensor(value), KINDS['ul2'].ids),
+        max_new_tokens=DECODED,
+        do_sample=False,
+        eos_token_id=ends,
+        use_cache=False,
+      )[:, 1:].numpy()
+    return [row[: _end(row, ends)].tolist() for row in found]
+
+  plain = answers([1])
+  end = plain[0][len(plain[0]) // 2]
+  want = answers([1, end])
+  assert want != plain
+  file = path / 'generation_config.json'
+  told = json.loads(file.read_text()) | {'eos_token_id': [1, end]}
+  file.write_text(json.dumps(told))
+
+  convert(path, 'huggingface', other)
+  assert json.loads((other / file.name).read_text())['eos_token_id'] == [1, end]
+  asked, arrays = ours(other)
+  assert asked.network.config.ids.also_ends == (end,)
+  params = layouts.nested({**arrays, prompt.PATH: jnp.asarray(value)})
+  tokens, _ = asked.predict(params, case['encoder_input_tokens'], DECODED)
+  got = [row[: _end(row, [1])].tolist() for row in np.asarray(tokens)]
+  assert got == [[1 if x == end else x for x in row] for row in want]
+
+
+def _end(row, ends):
+  """The length of an answer, its end included."""
+  found = np.isin(row, ends)
+  return int(np.argmax(found)) + 1 if found.any() else len(row)
 
 
 @pytest.mark.parametrize('kind', KINDS)

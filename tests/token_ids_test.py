@@ -155,10 +155,19 @@ def test_ids_of_a_gin_file_are_checked():
   config = sizes.t5('t5_1_1_small', ids=given)
   assert config.ids == TokenIds(pad=1, eos=2)
   assert hash(config) != hash(sizes.t5('t5_1_1_small'))
-  for wrong in ({'bos': 1}, {'pad': True}, {'eos': '2'}):
+  several = sizes.t5('t5_1_1_small', ids={'also_ends': [107]})
+  assert several.ids.also_ends == (107,) and str(several.ids).endswith('(107,)')
+  for wrong in (
+    {'bos': 1},
+    {'pad': True},
+    {'eos': '2'},
+    {'eos': [1, 2]},
+    {'also_ends': ['a']},
+  ):
     with pytest.raises(ValueError, match='ids has'):
       sizes.t5('t5_1_1_small', ids=wrong)
-  with pytest.raises(
-    ValueError, match='rows of the embedding, from 0 to 32127'
-  ):
-    sizes.t5('t5_1_1_small', ids={'eos': 40000})
+  for outside in ({'eos': 40000}, {'also_ends': [1, 40000]}):
+    with pytest.raises(
+      ValueError, match='rows of the embedding, from 0 to 32127'
+    ):
+      sizes.t5('t5_1_1_small', ids=outside)

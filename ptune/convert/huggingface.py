@@ -181,7 +181,7 @@ def write_huggingface(
   (directory / CONFIG).write_text(text + '\n')
   generation = {
     'decoder_start_token_id': config.ids.start,
-    'eos_token_id': config.ids.eos,
+    'eos_token_id': t5_config.eos_token_id(config.ids),
     'pad_token_id': config.ids.pad,
   }
   text = json.dumps(generation, indent=2, sort_keys=True)

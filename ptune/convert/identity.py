@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from ptune.convert import t5gemma
 from ptune.convert.layout import SIDE_BIAS, layout, shapes
@@ -209,6 +210,14 @@ def check_config(source: Source, config: Config) -> None:
   found = facts(source)
   differing = _differing(found, config)
   if not differing:
+    ids = source.config.ids if source.config is not None else source.ids
+    if ids and ids.also_ends and not config.ids.also_ends:
+      logging.warning(
+        '%s: answers also end with the tokens %s there, but the model file does'
+        ' not say so; models/from_checkpoint.gin reads them',
+        source.path,
+        [*ids.also_ends],
+      )
     return
   theirs = names(found)
   ours = [name for name in SIZES if not _differing(_all(config), SIZES[name])]

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from absl import logging
 from etils import epath
 
 from ptune.config import annotations
@@ -143,15 +142,8 @@ def token_ids(config: Mapping[str, Any], path: epath.Path) -> TokenIds:
   }
   eos = said['eos_token_id']
   if isinstance(eos, list) and eos:
-    if len(eos) > 1:
-      logging.warning(
-        '%s: answers end with any of the tokens %s, but ptune ends them only'
-        ' with %s',
-        path,
-        eos,
-        eos[0],
-      )
-    said['eos_token_id'] = eos[0]
+    said['eos_token_id'], *others = eos
+    said |= {f'eos_token_id[{i + 1}]': end for i, end in enumerate(others)}
   if said['decoder_start_token_id'] is None:
     said['decoder_start_token_id'] = said['pad_token_id']
   wrong = {
@@ -164,11 +156,13 @@ def token_ids(config: Mapping[str, Any], path: epath.Path) -> TokenIds:
       f'{path / CONFIG} describes a model whose special tokens ptune cannot'
       f' use: {wrong}; expected the id of a token for each'
     )
-  return TokenIds(
-    pad=said['pad_token_id'],
-    eos=said['eos_token_id'],
-    start=said['decoder_start_token_id'],
-  )
+  pad, eos, start, *others = said.values()
+  return TokenIds(pad=pad, eos=eos, start=start, also_ends=tuple(others))
+
+
+def eos_token_id(ids: TokenIds) -> int | list[int]:
+  """Returns what the files of transformers say ends an answer."""
+  return [ids.eos, *ids.also_ends] if ids.also_ends else ids.eos
 
 
 def config_json(config: T5Config) -> dict[str, Any]:

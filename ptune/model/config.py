@@ -1,7 +1,7 @@
 """The settings that the networks of all families have."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptune.config import annotations
@@ -16,11 +16,18 @@ class TokenIds:
     pad: Padding. It is masked, and the loss leaves it out.
     eos: Ends inputs and targets; -1 if nothing ends an answer.
     start: The first token that the decoder reads.
+    also_ends: Other tokens that end an answer, as <end_of_turn> does in models
+      for chats. Answers have `eos` in their place. Not compared with those of a
+      checkpoint, because model files do not list them.
   """
 
   pad: int = 0
   eos: int = 1
   start: int = 0
+  also_ends: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+
+  def __post_init__(self):
+    object.__setattr__(self, 'also_ends', tuple(self.also_ends))
 
   @property
   def has_own_start(self) -> bool:
@@ -32,7 +39,8 @@ class TokenIds:
     return self.start not in (self.pad, self.eos)
 
   def __str__(self) -> str:
-    return ', '.join(f'{k} {v}' for k, v in dataclasses.asdict(self).items())
+    told = dataclasses.asdict(self).items()
+    return ', '.join(f'{k} {v}' for k, v in told if v != ())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +95,8 @@ class ModelConfig:
     outside = {
       name: value
       for name, value in dataclasses.asdict(self.ids).items()
-      if not (-1 if name == 'eos' else 0) <= value < self.vocab_size
+      for token in (value if name == 'also_ends' else [value])
+      if not (-1 if name == 'eos' else 0) <= token < self.vocab_size
     }
     if outside:
       raise UserError(
@@ -109,15 +118,19 @@ class ModelConfig:
       )
 
 
+def _ends(name: str, value: Any) -> Sequence[Any]:
+  """The tokens of a field of TokenIds."""
+  several = name == 'also_ends' and isinstance(value, list | tuple)
+  return value if several else [value]
+
+
 def _ids(given: Mapping[str, Any]) -> TokenIds:
   """Makes TokenIds from the dict of a gin file."""
   known = [field.name for field in dataclasses.fields(TokenIds)]
   wrong = {
     name: value
     for name, value in given.items()
-    if name not in known
-    or not isinstance(value, int)
-    or isinstance(value, bool)
+    if name not in known or any(type(x) is not int for x in _ends(name, value))
   }
   if wrong:
     raise UserError(f'ids has {wrong}; it must give whole numbers for {known}')

@@ -11,7 +11,8 @@ Loops stop as soon as no row can change any more. Settings such as `temperature`
 are Python numbers: to jit, close over them.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +50,7 @@ def sample(
   top_k: int = 0,
   top_p: float = 0.0,
   eos_id: int = 1,
+  also_ends: Sequence[int] = (),
   start_id: int = 0,
   pad_id: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
@@ -68,6 +70,7 @@ def sample(
     top_k: See `sampling_probabilities`.
     top_p: See `sampling_probabilities`.
     eos_id: Token that ends a sequence.
+    also_ends: Other tokens that end one; eos_id is returned in their place.
     start_id: Token that decoding starts from; it is not returned.
     pad_id: Token that fills rows after the EOS.
 
@@ -101,13 +104,15 @@ def sample(
     token = choose(logits, state.step).astype(jnp.int32)
     log_probs = jax.nn.log_softmax(logits)
     log_prob = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
+    ended = _ends(token, eos_id, also_ends)
+    token = jnp.where(ended, eos_id, token)
     token = jnp.where(state.finished, pad_id, token)
     log_prob = jnp.where(state.finished, 0.0, log_prob)
     return _SampleState(
       step=state.step + 1,
       tokens=state.tokens.at[:, state.step + 1].set(token),
       log_probs=state.log_probs + log_prob,
-      finished=state.finished | (token == eos_id),
+      finished=state.finished | ended,
       cache=cache,
     )
 
@@ -120,6 +125,12 @@ def sample(
   )
   end = lax.while_loop(unfinished, advance, start)
   return end.tokens[:, 1:], end.log_probs
+
+
+def _ends(token: jax.Array, eos_id: int, also_ends: Sequence[int]) -> jax.Array:
+  return functools.reduce(
+    jnp.logical_or, [token == end for end in (eos_id, *also_ends)]
+  )
 
 
 def argmax(logits: jax.Array) -> jax.Array:
@@ -210,6 +221,7 @@ def beam_search(
   num_beams: int = 4,
   alpha: float = 0.6,
   eos_id: int = 1,
+  also_ends: Sequence[int] = (),
   start_id: int = 0,
   pad_id: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
@@ -229,6 +241,7 @@ def beam_search(
     num_beams: Sequences that each row keeps alive and returns.
     alpha: Length normalisation: 0 is none, more favours longer sequences.
     eos_id: Token that ends a sequence.
+    also_ends: Other tokens that end one; eos_id is returned in their place.
     start_id: Token that decoding starts from; it is not returned.
     pad_id: Token that fills rows after the EOS.
 
@@ -266,16 +279,19 @@ def beam_search(
     # [batch * beams, 1, vocab] -> [batch, beams, vocab]
     logits = logits.reshape(batch_size, num_beams, -1).astype(jnp.float32)
     log_probs = jax.nn.log_softmax(logits) + state.live_log_probs[:, :, None]
-    # At most one candidate of each beam is an EOS, so twice as many candidates
-    # as beams leave enough live ones. -> [batch, 2 * beams]
+    # At most one candidate of each beam is an EOS (and one for each other end),
+    # so twice as many candidates as beams leave enough live ones.
+    # -> [batch, 2 * beams]
     vocab = logits.shape[-1]
     log_probs, index = lax.top_k(
-      log_probs.reshape(batch_size, -1), num_beams * min(2, vocab)
+      log_probs.reshape(batch_size, -1),
+      num_beams * min(2 + len(also_ends), vocab),
     )
     parent, token = index // vocab, index % vocab
+    ended = _ends(token, eos_id, also_ends)
+    token = jnp.where(ended, eos_id, token)
     tokens = _gather_beams(state.live_tokens, parent)
     tokens = tokens.at[:, :, state.step + 1].set(token)
-    ended = token == eos_id
 
     live_log_probs, live = lax.top_k(
       jnp.where(ended, -jnp.inf, log_probs), num_beams

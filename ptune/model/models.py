@@ -192,6 +192,7 @@ class EncoderDecoderModel:
     special = self.network.config.ids
     ids = {
       'eos_id': special.eos,
+      'also_ends': special.also_ends,
       'start_id': special.start,
       'pad_id': special.pad,
     }
