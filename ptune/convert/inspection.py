@@ -168,7 +168,7 @@ def _model(source: Source, fingerprint: bool) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
   """Converts a fact to a JSON value."""
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
-    return dataclasses.asdict(value)
+    return {k: _plain(v) for k, v in dataclasses.asdict(value).items()}
   return list(value) if isinstance(value, tuple) else value
 
 
