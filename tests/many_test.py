@@ -191,7 +191,7 @@ def test_other_runs_or_settings_are_refused(tmp_path):
   for runs, message in (
     ({'all': Trial('tiny', full.full())}, "'all' has method 'full'"),
     ({'a/b': RUNS['a']}, r"instead of \['a/b'\]"),
-    ({}, 'one at least'),
+    ({}, 'at least one'),
   ):
     with pytest.raises(ValueError, match=message):
       run(tmp_path / 'new', runs)

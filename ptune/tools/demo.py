@@ -178,7 +178,8 @@ NEXT = """
 Train the sentiment prompt again, with the command that you use for your own rows:
   ptune train --base=ptune://tiny --train={directory}/train.tsv \\
     --validation={directory}/dev.tsv --inputs='{{sentence}}' --targets='{{label}}' \\
-    --labels=negative,positive --prompt_length=20 --steps=600 --model_dir=runs/mine
+    --labels=negative,positive --prompt_length=20 --steps=600 --dropout_rate=0.0 \\
+    --model_dir=runs/mine
   ptune infer runs/mine {directory}/sentences.txt
 With a published T5, name it: --base=hf://google/flan-t5-base
 """  # noqa: E501
