@@ -20,6 +20,7 @@ import numpy as np
 from ptune.data import batches, seqio_task
 from ptune.errors import UserError
 from ptune.host.files import write_atomically
+from ptune.methods import prompt_init
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
@@ -207,7 +208,7 @@ def compare(
       (
         plan.params[path].shape[0]
         for path in plan.trainable
-        if path.endswith('_prefix/prefix')
+        if path.endswith(prompt_init.PREFIX)
       ),
       default=0,
     ),

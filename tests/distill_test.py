@@ -14,6 +14,8 @@ TEXT = (
   ' the soup was tasty and the waiter brought two blue plates . zzz'
 )
 
+STEPS = {'untrained': 1, 'trained': 150}
+
 
 def arguments(model_dir, *more, **macros):
   macros = {
@@ -37,25 +39,34 @@ def arguments(model_dir, *more, **macros):
   ]
 
 
-@pytest.mark.slow
-def test_a_distilled_prompt_answers_as_the_model_with_the_text(
-  tmp_path, capsys
-):
-  found, scores = [], []
-  for name, steps, rate in (('untrained', 1, 1e-9), ('trained', 150, 0.3)):
+def compared(directory, file, rate):
+  """What was written of an untrained run of a gin file and a trained one."""
+  found = []
+  for name, steps in STEPS.items():
     command = arguments(
-      tmp_path / name,
-      '--gin_file=prompts/from_context.gin',
+      directory / name,
+      f'--gin_file={file}.gin',
       TRAIN_STEPS=steps,
-      LEARNING_RATE=rate,
+      LEARNING_RATE=rate if name == 'trained' else 1e-9,
       EVAL_PERIOD=steps,
     )
     with tiny.one_device():
       assert cli.main(command) == 0
-    found.append(json.loads((tmp_path / name / 'distilled.json').read_text()))
-    records = report.read_records(tmp_path / name)
-    scores.append(report.scores_at(records, steps)['generated_sentiment'])
-  untrained, trained = found
+    found.append(json.loads((directory / name / 'distilled.json').read_text()))
+  return found
+
+
+@pytest.mark.slow
+def test_a_distilled_prompt_answers_as_the_model_with_the_text(
+  tmp_path, capsys
+):
+  untrained, trained = compared(tmp_path, 'prompts/from_context', 0.3)
+  scores = [
+    report.scores_at(report.read_records(tmp_path / name), steps)[
+      'generated_sentiment'
+    ]
+    for name, steps in STEPS.items()
+  ]
   # The divergence a token, and the share of tokens that are the same.
   assert scores[1]['loss'] < 0.25 < 0.6 < scores[0]['loss']
   assert scores[1]['token_accuracy'] > 0.8 > 0.6 > scores[0]['token_accuracy']
@@ -74,18 +85,7 @@ def test_a_distilled_prompt_answers_as_the_model_with_the_text(
 def test_a_prefix_replaces_the_text_whose_keys_and_values_it_started_as(
   tmp_path, capsys
 ):
-  found = []
-  for name, steps, rate in (('untrained', 1, 1e-9), ('trained', 150, 0.03)):
-    command = arguments(
-      tmp_path / name,
-      '--gin_file=methods/prefix_from_context.gin',
-      TRAIN_STEPS=steps,
-      LEARNING_RATE=rate,
-      EVAL_PERIOD=steps,
-    )
-    with tiny.one_device():
-      assert cli.main(command) == 0
-    found.append(json.loads((tmp_path / name / 'distilled.json').read_text()))
+  found = compared(tmp_path, 'methods/prefix_from_context', 0.03)
   untrained, trained = (x['same_answer']['trained'] for x in found)
   assert trained > 0.8 > untrained
   assert (tmp_path / 'trained' / 'prompts' / 'best.safetensors').exists()

@@ -8,7 +8,6 @@ transformers with PEFT answers texts with what was written. They come with
 import dataclasses
 import json
 import shutil
-import warnings
 
 import numpy as np
 import pytest
@@ -19,18 +18,11 @@ from ptune.api import recorded
 from ptune.convert.vocabulary import open_vocabulary
 from ptune.model.config import TokenIds
 from tests import layouts, vocabularies
+from tests.interop import WHY, peft, torch, transformers
 
-WHY = "not installed; pip install -e '.[test,interop]' brings it"
 pytest.importorskip('tokenizers', reason=f'tokenizers is {WHY}')
-torch = pytest.importorskip('torch', reason=f'torch is {WHY}')
-transformers = pytest.importorskip(
-  'transformers', reason=f'transformers is {WHY}'
-)
-with warnings.catch_warnings():
-  warnings.simplefilter('ignore')
-  peft = pytest.importorskip('peft', reason=f'peft is {WHY}')
 
-from tests import families_test, t5gemma_test  # noqa: E402
+from tests import families_test, t5gemma_test
 
 # They warn of one another's deprecations.
 pytestmark = pytest.mark.filterwarnings('ignore')

@@ -17,15 +17,7 @@ from ptune.methods import superpos, ulpt
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.network import Transformer
 from tests import layouts, tiny
-
-WHY = "not installed; pip install -e '.[test,interop]' brings it"
-torch = pytest.importorskip('torch', reason=f'torch is {WHY}')
-transformers = pytest.importorskip(
-  'transformers', reason=f'transformers is {WHY}'
-)
-with warnings.catch_warnings():
-  warnings.simplefilter('ignore')
-  peft = pytest.importorskip('peft', reason=f'peft is {WHY}')
+from tests.interop import peft, torch, transformers
 
 # They warn of one another's deprecations.
 pytestmark = pytest.mark.filterwarnings('ignore')

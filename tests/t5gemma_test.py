@@ -15,7 +15,6 @@ import re
 import shutil
 import tempfile
 import types
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -52,16 +51,8 @@ from ptune.model.adapters import combine
 from ptune.model.config import TokenIds
 from ptune.model.t5gemma_sizes import Stack, T5GemmaConfig
 from tests import tiny
+from tests.interop import peft, torch, transformers
 from tests.network_test import make_batch
-
-WHY = "not installed; pip install -e '.[test,interop]' brings it"
-torch = pytest.importorskip('torch', reason=f'torch is {WHY}')
-transformers = pytest.importorskip(
-  'transformers', reason=f'transformers is {WHY}'
-)
-with warnings.catch_warnings():
-  warnings.simplefilter('ignore')
-  peft = pytest.importorskip('peft', reason=f'peft is {WHY}')
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

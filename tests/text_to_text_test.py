@@ -6,7 +6,6 @@ with `pip install -e '.[test,interop]'`.
 
 import json
 import shutil
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +22,9 @@ from ptune.convert.tokenizer_files import write_vocabulary
 from ptune.convert.vocabulary import open_vocabulary
 from ptune.methods import prompt
 from tests import layouts
+from tests.interop import WHY, peft, torch, transformers
 
-WHY = "not installed; pip install -e '.[test,interop]' brings it"
 tokenizers = pytest.importorskip('tokenizers', reason=f'tokenizers is {WHY}')
-torch = pytest.importorskip('torch', reason=f'torch is {WHY}')
-transformers = pytest.importorskip(
-  'transformers', reason=f'transformers is {WHY}'
-)
-with warnings.catch_warnings():
-  warnings.simplefilter('ignore')
-  peft = pytest.importorskip('peft', reason=f'peft is {WHY}')
 
 # They warn of one another's deprecations.
 pytestmark = pytest.mark.filterwarnings('ignore')

@@ -55,6 +55,15 @@ def codet5(path: pathlib.Path) -> pathlib.Path:
   return path
 
 
+def _with_bytes(made):
+  """The same tokenizer, with a piece for every byte behind the others."""
+  state = json.loads(made.to_str())
+  vocab = state['model']['vocab']
+  for byte in range(256):
+    vocab[f'<0x{byte:02X}>'] = len(vocab)
+  return type(made).from_str(json.dumps(state))
+
+
 def llama(path: pathlib.Path) -> pathlib.Path:
   """A BPE with bytes for what it lacks, as Llama's and Gemma's are."""
   import tokenizers
@@ -78,11 +87,7 @@ def llama(path: pathlib.Path) -> pathlib.Path:
     initial_alphabet=[],
   )
   made.train_from_iterator(corpus().splitlines(), trainer)
-  state = json.loads(made.to_str())
-  vocab = state['model']['vocab']
-  for byte in range(256):
-    vocab[f'<0x{byte:02X}>'] = len(vocab)
-  made = tokenizers.Tokenizer.from_str(json.dumps(state))
+  made = _with_bytes(made)
   made.add_tokens([tokenizers.AddedToken('{', normalized=False), '}'])
   made.save(str(path / 'tokenizer.json'))
   (path / 'tokenizer_config.json').write_text(
@@ -116,11 +121,7 @@ def gemma(path: pathlib.Path) -> pathlib.Path:
     vocab_size=500, special_tokens=special, initial_alphabet=[]
   )
   made.train_from_iterator(corpus().splitlines(), trainer)
-  state = json.loads(made.to_str())
-  vocab = state['model']['vocab']
-  for byte in range(256):
-    vocab[f'<0x{byte:02X}>'] = len(vocab)
-  made = tokenizers.Tokenizer.from_str(json.dumps(state))
+  made = _with_bytes(made)
   made.add_tokens(
     [
       tokenizers.AddedToken(token, normalized=False)

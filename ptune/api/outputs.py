@@ -30,8 +30,7 @@ def save(source: Any, path: Any, base: str) -> None:
   if merged.is_trained(place := prompts.find(source)):
     _copy(place, path.with_suffix('.safetensors'))
     return
-  prompt = prompts.read_prompt(source)
-  export_lib.export(prompt, layout, path, base=base, overwrite=True)
+  export(source, path, base, layout, overwrite=True)
 
 
 def export(

@@ -46,6 +46,7 @@ _FIXED = {
 }
 # Beside them, weights that are not stored as they are.
 _ABSENT = {'quantization_config': None}
+_WHOLE = {'is_encoder_decoder': True, **_ABSENT}
 _LOCAL, _GLOBAL = 'sliding_attention', 'full_attention'
 
 
@@ -71,7 +72,7 @@ def read_config(
     for name, values in stacks.items()
   }
   for check in (_malformed, _unknown):
-    wrong = _unknown_whole(said) + [
+    wrong = _other(said, _WHOLE) + [
       f'{stack}: {line}'
       for stack, values in stacks.items()
       for line in check(values, version)
@@ -143,14 +144,11 @@ def _refusal(file: epath.Path, wrong: list[str]) -> UserError:
   )
 
 
-def _unknown_whole(said: Mapping[str, Any]) -> list[str]:
-  """Returns what config.json says of the model that ptune does not support."""
+def _other(said: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[str]:
+  """Returns the values that differ from the only ones that ptune supports."""
   return [
-    f'{key} {said[key]!r}: expected {value}'
-    for key, value in (
-      ('is_encoder_decoder', True),
-      ('quantization_config', None),
-    )
+    f'{key} {said[key]!r}: expected {value!r}'
+    for key, value in fixed.items()
     if said.get(key, value) != value
   ]
 
@@ -188,11 +186,7 @@ def _malformed(values: Mapping[str, Any], version: int) -> list[str]:
 
 def _unknown(values: Mapping[str, Any], version: int) -> list[str]:
   """Returns the properties of a stack that our network does not support."""
-  wrong = [
-    f'{key} {values[key]!r}: expected {value!r}'
-    for key, value in (_FIXED | _ABSENT).items()
-    if values.get(key, value) != value
-  ]
+  wrong = _other(values, _FIXED | _ABSENT)
   if version == 2 and values.get('attn_logit_softcapping') is not None:
     wrong.append(
       f'attn_logit_softcapping {values["attn_logit_softcapping"]}: expected'

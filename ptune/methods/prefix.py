@@ -172,7 +172,7 @@ def prefix(
     fold=None if hidden is None else _fold,
     settings={'attentions': [a for a in STACKS if a in attentions]},
     initial={
-      f'{STACKS[attention]}/layers_*/{attention}/*_prefix/prefix': init
+      f'{STACKS[attention]}/layers_*/{attention}/*{prompt_init.PREFIX}': init
       for attention in attentions
       if init is not None and attention != 'self_attention'
     },

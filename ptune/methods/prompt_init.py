@@ -22,6 +22,9 @@ from ptune.methods import prompt_array
 from ptune.methods.prompt_array import fit
 from ptune.model import parameters
 
+# Follows the path of a site in that of a prefix's rows there.
+PREFIX = '_prefix/prefix'
+
 
 @dataclasses.dataclass(frozen=True)
 class Base:
@@ -225,7 +228,7 @@ def from_keys_and_values(ids: Sequence[int]) -> Initializer:
       )
     assert base.sites is not None
     # encoder/layers_0/attention/keys_prefix/prefix -> .../keys
-    site = base.path.removesuffix('_prefix/prefix')
+    site = base.path.removesuffix(PREFIX)
     rows = base.sites(tuple(ids))[site][0, : shape[0]]
     return fit(rows.reshape(shape[0], -1), shape, f'{site} of the context')
 

@@ -95,7 +95,7 @@ class ModelConfig:
     outside = {
       name: value
       for name, value in dataclasses.asdict(self.ids).items()
-      for token in (value if name == 'also_ends' else [value])
+      for token in _ends(name, value)
       if not (-1 if name == 'eos' else 0) <= token < self.vocab_size
     }
     if outside:

@@ -24,7 +24,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ptune.data import seqio_task
+from ptune.data import padding, seqio_task
 from ptune.errors import UserError, check_counts
 from ptune.host.files import write_atomically
 from ptune.model import parameters, partitioning
@@ -161,11 +161,12 @@ def sample(
   """Samples `how.count` texts; does not depend on the batch size."""
   vocabulary = seqio_task.vocabulary(seqio_task.load(data.task, data.module))
   ids = plan.network.config.ids
-  asked = [[*vocabulary.encode(text), ids.eos] for text in how.requests]
+  asked = [
+    np.array([*vocabulary.encode(text), ids.eos], np.int32)
+    for text in how.requests
+  ]
   longest = max(map(len, asked))
-  requests = np.array(
-    [[*row, *[ids.pad] * (longest - len(row))] for row in asked], np.int32
-  )
+  requests = padding.filled_up(asked, longest, 'encoder_input_tokens', ids.pad)
   params, _ = load(plan, settings.Trained(checkpoint_path=how.checkpoint_path))
   model = EncoderDecoderModel(plan.network)
   decoding = Decoding(temperature=how.temperature)

@@ -6,8 +6,8 @@
     tuned = tune('prompt', made, base, Pieces(), rows, steps=600)
     tuned.accuracy, tuned.prompt
 
-`ptune demo` and the study of sizes use it; their data are lists of (text,
-label). `ptune train` reads tasks with SeqIO, which takes 9 seconds to import.
+`ptune demo` and benchmarks use it; their data are lists of (text, label). The
+loop is that of `ptune train`, without a run directory.
 """
 
 import contextlib
