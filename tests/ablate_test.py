@@ -1,4 +1,4 @@
-"""Which rows of a prompt matter: against evaluations of the shorter prompts."""
+"""Importance of a prompt's rows, compared with evaluations without them."""
 
 import csv
 import json
@@ -28,12 +28,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def values(folder):
-  """What each row is worth, leaving one out; two are kept."""
+  """Returns each row's importance by leave-one-out; the two best are kept."""
   return ablated(folder, keep_rows=2, output_dir=str(folder / 'kept'))
 
 
 def settings(folder, array, **changes):
-  """Of an evaluation, or an ablation, of a prompt, in batches of 8."""
+  """Returns settings to evaluate or ablate a prompt in batches of 8."""
   file = folder / 'p.npy'
   np.save(file, array)
   return {
@@ -87,9 +87,9 @@ def test_the_best_rows_are_kept_in_their_order(folder, values):
 
 
 def test_the_gradient_is_what_the_loss_changes_by(folder):
-  # Of one example, whose absolute value is that of the mean.
+  # With a single example, the mean of absolute values is its absolute value.
   one = {'batch_size': 1, 'eval_steps': 1}
-  array = 3 * ARRAY  # Else the loss hardly changes.
+  array = 3 * ARRAY  # Otherwise the loss hardly changes.
   gradients = ablated(folder, array, importance='gradient', **one)
   tokens = len(tiny.rows('validation')[0][1]) + 1
   change = np.zeros_like(array)
@@ -99,7 +99,7 @@ def test_the_gradient_is_what_the_loss_changes_by(folder):
 
 
 def zeroed(array, kept, pieces):
-  """The prompt with 0 in all other pieces."""
+  """Returns the prompt with zeros in all pieces except `kept`."""
   cut = array.reshape(len(array) * pieces, -1).copy()
   cut[np.setdiff1d(np.arange(len(cut)), kept)] = 0
   return cut.reshape(array.shape)
@@ -141,7 +141,7 @@ def test_a_row_of_one_piece_has_the_gradient_of_the_row(folder):
 
 
 def test_how_rows_are_batched_changes_nothing(folder, values, monkeypatch):
-  monkeypatch.setattr(ablate, 'AT_ONCE', 48)  # Three prompts, and one.
+  monkeypatch.setattr(ablate, 'AT_ONCE', 48)  # Three prompts, then one.
   again = ablated(folder, batch_size=16)
   np.testing.assert_allclose(again, values, atol=1e-5)
   one, other = (
@@ -151,7 +151,7 @@ def test_how_rows_are_batched_changes_nothing(folder, values, monkeypatch):
 
 
 def test_a_metric_that_is_evaluated_row_by_row_is_the_same(folder, values):
-  # Of a task without metrics, None means the loss too.
+  # On a task without metrics, None means the loss, evaluated prompt by prompt.
   slow = ablated(folder, best_metric=None)
   np.testing.assert_allclose(slow, values, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Values that gin would pass to anything are compared with annotations."""
+"""Values from gin are checked against the annotations of parameters."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The Python API: the programs of the command line, called from Python."""
+"""The Python API runs the same programs as the command line."""
 
 import doctest
 import json
@@ -40,7 +40,7 @@ def base():
 
 @pytest.fixture(scope='module')
 def run(base, tmp_path_factory):
-  """What `tune` made of pairs: the answers of a best step."""
+  """Returns the result of `tune` on pairs, at its best step."""
   directory = tmp_path_factory.mktemp('runs') / 'run'
   return ptune.tune(
     base, TRAIN, validation=DEV, steps=4, model_dir=directory, **SMALL
@@ -139,7 +139,7 @@ def test_rows_are_kept_as_the_same_texts(tmp_path):
 
 
 class Dataset:
-  """What is read of a Hugging Face Dataset: its rows and its labels' names."""
+  """The parts of a Hugging Face Dataset that ptune reads: rows, label names."""
 
   def __init__(self, rows):
     label = types.SimpleNamespace(names=LABELS)
@@ -153,7 +153,7 @@ def test_a_temporary_run_is_the_same_run_and_goes_with_its_model(base, run):
   tuned = ptune.tune(base, TRAIN, validation=DEV, steps=4, **SMALL)
   np.testing.assert_array_equal(tuned.prompt, run.prompt)
   directory = tuned.directory
-  # Nobody looks at its curves.
+  # A temporary run draws no curves, because nobody would look at them.
   files = {path.name for path in run.directory.iterdir()} - {'curves.png'}
   assert {path.name for path in directory.iterdir()} == files
   del tuned
@@ -165,7 +165,7 @@ def test_rows_of_every_kind_are_the_same_texts(tmp_path, base):
   dicts = [{'t': text, 'l': label} for text, label in PAIRS]
   frame = pandas.DataFrame(dicts)
   numbered = [{**row, 'l': LABELS.index(row['l'])} for row in dicts]
-  # As a Dataset iterates, and tells its labels.
+  # The last kind imitates a Dataset, with labels as numbers and their names.
   named = {'inputs': '{t}', 'targets': '{l}'}
   for rows, templates in (
     *((PAIRS, {}), (tuple(map(list, PAIRS)), {}), (dicts, named)),
@@ -238,7 +238,7 @@ def test_a_loss_is_chosen_by_its_name(base, tmp_path):
     ).prompt
     for rows in (TRAIN, swapped)
   )
-  assert np.array_equal(one, other)  # It does not read the targets.
+  assert np.array_equal(one, other)  # Distillation ignores targets.
 
 
 # --------------------------------------------------------------------- asking
@@ -256,7 +256,7 @@ def test_an_evaluation_is_that_of_training(run):
   about = ('step', 'split', 'task')
   expected = {k: v for k, v in recorded.items() if k not in about}
   assert run.evaluate(DEV) == pytest.approx(expected, rel=1e-6)
-  # The scores of a split that is the same rows in a file.
+  # The recorded scores are of a split in a file with the same rows.
   assert run.step == recorded['step'] == 4
 
 
@@ -265,7 +265,7 @@ def test_probabilities_of_labels_are_those_of_the_model(run):
   assert [list(row) for row in told] == [LABELS] * 3
   assert [sum(row.values()) for row in told] == pytest.approx([1.0] * 3)
   other = run.classify(TEXTS[0], labels=['yes', 'no', 'maybe'])
-  # The model's own ratio does not depend on the other labels.
+  # In the model, the ratio of two labels does not depend on other labels.
   assert other['yes'] / other['no'] == pytest.approx(
     told[0]['yes'] / told[0]['no'], rel=1e-4
   )
@@ -296,7 +296,7 @@ def test_a_bank_answers_each_text_by_its_own_prompt(base, run, tmp_path):
   assert two == ptune.load(tmp_path / 'other.npy', base).predict(TEXTS)
   assert bank.predict(TEXTS, ['one', 'two', 'one']) == [one[0], two[1], one[2]]
   bank.add('three', other)
-  assert bank.vote(TEXTS) == two  # Two of three say so.
+  assert bank.vote(TEXTS) == two  # Two of the three agree.
   bank.remove('three')
   assert bank.names == ['one', 'two']
 

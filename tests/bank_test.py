@@ -1,4 +1,4 @@
-"""Many prompts, one model: every row is answered as if it were alone."""
+"""A bank of prompts on one model answers each row as if it were alone."""
 
 import functools
 import logging
@@ -43,7 +43,7 @@ NAMES = ['five', 'three', 'three', 'five', 'five', 'three', 'three', 'five']
 
 
 def make(devices=1, **settings):
-  """A bank without prompts."""
+  """Returns a bank without prompts."""
   mesh = partitioning.make_mesh(devices=jax.devices()[:devices])
   return PromptBank(tiny.CONFIG, BASE, TARGETS, mesh=mesh, **settings)
 
@@ -56,7 +56,7 @@ def filled(**settings):
 
 
 def batch_of(rows=8):
-  """Rows of all lengths, the last of padding."""
+  """Returns rows of different lengths; the last one is all padding."""
   rng = np.random.default_rng(7)
   lengths = np.linspace(9, 0, rows).astype(int)
   tokens = rng.integers(3, 264, (rows, 9)) * (np.arange(9) < lengths[:, None])
@@ -70,7 +70,7 @@ def batch_of(rows=8):
 
 
 def alone(name, ask, how=Decoding()):
-  """What the model says with one prompt for all rows."""
+  """Returns the model's result with one prompt for all rows."""
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   method = prompt.prompt(LENGTHS[name])
   plan = parameters.plan(tiny.CONFIG, method, mesh)
@@ -80,7 +80,7 @@ def alone(name, ask, how=Decoding()):
 
 
 def own_rows(by_name):
-  """Of what each prompt says to all rows, those that are its own."""
+  """Returns each row's result with its own prompt."""
   return [by_name[name][i] for i, name in enumerate(NAMES)]
 
 
@@ -106,7 +106,7 @@ def test_mixed_rows_are_answered_as_if_they_were_alone(how):
   np.testing.assert_allclose(
     scores, own_rows({n: s for n, (_, s) in single.items()}), rtol=1e-5
   )
-  # The prompts matter: another order of names gives other answers.
+  # Another order of names gives other answers, so the prompts have an effect.
   other, _ = bank.predict(NAMES[1:] + NAMES[:1], batch['encoder_input_tokens'])
   assert (other != tokens).any()
 
@@ -128,7 +128,7 @@ ROUTED = {
 
 
 def routed_alone(name, ask):
-  """What the model says with the prompts of SMoP for all rows."""
+  """Returns the model's result with the prompts of SMoP for all rows."""
   choices, length, embed = ROUTED[name].prompts.shape
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   plan = parameters.plan(tiny.CONFIG, smop.smop(length, choices), mesh)
@@ -147,14 +147,14 @@ def test_rows_with_a_router_are_answered_as_if_they_were_alone(devices):
   bank = filled(devices=devices)
   bank.add('of two', ROUTED['of two'])
   plain = bank.score(NAMES, batch)
-  bank.add('of three', ROUTED['of three'])  # The longest: it makes room.
+  bank.add('of three', ROUTED['of three'])  # The longest: the bank grows.
   got = bank.score(names, batch)
   ask = lambda p, t: p.score(t, batch)
   single = {name: routed_alone(name, ask) for name in ROUTED}
   single |= {name: alone(name, ask) for name in PROMPTS}
   want = [single[name][i] for i, name in enumerate(names)]
   np.testing.assert_allclose(got, want, rtol=1e-5)
-  # Rows of one router have different prompts.
+  # The router selects different prompts for its rows.
   mean = smop.mean_token(
     batch['encoder_input_tokens'],
     BASE[parameters.EMBEDDING][batch['encoder_input_tokens']],
@@ -162,7 +162,7 @@ def test_rows_with_a_router_are_answered_as_if_they_were_alone(devices):
   picked = np.argmax(mean @ ROUTED['of three'].router, axis=1)[1::4]
   assert len(set(picked.tolist())) == 2
   assert bank.lengths == {**LENGTHS, 'of two': 4, 'of three': 6}
-  # Batches without a router stay as they were, and so does a name's new prompt.
+  # Batches without a router do not change, and a name may get a new prompt.
   np.testing.assert_allclose(bank.score(NAMES, batch), plain, rtol=1e-5)
   bank.add('of two', PROMPTS['five'])
   got = bank.score(['of two'] * 8, batch)
@@ -222,7 +222,7 @@ def test_gradients_of_the_prompts_are_those_of_single_runs():
     np.testing.assert_allclose(
       got[longest - length :], expected, rtol=1e-4, atol=1e-5
     )
-    # What is hidden cannot be learned from.
+    # Masked prompt rows get no gradient.
     assert np.all(got[: longest - length] == 0)
     assert np.abs(expected).max() > 0
 
@@ -231,7 +231,7 @@ def test_a_program_stays_as_prompts_come_and_go():
   bank = filled(prompt_length=5)
   tokens = batch_of()['encoder_input_tokens']
   before = bank.predict(NAMES, tokens)
-  for i in range(20):  # Beyond the capacity, several times.
+  for i in range(20):  # Exceeds the capacity several times.
     bank.add(f'other {i}', drawn(i, 4, tiny.CONFIG.emb_dim))
   for i in range(0, 20, 2):
     bank.remove(f'other {i}')
@@ -239,7 +239,7 @@ def test_a_program_stays_as_prompts_come_and_go():
   bank.predict(['other 1'] * 8, tokens)
   np.testing.assert_array_equal(before[0], bank.predict(NAMES, tokens)[0])
   assert bank.predictor._predict._cache_size() == 1
-  # A longer one makes the batch longer.
+  # A longer prompt makes the batch longer.
   bank.add('long', drawn(0, 6, tiny.CONFIG.emb_dim))
   np.testing.assert_array_equal(before[0], bank.predict(NAMES, tokens)[0])
   assert bank.predictor._predict._cache_size() == 2

@@ -1,4 +1,4 @@
-"""The benchmarks run, and what is deterministic in them is as promised."""
+"""The benchmarks run, and their deterministic figures are as expected."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ FLAGS |= {'prompt_length': 3, 'rounds': 1}
 
 @pytest.fixture
 def measure(monkeypatch, capsys):
-  """Runs a script as a program; returns the line of JSON that it prints."""
+  """Runs a benchmark; returns the JSON line that it prints."""
   monkeypatch.setattr(os, 'sched_setaffinity', lambda *_: None, raising=False)
 
   def run(script, *more, **flags):
@@ -40,7 +40,7 @@ def measure(monkeypatch, capsys):
 
 def test_step(measure):
   found = measure('step', versus='reference', reference_inputs=24)
-  # Of so small a model, much is no product.
+  # In so small a model, much of the FLOP count is not matrix products.
   assert 1.5 < found['flops_ratio'] < 2.5
   assert found['reference_gflops'] * 1e9 > 1.3e9 * found['step_gflops']
   assert found['times_reference'] >= found['times_reference_min'] > 0
@@ -58,7 +58,7 @@ def test_on_an_accelerator_seconds_are_those_of_the_wall(measure, monkeypatch):
   assert found['seconds']['ours'] > 0 and found['model_share'] > 0
 
 
-@pytest.mark.filterwarnings('ignore')  # PyTorch's libraries, of themselves.
+@pytest.mark.filterwarnings('ignore')  # PyTorch's libraries warn.
 @pytest.mark.parametrize('script', ['step', 'decode', 'multi_prompt'])
 def test_beside_peft(measure, script):
   pytest.importorskip('peft')

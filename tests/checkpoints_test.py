@@ -1,4 +1,4 @@
-"""ptune/training/checkpoints.py: small, whole, known by what they are of."""
+"""Checkpoints (ptune/training/checkpoints.py) are small, whole, and checked."""
 
 import gc
 import json
@@ -21,7 +21,7 @@ SUMS = {'loss': 1.1, 'tokens': 3.0}
 
 
 def make_state(config=tiny.CONFIG, length=3, step=4, seed=0):
-  """A state with random values, and its shapes and shardings."""
+  """Returns a state with random values, and its shapes and shardings."""
   mesh = partitioning.make_mesh()
   plan = parameters.plan(config, prompt.prompt(length), mesh)
   tx = optim.adafactor()
@@ -65,11 +65,11 @@ def test_nothing_is_restored_from_nothing(tmp_path):
 
 
 def test_a_checkpoint_for_t5_small_stays_under_2_mb(tmp_path):
-  # The prompt of 100 tokens is 205 kB; Adafactor keeps a moment of its size.
+  # The prompt has 100 tokens (205 kB), and Adafactor's moment is as large.
   state, _ = make_state(sizes.t5('t5_1_1_small'), length=100)
   save(tmp_path, state)
   size = sum(map(len, tiny.files(tmp_path / '4').values()))
-  assert 200_000 < size < 2_000_000  # The moment is zero: compressed.
+  assert 200_000 < size < 2_000_000  # The moment is zero, so it compresses.
 
 
 def test_only_the_newest_are_kept_if_so_wished(tmp_path):
@@ -100,7 +100,7 @@ def test_what_is_newer_than_the_start_is_set_aside(tmp_path):
 def test_what_was_cut_short_is_no_checkpoint(tmp_path):
   state, abstract = make_state(step=2)
   save(tmp_path, state)
-  # What Orbax leaves where it is killed.
+  # Orbax leaves this directory if it is killed.
   (tmp_path / '3.orbax-checkpoint-tmp' / 'state').mkdir(parents=True)
   assert checkpoints.finished_steps(tmp_path) == [2]
   assert int(checkpoints.restore(tmp_path, abstract)[0].step) == 2
@@ -118,7 +118,7 @@ def test_the_state_of_another_optimizer_is_told_from_damage(tmp_path):
 
 
 def spoiled(contents):
-  """What may become of a file: cut short, emptied, garbled, lost."""
+  """Yields contents of a damaged file: cut, empty, garbled; None for lost."""
   half = len(contents) // 2
   noise = bytes(b ^ 0x55 for b in contents[half : half + 8])
   yield contents[:half]
@@ -129,12 +129,12 @@ def spoiled(contents):
 
 @pytest.fixture
 def collected():
-  """What Orbax's threads left is complained of here, not in a later test."""
+  """Collects garbage, so Orbax's threads warn here, not in a later test."""
   yield
   gc.collect()
 
 
-# Of Orbax's threads.
+# Orbax's threads raise when a file is damaged.
 careless = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning'
 )
@@ -178,19 +178,19 @@ def test_damage_is_told_in_one_line(tmp_path, caplog, collected):
 
 
 def test_the_best_state_replaces_the_one_before(tmp_path):
-  for step in (2, 4, 3):  # 4 is of an earlier start, which was stopped.
+  for step in (2, 4, 3):  # An earlier start, since stopped, saved 4.
     checkpoints.save_best(tmp_path, make_state(step=step)[0])
     assert checkpoints.finished_steps(tmp_path) == [step]
 
 
-# ------------------------------------------------------------- what a run is
+# ------------------------------------------------------------ facts of a run
 
 
 def test_a_run_is_known_by_its_facts(tmp_path):
   assert run_file.read(tmp_path) == {}
   run = {'method': 'prompt', 'seed': 1}
   run_file.claim(tmp_path, run, {'initial_checkpoint_path': '/base'})
-  run_file.claim(tmp_path, {'method': 'full'}, {})  # Is claimed already.
+  run_file.claim(tmp_path, {'method': 'full'}, {})  # Already claimed.
   present = run_file.read(tmp_path)
   assert present == {**run, 'initial_checkpoint_path': '/base'}
   run_file.compare(tmp_path, present, run)

@@ -1,4 +1,4 @@
-"""ptune/serving/classes.py: what scikit-learn says of the same answers."""
+"""The scores of ptune/serving/classes.py equal those of scikit-learn."""
 
 import csv
 import re
@@ -12,14 +12,14 @@ NAMES = ['billing', 'login', 'other topic']
 
 
 def of_numbers(seed=0, rows=60):
-  """Records with labels as numbers; -1 is no label, or no legal answer."""
+  """Returns records with label numbers; -1 is no label or an illegal answer."""
   draw = np.random.default_rng(seed)
   records = []
   for i in range(rows):
     target = int(draw.integers(-1, 3))
     answer = target if draw.random() < 0.6 else int(draw.integers(-1, 3))
     targets = NAMES[target] if target >= 0 else '<unk>'
-    targets = targets.encode() if i % 2 else targets  # As SeqIO has them.
+    targets = targets.encode() if i % 2 else targets  # SeqIO has bytes.
     records.append(
       {'index': i, 'targets': targets, 'target': target, 'prediction': answer}
     )

@@ -1,4 +1,4 @@
-"""The `ptune` command and gin: what it takes, and what it says of the rest."""
+"""What the `ptune` command and its gin files accept, and what they refuse."""
 
 import copy
 import dataclasses
@@ -35,7 +35,7 @@ def no_gin_from_elsewhere():
 
 @pytest.fixture(autouse=True)
 def settings_as_before():
-  """Undoes what a command sets for its process."""
+  """Restores the process-wide settings that a command changes."""
   names = ('jax_compilation_cache_dir',)
   before = {name: getattr(jax.config, name) for name in names}
   verbosity, handlers = logging.get_verbosity(), [*python_logging.root.handlers]
@@ -48,14 +48,14 @@ def settings_as_before():
 
 @pytest.fixture
 def says(capsys):
-  """Runs a command in this process: its exit status, and its last words."""
+  """Runs a command in this process; returns its status and last message."""
 
   def run(*arguments):
     gin.clear_config()
     with tiny.one_device():
       try:
         status = cli.main(list(arguments))
-      except SystemExit as error:  # Of argparse.
+      except SystemExit as error:  # From argparse.
         status = error.code
     return status, capsys.readouterr().err
 
@@ -63,7 +63,7 @@ def says(capsys):
 
 
 def train_with(*more, without=(), **macros):
-  """A command line of `train` that is fine but for what is given."""
+  """Returns a valid `train` command line with the given changes."""
   macros = {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': 4, **macros}
   line = tiny.arguments('train', *more, **macros)
   return [a for a in line if not any(part in a for part in without)]
@@ -217,8 +217,8 @@ def test_a_bug_shows_where_it_is(monkeypatch):
 @pytest.mark.parametrize(
   'fault',
   [
-    lambda *_: int('x'),  # A ValueError of Python,
-    lambda *_: np.zeros((2, 3)).reshape(4),  # of NumPy,
+    lambda *_: int('x'),  # A ValueError from Python,
+    lambda *_: np.zeros((2, 3)).reshape(4),  # and one from NumPy,
     lambda *_: (_ for _ in ()).throw(KeyError('x')),
     lambda *_: None + 1,
   ],
@@ -316,9 +316,9 @@ def test_the_order_of_gin_files_makes_no_difference(tmp_path):
   configs = {operative(order) for order in itertools.permutations(files)}
   assert len(configs) == 1
   (config,) = configs
-  assert 'BATCH_SIZE = 16' in config  # What the user says goes before ours,
+  assert 'BATCH_SIZE = 16' in config  # The user's file overrides ours,
   config = operative(files, ['BATCH_SIZE=8', 'BATCH_SIZE=24'])
-  assert 'BATCH_SIZE = 24' in config  # and a flag before that.
+  assert 'BATCH_SIZE = 24' in config  # and a flag overrides the file.
 
 
 def test_files_that_set_the_same_are_refused(tmp_path):
@@ -336,7 +336,7 @@ def test_files_that_set_the_same_are_refused(tmp_path):
   ):
     with pytest.raises(UserError, match=message):
       operative(files)
-  # A file may set anew what it includes.
+  # A file may override values of a file that it includes.
   assert 'EVAL_PERIOD = 7' in operative([*runs, str(three)])
 
 
@@ -356,7 +356,7 @@ def test_what_is_wrong_in_a_file_is_named_by_file_and_line(tmp_path):
     mine.write_text(f'{text}\n')
     with pytest.raises(UserError, match=message):
       operative(['runs/train.gin', str(mine)])
-  # Macros of one's own are fine.
+  # Users may define their own macros.
   mine.write_text('WIDTH = 3\nBATCH_SIZE = %WIDTH\n')
   operative(['runs/train.gin', str(mine)], ['WIDTH=8'])
 
@@ -378,7 +378,7 @@ def test_gin_files_are_found_where_they_may_lie(tmp_path, monkeypatch):
 
 def test_directories_may_have_the_names_of_ours(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  monkeypatch.syspath_prepend(tmp_path)  # As of the working directory.
+  monkeypatch.syspath_prepend(tmp_path)  # Like the working directory.
   for name in ('models', 'methods', 'runs'):
     (tmp_path / name).mkdir()
   (tmp_path / 'mine.gin').write_text("include 'models/t5_1_1_small.gin'\n")
@@ -442,12 +442,12 @@ NEEDED = [
 ]
 
 
-# With every model; the other methods with one of each family.
+# We test these with every model, and other methods with one of each family.
 EVERYWHERE = ('methods/prompt.gin', 'methods/full.gin', *FILES['prompts'])
 
 
 def chosen():
-  """The model and method of what gin has read."""
+  """Returns the model and the method that gin has parsed."""
   return [
     copy.deepcopy(gin.query_parameter(f'{name}/macro.value'))
     for name in ('MODEL', 'METHOD')
@@ -472,13 +472,13 @@ def test_sizes_are_read_from_the_base_if_no_model_is_named(run, macro):
     )
 
 
-# Every method goes with these, whose kind and proportions are all there are;
-# the others are the same in other sizes.
+# We test every method with these models. They cover all kinds and proportions;
+# the other models differ only in size.
 WITH_ALL = ('nano', 't5_small', 't5_1_1_small', 't5_11b', 'byt5_small')
 
 
 def shallow(config):
-  """With one layer of each stack: deeper ones are more of the same."""
+  """Returns a config with one layer per stack; further layers are the same."""
   if isinstance(config, sizes.T5Config):
     return dataclasses.replace(
       config, num_encoder_layers=1, num_decoder_layers=1
@@ -493,7 +493,7 @@ def shallow(config):
 @pytest.mark.slow
 def test_every_model_method_and_run_fit_together():
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-  # Those that start from a text go with losses/distill.gin, which names it.
+  # Methods that start from a text need losses/distill.gin, which sets them.
   alone = [f for f in FILES['methods'] + FILES['prompts'] if 'context' not in f]
   ways = [
     *itertools.product(
@@ -508,7 +508,7 @@ def test_every_model_method_and_run_fit_together():
   few = {f'models/{model}.gin' for model in WITH_ALL}
   assert few <= set(FILES['models'])
   planned = {}
-  # The families differ in what adapters stand at; the sizes do not.
+  # Model families differ in the sites of adapters; sizes of a family do not.
   some = ('models/t5_1_1_small.gin', 'models/t5_small.gin')
   for model in sorted({*FILES['models']} - {gin_files.DEFAULT_MODEL}):
     for method, run in ways if model in few else two:

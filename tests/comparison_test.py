@@ -1,4 +1,4 @@
-"""The study of all methods: its recipes, its ranking, what it calls a tie."""
+"""The study of all methods: its recipes, rankings and ties."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ TRAINED = {'prompt': 100, 'lora': 400, 'ia3': 200}
 
 
 def results(task='tiny', count=3):
-  """Scores of the test split as the study keeps them, one a seed."""
+  """Returns scores of the test split in the study's format, one per seed."""
   return [
     Result(
       name,
@@ -63,7 +63,7 @@ def results(task='tiny', count=3):
 
 
 def write_predictions(directory, rows):
-  """Which rows each run got right, as evaluations write that."""
+  """Writes which rows each run got right, in the format of an evaluation."""
   for name, seeds in rows.items():
     for seed, right in enumerate(seeds):
       place = directory / 'runs' / 'eval_test' / name / 'tiny'
@@ -76,7 +76,7 @@ def test_recipes_are_those_of_the_gin_files():
   assert set(comparison.RECIPES) == set(methods.functions()) - {'multitask'}
   for name, (optimizer, rate) in comparison.RECIPES.items():
     if name == 'full':
-      continue  # `Setting.model` has the rate of small models.
+      continue  # `Setting.model` has a rate for small models.
     text = (GIN / f'{name}.gin').read_text()
     assert f'LEARNING_RATE = {rate}\n' in text, name
     given = re.search(r'OPTIMIZER = @optim\.(\w+)', text)[1]
@@ -91,7 +91,8 @@ def test_recipes_are_those_of_the_gin_files():
 def test_methods_are_ranked_and_ties_are_told(tmp_path):
   ranked = ranking.rank('test', results(), tmp_path)
   assert [r.name for r in ranked] == ['lora', 'prompt', 'ia3']
-  # By hand: differences of 1, -1, 1 and of 41, 39, 41, with two degrees.
+  # Computed by hand: the differences are 1, -1, 1 and 41, 39, 41, with two
+  # degrees of freedom.
   t = (1 / 3) / (np.std([1, -1, 1], ddof=1) / np.sqrt(3))
   p = 1 - t / np.sqrt(t**2 + 2)
   np.testing.assert_allclose(ranked[1].over_seeds, p)
@@ -116,7 +117,7 @@ def test_a_method_is_below_only_if_seeds_and_rows_say_so(tmp_path):
   shares = ranking.right('test', results()[:3], epath.Path(tmp_path))
   np.testing.assert_allclose(shares, np.where(best, 2 / 3, 1 / 3))
   lora, prompt, ia3 = ranking.rank('test', results(), epath.Path(tmp_path))
-  # One row of sixty: t is 1, whatever the seeds say.
+  # One of sixty rows differs, so t is 1 whatever the seeds show.
   want = stats.ttest_1samp([1.0] + [0.0] * 59, 0).pvalue
   np.testing.assert_allclose(ia3.over_rows, want)
   assert ia3.over_seeds < 0.001 and not ia3.below
@@ -179,7 +180,7 @@ def test_the_rate_of_the_search_is_that_of_the_comparison():
     for c, score in zip(one.cells, [80, 90, 90], strict=True)
   ]
   [cell] = one.then(searched)
-  # Of two as good, the one of the gin file.
+  # Of two equal scores, the one with the gin file's rate wins.
   assert cell.tuning == one.cells[1].tuning
   assert (cell.column, cell.split) == ('tiny test at 0.003', 'test')
   assert cell.seeds is None
@@ -202,7 +203,7 @@ def test_the_comparison_has_new_seeds_on_the_test_split(tmp_path):
       study.study(model_dir=str(tmp_path), studies=[one], seeds=2)
     return tables.read((tmp_path / 'methods' / 'results.csv').read_text())
 
-  # Stopped after the search: its scores stay.
+  # Stopping after the search keeps the search's scores.
   with (
     mock.patch.object(comparison, '_at_best', side_effect=KeyboardInterrupt),
     pytest.raises(KeyboardInterrupt),
@@ -212,7 +213,7 @@ def test_the_comparison_has_new_seeds_on_the_test_split(tmp_path):
   assert len(searched) == 4 and {r.seed for r in searched} == {1000}
   found = run()
   assert found[:4] == searched
-  # Two rates of a task share a program.
+  # Two learning rates of a task share a program.
   assert len({r.prompt.split('/')[1] for r in searched}) == 2
   assert len(found[4:]) == 4 and {r.seed for r in found[4:]} == {0, 1}
   for r in found[4:]:

@@ -1,6 +1,6 @@
-"""Every test runs on eight fake CPU devices, with silent surprises made loud.
+"""Runs every test on eight fake CPU devices and makes silent errors loud.
 
-Rank promotion raises, so a forgotten axis cannot broadcast; warnings are
+Rank promotion raises, so a forgotten axis cannot broadcast. Warnings are
 errors (pyproject.toml).
 """
 
@@ -22,10 +22,10 @@ os.environ['XLA_FLAGS'] = ' '.join(
   ]
 )
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-# The library's tasks have T5's vocabulary, which is on gs://, unless told.
+# T5's vocabulary, the default of the library's tasks, is on gs://.
 os.environ['PTUNE_VOCABULARY'] = 'ptune://tiny'
-# Programs are compiled once for all processes: xdist's workers and the commands
-# that tests start inherit the place.
+# xdist's workers and the commands that tests start share one compilation cache,
+# so each program is compiled only once.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   compiled = tempfile.mkdtemp(prefix='ptune-compiled-')
   atexit.register(shutil.rmtree, compiled, ignore_errors=True)
@@ -37,16 +37,17 @@ import pytest
 from absl import logging
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Most programs run a few times only: to compile them well would take longer.
+# Tests run most programs only a few times, so optimizing them would cost more
+# time than it saves.
 jax.config.update('jax_disable_most_optimizations', True)
-logging.set_verbosity(logging.INFO)  # As the command line does.
+logging.set_verbosity(logging.INFO)  # Like the command line.
 
 SHARED = pathlib.Path(__file__).parents[2] / 'shared'
 
 
 @pytest.fixture(autouse=True, scope='module')
 def forget():
-  """Drops the compiled programs of a module: gigabytes in the end."""
+  """Drops a module's compiled programs, which would grow to gigabytes."""
   yield
   jax.clear_caches()
   gc.collect()
@@ -55,7 +56,7 @@ def forget():
 
 @pytest.fixture
 def optimized():
-  """Programs are compiled as users have them."""
+  """Compiles programs with the optimizations that users get."""
   jax.config.update('jax_disable_most_optimizations', False)
   yield
   jax.config.update('jax_disable_most_optimizations', True)
@@ -63,7 +64,7 @@ def optimized():
 
 @pytest.fixture(scope='session')
 def numerics():
-  """The values made by running the reference implementations."""
+  """Returns the directory of values recorded from the reference."""
   path = SHARED / 'golden' / 'numerics'
   if not path.is_dir():
     pytest.skip(f'the reference values are not at {path}')

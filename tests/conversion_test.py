@@ -1,4 +1,4 @@
-"""Whole models from one layout to another: nothing of them changes."""
+"""Converting whole models between layouts changes none of their values."""
 
 import dataclasses
 import json
@@ -84,7 +84,7 @@ def test_huggingface_to_t5x_and_back_is_the_same_file(
   )
   said = json.loads((path / 'config.json').read_text())
   written = json.loads((tmp_path / 'b' / 'config.json').read_text())
-  # The name of the class is no property of the weights.
+  # These keys do not describe the weights.
   for key in ('n_positions', 'architectures', 'model_type'):
     said.pop(key, None)
   assert said.items() <= written.items()
@@ -96,7 +96,7 @@ def test_t5x_to_huggingface_and_back_is_the_same(numerics, tmp_path):
   convert(path, 'huggingface', tmp_path / 'a')
   convert(tmp_path / 'a', 't5x', tmp_path / 'b')
   layouts.assert_same(layouts.read(tmp_path / 'b'), layouts.read(path))
-  # Adafactor goes on from the step: it is not lost on the way.
+  # Adafactor's decay depends on the step, so the step must be kept.
   assert open_checkpoint(tmp_path / 'b').step == 1100000
 
 
@@ -125,7 +125,7 @@ def test_published_mt5_is_written_as_mt5(tmp_path):
     num_encoder_layers=1,
     num_decoder_layers=1,
   )
-  # transformers does not scale the logits of a tied mT5.
+  # For a tied mT5, transformers does not scale the logits.
   for tied, kind in ((False, 'mt5'), (True, 't5')):
     config = dataclasses.replace(config, logits_via_embedding=tied)
     arrays = {k: np.zeros(v, np.float16) for k, v in shapes(config).items()}

@@ -1,4 +1,4 @@
-"""Checkpoints written by others, and by ourselves, read as one."""
+"""Checkpoints from ptune and from other programs are read in the same way."""
 
 import collections
 import dataclasses
@@ -28,7 +28,7 @@ LOGITS = 'decoder/logits_dense/kernel'
 EMBEDDING = 'token_embedder/embedding'
 QUERY = 'encoder/layers_0/attention/query/kernel'
 
-# Every size differs from every other, so that no mix-up can go unseen.
+# All sizes differ, so a mix-up of axes cannot go unnoticed.
 VOCAB, EMBED, HEADS, HEAD, MLP, BUCKETS = 48, 16, 4, 6, 40, 32
 CONFIG = {
   'model_type': 't5',
@@ -62,7 +62,7 @@ def _shape(path):
 
 @pytest.fixture(scope='module')
 def params():
-  """A T5 1.1 of 2 encoder layers and 1 decoder layer, by path."""
+  """Returns a T5 1.1 with 2 encoder layers and 1 decoder layer, by path."""
   rng = np.random.default_rng(0)
   paths = [p for p in layout(range(2), range(1)) if '/wi/' not in p]
   return {
@@ -88,7 +88,7 @@ def _assert_same(restored, arrays):
 
 
 def _write_t5x(path, params, *, step=7, gcs=False):
-  """The older layout: small arrays in the msgpack, matrices in zarr."""
+  """Writes the older layout: small arrays in msgpack, matrices in zarr."""
   path.mkdir(parents=True)
   target = {}
   for name, array in params.items():
@@ -106,7 +106,7 @@ def _write_t5x(path, params, *, step=7, gcs=False):
     ts.open({**spec, 'kvstore': store}, create=True).result().write(
       array
     ).result()
-    if gcs:  # The form of 2021: the path beside the store.
+    if gcs:  # The form of 2021, with the path next to the store.
       store = {'driver': 'gcs', 'bucket': 't5x-dummy-bucket'}
       target[name] = {**spec, 'kvstore': store, 'path': directory}
     else:
@@ -132,7 +132,7 @@ def _edit_t5x(path, edit):
 
 
 def _torch(params):
-  """The tensors of a Hugging Face model with these parameters."""
+  """Returns the tensors of a Hugging Face model with these parameters."""
   tensors = {}
   for ours, (theirs, transposed) in layout(range(2), range(1)).items():
     if ours in params:
@@ -159,7 +159,7 @@ def _write_huggingface(path, tensors, *, shards=1, config=None):
 
 
 def _write_orbax(path, params, **options):
-  """T5X's newer layout."""
+  """Writes T5X's newer layout."""
   tree = {
     'target': traverse_util.unflatten_dict(params, sep='/'),
     'state': {'step': np.int32(9), 'param_states': {'v': None}},
@@ -171,7 +171,7 @@ def _write_orbax(path, params, **options):
 
 
 def _write_run(path, steps):
-  """A ptune MODEL_DIR; the prompt of step n is all n."""
+  """Writes a MODEL_DIR in which the prompt of step n is filled with n."""
   with ocp.CheckpointManager(path / 'checkpoints') as manager:
     for step in steps:
       prompt = jnp.full((5, EMBED), step, jnp.float32)
@@ -188,7 +188,7 @@ def _write_run(path, steps):
 
 @pytest.fixture(scope='module')
 def written(params, tmp_path_factory):
-  """The same parameters in every format, by kind."""
+  """Writes the same parameters in every format; returns paths by kind."""
   root = tmp_path_factory.mktemp('written')
   return {
     't5x': _write_t5x(root / 't5x', params),
@@ -230,7 +230,7 @@ def test_t5x_prompt_checkpoint_is_exact(numerics, layout_name):
   kind = {'legacy': 't5x', 'orbax': 't5x_orbax'}[layout_name]
   assert (source.kind, source.step) == (kind, 1100010)
   _assert_same(restore(source, _abstract(expected)), expected)
-  # The frozen part alone needs to be asked for as such.
+  # To read only the frozen parameters, the caller must ask for them.
   frozen = {k: v for k, v in expected.items() if k != PROMPT}
   with pytest.raises(ValueError, match=f'unexpected.*\n.*{PROMPT}'):
     restore(source, _abstract(frozen))
@@ -319,7 +319,8 @@ def test_sharded_restore_reads_each_leaf_once(written, params, kind):
   )
 
   def sharding(path):
-    # The kernels are split over 2 devices of a row, alike in all 4 rows.
+    # Kernels are split over the 2 devices of a mesh row; all 4 rows hold the
+    # same.
     spec = (None, 'model') if path.endswith('kernel') else ()
     return NamedSharding(mesh, PartitionSpec(*spec))
 
@@ -338,7 +339,7 @@ def test_sharded_restore_reads_each_leaf_once(written, params, kind):
   restored = restore(source, _abstract(params, sharding))
   _assert_same(restored, params)
   assert sorted(reads) == sorted(params)
-  # The largest first: while little is held, there is room to read them.
+  # The largest arrays come first, while memory is still free for reading them.
   sizes = [params[path].nbytes for path in reads]
   assert sizes == sorted(sizes, reverse=True)
   for path, array in restored.items():
@@ -347,7 +348,7 @@ def test_sharded_restore_reads_each_leaf_once(written, params, kind):
 
 def test_a_process_reads_only_what_its_devices_hold():
   class OfOneHost:
-    """Eight columns of blocks on four hosts; this one has the third pair."""
+    """Eight columns of blocks on four hosts; this host has the third pair."""
 
     def addressable_devices_indices_map(self, shape):
       width = shape[1] // 8
@@ -567,7 +568,7 @@ def test_a_run_without_checkpoints_is_refused(tmp_path):
 
 @pytest.fixture
 def t5x(written, tmp_path):
-  """A copy to damage."""
+  """Returns a copy that the test may damage."""
   return shutil.copytree(written['t5x'], tmp_path / 'checkpoint_7')
 
 
@@ -684,7 +685,7 @@ def test_scanned_layers_are_read_one_by_one(params, tmp_path, write, heads):
   writer = {'t5x': _write_t5x, 't5x_orbax': _write_orbax}[write]
   source = open_checkpoint(writer(tmp_path / 'a', stacked))
   _assert_same(restore(source, _abstract(params)), params)
-  # Any part of a kernel, across heads too.
+  # Reads a part of a kernel that crosses heads.
   for path, array in params.items():
     part = tuple(slice(n // 3, n - n // 4) for n in array.shape)
     np.testing.assert_array_equal(source.leaves[path].read(part), array[part])
@@ -726,7 +727,7 @@ def test_stacks_of_different_depth_are_named(tmp_path):
 
 @pytest.fixture
 def orbax(written, tmp_path):
-  """A copy to damage."""
+  """Returns a copy that the test may damage."""
   return shutil.copytree(written['t5x_orbax'], tmp_path / 'checkpoint_9')
 
 
@@ -914,7 +915,7 @@ def test_tied_but_unscaled_is_read_as_that(params, tmp_path):
 def test_a_tied_mt5_is_not_scaled_unless_it_says_so(
   params, tmp_path, head, scaled
 ):
-  """transformers 5 never scales one."""
+  """transformers 5 never scales the logits of a tied mT5."""
   tensors = _torch(params)
   del tensors['lm_head.weight']
   if head:

@@ -1,4 +1,4 @@
-"""torch, transformers and PEFT; tests that import this skip without them."""
+"""torch, transformers and PEFT; importing this skips a test without them."""
 
 import warnings
 

@@ -1,6 +1,6 @@
-"""The same golden model in every layout, and what it must answer.
+"""One golden model in every checkpoint layout, and its expected answers.
 
-Imported by the tests of ptune.convert.
+The tests of ptune.convert import this module.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from ptune.methods import prompt
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.network import Transformer
 
-# Directories of the golden data, and of what of it there are answers for.
+# Directories of golden models for which there are recorded answers.
 FAMILIES = ('t5_1_0', 'mt5', 'byt5')
 T5_1_1 = {
   't5x': 'checkpoints/legacy_base/checkpoint_1100000',
@@ -31,7 +31,7 @@ T5_1_1 = {
 
 
 def run(*argv) -> None:
-  """Runs a command as the `ptune` program does."""
+  """Runs a command in the same way as the `ptune` program."""
   parser = argparse.ArgumentParser()
   programs = parser.add_subparsers(dest='program', required=True)
   for name in commands.COMMANDS:
@@ -45,7 +45,7 @@ def load(path) -> dict[str, np.ndarray]:
 
 
 def read(path) -> dict[str, np.ndarray]:
-  """All parameters of a checkpoint, as they are stored."""
+  """Returns all parameters of a checkpoint in their stored form."""
   source = open_checkpoint(path)
   return {name: leaf.read() for name, leaf in source.leaves.items()}
 
@@ -75,7 +75,7 @@ def _greedy(config, length, steps):
 
 
 def greedy(path, case, steps, rows=None) -> np.ndarray:
-  """What ptune answers, token by token: [batch, steps]."""
+  """Returns ptune's greedy answers, one token a step: [batch, steps]."""
   config, arrays = restored(path)
   length = 0 if rows is None else len(rows)
   if length:
@@ -85,7 +85,7 @@ def greedy(path, case, steps, rows=None) -> np.ndarray:
 
 
 def restored(path) -> tuple:
-  """The configuration and the parameters that a checkpoint holds."""
+  """Returns the configuration and the parameters of a checkpoint."""
   source = open_checkpoint(path)
   abstract = {
     name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
@@ -96,7 +96,7 @@ def restored(path) -> tuple:
 
 
 def logits(path, case, rows=None) -> np.ndarray:
-  """What ptune answers with the model of a checkpoint, and a prompt."""
+  """Returns ptune's logits for a checkpoint's model with a prompt."""
   config, arrays = restored(path)
   length = 0
   if rows is not None:
@@ -118,13 +118,13 @@ def nested(arrays):
 
 
 def assert_logits(got, expected, case, atol=5e-5) -> None:
-  """Compares logits where there are targets."""
+  """Compares logits at positions that have a target."""
   real = case['decoder_loss_weights'] > 0
   np.testing.assert_allclose(got[real], expected[real], atol=atol)
 
 
 def scanned(params, heads: int | None = None) -> dict[str, np.ndarray]:
-  """As T5X stacks the layers of a stack, with heads on an axis if given."""
+  """Stacks layers as T5X does; `heads` gives the heads an axis of their own."""
   stacks: dict[str, list[np.ndarray]] = {}
   flat = {}
   for path, array in params.items():
@@ -141,7 +141,7 @@ def scanned(params, heads: int | None = None) -> dict[str, np.ndarray]:
 
 
 def shard(directory: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
-  """A Hugging Face directory as three shards with an index."""
+  """Splits a Hugging Face checkpoint into three shards with an index."""
   target.mkdir(parents=True)
   config = (directory / 'config.json').read_text()
   (target / 'config.json').write_text(config)

@@ -1,7 +1,7 @@
-"""A T5, SeqIO tasks and runs so small that a test can train.
+"""A T5, SeqIO tasks and runs that are small enough to train in a test.
 
-Tokens are bytes. Imported by tests, and named as MIXTURE_OR_TASK_MODULE by the
-command lines that they run with `command`.
+Tokens are bytes. Tests import this module, and command lines started with
+`command` pass it as MIXTURE_OR_TASK_MODULE.
 """
 
 import atexit
@@ -66,7 +66,7 @@ LABELS = ('no', 'yes')
 
 
 def rows(split: str) -> list[tuple[str, str]]:
-  """Words of a and b, and whether there are more a than b: [(word, label)]."""
+  """Returns [(word, label)]: words of a and b, labelled by the commoner one."""
   draw = random.Random(split)
   words = [
     ''.join(draw.choices('ab', k=draw.randint(1, 31))) for _ in range(64)
@@ -96,7 +96,7 @@ def _source(splits, empty=()):
 
 
 def _interrupted(split, shuffle_files, seed=None):
-  """Reads nothing: while a run is set up, someone wants it to stop."""
+  """Requests a stop during a run's setup, instead of reading any rows."""
   del split, shuffle_files, seed
   os.kill(os.getpid(), signal.SIGTERM)
   time.sleep(60)
@@ -108,7 +108,7 @@ def accuracy(targets, predictions):
 
 
 def right_score(targets, predictions, aux_values):
-  """The log probability of the answers that are right."""
+  """Returns the summed log probability of the correct answers."""
   scores = aux_values['scores']
   pairs = zip(targets, predictions, scores, strict=True)
   return {'right_score': sum(s for t, p, s in pairs if t == p)}
@@ -156,7 +156,7 @@ seqio.MixtureRegistry.add('tiny_mixture', ['tiny', 'tiny_b'], default_rate=1.0)
 
 @functools.cache
 def directory() -> pathlib.Path:
-  """For what several tests read; nothing in it is changed by a test."""
+  """Returns a directory that tests share; no test may change its files."""
   path = pathlib.Path(tempfile.mkdtemp(prefix='ptune-tiny-'))
   atexit.register(shutil.rmtree, path, ignore_errors=True)
   (path / 'tiny.gin').write_text(GIN)
@@ -165,7 +165,7 @@ def directory() -> pathlib.Path:
 
 @functools.cache
 def base() -> str:
-  """A frozen base: the checkpoint of a model with random weights."""
+  """Returns the checkpoint of a base model with random weights."""
   return make_base(directory() / 'base', seed=0)
 
 
@@ -183,7 +183,7 @@ def make_base(path: os.PathLike[str], seed: int) -> str:
 
 
 def settings(model_dir, **changes):
-  """Of `train`, for a short run: 12 steps, evaluated thrice; see `grouped`."""
+  """Returns `train` settings for 12 steps with 3 evaluations; see `grouped`."""
   if 'initial_checkpoint_path' not in changes:
     changes['initial_checkpoint_path'] = base()
   return {
@@ -203,7 +203,7 @@ def settings(model_dir, **changes):
   }
 
 
-# The groups of settings, and the names of some fields in tests.
+# The groups of settings, and the fields that have another name in tests.
 GROUPS = {
   'data': settings_lib.Data,
   'evaluation': settings_lib.Evaluation,
@@ -226,7 +226,7 @@ FIELDS = {
 
 
 def grouped(program, **flat):
-  """A program's arguments, made of settings without groups.
+  """Puts flat settings into the groups that a program takes.
 
   batch_size=8, eval_steps=2
   -> data=Data(batch_size=8), evaluation=Evaluation(steps=2)
@@ -244,7 +244,7 @@ def grouped(program, **flat):
       others[name] = value
     else:
       found[group][field] = value
-  if 'data' in found:  # Each of many runs names its own task.
+  if 'data' in found:  # In `train_many`, each run names its own task.
     found['data'].setdefault('task', '')
   return others | {
     group: GROUPS[group](**values)
@@ -254,9 +254,9 @@ def grouped(program, **flat):
 
 
 def run(model_dir, **changes):
-  """Trains in this process, for a task without metrics unless told otherwise.
+  """Trains in this process, by default on a task without metrics.
 
-  On one device: there is little to compile.
+  It uses one device, because that compiles faster.
   """
   settled = settings(model_dir, **changes)
   with one_device():
@@ -264,7 +264,7 @@ def run(model_dir, **changes):
 
 
 def use(program, output_dir, **changes):
-  """Calls a program that uses a trained model, for the task `tiny`."""
+  """Calls a program that uses a trained model on the task `tiny`."""
   settled = {
     'mixture_or_task_name': 'tiny',
     'task_feature_lengths': LENGTHS,
@@ -280,14 +280,14 @@ def use(program, output_dir, **changes):
 
 @functools.cache
 def trained() -> pathlib.Path:
-  """A finished run, evaluated once at its end."""
+  """Returns the directory of a finished run with one evaluation at its end."""
   path = directory() / 'trained'
   run(path, mixture_or_task_name='tiny', eval_period=12)
   return path
 
 
 def one_device():
-  """A context in which meshes are of one device: there is less to compile."""
+  """A context in which meshes have one device, so programs compile faster."""
   make_mesh = functools.partial(
     partitioning.make_mesh, devices=jax.devices()[:1]
   )
@@ -295,7 +295,7 @@ def one_device():
 
 
 def records(model_dir: os.PathLike[str]) -> list[dict]:
-  """metrics.jsonl without what depends on the clock."""
+  """Returns metrics.jsonl without the fields that depend on the clock."""
   timing = ('seconds_per_step', 'examples_per_second')
   lines = pathlib.Path(model_dir, 'metrics.jsonl').read_text().splitlines()
   return [
@@ -305,7 +305,7 @@ def records(model_dir: os.PathLike[str]) -> list[dict]:
 
 
 def files(model_dir: os.PathLike[str]) -> dict[str, bytes]:
-  """All files below a directory, by name."""
+  """Returns the contents of all files below a directory, by name."""
   top = pathlib.Path(model_dir)
   return {
     str(path.relative_to(top)): path.read_bytes()
@@ -318,7 +318,7 @@ def files(model_dir: os.PathLike[str]) -> dict[str, bytes]:
 
 
 def arguments(program: str, *more: str, **macros: object) -> list[str]:
-  """A command line of `ptune`, for the model and the task of this module."""
+  """Returns a `ptune` command line with this module's model and task."""
   macros = {
     'MIXTURE_OR_TASK_MODULE': 'tests.tiny',
     'MIXTURE_OR_TASK_NAME': 'tiny',
@@ -340,10 +340,10 @@ def arguments(program: str, *more: str, **macros: object) -> list[str]:
 
 
 class Command:
-  """A `ptune` process, with signals and an exit status of its own.
+  """A `ptune` process, with its own signals and exit status.
 
-  Forked from a server that has imported all that is heavy, so that it starts
-  in no time.
+  It is forked from a server that has already imported the heavy packages, so
+  it starts at once.
   """
 
   def __init__(self, arguments, log=None, call='', **environment):
@@ -363,11 +363,11 @@ class Command:
 
   @property
   def output(self) -> str:
-    """What it has written so far, on stdout and stderr."""
+    """Returns all stdout and stderr so far."""
     return self._log.read_text()
 
   def wait_for(self, text: str, seconds: float = 60) -> None:
-    """Returns when it has written a text."""
+    """Waits until the output contains a text."""
     end = time.monotonic() + seconds
     while text not in self.output:
       assert time.monotonic() < end, f'no {text!r} in: {self.output}'
@@ -377,7 +377,7 @@ class Command:
     os.kill(self.pid, number)
 
   def wait(self) -> int:
-    """Its exit status, or minus the signal that ended it."""
+    """Waits for the end; returns the exit status, or minus the signal."""
     _send(self._server, {'wait': self.pid})
     return int(self._server.stdout.readline())
 
@@ -385,7 +385,7 @@ class Command:
 def processes(
   count: int, arguments: list[str], devices: int = 1, **how: str
 ) -> list[Command]:
-  """Starts the processes of one run, each with so many fake devices."""
+  """Starts `count` processes of one run with `devices` fake devices each."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
@@ -406,7 +406,7 @@ def processes(
 
 
 def command(*arguments: str, **environment: str) -> tuple[int, str]:
-  """Runs `ptune` in a process; returns the exit status and what it wrote."""
+  """Runs `ptune` in a process; returns its exit status and its output."""
   process = Command(list(arguments), **environment)
   return process.wait(), process.output
 
@@ -417,7 +417,7 @@ def _send(server, message) -> None:
 
 
 def environment() -> dict[str, str]:
-  """Of programs that tests start: with one device, and quick to compile."""
+  """Returns variables for processes: one device, and fast compilation."""
   return {
     **os.environ,
     'XLA_FLAGS': QUICK_FLAGS,
@@ -440,7 +440,7 @@ def _server() -> subprocess.Popen:
 
 
 def serve() -> None:
-  """Starts a process for each line of stdin, or waits for one."""
+  """Serves stdin: each line starts a process or waits for one."""
   for line in sys.stdin:
     message = json.loads(line)
     if 'wait' in message:

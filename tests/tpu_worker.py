@@ -1,9 +1,9 @@
-"""Compiles programs for a TPU that is not there, for `tpu_compiler_test`.
+"""Compiles programs for an absent TPU, for `tpu_compiler_test`.
 
-It reads one program a line from its input, as JSON, and answers each with a
-line: what the compiler says of it. One process compiles them all, because
-libtpu allows no second one and importing takes as long as compiling. The tests
-themselves have fake devices of the CPU, which need not meet libtpu.
+It reads one program a line from stdin, as JSON. For each, it writes one line
+with the results of the compiler. One process compiles all programs, because
+libtpu allows only one process and importing it takes as long as compiling.
+It is a process of its own because the tests use fake CPU devices.
 """
 
 import inspect
@@ -23,11 +23,11 @@ from ptune.tools import memory, tpu_compiler
 from ptune.training import optim
 from ptune.training.privacy import Privacy
 
-# Small, but wide enough for the kernel: 170 positions, and heads of 64.
+# A small model, but large enough for the kernel: 170 positions, heads of 64.
 LENGTHS, BATCH = {'inputs': 150, 'targets': 8}, 8
 NETWORK = {'vocab_size': 512, 'dtype': 'bfloat16', 'dropout_rate': 0.1}
 WIDTHS = {'emb_dim': 128, 'num_heads': 4, 'head_dim': 64, 'mlp_dim': 256}
-# Of a method, where it has such an argument.
+# Small values for the arguments of methods.
 SMALL = {'length': 20, 'size': 8, 'rank': 4, 'bottleneck': 4, 'tokens': 4}
 SMALL |= {'vocab_size': 512, 'population': 100, 'prompts': 3, 'tasks': 9}
 
@@ -40,7 +40,7 @@ def method_of(name: str, settings):
 
 
 def config_of(network):
-  """One layer of each stack, if `network` says nothing else."""
+  """Returns a config with one layer per stack, unless `network` differs."""
   network = {
     name: tuple(value) if isinstance(value, list) else value
     for name, value in {**NETWORK, **network}.items()
@@ -53,7 +53,7 @@ def config_of(network):
 
 
 def compiled(case):
-  """The program of a case, its run and its plan."""
+  """Compiles a case; returns the program, the run and the plan."""
   config = config_of(case.get('network', {}))
   devices = tpu_compiler.devices('v5e', 4)
   mesh = partitioning.make_mesh(case.get('model_parallel', 2), devices)
@@ -77,7 +77,7 @@ def compiled(case):
 
 
 def answer(case):
-  """What the compiler says of a case."""
+  """Returns the compiler's results for a case."""
   program, run, plan = compiled(case)
   text = program.as_text()
   found = tpu_compiler.estimate(text, 'v5e')
@@ -87,7 +87,8 @@ def answer(case):
     'kernels': found.kernels,
     'collectives': {k: n for k, (n, _) in found.collectives.items()},
     'aliased': len(aliases),
-    # Adafactor makes anew an array of one number, where it keeps none.
+    # Adafactor stores a placeholder of shape [1] for each moment that it does
+    # not keep, and makes it anew in each update.
     'donated': sum(
       x.shape != (1,) for x in jax.tree.leaves(memory.state_of(run, plan))
     ),
@@ -96,7 +97,7 @@ def answer(case):
 
 
 def main() -> None:
-  # libtpu may print; what it says must not come between the answers.
+  # libtpu may print to stdout, which would mix with the answers.
   answers = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)
   for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Small vocabularies of the kinds that `tokenizers` reads, as files."""
+"""Makes files of small vocabularies, of each kind that `tokenizers` reads."""
 
 import json
 import pathlib
@@ -9,12 +9,12 @@ ENDS = {'eos_token': '</s>', 'unk_token': '<unk>', 'pad_token': '<unk>'}
 
 
 def corpus() -> str:
-  """The text that they are trained on."""
+  """Returns the text that the vocabularies are trained on."""
   return pretrained.VOCABULARY.parent.joinpath('README.md').read_text()
 
 
 def madlad(path: pathlib.Path) -> pathlib.Path:
-  """A SentencePiece model with MADLAD's ids: pad 1, EOS 2, unknown 0."""
+  """Trains a SentencePiece model with MADLAD's ids: pad 1, EOS 2, unknown 0."""
   import sentencepiece
 
   sentencepiece.SentencePieceTrainer.train(
@@ -33,7 +33,7 @@ def madlad(path: pathlib.Path) -> pathlib.Path:
 
 
 def codet5(path: pathlib.Path) -> pathlib.Path:
-  """CodeT5's files: byte-level BPE, sentinels among the added tokens."""
+  """Writes CodeT5's files: byte-level BPE, with sentinels as added tokens."""
   import tokenizers
 
   made = tokenizers.ByteLevelBPETokenizer()
@@ -56,7 +56,7 @@ def codet5(path: pathlib.Path) -> pathlib.Path:
 
 
 def _with_bytes(made):
-  """The same tokenizer, with a piece for every byte behind the others."""
+  """Adds a piece for every byte after the tokenizer's other pieces."""
   state = json.loads(made.to_str())
   vocab = state['model']['vocab']
   for byte in range(256):
@@ -65,7 +65,7 @@ def _with_bytes(made):
 
 
 def llama(path: pathlib.Path) -> pathlib.Path:
-  """A BPE with bytes for what it lacks, as Llama's and Gemma's are."""
+  """Writes a BPE with byte fallback, like Llama's and Gemma's."""
   import tokenizers
   from tokenizers import decoders, models, normalizers, trainers
 
@@ -97,7 +97,7 @@ def llama(path: pathlib.Path) -> pathlib.Path:
 
 
 def gemma(path: pathlib.Path) -> pathlib.Path:
-  """As Gemma's: bytes for what it lacks, and <bos> before a text."""
+  """Writes a tokenizer like Gemma's: byte fallback, and <bos> before a text."""
   import tokenizers
   from tokenizers import (
     decoders,
@@ -137,7 +137,7 @@ def gemma(path: pathlib.Path) -> pathlib.Path:
     json.dumps(
       {
         'tokenizer_class': 'GemmaTokenizer',
-        'add_bos_token': False,  # The template has the last word.
+        'add_bos_token': False,  # The template overrides this.
         **{f'{name}_token': f'<{name}>' for name in ('bos', 'eos', 'pad')},
         'unk_token': '<unk>',
       }
