@@ -1,4 +1,4 @@
-"""ptune/data/batches.py: pure functions of the step that lose no example.
+"""Batches (ptune/data/batches.py) depend only on the step, and lose no row.
 
 The tasks are real SeqIO tasks on a few lines of text, with bytes as tokens.
 """
@@ -41,7 +41,7 @@ TOKENIZE = (
 
 
 def rows_of_text(count, seed=0):
-  """Rows whose inputs start with their number; 1..59 and 1..11 bytes long."""
+  """Returns numbered rows; inputs have 1 to 59 bytes, targets 1 to 11."""
   rng = np.random.default_rng(seed)
   return [
     {
@@ -53,7 +53,7 @@ def rows_of_text(count, seed=0):
 
 
 def make_task(rows, *, preprocessors=TOKENIZE, counted=True, features=FEATURES):
-  """Registers a task on text in memory under a name of its own."""
+  """Registers a task on text in memory under a new name."""
 
   def dataset_fn(split, shuffle_files, seed=None):
     del split, shuffle_files, seed
@@ -84,7 +84,7 @@ def make_mixture(counts=(40, 25)):
 
 
 def converted(task, lengths=LENGTHS, split='train', shuffle=False):
-  """The examples as SeqIO's own converter makes them, in order."""
+  """Returns the examples in order, as SeqIO's own converter makes them."""
   dataset = seqio.get_dataset(
     task,
     lengths,
@@ -97,7 +97,7 @@ def converted(task, lengths=LENGTHS, split='train', shuffle=False):
 
 
 def key(row):
-  """What identifies a row of inputs, whatever its padding."""
+  """Returns the inputs of a row without its padding, which identify it."""
   return bytes(np.trim_zeros(row, 'b').astype(np.uint8))
 
 
@@ -254,22 +254,23 @@ def test_bucketing_makes_few_shapes_and_halves_the_padding():
   size = sum(b['encoder_input_tokens'].size for b in batches)
   longest = max(b['encoder_input_tokens'].shape[1] for b in batches)
   assert (size - real) < 0.5 * (40 * 16 * longest - real)
-  # Long and short batches come in random order, not as a curriculum.
+  # Long and short batches come in random order, not sorted by length.
   order = [b['encoder_input_tokens'].shape[1] for b in batches]
   assert order != sorted(order) and order != sorted(order, reverse=True)
 
 
 def test_only_the_batch_across_two_epochs_mixes_lengths():
-  # 26 rows of each length and batches of 5, which begin anywhere in an epoch.
+  # Each length has 26 rows, and batches of 5 begin anywhere in an epoch.
   rows = [
     {'inputs': 'x' * (4 if i % 2 else 40), 'targets': 'y'} for i in range(52)
   ]
   batches = data.Batches(make_task(rows), LENGTHS, 5, bucket_multiple=8)
   mixed = 0
-  for step in range(52):  # five epochs
+  for step in range(52):  # Five epochs.
     lengths = (batches(step)['encoder_input_tokens'] != 0).sum(axis=1)
     mixed += len(set(lengths.tolist())) > 1
-  # In an epoch, the one where the lengths meet and the one across its border.
+  # At most two batches an epoch mix lengths: the one at the border between the
+  # lengths and the one at the border of the epoch.
   assert mixed <= 2 * 5
 
 
@@ -297,7 +298,7 @@ def test_a_batch_of_a_classification_holds_labels_of_all_lengths():
 
 
 def test_short_targets_are_rounded_up_more_finely():
-  # A label, a sentence and a paragraph, each with its EOS.
+  # Targets of a label, a sentence and a paragraph, each with its EOS.
   rows = [{'inputs': 'x', 'targets': 'y' * n} for n in (2, 9, 33)]
   lengths = {'inputs': 64, 'targets': 64}
   batches = data.Batches(make_task(rows), lengths, 1, bucket_multiple=32)
@@ -428,7 +429,7 @@ def test_trimmed_rows_are_those_that_longer_lengths_would_change(last):
   assert stream.trimmed == {
     f: sum(k in rows for k in read) for f, rows in changed.items()
   }
-  # Counting does not change what is read.
+  # Counting does not change the rows.
   rows = {key(s['encoder_input_tokens']): s for s in short}
   for step in range(6):
     for i, k in enumerate(keys(batches(step))):
@@ -461,7 +462,7 @@ def test_targets_without_tokens_are_refused_or_warned_of(caplog):
   with caplog.at_level('WARNING', logger='absl'):
     data.Batches(make_task(rows, preprocessors=steps), LENGTHS, 2)
   assert '3 rows, 1 have no tokens in their targets' in caplog.text
-  assert 'append_eos_after_trim missing?' in caplog.text  # Nor any EOS.
+  assert 'append_eos_after_trim missing?' in caplog.text  # No EOS.
   with pytest.raises(ValueError, match='no row has tokens in its targets'):
     data.Batches(make_task(rows[:1], preprocessors=steps), LENGTHS, 2)
 
@@ -477,7 +478,7 @@ def test_rows_without_a_label_are_left_out(in_memory, caplog):
   lengths = {**LENGTHS, 'targets': 12}
   rows = rows_of_text(30)
   for row in rows[::3]:
-    row['targets'] = '<unk>'  # What the tasks of ptune.tasks have there.
+    row['targets'] = '<unk>'  # As in the tasks of ptune.tasks.
   how = {'seed': 2, 'in_memory': in_memory, 'window': 2}
   with caplog.at_level('WARNING', logger='absl'):
     batches = data.Batches(make_task(rows), lengths, 10, **how)
@@ -522,7 +523,8 @@ def test_a_stream_resumes_from_a_kept_position(in_memory, tmp_path, caplog):
   for step in range(44):
     assert_same(first(step), want[step])
   assert 4 <= len(list(tmp_path.iterdir())) <= 10
-  # Restarts read a few rows again, whatever the step, and the same rows.
+  # After a restart at any step, a few rows are read again, always the same
+  # ones.
   again = data.Batches(task, LENGTHS, 4, positions=tmp_path, **how)
   with caplog.at_level('INFO', logger='absl'):
     for step in (43, 44, 49, 36, 7):
@@ -534,7 +536,7 @@ def test_a_stream_resumes_from_a_kept_position(in_memory, tmp_path, caplog):
   ]
   assert found[0] == [42 * 4, 0]
   assert all(again <= rows / 2 for rows, again in found[:2])
-  # Another stream does not take these positions.
+  # A stream with another seed does not use these positions.
   other = data.Batches(
     task, LENGTHS, 4, positions=tmp_path, **{**how, 'seed': 2}
   )
@@ -542,7 +544,7 @@ def test_a_stream_resumes_from_a_kept_position(in_memory, tmp_path, caplog):
   with caplog.at_level('INFO', logger='absl'):
     other(43)
   assert 'skipping 168 rows to resume, of which 168 are' in caplog.text
-  # A damaged position is not used.
+  # A stream skips a damaged position.
   for file in tmp_path.glob('*/state.data*'):
     file.write_bytes(b'')
   damaged = data.Batches(task, LENGTHS, 4, positions=tmp_path, **how)
@@ -720,7 +722,7 @@ def test_load_task_imports_the_module_that_registers_it(tmp_path, monkeypatch):
     ValueError, match=r"no module 'module_absent'.*PYTHONPATH"
   ):
     seqio_task.load(name, 'module_absent.tasks')
-  # What a module fails to import itself is named with its place.
+  # If a module fails to import another, the error names the place.
   with pytest.raises(
     ValueError, match=r"no module 'absent_module' at .*_broken.py, line 1"
   ):
@@ -822,7 +824,7 @@ def test_a_task_is_read_from_its_cache(tmp_path, monkeypatch):
 
 
 def write_cache(directory: pathlib.Path, task):
-  """Writes what the program seqio_cache_tasks would."""
+  """Writes the same cache as the program seqio_cache_tasks."""
   directory.mkdir()
   dataset = task.source.get_dataset('train', shuffle=False)
   examples = list(task.preprocess_precache(dataset).as_numpy_iterator())
@@ -863,7 +865,7 @@ def test_a_vocabulary_that_cannot_be_read_is_one_line():
   gone = seqio.SentencePieceVocabulary('/nowhere/vocab.model')
   feature = seqio.Feature(gone, add_eos=True)
   task = make_task([], features={'inputs': feature, 'targets': feature})
-  assert seqio_task.vocabulary(task) is gone  # Read when it is needed.
+  assert seqio_task.vocabulary(task) is gone  # Not read yet.
   for read in (
     lambda: seqio_task.check_vocabulary(task, 100),
     lambda: list(seqio_task.examples(task, LENGTHS, 'train')),

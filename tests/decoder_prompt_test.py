@@ -1,4 +1,4 @@
-"""A prompt before the decoder's input: what it is, and what decoding makes."""
+"""A prompt before the decoder's input: its definition, and its decoding."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def test_a_beam_search_is_the_same_without_a_cache(name):
     )
 
     def step(ids, cache):
-      """Feeds all tokens so far; those of later positions are not seen."""
+      """Feeds the tokens so far; attention masks later positions."""
       index = cache['cache_index']
       fed = cache['fed'].at[:, index].set(ids[:, 0])
       beams = len(ids) // rows
@@ -95,7 +95,7 @@ def test_a_beam_search_is_the_same_without_a_cache(name):
   want, want_scores = uncached(params)
   np.testing.assert_array_equal(tokens, want)
   np.testing.assert_allclose(scores, want_scores, atol=1e-4)
-  assert np.count_nonzero(tokens) > 2 * rows  # Beams had a chance to cross.
+  assert np.count_nonzero(tokens) > 2 * rows  # Long enough for beams to cross.
 
 
 def test_it_is_trained_alone_or_with_the_encoders():

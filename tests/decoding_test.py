@@ -1,4 +1,4 @@
-"""Decoding, checked against searches written out by hand."""
+"""Decoding, checked against searches written by hand."""
 
 import itertools
 import re
@@ -16,15 +16,15 @@ EOS = 1
 
 
 class HistoryModel:
-  """A language model whose logits depend on every token a row was fed.
+  """A language model whose logits depend on all tokens of a row.
 
-  It knows them only from its cache: if a beam is given the cache of another
-  one, its logits change. `logits` says what they should be.
+  The model sees these tokens only in its cache. So if a beam gets the cache of
+  another beam, its logits change. `logits` computes the correct ones.
   """
 
   def __init__(self, seed=0, rows=3, vocab=6, length=7, eos_bias=0.0):
     rng = np.random.default_rng(seed)
-    shape = (length, vocab, vocab)  # [position, token there, next token]
+    shape = (length, vocab, vocab)  # [position, its token, next token]
     self.weights = rng.normal(0, 1.5, shape).astype(np.float32)
     self.bias = rng.normal(0, 1.5, (rows, vocab)).astype(np.float32)
     self.bias[:, EOS] += eos_bias
@@ -36,7 +36,7 @@ class HistoryModel:
       'decoder': {
         'cached_tokens': jnp.full((self.rows, self.length), -1, jnp.int16),
         'row_bias': jnp.asarray(self.bias),
-        # Has no row axis, and must not be given one.
+        # This array has no row axis, and decoding must not add one.
         'relpos': {'cached_bias': jnp.asarray(self.weights)},
       },
     }
@@ -53,7 +53,7 @@ class HistoryModel:
     return logits[:, None], {'cache_index': index + 1, 'decoder': decoder}
 
   def logits(self, row, tokens):
-    """Logits [vocab] for what follows `tokens`, in float64."""
+    """Returns the logits [vocab] of the token after `tokens`, in float64."""
     fed = (0, *tokens)
     terms = self.weights[range(len(fed)), fed].astype(np.float64)
     return self.bias[row] + terms.sum(0)
@@ -63,7 +63,7 @@ class HistoryModel:
     return logits - np.log(np.exp(logits).sum())
 
   def log_prob(self, row, tokens):
-    """log p of the sequence `tokens`, its EOS included if it has one."""
+    """Returns the log probability of `tokens`, with the EOS if there is one."""
     return sum(
       self.log_probs(row, tokens[:i])[token] for i, token in enumerate(tokens)
     )
@@ -88,7 +88,7 @@ def beam_search(model, **settings):
 
 
 def generated(tokens):
-  """[4, 0, 1, 0, 0] -> (4, 0, 1): up to the EOS, or everything."""
+  """[4, 0, 1, 0, 0] -> (4, 0, 1): up to the EOS, or all without one."""
   tokens = tokens.tolist()
   return tuple(tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens)
 
@@ -105,7 +105,7 @@ def greedy_by_hand(model, row):
 
 
 def beams_by_hand(model, row, num_beams, alpha):
-  """[(score, tokens)], best first; a beam search that never stops early."""
+  """Returns [(score, tokens)], best first, of a beam search without early stop."""
   live, finished = [(0.0, ())], []
   for _ in range(model.length):
     candidates = []
@@ -135,7 +135,7 @@ def assert_beams(model, row, tokens, scores, expected):
 
 def test_argmax_is_the_first_of_the_largest():
   rng = np.random.default_rng(0)
-  logits = rng.integers(-3, 3, (64, 2, 7)).astype(np.float32)  # Full of ties.
+  logits = rng.integers(-3, 3, (64, 2, 7)).astype(np.float32)  # With many ties.
   logits[0] = -np.inf
   want = np.argmax(logits, axis=-1)
   got = jax.jit(decoding.argmax)(logits)
@@ -148,7 +148,7 @@ def test_greedy_takes_the_most_probable_token_at_every_step():
   tokens, log_probs = sample(model)
   expected = [greedy_by_hand(model, row) for row in range(8)]
   assert [generated(t) for t in tokens] == expected
-  assert {len(t) for t in expected} > {model.length}  # Some end, some do not.
+  assert {len(t) for t in expected} > {model.length}  # Some rows end.
   by_hand = [model.log_prob(row, t) for row, t in enumerate(expected)]
   np.testing.assert_allclose(log_probs, by_hand, 1e-5)
 
@@ -174,8 +174,8 @@ def test_only_zeros_follow_the_eos():
 
 
 def test_draws_follow_the_sampling_probabilities():
-  # Every row is the same, so rows are draws. Pairs of tokens, so that draws
-  # of one row that are not independent of each other show as well.
+  # All rows are equal, so each row is one draw. Each draw has two tokens, which
+  # also reveals dependence between the draws of a row.
   draws = 20_000
   settings = {'temperature': 1.4, 'top_k': 4, 'top_p': 0.95}
   model = HistoryModel(seed=2, rows=draws, vocab=5, length=2)
@@ -215,7 +215,7 @@ def test_top_k_beyond_the_vocabulary_and_top_p_of_one_keep_every_token():
 
 def test_top_p_counts_what_top_k_left():
   logits = jnp.log(jnp.asarray([0.4, 0.3, 0.2, 0.1]))
-  # Of 0.7 the first token has 0.57; of everything it has 0.4.
+  # Among the top 2, the first token has 0.57 of the probability (0.4 of 0.7).
   actual = decoding.sampling_probabilities(logits, 1.0, top_k=2, top_p=0.5)
   np.testing.assert_allclose(actual, [1.0, 0.0, 0.0, 0.0])
   actual = decoding.sampling_probabilities(logits, 1.0, top_p=0.5)
@@ -240,7 +240,7 @@ def test_a_sample_depends_only_on_its_own_row_and_key():
   np.testing.assert_array_equal(actual[0][:4], tokens)
   np.testing.assert_array_equal(actual[1][:4], log_probs)
 
-  # The key of a row is its own: rows may change places.
+  # Each row has its own key, so rows may change places.
   order = np.asarray([2, 0, 3, 1])
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(order))
   moved = HistoryModel(rows=4)
@@ -288,15 +288,15 @@ def test_beam_search_with_a_beam_for_all_is_an_exhaustive_search():
 def test_beam_search_matches_one_by_hand_that_never_stops_early(
   num_beams, alpha, eos_bias
 ):
-  # The vocabulary of 6 is smaller than 2 * num_beams, so that at first there
-  # are fewer candidates than places.
+  # The vocabulary of 6 is smaller than 2 * num_beams, so there are fewer
+  # candidates than slots at first.
   model = HistoryModel(rows=1, eos_bias=eos_bias)
   decode = jax.jit(
     lambda cache: decoding.beam_search(
       model.step, cache, 1, model.length, num_beams=num_beams, alpha=alpha
     )
   )
-  # One at a time: no other row makes the search go on when it should not stop.
+  # One row at a time, so that no other row hides a search that stops too early.
   for seed in range(20):
     model = HistoryModel(seed, rows=1, eos_bias=eos_bias)
     tokens, scores = map(np.asarray, decode(model.cache()))
@@ -308,7 +308,7 @@ def test_any_of_several_tokens_ends_an_answer():
   model, ends = HistoryModel(vocab=5, length=4), (EOS, 3)
 
   def complete(row):
-    """{answer with EOS at its end: [log p of the ends that it can have]}."""
+    """Returns {answer, ended by EOS: [its log p with each end token]}."""
     found = {}
     for length in range(1, model.length + 1):
       for head in itertools.product((0, 2, 4), repeat=length - 1):
@@ -344,7 +344,8 @@ def test_one_beam_is_greedy_where_eos_is_the_first_choice_or_the_last():
 
 
 def test_one_beam_may_end_where_greedy_goes_on():
-  # After token 2 the rest is uniform: EOS at once is second and best.
+  # After token 2, all tokens are equally likely, so EOS as the first token is
+  # the second choice of a step and the best answer.
   model = HistoryModel(rows=1, vocab=8, length=4)
   model.weights[:] = 0
   model.bias[0] = np.log([0.01, 0.4, 0.53, 0.01, 0.01, 0.01, 0.01, 0.02])
@@ -356,8 +357,8 @@ def test_one_beam_may_end_where_greedy_goes_on():
 
 
 def test_rows_that_never_finish_return_live_beams_with_raw_log_probs():
-  # The vocabulary is large enough for the first step to have 2 * num_beams
-  # candidates without an EOS.
+  # In this vocabulary, the first step finds 2 * num_beams candidates without an
+  # EOS.
   model = HistoryModel(rows=4, vocab=8, eos_bias=-100.0)
   tokens, scores = beam_search(model, num_beams=3, alpha=0.6)
   assert not (tokens == EOS).any()
@@ -382,7 +383,7 @@ def test_impossible_sequences_fill_no_slot():
 
 def test_beams_do_not_depend_on_the_other_rows():
   batch = HistoryModel(rows=4, eos_bias=2.0)
-  batch.bias[3, EOS] = -100.0  # This one keeps the search from stopping early.
+  batch.bias[3, EOS] = -100.0  # Keeps the search going.
   tokens, scores = beam_search(batch)
   for row in range(3):
     alone = HistoryModel(rows=1)
@@ -393,7 +394,7 @@ def test_beams_do_not_depend_on_the_other_rows():
 
 
 def steps_taken(model, decode, **settings):
-  """How often a decoder calls the step function, seen in cache_index."""
+  """Counts a decoder's calls of the step function, by cache_index."""
   steps = []
 
   def counted(tokens, cache):
@@ -413,11 +414,11 @@ def test_decoding_stops_when_no_row_can_change():
   assert steps_taken(model, decoding.sample) == 12
   assert steps_taken(model, decoding.beam_search) == 12
 
-  model.weights[3, :, EOS] += 200.0  # All beams of all rows end in step 4.
+  model.weights[3, :, EOS] += 200.0  # All beams of all rows end in step 4,
   assert steps_taken(model, decoding.sample) == 4
   assert steps_taken(model, decoding.beam_search) == 4
 
-  model.bias[2, EOS] -= 200.0  # But for those of one row.
+  model.bias[2, EOS] -= 200.0  # except those of one row.
   assert steps_taken(model, decoding.sample) == 12
   assert steps_taken(model, decoding.beam_search) == 12
 
@@ -443,7 +444,7 @@ def test_rows_on_several_devices_decode_alike_and_their_cache_stays_there():
     for line in decode.lower(cache).compile().as_text().splitlines()
     if re.search(' all-(gather|to-all)| collective-permute', line)
   ]
-  # cached_tokens is the one array of int16.
+  # Only cached_tokens has the type int16.
   assert not [line for line in moved if 's16[' in line]
 
 

@@ -1,4 +1,4 @@
-"""`ptune demo` and the model that it runs on."""
+"""`ptune demo`, and the model that comes with ptune."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ from ptune.tasks import generated_text
 from ptune.tasks.rows import read_rows
 from ptune.tools import demo, miniature
 
-# Enough for what is not about accuracy.
+# Enough rows for tests that do not check the accuracy.
 FEW = {'TRAIN_ROWS': 200, 'VALIDATION_ROWS': 200, 'TEST_ROWS': 200}
 
 
@@ -35,7 +35,7 @@ def few_rows():
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """A demo of few steps: its directory, its summary, what it printed."""
+  """Runs a demo of few steps; returns its directory, summary and output."""
   directory = tmp_path_factory.mktemp('demo')
   with few_rows():
     return directory, *told(directory, steps=2)
@@ -160,7 +160,7 @@ def test_the_demo_loads_no_tensorflow_and_jax_after_its_first_line():
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-  """A demo of all its steps: its directory and summary."""
+  """Runs a demo of all steps; returns its directory and summary."""
   directory = tmp_path_factory.mktemp('whole')
   summary, text = told(directory)
   print(text)
@@ -169,7 +169,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_prompt_reaches_85_percent(whole):
-  # With a margin for other machines; the card says what was measured.
+  # These bounds leave a margin for other machines; the card has the figures.
   _, summary = whole
   assert summary['prompt'] >= 0.85
   assert summary['topics'] >= 0.85
@@ -187,7 +187,7 @@ def test_what_is_counted_right_is_what_is_decoded(whole):
   names = ['sentiment'] * len(test)
   said = miniature.answer(bank, miniature.Pieces(), test, names)
   correct = [a == label for a, (_, label) in zip(said, test, strict=True)]
-  # The saved prompt alone, given to the frozen model, is all that there is.
+  # The frozen model and the saved prompt reproduce the score.
   assert abs(np.mean(correct) - summary['prompt']) <= 0.002
 
 

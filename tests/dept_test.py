@@ -1,4 +1,4 @@
-"""Additions to the embedded inputs, DePT and ADePT, against their formulas."""
+"""Additions to the embedded inputs (DePT, ADePT) match their formulas."""
 
 import functools
 
@@ -21,7 +21,7 @@ methods = pytest.mark.parametrize('name', METHODS)
 
 
 def encoder_reads(net, params, tokens):
-  """What leaves the site `encoder/embed`: [batch, prompt + length, embed]."""
+  """Returns site `encoder/embed`: [batch, prompt + length, embed]."""
   _, sown = net.apply(
     {'params': params},
     tokens,
@@ -33,7 +33,7 @@ def encoder_reads(net, params, tokens):
 
 
 def by_hand(name, flat, tokens):
-  """[P; X + additions], from the formulas of the modules, in float64."""
+  """Computes [P; X + additions] from the modules' formulas, in float64."""
   flat = {k: np.asarray(v, np.float64) for k, v in flat.items()}
   own = {
     k.removeprefix('encoder/offset/'): v

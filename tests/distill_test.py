@@ -1,4 +1,4 @@
-"""A distilled prompt answers as the model with the long text does."""
+"""A distilled prompt answers like the model with the long text."""
 
 import json
 
@@ -40,7 +40,7 @@ def arguments(model_dir, *more, **macros):
 
 
 def compared(directory, file, rate):
-  """What was written of an untrained run of a gin file and a trained one."""
+  """Runs a gin file untrained and trained; returns both distilled.json."""
   found = []
   for name, steps in STEPS.items():
     command = arguments(
@@ -67,7 +67,8 @@ def test_a_distilled_prompt_answers_as_the_model_with_the_text(
     ]
     for name, steps in STEPS.items()
   ]
-  # The divergence a token, and the share of tokens that are the same.
+  # `loss` is the divergence per token; `token_accuracy` the share of equal
+  # tokens.
   assert scores[1]['loss'] < 0.25 < 0.6 < scores[0]['loss']
   assert scores[1]['token_accuracy'] > 0.8 > 0.6 > scores[0]['token_accuracy']
   assert trained['inputs'] == 96
@@ -89,7 +90,7 @@ def test_a_prefix_replaces_the_text_whose_keys_and_values_it_started_as(
   untrained, trained = (x['same_answer']['trained'] for x in found)
   assert trained > 0.8 > untrained
   assert (tmp_path / 'trained' / 'prompts' / 'best.safetensors').exists()
-  # A prefix is no part of the input, and is told.
+  # The output reports a prefix separately, because it is no part of the input.
   assert found[1]['tokens'] == {'text': 53 + 32, 'trained': 32}
   assert found[1]['prefix'] == 10
   said = capsys.readouterr().out
@@ -115,7 +116,7 @@ def test_a_prompt_is_distilled_on_inputs_that_the_model_made_up(tmp_path):
   assert found['inputs'] == 16
   assert found['same_answer']['trained'] > 0.8 > found['same_answer']['base']
   made = (tmp_path / 'run' / 'made_up' / 'train.jsonl').read_text()
-  # Started again, it answers the same from the same inputs.
+  # A restarted run uses the same inputs and gives the same answers.
   with tiny.one_device():
     assert cli.main(own) == 0
   again = json.loads((tmp_path / 'run' / 'distilled.json').read_text())

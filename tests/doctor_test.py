@@ -1,4 +1,4 @@
-"""The preflight: what passes on eight fake devices, and each failure's fix."""
+"""The preflight passes on eight fake devices, and names each failure's fix."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ def test_all_checks_pass_here(tmp_path, capsys):
   assert all(line.startswith('ok    ') for line in lines)
   assert 'ok    devices: 8 x cpu' in lines
   assert 'on a mesh of 4 x 2' in lines[-1]
-  assert not list(tmp_path.iterdir())  # It leaves nothing behind.
+  assert not list(tmp_path.iterdir())  # It leaves no files.
 
 
 def test_a_failure_names_its_fix_and_the_other_checks_go_on(

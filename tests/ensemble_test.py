@@ -1,4 +1,4 @@
-"""Several prompts of one task: each as alone, and what most of them say."""
+"""Several prompts of a task: each answers as if alone, and they vote."""
 
 import itertools
 import json
@@ -26,7 +26,8 @@ def test_the_majority_wins_and_the_scores_decide_a_tie():
     ]
   )
   votes = ensemble.vote(tokens, scores)
-  # Two say b, at low scores; a tie of two and two; two say c; all say a.
+  # By column: two vote b with low scores; two against two; two vote c; all vote
+  # a.
   np.testing.assert_array_equal(votes.tokens, [b, b, c, a])
   np.testing.assert_array_equal(votes.count, [2, 2, 2, 4])
   np.testing.assert_allclose(votes.scores, [-5.5, -1, -2, -1.5])
@@ -56,7 +57,7 @@ def test_the_order_of_members_matters_only_to_what_is_equal():
 
 @pytest.fixture(scope='module')
 def evaluated(tmp_path_factory):
-  """What an evaluation of three prompts wrote, and the three."""
+  """Returns the files of an evaluation of three prompts, and the prompts."""
   path = tmp_path_factory.mktemp('evaluated')
   best = np.load(tiny.trained() / 'prompts' / 'best.npy')
   prompts = {'a': best, 'b': -2 * best, 'c': np.concatenate([best, 3 * best])}
@@ -120,7 +121,7 @@ def test_average_best_and_ensemble_stand_beside_the_members(evaluated):
   assert vote['accuracy'] == scores['tiny']['accuracy']
   means = [r['mean_score'] for r in members]
   assert vote['mean_score'] == pytest.approx(np.mean(means), rel=1e-5)
-  # By the rule, from what each member said.
+  # Computes the vote by hand from each member's answers.
   votes = lines(path / 'out' / 'tiny' / 'votes.jsonl')
   said = lines(path / 'out' / 'tiny' / 'predictions-ensemble.jsonl')
   targets = [label for _, label in tiny.rows('validation')]

@@ -1,4 +1,4 @@
-"""`ptune eval`: every example once, the same scores however it is done."""
+"""`ptune eval` evaluates every example once; settings do not change scores."""
 
 import collections
 import functools
@@ -27,18 +27,18 @@ from tests import tiny
 
 @pytest.fixture(scope='module')
 def trained():
-  """The MODEL_DIR of a run."""
+  """Returns the MODEL_DIR of a run."""
   return tiny.trained()
 
 
 def run(output_dir, **changes):
-  """Runs `evaluate`; for one task its scores, else those of all."""
+  """Runs `evaluate`; returns the scores of one task, or those of all tasks."""
   scores = tiny.use(evaluate.evaluate, output_dir, **changes)
   return scores.get(changes.get('mixture_or_task_name', 'tiny'), scores)
 
 
 def on_validation(task, plan, **settings):
-  """The evaluation of a task's validation split."""
+  """Returns an evaluation of a task's validation split."""
   return evaluation_lib.Evaluation(
     task,
     plan,
@@ -51,7 +51,7 @@ def on_validation(task, plan, **settings):
 
 
 def seqio_twin(task, **settings):
-  """A SeqIO task `seqio_<name>` with the rows of a task of texts."""
+  """Registers a SeqIO task `seqio_<name>` with the rows of a text task."""
   return TaskRegistry.add(
     f'seqio_{task.name}',
     source=seqio_texts.source(task),
@@ -68,7 +68,7 @@ def predictions(output_dir, task='tiny'):
 
 @pytest.fixture(scope='module')
 def reference(trained, tmp_path_factory):
-  """The scores and predictions of an evaluation, padded to full length."""
+  """Returns scores and predictions of an evaluation padded to full length."""
   path = tmp_path_factory.mktemp('reference')
   scores = run(path, model_dir=trained, bucket_multiple=None)
   return scores, predictions(path)
@@ -124,7 +124,7 @@ def test_scores_equal_those_made_by_hand(trained, reference):
   examples = seqio_task.examples(
     seqio_task.load('tiny'), tiny.LENGTHS, 'validation'
   )
-  for _, row in examples:  # One by one.
+  for _, row in examples:  # One at a time.
     ((_, batch),) = padding.padded_batches([row], 1, None)
     batch = {
       k: np.pad(v, ((0, 0), (0, tiny.LENGTHS[side] - v.shape[1])))

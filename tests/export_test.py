@@ -1,4 +1,4 @@
-"""Prompts out to other programs and in from them; hostile files."""
+"""Importing and exporting prompts, and refusing hostile files."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ ROWS = 'prompt_embeddings'
 
 @pytest.fixture
 def run(numerics, tmp_path):
-  """A MODEL_DIR as `ptune train` leaves it; the prompt of step n is n."""
+  """Returns a MODEL_DIR of `ptune train`; the prompt of step n is all n."""
   directory = tmp_path / 'run'
   (directory / 'prompts').mkdir(parents=True)
   base = numerics / BASE
@@ -100,7 +100,7 @@ def test_the_reference_implementations_prompt_is_exact(
   facts = json.loads((tmp_path / 'p.json').read_text())
   assert facts['t5x_step'] == 1100010
   assert facts['prompt_length'] == 5
-  # What is not known is not there: ptune compares what is.
+  # Unknown facts are left out, because ptune compares the facts that it finds.
   assert not {'base', 'step', 'scores'} & set(facts)
 
 
@@ -256,7 +256,7 @@ def _header(text):
       'pic',
     ),
     (
-      # More than any machine has: it must not be made room for.
+      # No machine has this much memory, so ptune must not allocate it.
       _header(
         "{'descr': '<f4', 'fortran_order': False, "
         "'shape': (1000000000, 1000000000)}"
@@ -362,7 +362,7 @@ def test_safetensors_keep_what_is_known(run, tmp_path):
   again = read_prompt(file)
   np.testing.assert_array_equal(again.array, read_prompt(run).array)
   assert read_prompt(run).facts.items() <= again.facts.items()
-  # A whole model is no prompt.
+  # A whole model is not a prompt.
   with pytest.raises(ValueError, match=r'holds .*decoder'):
     read_prompt(_model_file(tmp_path))
 
@@ -374,7 +374,7 @@ def _model_file(tmp_path):
 
 
 def test_files_that_are_not_local_say_so(tmp_path):
-  # Nothing of it is asked for: the name is enough.
+  # The name is enough for the error; nothing is read.
   with pytest.raises(ValueError, match=r'gcloud storage cp -r gs://bucket/a .'):
     safetensors_files.open_file(epath.Path('gs://bucket/a/p.safetensors'))
 
@@ -412,13 +412,13 @@ def test_peft_export_of_a_run_finds_and_checks_its_base(
   assert (config['num_layers'], config['num_attention_heads']) == (2, 4)
   again = read_prompt(tmp_path / 'a')
   assert read_prompt(run).facts.items() <= again.facts.items()
-  # Where the base has gone, a prompt is still a prompt.
+  # A prompt remains usable without its base.
   _edit(run / 'run.json', initial_checkpoint_path='/gone')
   lines = export(read_prompt(run), 'peft', tmp_path / 'b')
   assert 'cannot be opened: Nothing is at /gone' in '\n'.join(lines)
   with pytest.raises(FileNotFoundError, match='/gone'):
     export(read_prompt(run), 't5x', tmp_path / 'c')
-  # T5X's base has no name that PEFT could load.
+  # PEFT cannot load T5X's base by a name.
   base = numerics / layouts.T5_1_1['t5x']
   lines = export(read_prompt(run), 'peft', tmp_path / 'd', base=str(base))
   assert 'name one with --base_name=org/name' in '\n'.join(lines)
@@ -459,7 +459,7 @@ def test_t5x_export_is_the_base_and_the_prompt(numerics, run, tmp_path, kind):
   source = open_checkpoint(tmp_path / 'checkpoint_1')
   before = open_checkpoint(base).step or 0
   assert (source.kind, source.step) == ('t5x', before + 9)
-  # The golden checkpoint, which T5X wrote, has the same tree.
+  # The golden checkpoint, written by T5X, has the same tree.
   assert set(source.ignored) == {
     f'state/param_states/{PATH}/{name}' for name in ('m', 'v', 'v_row', 'v_col')
   }
@@ -525,7 +525,7 @@ def test_a_directory_that_is_no_output_is_never_replaced(run, tmp_path):
   (tmp_path / 'p.npy' / 'x').mkdir()
   with pytest.raises(ValueError, match='x, not a file'):
     export(read_prompt(run), 'npy', tmp_path / 'p', overwrite=True)
-  # Nor one that holds what is read.
+  # Overwriting does not extend to a directory that contains an input.
   (tmp_path / 'adapter_config.json').write_text('')
   with pytest.raises(ValueError, match='an input'):
     export(read_prompt(run), 'peft', tmp_path, overwrite=True)

@@ -1,6 +1,6 @@
-"""Models of every family, made by transformers, answer the same here.
+"""Models of every family from transformers give the same answers in ptune.
 
-They come with `pip install -e '.[test,interop]'`.
+They need `pip install -e '.[test,interop]'`.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ transformers = pytest.importorskip(
   'transformers', reason=f'transformers is {WHY}'
 )
 
-# They warn of one another's deprecations.
+# These libraries warn about each other's deprecations.
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 PROMPT = 3
@@ -44,15 +44,15 @@ BEAMS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """A model as transformers makes it.
+  """A model of transformers.
 
   Attributes:
     name: Its class, without ForConditionalGeneration.
     ids: Its special tokens.
-    head: Whether the output layer has weights of its own.
-    own: Whether the decoder has an embedding of its own.
-    config: What differs from the others in its configuration.
-    seed: Of its weights: some answers end, and of several lengths.
+    head: Whether the output layer has its own weights.
+    own: Whether the decoder has its own embedding.
+    config: Settings that differ from those of the other models.
+    seed: Seed of its weights; some answers end, at different lengths.
   """
 
   name: str = 'T5'
@@ -63,7 +63,7 @@ class Kind:
   seed: int = 1
 
   def make(self, path):
-    """The model; it is saved at `path`."""
+    """Makes the model and saves it at `path`."""
     torch.manual_seed(self.seed)
     config = getattr(transformers, f'{self.name}Config')(
       **{
@@ -91,7 +91,7 @@ class Kind:
       model.decoder.set_input_embeddings(embedding)
     with torch.no_grad():
       model.lm_head.weight[self.ids.eos] *= 4  # Some answers end.
-      # What one layer learned must not pass for another's.
+      # Different values in each layer, so that a mix-up of layers shows.
       for name, value in model.named_parameters():
         if 'relative_attention_bias' in name:
           value.copy_(torch.randn(*value.shape))
@@ -134,7 +134,7 @@ KINDS = {
   ),
   'tied mt5': Kind('MT5', head=False),
 }
-# Of these, the layers are computed by SCAN.
+# For these models, SCAN computes the layers.
 SCANNED = ('pile_t5', 'long_t5 global')
 
 
@@ -144,7 +144,7 @@ def made(kind, directory):
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')
     KINDS[kind].make(path)
-    # As whoever uses the directory has it.
+    # Loads it as users would.
     load = transformers.AutoModelForSeq2SeqLM.from_pretrained
     return path, load(path, dtype=torch.float32).eval()
 
@@ -155,7 +155,7 @@ def directory(tmp_path_factory):
 
 
 def case_of(ids: TokenIds) -> dict[str, np.ndarray]:
-  """Rows of unequal length, with the tokens that are special elsewhere."""
+  """Returns rows of unequal length that include other models' special ids."""
   rng = np.random.default_rng(0)
   inputs, targets = (rng.integers(0, 96, (3, n), np.int32) for n in (7, 5))
   for tokens in (inputs, targets):
@@ -177,7 +177,7 @@ def rows_of_a_prompt() -> np.ndarray:
 
 
 def theirs(model, case, rows, ids):
-  """What goes into a torch model: the prompt before the embedded tokens."""
+  """Returns the inputs of a torch model: the prompt before the embeddings."""
   tokens = torch.tensor(case['encoder_input_tokens'], dtype=torch.long)
   embedded = model.encoder.embed_tokens(tokens)
   prompts = rows[None].expand(len(tokens), -1, -1)
@@ -191,7 +191,7 @@ def theirs(model, case, rows, ids):
 
 
 def ours(path, scan=False):
-  """The model that ptune reads, with a prompt: network and parameters."""
+  """Reads the model in ptune, with a prompt; returns model and parameters."""
   config, arrays = layouts.restored(path)
   config = dataclasses.replace(config, scan=scan)
   net = Transformer(config, prompt.prompt(PROMPT).placements)
@@ -243,7 +243,7 @@ def test_loss_and_gradient_of_a_prompt_are_those_of_transformers(
 def test_eight_devices_equal_one(directory, kind):
   path, _ = made(kind, directory)
   asked, arrays = ours(path)
-  # Rows for four devices, each of them on two.
+  # Rows for four devices, with two devices for each row.
   case = {k: np.repeat(x, 4, axis=0) for k, x in case_of(TokenIds()).items()}
   arrays = {**arrays, prompt.PATH: jnp.asarray(rows_of_a_prompt())}
   want, _ = jax.jit(asked.loss)(layouts.nested(arrays), case)
@@ -265,7 +265,7 @@ OTHERWISE.append('long_t5 global')
 
 
 def loss_of(path, case, mesh, **how):
-  """The loss, with frozen weights as a run holds them on a mesh."""
+  """Returns the loss with frozen weights placed on a mesh, as in a run."""
   config, arrays = layouts.restored(path)
   plan = parameters.plan(
     dataclasses.replace(config, **how), prompt.prompt(PROMPT), mesh
@@ -312,8 +312,8 @@ def test_loss_and_gradient_are_the_same_however_it_is_computed(directory, kind):
     assert got != want, 'nothing was rounded'
 
 
-# Arguments of methods whose defaults are too large for 96 tokens, or causal,
-# which transient-global attention cannot be.
+# Arguments of methods whose defaults are too large for a vocabulary of 96, or
+# causal, which transient-global attention does not allow.
 SMALL = {
   'superpos': {'tokens': 8, 'population': 90},
   'multitask': {'tasks': 2, 'vocab_size': 96, 'causal': False},
@@ -335,7 +335,7 @@ def test_every_method_learns(directory, kind, method):
   } | arrays
   trained = {name: params.pop(name) for name in [*params] if how.trains(name)}
   case = case_of(TokenIds())
-  if method == 'multitask':  # A row begins with the token of its task.
+  if method == 'multitask':  # Row begins with its task token.
     case['encoder_input_tokens'][:, 0] = 95
   asked = EncoderDecoderModel(net)
 
@@ -375,13 +375,13 @@ def test_answers_are_those_of_transformers(directory, kind, beams):
       num_beams=beams,
       length_penalty=0.0,
       early_stopping='never' if beams > 1 else False,
-      # Its cache takes the decoder to be as deep as the encoder.
+      # Its cache assumes that the decoder is as deep as the encoder.
       use_cache=False,
     )[:, 1:].numpy()
   want = np.pad(
     want, ((0, 0), (0, DECODED - want.shape[1])), constant_values=ids.pad
   )
-  # transformers fills up with EOS where padding is 0.
+  # transformers pads with EOS if the padding id is 0.
   over = np.cumsum(want == ids.eos, axis=1) - (want == ids.eos) > 0
   want = np.where(over, ids.pad, want)
   ended = (want == ids.eos).any(axis=1)
@@ -391,7 +391,7 @@ def test_answers_are_those_of_transformers(directory, kind, beams):
   how = Decoding(num_beams=beams, alpha=0.0)
   predict = jax.jit(lambda p, x: asked.predict(p, x, DECODED, how))
   tokens, scores = predict(params, case['encoder_input_tokens'])
-  # An answer that has not ended comes last here, by its score there.
+  # ptune ranks an unfinished answer last, transformers by its score.
   same = np.all(tokens == want, axis=1)
   assert same[ended].any()
   score = jax.jit(asked.score)
@@ -410,8 +410,8 @@ def test_answers_are_those_of_transformers(directory, kind, beams):
   np.testing.assert_allclose(scores, scored(np.asarray(tokens)), atol=1e-4)
   if beams == 1:
     assert same.all()
-  # transformers ends a beam only where that is among the best, as T5X does not:
-  # an answer that it has not found is a better one.
+  # transformers ends a beam only if it is among the best; ptune and T5X do not
+  # require this. So if our answer differs from theirs, ours must score higher.
   other = ended & ~same
   assert (scores > scored(want) + 1e-3)[other].all()
 
@@ -452,7 +452,7 @@ def test_answers_end_with_any_of_several_tokens(directory, tmp_path):
 
 
 def _end(row, ends):
-  """The length of an answer, its end included."""
+  """Returns the length of an answer, including its end token."""
   found = np.isin(row, ends)
   return int(np.argmax(found)) + 1 if found.any() else len(row)
 

@@ -1,8 +1,8 @@
-"""From a text to an answer: models of all families, through the commands.
+"""From text to answer with models of all families, through the commands.
 
-A small random model and its vocabulary are converted, a prompt is exported, and
-transformers with PEFT answers texts with what was written. They come with
-`pip install -e '.[test,interop]'`.
+Each test converts a small random model with its vocabulary, and exports a
+prompt. Then transformers and PEFT answer texts with the written files. They
+need `pip install -e '.[test,interop]'`.
 """
 
 import dataclasses
@@ -24,20 +24,20 @@ pytest.importorskip('tokenizers', reason=f'tokenizers is {WHY}')
 
 from tests import families_test, t5gemma_test
 
-# They warn of one another's deprecations.
+# These libraries warn about each other's deprecations.
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 TEXTS = ['This is a review.', 'a {b} or c', '日本語', '', 'one\n\ntwo two two']
 
 
 def sentencepiece(path):
-  """T5's kind of vocabulary."""
+  """Writes a vocabulary of T5's kind."""
   shutil.copy(pretrained.VOCABULARY, path / 'spiece.model')
   return path
 
 
 def t5(kind, **changes):
-  """A kind of `families_test`, for a vocabulary of some size."""
+  """Returns a maker of a `families_test` model for a given vocabulary size."""
 
   def make(path, rows):
     made = families_test.KINDS[kind]
@@ -48,7 +48,7 @@ def t5(kind, **changes):
 
 
 def t5gemma(name):
-  """A model of `t5gemma_test`, for a vocabulary of some size."""
+  """Returns a maker of a `t5gemma_test` model for a given vocabulary size."""
 
   def make(path, rows):
     config = dataclasses.replace(t5gemma_test.MODELS[name], vocab_size=rows)
@@ -108,7 +108,7 @@ def test_commands_write_what_answers_texts_alike(kind, tmp_path, capsys):
 
 
 def silence(model, vocabulary):
-  """Keeps a model from answering with tokens that have no text of their own."""
+  """Prevents answers with tokens that have no text."""
   rows = model.get_output_embeddings().weight
   texts = [vocabulary.decode([i]) for i in range(vocabulary.vocab_size)]
   mute = [
@@ -122,7 +122,7 @@ def silence(model, vocabulary):
 
 
 def theirs(hf, adapter, kind):
-  """What transformers answers, with PEFT's prompt."""
+  """Returns the answers of transformers with PEFT's prompt."""
   tokenizer = transformers.AutoTokenizer.from_pretrained(hf)
   model = peft.PeftModel.from_pretrained(
     kind.from_pretrained(hf, dtype=torch.float32), adapter
@@ -130,7 +130,7 @@ def theirs(hf, adapter, kind):
   answers = []
   for text in TEXTS:
     ids = tokenizer(text).input_ids
-    if ids[-1:] != [tokenizer.eos_token_id]:  # Gemma's and Llama's add none.
+    if ids[-1:] != [tokenizer.eos_token_id]:  # Gemma and Llama add none.
       ids.append(tokenizer.eos_token_id)
     with torch.no_grad():
       answer = model.generate(
@@ -139,7 +139,7 @@ def theirs(hf, adapter, kind):
         max_new_tokens=recorded.LENGTHS['targets'],
         do_sample=False,
         num_beams=1,
-        # Its cache takes the decoder to be as deep as the encoder.
+        # Its cache assumes that the decoder is as deep as the encoder.
         use_cache=False,
       )
     answers.append(tokenizer.decode(answer[0], skip_special_tokens=True))

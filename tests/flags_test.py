@@ -1,4 +1,4 @@
-"""Short settings: what they mean, and a run's directory in place of them."""
+"""Short flags: their meaning, and a run's directory instead of flags."""
 
 import argparse
 import io
@@ -31,7 +31,7 @@ def no_gin_from_elsewhere():
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-  """The rows as CSV files, by split."""
+  """Writes the rows as CSV files; returns their paths by split."""
   directory = tmp_path_factory.mktemp('rows')
   paths = {}
   for split, rows in ROWS.items():
@@ -42,14 +42,14 @@ def files(tmp_path_factory):
 
 
 def short(files, **more):
-  """The settings of a training on the rows, as flags have them."""
+  """Returns the flags of a training on the rows."""
   rows = {**files, 'inputs': '{t}', 'targets': '{l}', 'labels': ['no', 'yes']}
   small = {'steps': 2, 'prompt_length': 3, 'batch_size': 8}
   return {'base': 'ptune://tiny', **rows, **small, **more}
 
 
 def config(names, bindings):
-  """Everything that gin files and bindings set."""
+  """Returns the configuration that gin files and bindings produce."""
   gin.clear_config()
   gin_files.parse(names, bindings)
   return gin.config_str()
@@ -79,7 +79,7 @@ def test_flags_mix_with_gin_files(files, tmp_path):
   given = [str(mine), 'methods/lora.gin']
   found = config(*flags.expand('train', short(files), given))
   assert "MODEL_DIR = 'mine'" in found and 'METHOD = @lora.lora()' in found
-  assert 'BATCH_SIZE = 8' in found  # A flag goes before a file.
+  assert 'BATCH_SIZE = 8' in found  # A flag overrides a file.
   assert flags.expand('train', {}, given) == (given, [])
 
 
@@ -139,7 +139,7 @@ def test_help_explains_what_the_program_reads(program, capsys):
   for group in explained.values():
     assert all(f'\n  --{flag} ' in told for flag in group)
   if program not in ('plan', 'doctor'):
-    # Every macro that its files set has a group.
+    # The help has a group for each macro in the program's files.
     text = flags._with_includes(f'runs/{program}.gin')
     flags_told = {flag for group in explained.values() for flag in group}
     macros = {flags.names().get(flag) for flag in flags_told}

@@ -1,7 +1,7 @@
-"""Fused kernels compute what `Attention` does.
+"""Fused kernels compute the same as `Attention`.
 
-No test has an accelerator: Pallas' kernel is interpreted, cuDNN's is lowered,
-and what it would be given is computed by XLA.
+No test uses an accelerator. Pallas's kernel is interpreted. cuDNN's is only
+lowered, and XLA computes with its arguments instead.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from tests.network_test import SHALLOW, make_batch, random_params
 BFLOAT16 = dataclasses.replace(
   SHALLOW, dtype='bfloat16', head_dim=64, fused_attention=True
 )
-# Long enough in the encoder, and of odd length with its prompt.
+# The encoder's input is long enough, and its length with the prompt is odd.
 LONG = make_batch([130, 40, 9, 120], [7, 3, 5, 2], encoder_length=130)
 
 
 @contextlib.contextmanager
 def on(platform):
-  """As if the devices were of a platform; cuDNN is XLA."""
+  """Pretends that the devices are of a platform; XLA replaces cuDNN."""
 
   def xla(q, k, v, bias):
     assert q.shape[1] % 2 == k.shape[1] % 2 == 0
@@ -57,7 +57,7 @@ def test_values_and_derivatives_are_those_of_the_formula(platform):
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
   q, k, v = draw(2, 5, 3, 8), draw(2, 7, 3, 8), draw(2, 7, 3, 8)
-  # One row sees nothing but its first key.
+  # One row attends only to its first key.
   mask = (np.array([7, 1])[:, None] > np.arange(7))[:, None, None]
   arrays = q, k, v, draw(1, 3, 5, 7)
   want, want_pull = jax.vjp(lambda *x: plain(*x, mask), *arrays)
@@ -71,7 +71,7 @@ def test_values_and_derivatives_are_those_of_the_formula(platform):
 
 @functools.cache
 def program(config, platform):
-  """Logits of LONG, and the prompt's gradient; for a platform, or plain."""
+  """Returns logits of LONG and the prompt's gradient; no platform, no kernel."""
   plan = parameters.plan(
     config, prompt.prompt(3), partitioning.make_mesh(2, jax.devices()[:4])
   )
@@ -110,7 +110,7 @@ def test_the_network_is_the_same_in_low_precision(platform, changes):
     fused, 'attend', mock.Mock(side_effect=fused.attend)
   ) as attend:
     got, gradient = program(config, platform)
-  # The encoder's alone: seven targets are too few.
+  # Only the encoder's attention is fused, because seven targets are too few.
   assert attend.call_count > 0
   assert {call.args[0].shape[1] for call in attend.call_args_list} == {133}
   scale = np.abs(want).max()
@@ -121,7 +121,7 @@ def test_the_network_is_the_same_in_low_precision(platform, changes):
 
 
 def is_fused(platform, config, batch):
-  """Whether any attention of a forward pass is fused."""
+  """Whether a forward pass uses a fused kernel."""
   net = network.Transformer(config, prompt.prompt(3).placements)
   model = EncoderDecoderModel(net)
   shapes = jax.eval_shape(lambda: random_params(net))
@@ -172,7 +172,7 @@ def test_a_bias_of_another_shape_is_left_to_xla():
 def test_on_several_devices_it_must_be_known_how_arrays_are_split():
   q = jax.ShapeDtypeStruct((4, 128, 2, 64), jnp.bfloat16)
   mask = jax.ShapeDtypeStruct((4, 1, 1, 128), jnp.bool_)
-  mesh = partitioning.make_mesh(2)  # Four rows, over four devices.
+  mesh = partitioning.make_mesh(2)  # 4 rows on 4 devices.
 
   def fits(q):
     return fused.fits(None, q, q, None, mask)
@@ -190,7 +190,7 @@ def test_a_cpu_has_no_kernel():
 
 
 def test_cudnn_gets_a_step_of_training():
-  """Lowered for a GPU; that it runs there is not tested."""
+  """Lowers the step for a GPU; no test runs it there."""
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
   net = network.Transformer(BFLOAT16, prompt.prompt(3).placements)
@@ -211,7 +211,7 @@ def test_cudnn_gets_a_step_of_training():
 
 
 class DroppedWeights(nn.Module):
-  """Attention that drops weights, with the kernels of `Attention`."""
+  """Attention with dropout of weights, as in `Attention`."""
 
   @nn.compact
   def __call__(self, x, mask):

@@ -1,4 +1,4 @@
-"""Generated text: a pure function of its seed, and nothing of a test leaks."""
+"""Generated text depends only on its seed, and leaks nothing of test data."""
 
 import os
 import random
@@ -49,7 +49,7 @@ def test_rows_do_not_depend_on_the_process():
 
 @pytest.fixture(scope='module')
 def read_in_pretraining():
-  """A sample of all that pre-training reads, inputs and targets."""
+  """Returns a sample of all pre-training rows: inputs and targets."""
   tasks = generated_text.prefix_tasks(0, 192)
   rows = generated_text.prefix_rows('0 train', 5000, tasks)
   described = generated_text.described('0 train', 5000)
@@ -69,7 +69,7 @@ def test_no_label_of_a_downstream_task_is_read_in_pretraining(
   assert not leaks, leaks[:3]
   words = set(generated_text.label_words())
   assert not words & generated_text.withheld()
-  # Nor are they words of the reviews, where a model could copy them from.
+  # The reviews do not contain them either, so a model cannot copy them.
   reviews = ' '.join(text for text, _ in generated_text.reviews(0, 2000))
   assert not re.search(labels, reviews)
 
@@ -84,7 +84,8 @@ def test_no_template_of_a_review_is_read_in_pretraining(read_in_pretraining):
       literal |= grams(part.split())
   assert len(literal) > 20
   read = set().union(*(grams(text.split()) for text in read_in_pretraining))
-  # Ordinary English of the docstrings; no sentence holds any of them.
+  # The docstrings may share one phrase of ordinary English; sentences share
+  # none.
   shared = literal & read
   assert len(shared) <= 1, shared
   sentences = {g for s in generated_text.sentences(0, 5000)
@@ -117,7 +118,7 @@ def test_given_latents_are_in_the_sentence():
 
 # ----------------------------------------------------------------- SeqIO tasks
 
-LENGTHS = {'inputs': 36, 'targets': 20}  # Those of pretrain_generated.gin.
+LENGTHS = {'inputs': 36, 'targets': 20}  # As in pretrain_generated.gin.
 
 
 @pytest.fixture(scope='module')
@@ -144,7 +145,7 @@ def test_a_row_of_a_prefix_task_starts_with_the_ids_of_that_task(generated):
     np.testing.assert_array_equal(row['inputs'][: len(prefix)], prefix)
     label = generated.vocabulary.decode(row['targets'].tolist())
     assert label in tasks[number].labels.values()
-    # Nothing was cut off, and no task's ids stand in the sentence.
+    # Nothing was cut off, and the sentence contains no task ids.
     assert row['inputs'][-1] == 1 and row['targets'][-1] == 1
     assert (row['inputs'][len(prefix) :] < generated.VOCABULARY_ROWS).all()
 

@@ -1,6 +1,6 @@
-"""What a run is promised when it is stopped, and what is on disk is spoiled.
+"""The promises about stopped runs and damaged files.
 
-docs/promises.md says which test shows what.
+docs/promises.md lists which test shows which promise.
 """
 
 import errno
@@ -19,12 +19,12 @@ import pytest
 from ptune.training import checkpoints
 from tests import tiny
 
-# A start takes 3 CPU seconds.
+# Each start takes 3 CPU seconds.
 KILLS = int(os.environ.get('PTUNE_KILLS', '20'))
 MOMENTS = ('writing', 'written', 'training', 'setting up')
 STEPS = 60
 SAVE = checkpoints._save
-# Of Orbax's threads, where files that they read or write are not there.
+# Orbax's threads raise if the files that they read or write are gone.
 pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning'
 )
@@ -39,7 +39,7 @@ def arguments(model_dir, *more, **macros):
       'MODEL_DIR': os.fspath(model_dir),
       'MIXTURE_OR_TASK_NAME': 'tiny_no_metrics',
       'TRAIN_STEPS': STEPS,
-      'EVAL_SPLIT': None,  # Half of what a start takes; see train_program_test.
+      'EVAL_SPLIT': None,  # Takes half of a start; see train_program_test.
       'CHECKPOINT_PERIOD': 5,
       'BUCKET_MULTIPLE': 16,
       **macros,
@@ -53,7 +53,7 @@ def final_prompt(model_dir, step):
 
 @pytest.fixture(scope='module')
 def calm(tmp_path_factory):
-  """The MODEL_DIR of a run that nothing happened to."""
+  """Returns the MODEL_DIR of an undisturbed run."""
   path = tmp_path_factory.mktemp('calm') / 'run'
   status, output = tiny.command(*arguments(path))
   assert status == 0, output
@@ -61,7 +61,7 @@ def calm(tmp_path_factory):
 
 
 def assert_same_run(left, right):
-  """The same prompts to the bit, and the same records."""
+  """Compares the records, and the prompts bit by bit."""
   assert tiny.records(left) == tiny.records(right)
   steps = checkpoints.finished_steps(right / 'checkpoints')
   assert set(steps) <= set(checkpoints.finished_steps(left / 'checkpoints'))
@@ -81,7 +81,7 @@ def is_running(process):
 
 
 def wait_until(process, condition):
-  """Returns as soon as a condition holds, or the process has ended."""
+  """Waits until a condition holds or the process ends."""
   end = time.monotonic() + 60
   while is_running(process) and not condition():
     assert time.monotonic() < end, process.output
@@ -93,10 +93,10 @@ def names(folder):
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bits(calm, tmp_path):
-  """Kills in a checkpoint's writing, right after it, and at any moment."""
+  """Kills runs while they write a checkpoint, right after, and at any time."""
   run = tmp_path / 'run'
   folder = run / 'checkpoints'
-  draw = random.Random(0)  # With a seed: a bad moment should be seen again.
+  draw = random.Random(0)  # A seed, to reproduce failures.
   killed = dict.fromkeys(MOMENTS, 0)
   for moment in itertools.cycle(MOMENTS):
     before = names(folder)
@@ -110,7 +110,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(calm, tmp_path):
       sign = 'tmp' if moment == 'writing' else ''
       wait_until(
         process,
-        lambda: any(  # The functions are called at once.
+        lambda: any(  # Called immediately.
           sign in name and (sign or name.isdecimal())  # noqa: B023
           for name in names(folder) - before  # noqa: B023
         ),
@@ -119,7 +119,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(calm, tmp_path):
     killed[moment] += process.wait() == -signal.SIGKILL
     if sum(killed.values()) == KILLS:
       break
-    # Else it would finish too early.
+    # Without this, the run would finish too early.
     for name in names(folder):
       if name.isdecimal() and int(name) > STEPS // 2:
         shutil.rmtree(folder / name)
@@ -152,7 +152,7 @@ def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(calm, tmp_path):
 
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
-  """The MODEL_DIR of a run in this process."""
+  """Returns the MODEL_DIR of a run in this process."""
   path = tmp_path_factory.mktemp('undisturbed') / 'run'
   tiny.run(path, eval_split=None)
   return path
@@ -160,7 +160,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def started(undisturbed, tmp_path):
-  """A copy of it, to be done something to."""
+  """Returns a copy of that run, which the test may damage."""
   return shutil.copytree(undisturbed, tmp_path / 'run')
 
 
@@ -212,9 +212,9 @@ def test_without_a_readable_checkpoint_nothing_is_overwritten(started):
 
 @pytest.fixture
 def broken_disk(tmp_path, monkeypatch):
-  """Makes checkpoints fail from a step on; returns a function that mends it.
+  """Makes checkpoints fail from step 8 on; returns a function that repairs it.
 
-  What fails is real: a file stands where the directory was.
+  The failure is real: a file replaces the directory.
   """
   folder, aside = tmp_path / 'checkpoints', tmp_path / 'aside'
   original = checkpoints._save

@@ -1,4 +1,4 @@
-"""hf://org/name, with and without network and huggingface_hub."""
+"""Models by hf://org/name, with and without network and huggingface_hub."""
 
 import shutil
 import sys
@@ -16,7 +16,7 @@ from ptune.convert.prompts import read_prompt
 
 @pytest.fixture
 def hub(monkeypatch):
-  """Stands in for huggingface_hub, which may not be installed."""
+  """Replaces huggingface_hub, which may not be installed."""
   module = types.ModuleType('huggingface_hub')
   monkeypatch.setitem(sys.modules, 'huggingface_hub', module)
   return module
@@ -27,7 +27,7 @@ def test_a_name_is_downloaded_and_opened(hub, numerics):
 
   def snapshot_download(repo, *, revision, allow_patterns):
     calls.append((repo, revision))
-    # No pickle is even downloaded.
+    # Pickle files are not even downloaded.
     assert set(allow_patterns) == {
       '*.json',
       '*.safetensors',
@@ -90,7 +90,7 @@ def test_the_real_library_offline(monkeypatch, tmp_path):
 
 @pytest.fixture
 def only_bin(hub, numerics, tmp_path):
-  """A repository whose main branch has config.json and torch's weights only.
+  """A repository whose main branch has only config.json and torch's weights.
 
   Its pull request 3 has safetensors.
   """
@@ -122,7 +122,7 @@ def only_bin(hub, numerics, tmp_path):
 
   class HfApi:
     def get_repo_discussions(self, repo, *, author, discussion_type):
-      # Anybody can open a pull request: whose it is counts.
+      # The author matters, because anybody can open a pull request.
       assert (author, discussion_type) == ('SFconvertbot', 'pull_request')
       if not hub.online:
         raise OSError('no route to host')
