@@ -105,7 +105,7 @@ def greedy_by_hand(model, row):
 
 
 def beams_by_hand(model, row, num_beams, alpha):
-  """Returns [(score, tokens)], best first, of a beam search without early stop."""
+  """Returns [(score, tokens)], best first; the search never stops early."""
   live, finished = [(0.0, ())], []
   for _ in range(model.length):
     candidates = []

@@ -71,7 +71,7 @@ def test_values_and_derivatives_are_those_of_the_formula(platform):
 
 @functools.cache
 def program(config, platform):
-  """Returns logits of LONG and the prompt's gradient; no platform, no kernel."""
+  """Returns LONG's logits and the prompt's gradient, fused on a platform."""
   plan = parameters.plan(
     config, prompt.prompt(3), partitioning.make_mesh(2, jax.devices()[:4])
   )

@@ -1,4 +1,4 @@
-"""Which model a checkpoint holds: names, sizes, fingerprint, disagreement."""
+"""How ptune identifies a checkpoint's model: names, sizes and fingerprint."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def _source(config, activations=None, **changed):
     path: Leaf(changed.get(path, shape), np.dtype('float32'), fetch)
     for path, shape in shapes(config).items()
   }
-  # The shapes do not tell whether attention is local.
+  # Shapes do not show whether attention is local, so the source records it.
   local = (config.local_radius, config.global_block_size)
   attention = local if any(local) else None
   return Source(
@@ -80,7 +80,7 @@ def test_another_activation_is_refused_though_all_shapes_fit():
   check_config(_source(config, ('gelu', 'linear')), config)
   with pytest.raises(ValueError, match=r"\('silu', 'linear'\)  \('gelu', 'lin"):
     check_config(_source(config, ('silu', 'linear')), config)
-  # T5X does not say it: nothing to compare.
+  # A T5X checkpoint does not record the activations, so none are compared.
   silu = dataclasses.replace(config, mlp_activations=('silu', 'linear'))
   check_config(_source(config), silu)
 
@@ -115,7 +115,7 @@ def test_a_prompt_alone_contradicts_no_model():
 
 @pytest.mark.parametrize('path', [layouts.T5_1_1['t5x_orbax'], 'hf/t5_1_0'])
 def test_fingerprint_is_that_of_a_run(numerics, path):
-  """Else the prompt of a run would be refused on its own base."""
+  """Otherwise a run's prompt would be refused on the run's own base."""
   _, arrays = layouts.restored(numerics / path)
   expected = of_params(arrays)
   source = open_checkpoint(numerics / path)

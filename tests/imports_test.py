@@ -1,4 +1,4 @@
-"""Imports point one way, and what is light stays light."""
+"""Imports follow one order of packages, and light modules stay light."""
 
 import ast
 import functools
@@ -11,9 +11,8 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-# From the bottom to the top. What stands in a room may import from its own room
-# and from those before it. `programs` are the modules beside the folders that
-# `python -m ptune.NAME` runs.
+# From bottom to top: a package may import from itself and from those before it.
+# `programs` are the modules that `python -m ptune.NAME` runs.
 ROOMS = (
   'errors',
   'host',
@@ -45,9 +44,9 @@ def name_of(file):
   return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
 
 
-@functools.cache  # Not when it is imported: that takes two seconds.
+@functools.cache  # Parsing takes two seconds.
 def sources():
-  """The syntax tree of every module, by its name."""
+  """Returns the syntax tree of every module, by its name."""
   return {
     name_of(file): ast.parse(file.read_text())
     for folder in ('ptune', 'tasks')
@@ -56,9 +55,10 @@ def sources():
 
 
 def is_guard(node):
-  """Whether a statement is not run by an import, or only by type checkers.
+  """Whether an import of the module skips this `if` statement.
 
-  `if __name__ == '__main__':` calls the cli, which is above all programs.
+  Only type checkers run `if TYPE_CHECKING:`. `if __name__ == '__main__':`
+  calls the cli, which is above all programs.
   """
   return isinstance(node, ast.If) and (
     '__name__' in ast.unparse(node.test)
@@ -67,7 +67,7 @@ def is_guard(node):
 
 
 def imports(tree, lazy=True):
-  """The full names that a module imports; with `lazy`, in functions too."""
+  """Yields the full names that a module imports; `lazy` includes functions."""
   for node in ast.iter_child_nodes(tree):
     if is_guard(node):
       continue
@@ -87,7 +87,7 @@ def imports(tree, lazy=True):
 
 def room_of(name):
   """ptune.convert.zarr -> convert; ptune.train -> programs."""
-  if name == 'ptune.pretrained.make':  # A program: it trains what is there.
+  if name == 'ptune.pretrained.make':  # A training program.
     return 'tools'
   first = f'{name}.'.split('.')[1]
   return 'programs' if first in PROGRAMS else first
@@ -130,10 +130,10 @@ def test_no_module_imports_itself_through_others():
 @pytest.mark.parametrize(
   ('below', 'above'),
   [
-    # Held by the order above, and said here since the design rests on them.
+    # The order above implies these. We list them because the design needs them.
     ('model', 'methods'),
-    ('methods', 'model.network'),  # A method knows sites, not a model.
-    ('model.decoding', 'model.network'),  # Decodes any cached step function.
+    ('methods', 'model.network'),  # A method knows only sites.
+    ('model.decoding', 'model.network'),  # Decodes any step function.
     ('training.state', 'data'),
     ('data.batches', 'model.network'),
     ('training.optim', 'model.parameters'),
@@ -165,7 +165,7 @@ def test_a_heavy_package_is_imported_where_it_is_wrapped(package, modules):
   importers = [
     name
     for name, tree in sources().items()
-    if room_of(name) != 'tasks'  # Made of SeqIO and TensorFlow.
+    if room_of(name) != 'tasks'  # They need SeqIO and TensorFlow.
     for target in imports(tree)
     if target.split('.')[0] == package
   ]
@@ -178,7 +178,7 @@ def test_nothing_imports_what_t5x_imports():
 
 
 def test_the_parser_sees_every_kind_of_import():
-  # Else the tests above could pass by seeing nothing.
+  # If the parser missed imports, the tests above would pass without checking.
   tree = ast.parse(
     'import ptune.data\n'
     'from ptune.model import network\n'
@@ -201,7 +201,7 @@ def test_the_parser_sees_every_kind_of_import():
 
 
 def loaded_by(code, environment=None):
-  """Which heavy packages a fresh interpreter has after `code`; CPU seconds."""
+  """Returns the heavy packages that `code` imports, and its CPU seconds."""
   program = (
     f'import sys\n{code}\n'
     "heavy = {'seqio', 'tensorflow', 'tensorflow_datasets', 'jax', 'orbax'}\n"
@@ -229,7 +229,7 @@ def test_the_model_and_its_update_load_no_seqio_and_no_tensorflow():
     'import ptune.training.state, ptune.training.optim\n'
     'import ptune.model.models, ptune.model.network\n'
     'import ptune.methods.prompt, ptune.methods.full, ptune.convert\n'
-    'import benchmarks.step'  # Runs where only JAX and Flax are installed.
+    'import benchmarks.step'  # It needs only JAX and Flax.
   )
   assert loaded == ['jax']
 

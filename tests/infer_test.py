@@ -1,4 +1,4 @@
-"""`ptune infer`: a line for each input, in order, however it is batched."""
+"""`ptune infer` writes one line per input, in order, for any batching."""
 
 import copy
 import json
@@ -23,14 +23,14 @@ WORDS = [word for word, _ in tiny.rows('test')]
 
 @pytest.fixture(scope='module')
 def trained():
-  """The MODEL_DIR of a run."""
+  """Returns the MODEL_DIR of a run."""
   return tiny.trained()
 
 
 def run(output_dir, **changes):
-  """Runs `infer`; the records that it wrote."""
+  """Runs `infer`; returns the records that it wrote."""
   path = tiny.use(infer.infer, output_dir, **changes)
-  assert not list(path.parent.glob('.*'))  # Nothing half written is left.
+  assert not list(path.parent.glob('.*'))  # No partial file is left.
   return [json.loads(line) for line in path.read_text().split('\n')[:-1]]
 
 
@@ -83,7 +83,7 @@ def test_a_text_file_a_json_file_and_a_split_give_the_same(trained, tmp_path):
 def test_no_answer_depends_on_the_batches(trained, tmp_path, monkeypatch, how):
   settings = {'model_dir': trained, 'decoding': how, 'split': 'train'}
   expected = run(tmp_path / 'a', bucket_multiple=None, **settings)
-  # Several chunks, of which each is sorted by length and padded to its own.
+  # With several chunks, each is sorted by length and padded to its own longest.
   monkeypatch.setattr(infer, 'CHUNK', 1)
   got = run(tmp_path / 'b', batch_size=24, bucket_multiple=16, **settings)
   assert_same(got, expected)
@@ -180,7 +180,7 @@ def test_a_prompt_file_on_its_base_is_the_run(trained, tmp_path):
 
 @pytest.fixture(scope='module')
 def prompts(trained, tmp_path_factory):
-  """A directory of prompts of several lengths."""
+  """Returns a directory of prompts of several lengths."""
   path = tmp_path_factory.mktemp('prompts')
   best = np.load(trained / 'prompts' / 'best.npy')
   np.save(path / 'a.npy', best)
@@ -264,7 +264,8 @@ def test_a_prompt_that_is_not_there_is_named_by_file_and_line(
 
 
 def test_lines_end_where_lines_end(trained, tmp_path):
-  # A BOM, Windows line ends, and characters that str.splitlines would split at.
+  # A BOM, Windows line ends, and characters at which str.splitlines would
+  # split.
   text = tmp_path / 'a.txt'
   text.write_bytes('\ufeffab\r\na\u2028b\x0cb\r\nä'.encode())
   got = run(tmp_path, model_dir=trained, input_file=str(text))

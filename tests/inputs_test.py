@@ -1,4 +1,4 @@
-"""ptune/data/inputs.py: what a trained model is asked."""
+"""The inputs of a trained model (ptune/data/inputs.py)."""
 
 import gzip
 import io
@@ -16,7 +16,7 @@ TASK = files.from_rows(
   targets='It is {stars}.',
   label_names=['bad', 'good'],
 )
-PLAIN = TextTask('plain', {})  # As a SeqIO task, it has no templates.
+PLAIN = TextTask('plain', {})  # Like a SeqIO task: no templates.
 
 
 def write(path, content):

@@ -1,4 +1,4 @@
-"""What `ptune inspect` says of everything that ptune reads."""
+"""`ptune inspect` describes every kind of file that ptune reads."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_families(numerics, family):
   assert found['config']['mlp_activations'] == (
     ['relu'] if family == 't5_1_0' else ['gelu', 'linear']
   )
-  assert 'base' not in found  # Nothing is read unless asked for.
+  assert 'base' not in found  # The base is not read by default.
   assert ('ignored' in found) == (family == 't5_1_0')
 
 

@@ -1,6 +1,6 @@
-"""Exports load in torch, transformers and PEFT, and answer the same there.
+"""Exports load in torch, transformers and PEFT, with the same answers.
 
-These come with `pip install -e '.[test,interop]'`.
+They need `pip install -e '.[test,interop]'`.
 """
 
 import json
@@ -19,7 +19,7 @@ from ptune.model.network import Transformer
 from tests import layouts, tiny
 from tests.interop import peft, torch, transformers
 
-# They warn of one another's deprecations.
+# These libraries warn about each other's deprecations.
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 PEFT_KINDS = ('PROMPT_TUNING', 'P_TUNING', 'MULTITASK_PROMPT_TUNING')
@@ -52,14 +52,14 @@ def _logits(model, case, **extra):
 
 
 def _greedy(model, case, **extra):
-  """Tokens [batch, length] without the first, as ptune has them."""
+  """Returns greedy tokens [batch, length] without the start token."""
   with torch.no_grad():
     tokens = model.generate(
       **_inputs(case),
       max_new_tokens=DECODED,
       do_sample=False,
       num_beams=1,
-      # Its cache takes the decoder to be as deep as the encoder.
+      # Its cache assumes that the decoder is as deep as the encoder.
       use_cache=False,
       **extra,
     )
@@ -146,13 +146,13 @@ def _save(model, path):
 def test_untied_by_hand_is_read_as_untied(tmp_path, kind):
   model = _untie(_fresh(kind))
   config = _save(model, tmp_path / 'hf')
-  assert config['tie_word_embeddings']  # Which is not so.
+  assert config['tie_word_embeddings']  # This is wrong.
   source = open_checkpoint(tmp_path / 'hf')
   assert not source.tied
   case = _case()
   expected = _logits(model, case)
   layouts.assert_logits(layouts.logits(tmp_path / 'hf', case), expected, case)
-  # And what is written is read by transformers as it was.
+  # transformers reads the written checkpoint with the same result.
   convert(tmp_path / 'hf', 'huggingface', tmp_path / 'again')
   again = _load(tmp_path / 'again')
   layouts.assert_logits(_logits(again, case), expected, case)
@@ -175,7 +175,7 @@ def test_tied_and_scaled_is_read_as_that(tmp_path, projection):
   'kind, tie', [('T5', False), ('MT5', False), ('MT5', True)]
 )
 def test_tied_but_not_scaled_is_read_as_that(tmp_path, kind, tie):
-  """A "T5 1.1" made by transformers 5 is such a one."""
+  """transformers 5 makes such models of "T5 1.1"."""
   model = _fresh(kind, tie_word_embeddings=tie)
   assert model.lm_head.weight is model.shared.weight
   config = _save(model, tmp_path / 'hf')
@@ -204,7 +204,7 @@ def test_exported_prompts_answer_the_same_in_peft(numerics, tmp_path, length):
   np.testing.assert_array_equal(
     _greedy(model, case), layouts.greedy(base, case, DECODED, rows)
   )
-  # The configuration names the base: PEFT can find it by itself.
+  # The configuration names the base, so PEFT finds it.
   config = peft.PeftConfig.from_pretrained(tmp_path / 'peft')
   assert config.base_model_name_or_path == str(base)
   assert config.num_transformer_submodules == 1
@@ -227,7 +227,7 @@ def test_a_run_of_a_folded_method_answers_the_same_in_peft(
     _load(tmp_path / 'hf'), tmp_path / 'peft'
   ).eval()
   case = layouts.load(numerics / 'prompt_encoder' / 'case_p5.npz')
-  # Ours is the method itself, with what it trained.
+  # In ptune, the unfolded method with the trained parameters.
   _, arrays = layouts.restored(tmp_path / 'hf')
   params = layouts.nested(arrays)
   params['encoder'] |= state.trainable['encoder']
@@ -284,7 +284,7 @@ def test_prompts_that_peft_saved_answer_the_same(numerics, tmp_path, kind):
     ]
   for prompt, task in prompts:
     assert prompt.array.shape == (4, 32)
-    # By default PEFT makes as many rows again.
+    # By default, PEFT makes twice as many rows.
     assert 'has 8 rows for 4 virtual tokens' in ' '.join(prompt.notes)
     theirs = model.get_prompt(batch, **task)[0, :4].detach().numpy()
     np.testing.assert_allclose(prompt.array, theirs, rtol=1e-6, atol=1e-9)

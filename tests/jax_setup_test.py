@@ -1,4 +1,4 @@
-"""jax_setup.py: what the `ptune` command sets up for XLA on a CPU."""
+"""What the `ptune` command sets up for XLA on a CPU (jax_setup.py)."""
 
 import os
 import subprocess
@@ -11,8 +11,9 @@ import pytest
 from ptune.host import jax_setup
 from tests import tiny
 
-# Prints whether memory is kept, and the fewest page faults of a step with 64 MB
-# of temporaries (16,384 pages) once it has run before. The heap may grow again.
+# Prints whether malloc keeps memory, and the fewest page faults of a step after
+# the first. A step has 64 MB of temporaries (16,384 pages). We take the fewest
+# because the heap may grow again.
 STEP = """
 import resource
 import jax, jax.numpy as jnp
@@ -51,7 +52,7 @@ def faults(**environment):
 def test_a_step_has_no_page_faults():
   kept, count = faults()
   assert kept and count < 100
-  # As it is without: these leave malloc as it comes.
+  # With these settings, ptune does not change malloc.
   for name, value in (
     ('MALLOC_MMAP_MAX_', '65536'),
     ('GLIBC_TUNABLES', ''),
@@ -62,7 +63,7 @@ def test_a_step_has_no_page_faults():
 
 @pytest.fixture
 def asked(monkeypatch):
-  """What configure() sets, in a process where JAX already has its devices."""
+  """Records what configure() sets, because JAX has its devices already."""
   found = {}
   monkeypatch.setattr(
     jax.config, 'update', lambda name, value: found.update({name: value})

@@ -1,4 +1,4 @@
-"""Labels that a vocabulary cannot write are compared as it writes them."""
+"""Labels that a vocabulary cannot encode are compared in their decoded form."""
 
 import logging as python_logging
 
@@ -12,14 +12,15 @@ from ptune.tasks import files
 from ptune.tasks import labels as labels_lib
 
 LENGTHS = {'inputs': 32, 'targets': 24}
-# No piece for <, as in T5; two blanks, outer blanks, a line end, a ligature.
+# The vocabulary has no piece for `<`, like T5's. The others have two blanks,
+# outer blanks, a line end and a ligature.
 ODD = ['<=50K', 'no  way', ' yes ', 'two\nlines', 'ﬁne']
 LETTERS = 'abc def ghi jkl mno pqr stu vwxyz =50K >50K'
 
 
 @pytest.fixture(scope='module')
 def vocabulary(tmp_path_factory):
-  """Pieces of letters, digits and the unknown piece, as T5's: no bytes."""
+  """Trains a vocabulary of letters and digits without bytes, like T5's."""
   file = tmp_path_factory.mktemp('pieces') / 'letters.model'
   with file.open('wb') as model:
     sentencepiece.SentencePieceTrainer.train(
@@ -62,7 +63,7 @@ def test_an_answer_is_the_label_that_the_vocabulary_writes(
     assert ids(said(vocabulary, label), is_target=False) == number
     assert ids(label, is_target=True) == number
   assert ids('another', is_target=False) == -1
-  assert ids('<unk>', is_target=True) == -1  # A row without a label.
+  assert ids('<unk>', is_target=True) == -1  # This row has no label.
   seqio_task.check(task, LENGTHS, 'train')
 
 
@@ -111,7 +112,7 @@ def test_texts_are_matched_as_they_are_written(vocabulary):
   answers = [task.postprocess_fn(said(vocabulary, label)) for label in ODD]
   assert exact_match(targets, answers) == {'exact_match': 100.0}
   assert exact_match(targets, answers[::-1])['exact_match'] < 100
-  # ROUGE alone compares with what was written.
+  # ROUGE compares with the original text.
   task = files.from_rows(rows(ODD), vocabulary=vocabulary, metrics=['rouge'])
   assert task.postprocess_fn is None
 

@@ -1,7 +1,7 @@
-"""The launchers: real local processes, and TPU VMs of a fake gcloud.
+"""The launchers, with real local processes, and TPU VMs of a fake gcloud.
 
-The fake gcloud runs what it is given over ssh in a real shell, in a directory
-that stands for the worker's home, so the scripts are tested too.
+The fake gcloud runs ssh commands in a real shell, in a directory that
+represents the worker's home. So these tests cover the scripts too.
 """
 
 import json
@@ -75,7 +75,7 @@ def test_local_processes_form_one_mesh(tmp_path):
 
 
 def test_local_ends_the_others_when_one_fails(tmp_path):
-  # Process 0 ignores SIGTERM, as one that hangs in a collective does.
+  # Process 0 ignores SIGTERM, like a process that hangs in a collective.
   program = script(
     tmp_path / 'fail.py',
     """
@@ -202,8 +202,8 @@ else:
   fail(f'unknown command {args}')
 """
 
-# Counts to 12, and goes on where an earlier start was killed. Where it is to be
-# preempted, it waits for that.
+# Counts to 12, and continues where an earlier start was killed. If the plan
+# preempts it, it waits for that.
 FAKE_RUN = """
 import json, pathlib, sys, time
 step = pathlib.Path(sys.argv[1])
@@ -221,12 +221,12 @@ print('finished at step 12: gs://bucket/run')
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
-  """A directory that is the cloud; `plan` in it says what goes wrong."""
+  """Returns the fake cloud's directory; its file `plan` lists failures."""
   bin_directory = tmp_path / 'bin'
   bin_directory.mkdir()
   programs = {
     'gcloud': f'#!{sys.executable}{FAKE_GCLOUD}',
-    'sudo': '#!/bin/sh\n',  # Nothing of this machine is touched.
+    'sudo': '#!/bin/sh\n',  # Protects this machine.
   }
   for name, text in programs.items():
     (bin_directory / name).write_text(text)
@@ -326,7 +326,7 @@ def test_tpu_train_gives_up_on_a_run_that_fails_and_shows_its_log(cloud):
   status, output = train(cloud, '--max_failures=2', command=broken)
   assert status == 1
   assert 'no such task' in output
-  assert not (cloud / 'node').exists()  # Nothing is left that costs money.
+  assert not (cloud / 'node').exists()  # Nothing costs money any longer.
 
 
 def test_tpu_run_outlives_ssh_and_stop_ends_it(cloud):
@@ -370,7 +370,7 @@ def test_tpu_dry_run_prints_every_command_and_runs_none(cloud):
   )
   assert status == 0, output
   assert not (cloud / 'calls').exists()
-  # Each command as a shell would take it, the scripts over several lines.
+  # Splits the commands like a shell; scripts span several lines.
   words = shlex.split(output)
   assert words.count('gcloud') == 8 and words.count('git') == 1
   assert all(w in words for w in ('create', 'scp', 'ssh', 'delete', '--spot'))

@@ -30,7 +30,7 @@ SPECS = {
   'ti,oi->to': ((5, 8), (3, 8)),
   'bkhd,bqhd->bhqk': ((2, 5, 3, 8), (2, 4, 3, 8)),
   'bhqk,bkhd->bqhd': ((2, 3, 4, 5), (2, 5, 3, 8)),
-  # Of attention with absorbed kernels.
+  # Products of attention with absorbed kernels.
   'bqhd,ihd->bqhi': ((2, 4, 3, 8), (9, 3, 8)),
   'bki,bqhi->bhqk': ((2, 5, 9), (2, 4, 3, 9)),
   'bki,bhqk->bhqi': ((2, 5, 9), (2, 3, 4, 5)),
@@ -78,7 +78,7 @@ def test_no_operand_of_a_low_precision_product_is_widened(spec):
 )
 def test_a_softmax_divided_last_is_a_softmax(dtype, close):
   logits, v = operands(((2, 3, 4, 50), (2, 3, 50, 8)), jnp.float32)
-  logits = logits * 30  # T5's are not scaled.
+  logits = logits * 30  # T5 does not scale its logits.
   mask = jnp.arange(50) < 40
   exponentials = functools.partial(
     attention_lib.exponentials, jnp.dtype(dtype), mask=mask
@@ -96,23 +96,25 @@ def test_a_softmax_divided_last_is_a_softmax(dtype, close):
   np.testing.assert_allclose(got, want, atol=close)
   for a, b in zip(pull(want), want_pull(want), strict=True):
     np.testing.assert_allclose(a, b, atol=10 * close)
-  # Of the logits' size, the backward pass is left the exponentials alone.
+  # The backward pass keeps only one array of the logits' size: the
+  # exponentials.
   (weights, total), pull = jax.vjp(exponentials, logits)
   kept = [x for x in jax.tree.leaves(pull) if x.shape == logits.shape]
   assert [x.dtype for x in kept] == [weights.dtype] == [dtype]
   assert total.dtype == jnp.float32
-  # Who may look nowhere looks everywhere: nothing divides by 0.
+  # A row whose keys are all masked attends to all of them, which avoids a
+  # division by 0.
   _, total = attention_lib.exponentials(jnp.dtype(dtype), logits, mask & False)
   assert (total == 50).all()
 
 
-# What few targets of TINY take before its inputs: 2 x 32 x (16 + 5 + 8) of
-# multiplications, by 16 + 5 times 8 x (32 + 2).
+# With so few targets, absorbing takes fewer multiplications per row and head: 2
+# x 32 x (16 + 5 + 8) instead of (16 + 5) x 8 x (32 + 2).
 FEW = make_batch([16, 9, 1, 5], [2, 2, 1, 2], 16, 2)
 
 
 def loss_and_gradients(config, batch, method, dropout=False):
-  """(params -> loss, gradients), compiled; and random parameters."""
+  """Returns a compiled params -> (loss, gradients), and random parameters."""
   net = network.Transformer(config, method.placements)
   rng = jax.random.key(3) if dropout else None
 
@@ -137,7 +139,7 @@ def test_attention_without_keys_and_values_is_the_same(dropout, monkeypatch):
     )
     run, params = loss_and_gradients(config, FEW, prompt.prompt(5), dropout)
     text = run.lower(params).as_text()
-    # [batch, heads, q, embed], which the other way has not.
+    # Only absorbed attention has this array: [batch, heads, q, embed].
     assert ('4x4x2x32x' in text) == absorbs
     found.append(run(params))
   (loss, grads), (again, grads_again) = found
@@ -179,13 +181,13 @@ def test_attention_reads_int8_kernels_without_keys_and_values(monkeypatch):
   ('targets', 'dtype', 'method', 'absorbed'),
   [
     (2, 'bfloat16', prompt.prompt(5), True),
-    # Float32 is computed in T5's order.
+    # In float32, attention computes in T5's order.
     (2, 'float32', prompt.prompt(5), False),
-    # As many targets as it takes for the other way to cost or to keep less.
+    # With so many targets, absorbing would cost more or keep more.
     (8, 'bfloat16', prompt.prompt(5), False),
-    # Decoding, where keys and values are made once.
+    # Decoding makes keys and values only once.
     (1, 'bfloat16', prompt.prompt(5), False),
-    # An adapter looks at the values.
+    # An adapter needs the values.
     (2, 'bfloat16', lora.lora(rank=2), False),
   ],
   ids=['few', 'float32', 'many', 'one', 'adapted'],
@@ -197,7 +199,7 @@ def test_keys_and_values_are_made_where_they_are_needed(
   batch = make_batch([16, 9, 1, 5], [targets, 1, 1, 1], 16, targets)
   run, params = loss_and_gradients(config, batch, method)
   assert (f'4x4x{targets}x32x' in run.lower(params).as_text()) == absorbed
-  # Who asks for what leaves the sites is given all of them.
+  # Whoever lists the sites gets these too.
   sites = structure.sites(network.Transformer(config, method.placements))
   site = 'decoder/layers_0/encoder_decoder_attention'
   assert {f'{site}/key', f'{site}/values'} <= set(sites)
@@ -208,7 +210,7 @@ def test_keys_and_values_are_made_where_they_are_needed(
 def test_absorbed_kernels_learn_the_same_in_bfloat16(
   rows, targets, monkeypatch
 ):
-  # XLA's CPU backend has not all products of bfloat16; it has these.
+  # XLA's CPU backend lacks some bfloat16 products, but not these.
   config = sizes.T5Config(
     vocab_size=96,
     emb_dim=96,
@@ -245,7 +247,7 @@ def cosine(a, b):
 
 @functools.cache
 def pretrained():
-  """The weights of ptune://tiny, and a batch of its vocabulary."""
+  """Returns the weights of ptune://tiny, and a batch in its vocabulary."""
   source = convert.open_checkpoint('ptune://tiny')
   weights = {path: leaf.read() for path, leaf in source.leaves.items()}
   rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""ptune/training/lock.py: one run at a time, and none in its own way."""
+"""The lock of a run (ptune/training/lock.py) never blocks a restart."""
 
 import json
 import os
@@ -67,12 +67,12 @@ def test_many_that_come_at_once_hold_it_one_after_the_other(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-# -------------------------------------------------------- where there are none
+# -------------------------------------------------- file systems without locks
 
 
 @pytest.fixture
 def quick(monkeypatch):
-  """A file system without locks, in a world that turns faster."""
+  """Simulates a file system without locks, and shortens all intervals."""
 
   def flock(file, operation):
     raise OSError(95, 'Operation not supported')
@@ -80,7 +80,7 @@ def quick(monkeypatch):
   monkeypatch.setattr(lock.fcntl, 'flock', flock)
   for name, seconds in {'BEAT': 0.1, 'LEASE': 2.0, 'SETTLE': 0.3}.items():
     monkeypatch.setattr(lock, name, seconds)
-  left = threading.Event()  # Not this process, should the world be too quick.
+  left = threading.Event()  # Set instead of ending this process.
   monkeypatch.setattr(lock.os, '_exit', lambda status: left.set())
   return left
 
@@ -91,7 +91,7 @@ def test_signs_of_life_keep_others_out(tmp_path, quick):
     with pytest.raises(ValueError, match=f'in use by process {os.getpid()} on'):
       with lock.acquire(tmp_path):
         pass
-    assert time.monotonic() - begin < lock.LEASE  # At the first sign.
+    assert time.monotonic() - begin < lock.LEASE  # Without waiting.
   with lock.acquire(tmp_path):
     pass
   assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""LongT5's encoder attention: blocks, sums of blocks, padding, packed rows."""
+"""LongT5's encoder attention: blocks, global sums, padding, packed rows."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ FULL = sizes.T5Config(
   num_encoder_layers=2,
   num_decoder_layers=1,
 )
-# Blocks of 4 and of 3 positions: no length here is a multiple of both.
+# Blocks have 4 and 3 positions; no length here is a multiple of both.
 LOCAL = dataclasses.replace(FULL, local_radius=3)
 GLOBAL = dataclasses.replace(LOCAL, global_block_size=3)
 ROWS = 2
@@ -66,7 +66,7 @@ def tokens_of(length, seed=1):
 
 
 class Band:
-  """The mask of local attention, one entry for each pair of positions."""
+  """The mask of local attention, with an entry for each pair of positions."""
 
   def __init__(self, name):
     del name
@@ -103,7 +103,7 @@ def test_a_sum_is_seen_from_far_away():
   differ = lambda config: np.abs(
     encoded(config, tokens) - encoded(config, changed)
   ).max(axis=(0, 2))
-  # Two layers see two radiuses far.
+  # Through two layers, local attention reaches two radii.
   assert differ(LOCAL)[7:].max() == 0
   assert differ(GLOBAL)[7:].min() > 1e-5
 
@@ -252,7 +252,7 @@ def test_a_checkpoint_of_t5x_has_these_names_and_says_no_radius(
   source = open_checkpoint(tmp_path / 'checkpoint_5')
   assert identity.base_leaves(source).keys() == flat.keys()
   read = identity.config(source)
-  if config is LOCAL:  # The gin file says it.
+  if config is LOCAL:  # T5X has it in the gin file.
     assert read.local_radius == 0
     identity.check_config(source, config)
   else:

@@ -1,4 +1,4 @@
-"""Objectives: their values and gradients by hand, and with any method."""
+"""Objectives: values and gradients computed by hand, and every method."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ EMBEDDING = 'token_embedder/embedding'
 
 
 def value_and_grads(model, params, batch=BATCH):
-  """Loss, sums, and the gradients of the prompt and of the embedding."""
+  """Returns the loss, sums, and gradients of the prompt and the embedding."""
   flat = parameters.flatten(params)
   some = {path: flat[path] for path in (prompt.PATH, EMBEDDING)}
 
@@ -73,7 +73,7 @@ def test_the_text_draws_the_prompt_by_the_formula():
   np.testing.assert_allclose(
     grads[prompt.PATH], plain[prompt.PATH] + pull, rtol=1e-4, atol=1e-4
   )
-  # The text is not drawn to the prompt.
+  # The text's embedding gets no gradient from the distance.
   np.testing.assert_allclose(
     grads[EMBEDDING],
     plain[EMBEDDING],
@@ -211,7 +211,7 @@ ROWS = make_batch([16, 9, 1, 5], [LABELS[i] for i in RIGHT], 16, 6)
 
 @functools.cache
 def ranked():
-  """Scores [class, row], and each one's gradient of the prompt, one by one."""
+  """Returns {(class, row): (score, gradient)}, computed one at a time."""
   params = random_params(NET)
 
   def score(value, batch, row):
@@ -222,7 +222,7 @@ def ranked():
   value = params['encoder']['prompt']['prompt']['prompt']
   table = {}
   for label, row in itertools.product(range(3), range(4)):
-    # The right one is that of the batch; the others are spelled here.
+    # The batch gives a row the correct label; here each row gets each label.
     batch = make_batch([16, 9, 1, 5], [LABELS[label]] * 4, 16, 6)
     table[label, row] = jax.device_get(run(value, batch, row))
   return table
@@ -241,7 +241,7 @@ def test_the_right_one_is_ranked_by_the_formula(margin):
       active += 1
       want += loss
       want_grad += table[wrong, row][1] - table[right, row][1]
-  assert 0 < active < 4 or margin  # Those that rank right learn nothing.
+  assert 0 < active < 4 or margin  # Correctly ranked rows have no loss.
   got, sums, grads = value_and_grads(
     model_of(losses.perceptron(LABELS, margin)), random_params(NET), ROWS
   )
@@ -294,7 +294,7 @@ def test_a_file_of_losses_goes_with_any_method(name, setting):
     objective = copy.deepcopy(
       gin.query_parameter('models.EncoderDecoderModel.objective')
     )
-    # Pieces of bytes: 'a' is 100.
+    # A piece is a byte: 'a' has id 100.
     if name == 'wayward':
       params = random_params(NET)
       table = params['token_embedder']['embedding'].copy()

@@ -1,4 +1,4 @@
-"""Macros: wrong values are refused before anything is imported or written."""
+"""Wrong macro values are refused before anything is imported or written."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ def test_every_example_is_a_value_that_its_macro_may_have():
       assert macro.kind(ast.literal_eval(macro.example)) == '', name
 
 
-# The macros that None may be given to, by those who know that it means.
+# Users may set these macros to None, with a documented meaning.
 NONE = (
   'LABEL_NAMES MODEL_DIR EVAL_STEPS VOCABULARY PROMPTS CLASS_LABELS'.split()
 )
@@ -71,9 +71,9 @@ def test_no_macro_takes_whatever_it_is_given(name):
     ("LABEL_NAMES=['yes']", 'a list with at least 2 items'),
     ("CLASS_LABELS=['no', ' ']", 'CLASS_LABELS .* a text in quotes'),
     ('METHOD=None', 'METHOD .* expected a reference'),
-    # A value that another macro has; a macro of the user's own.
+    # A value of another macro, and a macro of the user's own.
     ('BATCH_SIZE=%EVAL_SPLIT', "BATCH_SIZE .* is 'validation'; expected"),
-    # No value at all.
+    # These macros never get a value.
     ('BATCH_SIZE=%BATCH_SIZE', 'BATCH_SIZE = %BATCH_SIZE: a macro cannot be'),
     (
       'A=%B\nB=[%C]\nC=%A',
@@ -112,7 +112,7 @@ def test_what_stands_last_is_checked(tmp_path):
   gin_files.read([str(mine)], ['BATCH_SIZE=8'])
   with pytest.raises(UserError, match='BATCH_SIZE'):
     gin_files.read([str(mine)])
-  # The same flag thrice: the last goes.
+  # The last of three equal flags counts.
   flags = ['BATCH_SIZE=8', 'BATCH_SIZE=None', 'BATCH_SIZE=8']
   gin_files.read([str(mine)], flags)
   with pytest.raises(UserError, match='BATCH_SIZE'):
@@ -136,7 +136,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     other.write_text(f"include '{mine}'\n")
     with pytest.raises(UserError, match=message):
       gin_files.read(['runs/train.gin', str(mine)])
-  # A byte order mark is no fault.
+  # A byte order mark is allowed.
   mine.write_text('BATCH_SIZE = 8\n', encoding='utf-8-sig')
   gin_files.parse(['runs/train.gin', str(mine)])
 
@@ -150,7 +150,8 @@ def test_two_models_are_refused_wherever_they_stand(tmp_path):
   other.write_text(f"include '{mine}'\ninclude 'models/t5_small.gin'\n")
   with pytest.raises(UserError, match=both):
     gin_files.read([str(other)])
-  # A method is chosen once too, but files of prompts/ include one of methods/.
+  # Only one file may choose a method, but files of prompts/ may include one of
+  # methods/.
   mine.write_text("include 'methods/prompt.gin'\n")
   gin_files.read([str(mine), 'prompts/random_uniform.gin'])
   with pytest.raises(UserError, match='both set METHOD'):

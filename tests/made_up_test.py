@@ -1,4 +1,4 @@
-"""A run reads the inputs again that a model made up for it."""
+"""A restarted run reads the same inputs that a model made up for it."""
 
 import json
 from unittest import mock
@@ -44,7 +44,8 @@ def test_an_input_depends_on_its_number_the_text_and_the_seed():
   assert len(texts) == 10 and len(set(texts)) > 5
   assert sample(batch_size=3, count=7) == texts[:7]
   assert sample(seed=4) != texts
-  # Random weights answer all texts nearly alike; a low temperature tells.
+  # At a high temperature, random weights hardly depend on the text; a low
+  # temperature shows the difference.
   cold = sample(temperature=0.1)
   assert cold != texts
   assert sample(temperature=0.1, context=(5, 250, 7, 9) * 5) != cold
@@ -55,11 +56,12 @@ def test_a_run_that_has_begun_keeps_its_inputs(tmp_path):
   with mock.patch.object(made_up, 'sample', lambda *_: texts):
     make(tmp_path)
   read = made_up.task(tmp_path)
-  # Each once, and the rest of an eighth or a batch is for training.
+  # Duplicates are removed. An eighth, or at least a batch, is for validation,
+  # and the rest for training.
   assert read.texts('validation')['inputs'] == texts[:5]
   assert read.texts('train')['inputs'] == texts[5:40]
   assert set(read.texts('train')['targets']) == {''}
-  # Until the run begins, they are made anew.
+  # Until the run begins, they are made again at each start.
   with mock.patch.object(made_up, 'sample', lambda *_: texts[::-1]):
     make(tmp_path)
   assert made_up.task(tmp_path).texts('validation')['inputs'][0] == '39'

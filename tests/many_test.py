@@ -1,4 +1,4 @@
-"""Many runs at once are each what they are alone."""
+"""Each of many simultaneous runs gives the same result as a run alone."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ NAMES = ('mixture_or_task_name', 'method', 'seed')
 
 
 def settings(model_dir, **changes):
-  """What all runs share."""
+  """Returns the settings that all runs share."""
   shared = tiny.settings(model_dir, config=tiny.CONFIG, train_steps=STEPS)
   shared = {k: v for k, v in shared.items() if k not in NAMES}
   return {**shared, 'eval_period': STEPS, 'log_period': 5, **changes}
@@ -64,14 +64,14 @@ def run(model_dir, runs=RUNS, **changes):
 
 @functools.cache
 def together():
-  """A finished training of all runs: its directory, and what it returned."""
+  """Trains all runs; returns their directory and the result."""
   path = tiny.directory() / 'many'
   return path, run(path)
 
 
 @functools.cache
 def alone(name):
-  """The same run by `ptune train`."""
+  """Trains the same run with `ptune train`."""
   one, path = RUNS[name], tiny.directory() / 'alone' / name
   state = tiny.run(
     path,
@@ -96,14 +96,14 @@ def test_each_run_ends_as_it_does_alone(name):
   assert trained[name].keys() == want.keys() == {prompt.PATH}
   got = trained[name][prompt.PATH]
   np.testing.assert_allclose(got, want[prompt.PATH], atol=1e-5)
-  # It has gone somewhere, and not where another went.
+  # The prompt moved, and differently from the others.
   written = np.load(path / name / 'prompts' / f'step_{STEPS}.npy')
   np.testing.assert_array_equal(written, got)
   others = [trained[o][prompt.PATH] for o in RUNS if o != name]
   assert all(
     o.shape != got.shape or np.abs(o - got).max() > 0.01 for o in others
   )
-  # So are its records, and the scores of its best prompt.
+  # The records are the same too, and so are the scores of the best prompt.
   ours, theirs = tiny.records(path / name), tiny.records(there)
   assert [r.keys() for r in ours] == [r.keys() for r in theirs]
   for mine, other in zip(ours, theirs, strict=True):
@@ -156,7 +156,7 @@ def test_stopped_and_started_again_the_bits_are_the_same(tmp_path):
 
 
 def killed(net, after):
-  """A model that fails after so many steps."""
+  """Returns a model that fails after so many steps."""
   count = iter(range(after))
 
   def fail(_):
@@ -214,8 +214,9 @@ def test_the_prompts_answer_together_in_a_bank():
 
 
 def test_runs_together_cost_what_they_cost_alone():
-  # Frozen kernels multiply all rows at once, and no gradient of one is made:
-  # a map that copied them would cost as much, so their bytes are looked at.
+  # Frozen kernels multiply the rows of all runs at once, and get no gradients.
+  # We also compare memory, because a program that copied the kernels for each
+  # run would have the same FLOP.
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
 
   def program(count):
@@ -252,7 +253,7 @@ def test_methods_of_other_kinds_share_the_model(tmp_path):
   assert trained['prompt'].keys() == {prompt.PATH}
   assert all('lora' in path for path in trained['lora'])
   assert (tmp_path / 'lora' / 'prompts' / 'step_1.safetensors').exists()
-  # What is folded reads the base that they share.
+  # Folding reads the shared base.
   ids = np.random.default_rng(0).choice(100, 4, replace=False)
   base = open_checkpoint(tiny.base()).leaves[parameters.EMBEDDING].read()
   [weights] = trained['superpos'].values()
@@ -261,10 +262,10 @@ def test_methods_of_other_kinds_share_the_model(tmp_path):
     weights @ base[ids],
     atol=1e-6,
   )
-  # None was evaluated, so that none is the best: the newest is taken.
+  # Without an evaluation there is no best step, so the newest is loaded.
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   for name, one in runs.items():
-    if one.method.fold:  # Its prompt is read by methods/prompt.gin.
+    if one.method.fold:  # methods/prompt.gin reads its prompt.
       continue
     plan = parameters.plan(tiny.CONFIG, one.method, mesh)
     params, step = trained_model.load(plan, Trained(model_dir=tmp_path / name))

@@ -1,4 +1,4 @@
-"""What every method promises; the modules of ptune/methods are found here."""
+"""The properties of every method; this test finds the modules itself."""
 
 import dataclasses
 import functools
@@ -55,14 +55,14 @@ from tests.network_test import (
 )
 
 GOLDEN = 'The reference gives other values; ours may not change.'
-# Sizes for a tiny model, where a method has such an argument.
+# Sizes for a tiny model, for methods that have these arguments.
 SMALL = {'length': 3, 'hidden': 8, 'size': 4, 'rank': 2, 'bottleneck': 4}
-SMALL |= {'vocab_size': 128, 'tasks': 126}  # Any first token is a task.
+SMALL |= {'vocab_size': 128, 'tasks': 126}  # Any token may be a task token.
 SMALL |= {'tokens': 4, 'population': 100, 'positions': 32, 'prompts': 3}
 
 
 def small(function, **changes):
-  """A method with small sizes, and its defaults otherwise."""
+  """Returns a method with small sizes and otherwise its defaults."""
   known = inspect.signature(function).parameters
   sizes = {k: v for k, v in SMALL.items() if k in known and known[k].default}
   return function(**{**sizes, **changes})
@@ -102,7 +102,7 @@ def no_rows(ids):
   raise AssertionError(f'nothing is to be read of the base, not {ids}')
 
 
-# For what has to be compiled.
+# For tests that compile.
 several = pytest.mark.parametrize(
   'name', [*methods.functions(), 'prefix, mlp', 'lora+norms']
 )
@@ -118,7 +118,7 @@ def network_of(name, config=SHALLOW):
 
 @functools.cache
 def first_values(name):
-  """The base at random, and what the method adds as it starts."""
+  """Returns random values of the base, and the method's initial values."""
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   plan = parameters.plan(SHALLOW, METHODS[name], mesh)
   added = parameters.initialize(plan, plan.adapters, seed=0)
@@ -192,7 +192,7 @@ def test_golden_values_and_gradients(numerics, case, method):
 
 
 def logits_of(net, params, batch):
-  """Not compiled: the operations of one method are those of the next."""
+  """Runs without compiling, because methods share most single operations."""
   logits = EncoderDecoderModel(net).logits(params, batch)
   return np.asarray(logits)[batch['decoder_loss_weights'] > 0]
 
@@ -260,14 +260,15 @@ def test_cached_decoding_equals_the_whole_forward_pass(name):
 @pytest.mark.slow
 @several
 def test_a_step_is_the_same_when_sharded_and_after_a_restart(name, tmp_path):
-  """And changes all that is trained, and nothing else."""
+  """The step also changes all trained parameters, and nothing else."""
   mesh = partitioning.make_mesh(2)
   plan = parameters.plan(SHALLOW, METHODS[name], mesh)
   model = EncoderDecoderModel(plan.network)
-  tx = optax.sgd(0.01)  # Adam would enlarge the rounding of small gradients.
+  tx = optax.sgd(0.01)  # Adam would magnify rounding errors.
   batch = make_batch([16, 9, 1, 7] * 2, [4, 3, 1, 2] * 2, 16, 6)
   values = parameters.flatten(first_values(name))
-  # The first step does not move what is multiplied by zeros.
+  # Random values, because initial zeros keep other parameters from moving in
+  # the first step.
   rng = np.random.default_rng(0)
   values |= {
     path: rng.normal(size=x.shape, scale=0.3).astype(np.float32)
@@ -283,12 +284,12 @@ def test_a_step_is_the_same_when_sharded_and_after_a_restart(name, tmp_path):
       parts[1]
     )
 
-  # On one device and not compiled: see `logits_of`.
+  # On one device and not compiled; see `logits_of`.
   state, frozen = state_and_frozen(lambda path: jnp.asarray(values[path]))
   one, sums = state_lib.train_step(model, tx, state, frozen, batch)
   one = parameters.flatten(one.trainable)
   idle = {p for p, x in one.items() if np.array_equal(x, values[p])}
-  # The reference has that prompt, although layer 0 replaces it.
+  # Layer 0 replaces this prompt. The reference has it too.
   assert idle == ({prompt.PATH} if name == 'per_layer, replace' else set())
 
   abstract = state_lib.abstract_state(tx, plan)
@@ -305,7 +306,7 @@ def test_a_step_is_the_same_when_sharded_and_after_a_restart(name, tmp_path):
   for path, x in parameters.flatten(frozen).items():
     np.testing.assert_array_equal(x, values[path], err_msg=path)
 
-  # Saved, restored and gone on with: nothing else is needed, bit by bit.
+  # A checkpoint is enough to continue with the same bits.
   with checkpoints.Checkpoints(tmp_path, start=0) as saved:
     saved.save(many, {})
   restored = checkpoints.restore(tmp_path, abstract)
@@ -323,7 +324,7 @@ def test_parameters_of_adapters_are_on_every_device(name):
   plan = parameters.plan(SHALLOW, METHODS[name], mesh)
   for path, x in plan.select(plan.adapters).items():
     assert x.sharding.is_fully_replicated, path
-  # The base is the network without adapters, whose paths are not traced again.
+  # The base is the network without adapters; its paths are not traced again.
   assert plan.base == set(structure.parameters(network.Transformer(SHALLOW)))
 
 
@@ -385,7 +386,7 @@ def test_a_prefix_starts_as_the_keys_and_values_of_a_text():
   )
   values = prompt_init.initialize_adapters(plan, look, seed=0)
   assert set(values) == plan.adapters
-  # By hand, in the first layer: the kernels' products with the normed text.
+  # Computed by hand in the first layer: the normed text times the kernels.
   layer = 'encoder/layers_0'
   x = np.asarray(base[parameters.EMBEDDING])[list(ids)]
   x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-6)
@@ -452,7 +453,7 @@ def test_a_run_resumes_and_leaves_only_what_it_trained(name, tmp_path):
   if name == 'full':
     assert not (tmp_path / 'whole' / 'prompts').exists()
     return
-  # What is left for other programs: the same, folded.
+  # The file for other programs has the same parameters, folded.
   trained = parameters.flatten(jax.device_get(whole.trainable))
   rows = with_rows(plan, open_checkpoint(tiny.base())).rows
   folded = method.fold(trained, rows) if method.fold else trained
@@ -469,7 +470,7 @@ def test_a_run_resumes_and_leaves_only_what_it_trained(name, tmp_path):
   assert set(tensors) == set(folded)
   for path, leaf in tensors.items():
     np.testing.assert_array_equal(leaf.read(), folded[path], err_msg=path)
-  # And read again, as PROMPT_FILE, by the method that it is folded to.
+  # As PROMPT_FILE, the method that results from folding reads it.
   simple = METHODS['prefix'] if name == 'prefix, mlp' else method
   plan = parameters.plan(tiny.CONFIG, simple, mesh)
   trained = Trained(checkpoint_path=tiny.base(), prompt_file=file)
@@ -483,7 +484,7 @@ def test_a_run_resumes_and_leaves_only_what_it_trained(name, tmp_path):
 
 @pytest.fixture(scope='module')
 def lora_run(tmp_path_factory):
-  """A run of LoRA and the norms, whose base has two layers' worth of steps."""
+  """Trains LoRA and the norms; returns the run and its parameters."""
   path = tmp_path_factory.mktemp('lora') / 'run'
   state = tiny.run(
     path,
@@ -504,7 +505,7 @@ def test_an_exported_model_answers_as_the_run(lora_run, layout, tmp_path):
   arguments = ['export', f'--prompt={path}', f'--format={layout}']
   assert cli.main([*arguments, f'--output={out}']) == 0
   source = open_checkpoint(out)
-  assert source.step == 8 + 2  # The base's and the run's.
+  assert source.step == 8 + 2  # Steps of the base and the run.
   plain = network.Transformer(tiny.CONFIG)
   merged = restore(source, structure.parameters(plain))
   base = restore(open_checkpoint(tiny.base()), structure.parameters(plain))

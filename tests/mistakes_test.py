@@ -1,9 +1,9 @@
-"""Users' mistakes: one answer that says what to mend, and nothing left behind.
+"""A user's mistake gives one error that says how to fix it, and no files.
 
-One thing is wrong at a time, in a command that is fine otherwise. The rooms of
-ptune and `ptune.tasks` are all there: what a user can mend is said by status 2
-wherever it is raised, in a checkout and in a wheel (`packaging_test` runs this
-file with one).
+Each command has exactly one mistake. Together, the mistakes cover all packages
+of ptune, and `ptune.tasks`. Each one ends with status 2, wherever it is
+raised, in a checkout and in a wheel (`packaging_test` runs this file with
+one).
 """
 
 import ast
@@ -57,7 +57,7 @@ CONFIG = f'{pretrained.directory("ptune://tiny")}/config.json'
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-  """A working directory with FILES."""
+  """Returns a working directory with FILES."""
   path = tmp_path_factory.mktemp('mistakes')
   for name, content in FILES.items():
     content = content.encode() if isinstance(content, str) else content
@@ -81,7 +81,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def settings_as_before(place, monkeypatch):
-  """Undoes what a command sets for its process."""
+  """Restores the process-wide settings that a command changes."""
   monkeypatch.chdir(place)
   monkeypatch.setattr(sys, 'path', [*sys.path, str(place)])
   cache, handlers = (
@@ -97,7 +97,7 @@ def settings_as_before(place, monkeypatch):
 
 
 def line(program, *more, **macros):
-  """A command line that is fine but for what is given."""
+  """Returns a valid command line with the given changes."""
   own = {
     'train': {
       'MODEL_DIR': 'run',
@@ -132,7 +132,7 @@ def files(name):
   return {'TASK_FILES': {'train': name, 'validation': 'good.tsv'}}
 
 
-# Which room says it, the command, and what is said.
+# The package that raises the error, the command, and the message.
 MISTAKES = [
   ('cli', ['train'], 'no settings were given; usage'),
   ('config', ['eval', 'good.tsv'], 'good.tsv'),
@@ -218,7 +218,7 @@ MISTAKES = [
 
 
 def room_of(error):
-  """The room of the function that raised an error."""
+  """Returns the package of the function that raised an error."""
   trace = error.__traceback__
   while trace.tb_next is not None:
     trace = trace.tb_next
@@ -259,7 +259,7 @@ def test_a_mistake_is_answered_and_leaves_nothing(
 
 def test_bad_rows_are_listed_where_they_are_skipped(place, capsys):
   with tiny.one_device():
-    # All but the label of the last row is fine; then the metric is not.
+    # Only the label of the last row is wrong; after that, the metric is too.
     status = cli.main(
       train(**files('label.tsv'), SKIP_BAD_ROWS=True, BEST_METRIC='acc')
     )
@@ -270,7 +270,7 @@ def test_bad_rows_are_listed_where_they_are_skipped(place, capsys):
 
 
 def test_every_room_that_refuses_is_here():
-  """But for T5X's, which may be missing, and Python's, which has no command."""
+  """Except T5X's, which may be missing, and Python's, which has no command."""
   refuse = {
     imports_test.room_of(name)
     for name, tree in imports_test.sources().items()

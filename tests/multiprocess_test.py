@@ -1,7 +1,7 @@
-"""Several processes of one run: the same results, and no one waits for ever.
+"""Runs of several processes give the same results, and never wait forever.
 
-Two kinds of processes: `launch/local.py` starts the program at the end of this
-file, and `tiny.processes` forks others from a server, which is quick.
+`launch/local.py` starts the program at the end of this file.
+`tiny.processes` forks other processes from a server, which is fast.
 """
 
 import argparse
@@ -40,11 +40,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 10
 
 
-# ---------------------------------------------------- one process that is lost
+# --------------------------------------------------------- loss of one process
 
 
 def wait_or_hang():
-  """A process that joins the others; then one ends and the rest wait."""
+  """Joins the other processes; then one of them ends and the others wait."""
   flags = dict(a.removeprefix('--').split('=') for a in sys.argv[1:])
   processes.join(
     flags['coordinator_address'],
@@ -56,7 +56,7 @@ def wait_or_hang():
     return processes.leave(int(flags['status']))
   if 'status' in flags and flags['status'] == '0':
     return processes.leave(0)
-  while True:  # As in a collective, but not even an error comes.
+  while True:  # Like a collective, but without an error.
     time.sleep(60)
 
 
@@ -90,7 +90,8 @@ def test_who_ends_with_an_error_is_named_too(leaver):
   statuses = [process.wait() for process in started]
   assert statuses[leaver] == 2 and set(statuses) <= {1, 2}
   for index, process in enumerate(started):
-    # One whose own connections broke first ends with that error, and 1.
+    # A process whose own connections break first ends with that error and
+    # status 1.
     told = f'process {leaver} (host' in process.output
     assert told == (index != leaver) or statuses[index] == 1
     assert 'absl::' not in process.output  # No C++ trace.
@@ -120,20 +121,20 @@ SETTINGS = {'train_steps': STEPS, 'checkpoint_period': 3, 'eval_split': None}
 
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
-  """The MODEL_DIR of a run of one process with one device."""
+  """Returns the MODEL_DIR of a run with one process and one device."""
   path = tmp_path_factory.mktemp('alone') / 'run'
   tiny.run(path, **SETTINGS)
   return path
 
 
 def settings(model_dir, **changes):
-  """Of that run on all devices."""
+  """Returns the settings of that run for all devices."""
   how = tiny.settings(model_dir, **{**SETTINGS, **changes})
   return tiny.grouped(train.train, **how)
 
 
 def join():
-  """Joins by the flags of a launcher; returns the other arguments."""
+  """Joins with the flags of a launcher; returns the other arguments."""
   parser = argparse.ArgumentParser()
   parser.add_argument('--coordinator_address')
   parser.add_argument('--process_count', type=int)
@@ -148,17 +149,18 @@ def join():
 
 
 def together(directory, base):
-  """What the processes of a mesh of eight devices do, all of them."""
+  """Runs on a mesh of eight devices; every process calls this."""
   index, count = jax.process_index(), jax.process_count()
   logging.set_verbosity(logging.WARNING)
   run = functools.partial(settings, initial_checkpoint_path=base)
 
-  # Each way to split the mesh.
+  # All ways to split the mesh.
   for n in (1, 2, 8):
     train.train(**run(directory / f'model_parallel_{n}', model_parallel=n))
 
-  # On another mesh, from a checkpoint: the newest is damaged for all, and that
-  # before it for one process alone. All must go on from the same step.
+  # Restarts from a checkpoint on another mesh. The newest checkpoint is damaged
+  # for all processes, the one before it only for one. All must resume from the
+  # same step.
   if index == 0:
     restart = copy_of(directory / 'model_parallel_1', directory / 'restart')
     shutil.rmtree(restart / 'checkpoints' / '10' / 'state' / 'd')
@@ -173,7 +175,7 @@ def together(directory, base):
   with mock.patch.object(checkpoints.ocp.CheckpointManager, 'restore', fails):
     train.train(**run(directory / 'restart', model_parallel=8))
 
-  # What lies split over the processes is written by one of them.
+  # One of the processes writes the arrays that are split over all.
   state = train.train(
     **run(
       directory / 'full', method=full.full(), model_parallel=8, train_steps=2
@@ -184,7 +186,8 @@ def together(directory, base):
   if index == 0:
     np.savez(directory / 'full.npz', **trained)
 
-  # The disk of process 0 fails twice, and works again; then for good.
+  # The disk of process 0 fails twice and then works again; later it keeps
+  # failing.
   with mock.patch.object(checkpoints, 'PAUSES', (0.1, 0.2, 0.3)):
     for name, times in (('mended', 2), ('broken', 99)):
       with failing_disk(directory / name, step=6, times=times):
@@ -196,9 +199,9 @@ def together(directory, base):
 
 @contextlib.contextmanager
 def failing_disk(model_dir, step, times):
-  """Lets the writes of checkpoints fail from a step on, so many times.
+  """Makes `times` writes of checkpoints fail, starting at a step.
 
-  What fails is real: a file stands where the directory was.
+  The failure is real: a file replaces the directory.
   """
   folder, aside = model_dir / 'checkpoints', model_dir / 'aside'
   save, failed = checkpoints._save, 0
@@ -221,14 +224,14 @@ def failing_disk(model_dir, step, times):
 
 
 def copy_of(run, target):
-  """A run without its prompts, which are to be written again."""
+  """Copies a run without its prompts, which the next start must write again."""
   shutil.copytree(run, target)
   shutil.rmtree(target / 'prompts')
   return target
 
 
 def batches_of_all(directory):
-  """Each process makes the batches, and keeps its rows; 0 writes them all."""
+  """Each process makes the batches and keeps its rows; process 0 writes all."""
   task = seqio_task.load('tiny_mixture', 'tests.tiny')
   batches = data.Batches(task, tiny.LENGTHS, 8, seed=1, bucket_multiple=16)
   mesh = partitioning.make_mesh()
@@ -266,7 +269,7 @@ def test_batches_are_the_same_whatever_the_number_of_processes(tmp_path):
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
-  """What two processes left, with four devices each."""
+  """Returns the output of two processes with four devices each."""
   path = tmp_path_factory.mktemp('two')
   done = subprocess.run(
     [
@@ -369,7 +372,7 @@ def assert_same_records(left, right):
 
 @pytest.mark.parametrize('program', ['eval', 'infer'])
 def test_two_processes_answer_as_one_does(tmp_path, program):
-  """21 rows in batches of 8, on a mesh of 4 x 2."""
+  """Evaluates 21 rows in batches of 8, on a mesh of 4 x 2."""
   output = 'EVAL_OUTPUT_DIR' if program == 'eval' else 'INFER_OUTPUT_DIR'
   split = {} if program == 'eval' else {'INFER_SPLIT': 'validation'}
 
@@ -396,16 +399,16 @@ def test_two_processes_answer_as_one_does(tmp_path, program):
     records = lines_of(tmp_path / 'one' / file)
     assert_same_records(records, lines_of(tmp_path / 'two' / file))
     if 'metrics' not in file:
-      assert len(records) == tiny.SIZES['validation']  # Each, and once.
+      assert len(records) == tiny.SIZES['validation']  # Every row once.
   assert len(files) == (2 if program == 'eval' else 1)
-  # Process 0 alone speaks.
+  # Only process 0 logs.
   assert 'validation' in two[0].output
-  # Gloo, whose lines come in pieces, has no time in front.
+  # Gloo's lines, which may be broken, do not begin with a time.
   assert not re.findall(r'^\d\d:\d\d:\d\d .*', two[1].output, re.MULTILINE)
 
 
 def test_processes_stop_together_end_together_and_go_on(tmp_path):
-  """SIGTERM for one of them; then one is killed; then to the end."""
+  """One process gets SIGTERM; then one is killed; then all run to the end."""
 
   def start(**macros):
     return tiny.processes(
@@ -425,7 +428,7 @@ def test_processes_stop_together_end_together_and_go_on(tmp_path):
 
   first, second = start(TRAIN_STEPS=1_000_000)
   first.wait_for('step 50 ')
-  second.send(signal.SIGTERM)  # Only one of them is told.
+  second.send(signal.SIGTERM)  # Only one gets the signal.
   begin = time.monotonic()
   assert [first.wait(), second.wait()] == [0, 0]
   assert time.monotonic() - begin < 30

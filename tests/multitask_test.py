@@ -1,4 +1,4 @@
-"""Multi-task prompts: which row has which, and what they are made of."""
+"""Multi-task prompts: the prompt of each row, and how it is composed."""
 
 import argparse
 import functools
@@ -52,11 +52,11 @@ def test_equals_the_reference_implementation(numerics, combine, sizes):
   )
 
 
-# ------------------------------------------------------------ what they are
+# -------------------------------------------------------------- composition
 
 
 def by_hand(combine, shared, own, embed):
-  """One task's prompt, number by number; shared [rows, features], own [n]."""
+  """Composes one task's prompt in loops; shared [rows, features], own [n]."""
   rows, features = shared.shape
   if combine == 'concat':
     return np.vstack([shared, own.reshape(-1, embed)])
@@ -82,8 +82,8 @@ def by_hand(combine, shared, own, embed):
   [(combine, i in (0, 3)) for i, combine in enumerate(multitask.COMBINE)],
 )
 def test_a_row_is_answered_with_the_prompt_of_its_task(combine, causal):
-  # Rows of tasks 2, 0, 0, 1 in one batch; then each alone, with a plain prompt
-  # and without the token of the task.
+  # Rows of tasks 2, 0, 0 and 1 in one batch; then each row alone, with a plain
+  # prompt and without the task token.
   method = make(combine=combine, causal=causal)
   net = network.Transformer(SHALLOW, method.placements)
   params = random_params(net)
@@ -138,7 +138,7 @@ def test_tasks_start_as_what_they_share_or_apart(combine):
 
 def test_causal_rows_see_those_before_them_and_all_of_the_input():
   mask = np.ones((1, 1, 1, 5), bool)
-  mask[..., -1] = False  # padding
+  mask[..., -1] = False  # Padding.
   seen = causal_prompts.CausalPrompt(length=3).apply({}, None, mask)
   want = [
     [1, 0, 0, 1, 0],
@@ -154,8 +154,8 @@ def test_causal_rows_see_those_before_them_and_all_of_the_input():
 
 
 def test_the_tokens_of_a_task_index_task_choose_its_prompt():
-  # The two halves of the contract: what SeqIO's tasks put first, and which
-  # prompt the network takes for it.
+  # Both sides of the contract: SeqIO's tasks put a token first, and the network
+  # selects the prompt by this token.
   size = registry.vocabulary().vocab_size
   check = multitask.multitask(vocab_size=size).check
   for name, row in glue.TABLE.items():
@@ -196,7 +196,7 @@ def test_other_tokens_are_refused_and_give_no_other_tasks_prompt():
 
 
 def _index(dataset, output_features):
-  """The task is told by the first letter: 255 + 3 for 'a', one less for 'b'."""
+  """Puts a task token first: 255 + 3 if a text begins with 'a', one less for 'b'."""
 
   def add(example):
     first = 258 - (example['inputs'][:1] - 100)
@@ -217,7 +217,7 @@ seqio.TaskRegistry.add(
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """A run of two tasks, and its method."""
+  """Returns a run on two tasks, and its method."""
   method = multitask.multitask(3, 'scale', tasks=2, vocab_size=259)
   path = tmp_path_factory.mktemp('multitask') / 'run'
   tiny.run(

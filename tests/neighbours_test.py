@@ -1,4 +1,4 @@
-"""The vocabulary pieces that a prompt points at."""
+"""The pieces of the vocabulary that are nearest to a prompt."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def embedding():
 
 @pytest.fixture
 def prompt(words, embedding):
-  """kitchen, guitar, kitchen again, of other lengths; not."""
+  """Returns rows of kitchen, guitar, kitchen and not, scaled differently."""
   ids = [words[1](w)[0] for w in ('kitchen', 'guitar', 'kitchen', 'not')]
   scale = np.array([[3.0], [0.1], [1.0], [2.0]], np.float32)
   return Prompt(embedding[ids] * scale, 'p.npy', 'npy', {})
@@ -58,7 +58,7 @@ def test_rows_with_the_same_nearest_piece_are_a_cluster(prompt):
 
 def test_labels_are_found_where_they_are_near(prompt, embedding, words):
   ids = words[1]('negative')
-  assert len(ids) > 1  # So that its first value is a mean.
+  assert len(ids) > 1  # So its value is a mean.
   array = np.concatenate([prompt.array, embedding[ids].mean(0)[None]])
   prompt = Prompt(array, 'p.npy', 'npy', {})
   labels = ['not', 'negative', 'guitar']
@@ -82,7 +82,7 @@ def test_the_size_of_the_blocks_changes_nothing(
     most = max(most, read.size)
     return read
 
-  # Few rows, since a block of one row is slow.
+  # Only a few rows, because blocks of one row are slow.
   leaf = Leaf((600, 96), np.dtype(np.float32), fetch)
   texts = words[0][:600]
   ids, cosines = neighbours.nearest(

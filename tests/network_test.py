@@ -1,4 +1,4 @@
-"""The network against the reference implementations, and its invariants."""
+"""The network: comparisons with the reference, and invariants."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ TINY = sizes.T5Config(
   num_encoder_layers=2,
   num_decoder_layers=3,
 )
-# T5 1.0: ReLU, and the embedding as output layer.
+# T5 1.0: ReLU, and the embedding is also the output layer.
 TIED = dataclasses.replace(
   TINY, mlp_activations=('relu',), logits_via_embedding=True
 )
@@ -45,7 +45,7 @@ def nested(flat):
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
-@functools.cache  # So that programs are compiled once.
+@functools.cache  # To compile programs only once.
 def prompted(config, length):
   return network.Transformer(config, prompt.prompt(length).placements)
 
@@ -55,7 +55,7 @@ PLAIN, PROMPTED = network.Transformer(TINY), prompted(TINY, 5)
 
 @functools.cache
 def random_params(net):
-  """All different, norms included, so that a mix-up of two shows."""
+  """Returns parameters that all differ, also norms, so that mix-ups show."""
   rng = np.random.default_rng(0)
   values = {}
   for path, struct in structure.parameters(net).items():
@@ -73,7 +73,7 @@ def padded(rows, length):
 
 
 def make_batch(inputs, targets, encoder_length=16, decoder_length=10):
-  """Features of rows of tokens, given as lists or as their lengths."""
+  """Returns the features of rows, given as token lists or as lengths."""
   rng = np.random.default_rng(0)
   inputs, targets = (
     [rng.integers(2, 96, r) if isinstance(r, int) else r for r in rows]
@@ -96,7 +96,7 @@ BATCH = make_batch([16, 9, 1], [10, 4, 1])
 
 @functools.cache
 def forward(net):
-  """A program (params, batch) -> encoder outputs, logits, on the host."""
+  """Returns a program (params, batch) -> encoder outputs, logits (NumPy)."""
 
   def run(params, batch):
     return encode(net, params, batch), EncoderDecoderModel(net).logits(
@@ -118,7 +118,7 @@ def encode(net, params, batch, **kwargs):
 
 
 def real_positions(batch, encoded):
-  """Masks of what is not padding, of encoder outputs and of logits."""
+  """Returns masks of real positions, for encoder outputs and for logits."""
   tokens = batch['encoder_input_tokens'] > 0
   added = encoded.shape[1] - tokens.shape[1]
   return (
@@ -146,7 +146,7 @@ def test_equals_the_reference_implementation(numerics, case):
 
 @functools.cache
 def evaluation(net, with_gradient):
-  """A program for all that the references recorded."""
+  """Returns a program that computes all values that the references recorded."""
   model = EncoderDecoderModel(net)
 
   def run(params, batch):
@@ -159,7 +159,8 @@ def evaluation(net, with_gradient):
       (loss, sums), grads = jax.value_and_grad(model.loss, has_aux=True)(
         params, batch
       )
-      # Only the prompt's: XLA then drops the others.
+      # Only the gradient of the prompt; XLA removes the computation of the
+      # others.
       outputs['gradient'] = grads['encoder']['prompt']['prompt']['prompt']
     else:
       loss, sums = model.loss(params, batch)
@@ -174,7 +175,7 @@ def check(net, params, want):
   batch = {k: v for k, v in want.items() if k.startswith(inputs)}
   got = evaluation(net, 'grad_prompt' in want)(nested(params), batch)
   if 'encoder_outputs' in want:
-    # The reference zeroes padded positions; ours may hold anything there.
+    # The reference zeroes padded positions. Here they may hold any value.
     valid = np.any(want['encoder_outputs'] != 0, axis=-1)
     np.testing.assert_allclose(
       np.where(valid[..., None], got['encoded'], 0),
@@ -205,7 +206,7 @@ def check(net, params, want):
 
 
 def open_family(directory):
-  """The configuration and the parameters of a Hugging Face directory."""
+  """Returns configuration and parameters of a Hugging Face directory."""
   source = convert.open_checkpoint(directory)
   numbers = convert.sizes(source.shapes)
   numbers.pop('gated')
@@ -218,7 +219,7 @@ def open_family(directory):
 @pytest.mark.parametrize('family', ['t5_1_1', 't5_1_0', 'mt5', 'byt5'])
 def test_equals_hugging_face(numerics, family, with_prompt):
   config, params = open_family(numerics / 'hf' / family)
-  if family == 't5_1_1':  # Its weights and so its values are the others'.
+  if family == 't5_1_1':  # It has the same weights as the reference.
     folder = numerics / 'prompt_encoder'
     case = load(folder / f'case_{"p5" if with_prompt else "noprompt"}.npz')
     case['prompt'] = load(folder / 'prompts.npz')['prompt_p5']
@@ -235,7 +236,7 @@ def test_equals_hugging_face(numerics, family, with_prompt):
 
 
 def hosted_by_t5x(net, params, tokens, length):
-  """A step function and its cache, by the calls of T5X's predict_batch."""
+  """Returns a step function and its cache, using T5X's predict_batch calls."""
   variables = {'params': params}
   ones = jnp.ones((tokens.shape[0], length), jnp.int32)
   _, made = net.apply(
@@ -272,7 +273,7 @@ def hosted_by_t5x(net, params, tokens, length):
 
 @pytest.fixture
 def decodes(numerics):
-  """The recorded decodes, and the parameters that made them."""
+  """Returns the recorded decodes and the parameters behind them."""
   golden = load(numerics / 'decoding' / 'decoding.npz')
   params = load(numerics / 'prompt_encoder' / 'params.npz')
   params['decoder/logits_dense/kernel'] = golden['logits_kernel']
@@ -322,7 +323,7 @@ def test_beams_equal_the_reference(decodes, beams, alpha, through_predict):
   tokens, scores = jax.device_get(search(params))
   name = f'beam{beams}_alpha{alpha}'
   want_tokens, want = golden[f'{name}_tokens'], golden[f'{name}_scores']
-  if through_predict:  # Which returns the best, the last.
+  if through_predict:  # Returns only the last, which is best.
     want_tokens, want = want_tokens[:, -1:], want[:, -1:]
   np.testing.assert_array_equal(tokens, want_tokens)
   empty = want <= -1e6
@@ -341,8 +342,9 @@ def test_beams_and_a_temperature_exclude_each_other():
 @pytest.mark.parametrize(
   ('name', 'count'),
   {
-    # Lester et al. 2021. The others: transformers' num_parameters(), which
-    # for mT5 and ByT5 lacks the output kernel if it takes them as tied.
+    # Counts of Lester et al., 2021. The others are transformers'
+    # num_parameters(), which does not count the output kernel of mT5 and ByT5
+    # if it considers it tied.
     't5_1_1_small': 76_961_152,
     't5_1_1_base': 247_577_856,
     't5_1_1_large': 783_150_080,
@@ -351,27 +353,27 @@ def test_beams_and_a_temperature_exclude_each_other():
     't5_small': 60_506_624,
     'mt5_small': 300_176_768,
     'byt5_small': 299_637_760,
-    # The model cards say exactly so,
+    # The model cards give these exact counts,
     'pile_t5_base': 247_586_304,
     'pile_t5_large': 783_173_632,
     'pile_t5_xl': 2_849_804_288,
     'pile_t5_xxl': 11_135_426_560,
-    # 2.94, 8.3 and 10.7 billion, 13 and 20 billion,
+    # these as 2.94, 8.3, 10.7, 13 and 20 billion,
     'madlad400_3b': 2_940_374_016,
     'madlad400_7b': 8_296_829_952,
     'madlad400_10b': 10_712_585_216,
     'aya_101': 12_921_057_280,
     'flan_ul2': 19_591_209_984,
-    # 0.2 billion and 738 million.
+    # and these as 0.2 billion and 738 million.
     'codet5p_220m': 222_882_048,
     'codet5p_770m': 737_639_424,
-    # As mT5, with more rows and a bias in every layer.
+    # Like mT5, with more rows in the embedding and a bias in every layer.
     'umt5_small': 306_601_984,
     'umt5_base': 592_043_520,
     'umt5_xl': 3_768_356_864,
     'umt5_xxl': 12_972_531_712,
-    # As T5 1.1; transient-global attention adds a norm in every layer and a
-    # bias. So transformers counts them.
+    # Like T5 1.1; transient-global attention adds one bias and a norm in every
+    # layer. These are transformers' counts.
     'long_t5_local_base': 247_577_856,
     'long_t5_local_large': 783_150_080,
     'long_t5_tglobal_base': 247_587_456,
@@ -450,7 +452,7 @@ def test_padding_never_changes_logits(net):
 def test_a_row_never_depends_on_its_neighbours(net):
   params = random_params(net)
   encoded, logits = forward(net)(params, BATCH)
-  # The others shuffled, and one of them a row of nothing, a filler row.
+  # The other rows are shuffled, and one of them is an empty filler row.
   others = {k: x[[2, 1, 0]] * [[1], [1], [0]] for k, x in BATCH.items()}
   got_encoded, got_logits = forward(net)(params, others)
   np.testing.assert_allclose(got_encoded[:2], encoded[[2, 1]], atol=1e-5)
@@ -489,7 +491,7 @@ def test_the_decoder_never_looks_ahead():
   ids=['plain', 'prompted', 'tied'],
 )
 def test_cached_decoding_equals_teacher_forcing(net):
-  # 40 positions: far enough for the logarithmic distance buckets.
+  # 40 positions reach the logarithmic distance buckets.
   params, batch = random_params(net), make_batch([16, 9, 1], [40] * 3, 16, 40)
 
   @jax.jit
@@ -515,7 +517,7 @@ def pack(rows):
 
 
 def packed_batch(batch, examples):
-  """Puts the first examples of a batch into one row, with some padding."""
+  """Packs the first examples of a batch into one row, with some padding."""
   packed = {}
   for stack, tokens in (('encoder', 'input'), ('decoder', 'target')):
     counts = np.sum(batch[f'{stack}_{tokens}_tokens'] > 0, axis=1)
@@ -573,7 +575,7 @@ def test_bfloat16_is_close_to_float32_and_its_logits_are_float32():
 def test_without_dropout_the_rate_is_no_matter():
   params = random_params(PROMPTED)
   dropping = prompted(dataclasses.replace(TINY, dropout_rate=0.5), 5)
-  # One and the same program, so the values are the same too.
+  # The program is the same, so its values are too.
   program, want = (
     jax.jit(EncoderDecoderModel(net).logits).lower(params, BATCH).as_text()
     for net in (dropping, PROMPTED)
@@ -583,9 +585,9 @@ def test_without_dropout_the_rate_is_no_matter():
 
 @functools.cache
 def dropping():
-  """A network that drops half, and a program of the key: logits, drops."""
+  """Returns a network with dropout 0.5, and its program with a key."""
   net = prompted(dataclasses.replace(SHALLOW, dropout_rate=0.5), 5)
-  # Full rows: there are no zeros but those that dropout makes.
+  # The rows are full, so all zeros come from dropout.
   batch = make_batch([16, 16], [10, 10])
 
   @jax.jit
@@ -625,22 +627,22 @@ def test_dropout_drops_a_feature_or_a_key_wherever_it_is_seen_or_nowhere():
   }
   for path, value in dropouts.items():
     zero = value == 0
-    if 'attention/' in path:  # A value as a whole: there is one draw for it.
+    if 'attention/' in path:  # One draw drops a whole value.
       dropped = zero
       assert zero.shape[:2] == (2, TINY.num_heads), path
       assert zero.shape[2:] in [(5 + 16,), (10,)], path
-    else:  # A feature along the length.
+    else:  # The same feature at all positions.
       dropped = np.all(zero, axis=-2, keepdims=True)
       np.testing.assert_array_equal(
         zero, np.broadcast_to(dropped, zero.shape), err_msg=path
       )
     assert 0.25 < np.mean(dropped) < 0.75, path
     assert (dropped[0] != dropped[1]).any(), f'{path}: rows drop alike'
-  # Stack inputs and outputs, attention values, sublayers (2 of the encoder's
-  # layer, 3 of the decoder's), MLP hiddens.
+  # Inputs and outputs of the stacks, attention values, sublayers (2 in the
+  # encoder's layer, 3 in the decoder's), MLP hiddens.
   assert len(dropouts) == 4 + 3 + 5 + 2, sorted(dropouts)
 
-  # What is kept is scaled up, and the prompt is dropped with the tokens.
+  # Dropout scales up the kept values, and drops the prompt like the tokens.
   x = dropouts[next(k for k in dropouts if k.startswith('encoder/Dropout'))]
   assert x.shape == (2, 5 + 16, 32)
   value = params['encoder']['prompt']['prompt']['prompt']
@@ -707,7 +709,7 @@ def test_cache_leaves_have_rows_first_but_for_the_shared_ones(net):
   assert shared == {'cache_index', 'cached_bias'}
   for path, leaf in leaves.items():
     if path[-1] not in shared:
-      assert leaf.shape == (3, 4, 8, 12), path  # Positions last.
+      assert leaf.shape == (3, 4, 8, 12), path  # Positions are the last axis.
   assert len(leaves) == 2 + 2 * TINY.num_decoder_layers
 
 
@@ -715,7 +717,7 @@ def test_cache_leaves_have_rows_first_but_for_the_shared_ones(net):
 
 
 class Scale(nn.Module):
-  """y times a number, as an adapter."""
+  """An adapter that multiplies y by a number."""
 
   @nn.compact
   def __call__(self, x, y):
@@ -757,7 +759,7 @@ def test_all_sites_are_listed_and_an_adapter_at_each_matters():
       Placement(site, f'test_{site.split("/")[-1]}', Scale) for site in scaled
     ),
   )
-  # Names of the base's parameters do not change, whatever is adapted.
+  # Adapters do not change the names of the base's parameters.
   base = structure.parameters(network.Transformer(SHALLOW))
   added = {k for k in structure.parameters(net) if k.endswith('/factor')}
   assert structure.parameters(net).keys() - added == base.keys()
@@ -780,7 +782,7 @@ def test_all_sites_are_listed_and_an_adapter_at_each_matters():
 
 
 class OnlyFirst(nn.Module):
-  """A mask that shows the first key alone."""
+  """A mask that leaves only the first key."""
 
   @nn.compact
   def __call__(self, x, y):
@@ -797,14 +799,14 @@ def test_a_mask_is_changed_where_it_stands(site):
 
   params = random_params(network.Transformer(SHALLOW))
   plain, masked = logits(), logits(Placement(site, 'test', OnlyFirst))
-  # The decoder's first position sees nothing but itself in any case.
+  # The decoder's first position attends only to itself anyway.
   first = np.abs(plain - masked)[:, 0].max()
   assert np.abs(plain - masked).max() > 1e-2
   assert (first < 1e-5) == (site == 'decoder/mask')
 
 
 class Before(nn.Module):
-  """Two learned positions before whatever comes, on axis 1."""
+  """Adds two learned positions before the input, on axis 1."""
 
   @nn.compact
   def __call__(self, x, y):
@@ -843,7 +845,7 @@ def test_what_stands_before_the_decoder_s_positions_is_cached(sites):
   ended = np.cumsum(np.asarray(tokens) == 1, axis=1) > 0
   keep = np.pad(~ended, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
   np.testing.assert_array_equal(greedy[keep], np.asarray(tokens)[keep])
-  # And it is seen: without it the logits are others.
+  # These positions matter: without them the logits differ.
   gone = {k: v for k, v in flat(params).items() if 'test_' not in k}
   plain = EncoderDecoderModel(network.Transformer(SHALLOW))
   assert np.abs(plain.logits(nested(gone), batch) - logits).max() > 1e-2
@@ -930,7 +932,7 @@ def test_computing_layers_again_changes_memory_only():
       batch,
       jax.random.key(1),
     )
-    # Less work for LLVM; what is done, and in which memory, is the same.
+    # This saves compile time; the operations and their memory are the same.
     compiled = (
       jax.jit(gradient)
       .lower(*arguments)
@@ -945,7 +947,7 @@ def test_computing_layers_again_changes_memory_only():
   np.testing.assert_allclose(
     grad, grad_again, rtol=1e-6, atol=1e-6 * np.abs(grad).max()
   )
-  # How much less depends on the compiler; the CPU's saves little.
+  # The saving depends on the compiler; on the CPU it is small.
   assert memory[1] < memory[0]
   assert flops[1] > 1.2 * flops[0]
 

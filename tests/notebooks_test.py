@@ -1,4 +1,4 @@
-"""The notebooks of examples/ run, cell after cell, as they are written."""
+"""The notebooks of examples/ run as they are, one cell after the other."""
 
 import json
 import os
@@ -13,13 +13,13 @@ NOTEBOOKS = sorted(ROOT.glob('examples/*.ipynb'))
 
 
 def cells(notebook):
-  """The code cells."""
+  """Returns the code cells."""
   found = json.loads(notebook.read_text())['cells']
   return [''.join(c['source']) for c in found if c['cell_type'] == 'code']
 
 
 def program(notebook):
-  """The code without IPython's commands, and with few steps and rows."""
+  """Returns the code without IPython's commands, with few steps and rows."""
   code = '\n'.join(cell for cell in cells(notebook) if cell[0] != '%')
   for long, short in (('steps=300', 'steps=3'), ('2000', '40'), ('200', '8')):
     code = code.replace(long, short)

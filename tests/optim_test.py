@@ -1,4 +1,4 @@
-"""Adafactor against T5X's, and the schedules by their values."""
+"""Adafactor matches T5X's; schedules have the expected values."""
 
 import json
 
@@ -11,7 +11,7 @@ from ptune.training import optim
 
 
 def second_moments(state, name):
-  """The factored state's fields, wherever the chain keeps them."""
+  """Returns the factored state's fields, wherever the chain has them."""
   found = [
     getattr(s, name)['p']
     for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, name))
