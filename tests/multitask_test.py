@@ -196,7 +196,7 @@ def test_other_tokens_are_refused_and_give_no_other_tasks_prompt():
 
 
 def _index(dataset, output_features):
-  """Puts a task token first: 258 for texts that begin with 'a', 257 with 'b'."""
+  """Puts a task token first: 258 if a text begins with 'a', 257 with 'b'."""
 
   def add(example):
     first = 258 - (example['inputs'][:1] - 100)

@@ -1,4 +1,4 @@
-"""Prompts that are made of what is trained, and saved alone."""
+"""Methods whose trained parameters compute a prompt, and save only that."""
 
 import functools
 import json
@@ -55,7 +55,7 @@ def lstm(rows, kernel, bias):
 
 
 def by_hand(name, flat):
-  """The prompt, from the formulas of the modules, in float64."""
+  """Computes the prompt from the modules' formulas, in float64."""
   own = {
     k.removeprefix(f'{SCOPE}/'): np.asarray(v, np.float64)
     for k, v in flat.items()
@@ -99,7 +99,7 @@ def test_the_folded_prompt_is_the_formulas_and_answers_the_same(name):
   table = np.asarray(flat[parameters.EMBEDDING])
   folded = method.fold(trained, lambda ids: table[list(ids)])
   assert folded.keys() == {method.prompt} == {prompt.PATH}
-  assert method.name in PLAIN  # PEFT and T5X take it.
+  assert method.name in PLAIN  # PEFT and T5X can use it.
   np.testing.assert_allclose(
     folded[prompt.PATH], by_hand(name, flat), atol=1e-5
   )
@@ -130,13 +130,13 @@ def test_a_run_writes_a_plain_prompt(tmp_path):
   trained = parameters.flatten(jax.device_get(state.trainable))
   file = tmp_path / 'run' / 'prompts' / 'step_2.npy'
   np.testing.assert_allclose(np.load(file), by_hand(name, trained), atol=1e-5)
-  # PEFT and T5X can have it, as one of plain prompt tuning.
+  # PEFT and T5X can use it like a prompt of plain prompt tuning.
   lines = export(read_prompt(tmp_path / 'run'), 'peft', tmp_path / 'peft')
   assert any('wrote' in line for line in lines)
   np.testing.assert_array_equal(
     read_prompt(tmp_path / 'peft').array, np.load(file)
   )
-  # The checkpoint has no array that could be taken for the prompt.
+  # The checkpoint has no array at the path of a prompt.
   source = open_checkpoint(tmp_path / 'run')
   assert prompt.PATH not in source.leaves
   plan = parameters.plan(tiny.CONFIG, prompt.prompt(3), ONE)

@@ -1,4 +1,4 @@
-"""ptune is found whole however it is installed, wherever Python starts."""
+"""An installed ptune is complete, however and wherever it is used."""
 
 import pathlib
 import shutil
@@ -12,7 +12,8 @@ import ptune
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Finds a module of tasks (SeqIO takes long to import) and a gin file.
+# Finds a module of tasks and a gin file. It does not import SeqIO, which is
+# slow.
 PROGRAM = """
 import importlib.util
 import gin
@@ -25,11 +26,10 @@ print(gin.__file__)
 
 
 def found(cwd, *path):
-  """What the program prints, with `path` before all other packages."""
+  """Runs the program with `path` before other packages; returns its output."""
   code = f'import sys; sys.path[1:1] = {[str(p) for p in path]!r}\n' + PROGRAM
   done = subprocess.run(
-    # As `python -c` in an interpreter that has the dependencies, but whose
-    # own editable ptune is hidden.
+    # Hides the interpreter's own editable ptune, but not the dependencies.
     [sys.executable, '-c', HIDE + code],
     cwd=cwd,
     capture_output=True,
@@ -52,7 +52,7 @@ sys.meta_path[:] = [
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
-  """What `pip install .` puts into site-packages."""
+  """Returns what `pip install .` puts into site-packages."""
   folder = tmp_path_factory.mktemp('wheel')
   source = folder / 'source'
   shutil.copytree(
@@ -147,7 +147,8 @@ def test_the_version_is_said_once_and_cited_alike():
 @pytest.mark.parametrize(
   'tests',
   [
-    # The room that stands elsewhere in a wheel; the others are slow.
+    # In a wheel, tasks are in another place, so they are tested by default; the
+    # others are slow.
     'tasks or skipped',
     pytest.param('not tasks and not skipped', marks=pytest.mark.slow),
   ],
@@ -155,11 +156,11 @@ def test_the_version_is_said_once_and_cited_alike():
 def test_a_wheel_answers_users_mistakes_as_a_checkout_does(
   wheel, tmp_path, tests
 ):
-  """`mistakes_test` once more, with the package that a wheel installs."""
+  """Runs `mistakes_test` with the package that a wheel installs."""
   site = str(wheel[0])
   arguments = [
     *('-q', '-n', '0', '-k', tests, '-p', 'no:cacheprovider'),
-    # Else pytest puts the checkout before the wheel.
+    # Otherwise pytest puts the checkout before the wheel.
     *('--import-mode=append', '-c', str(ROOT / 'pyproject.toml')),
     *('--rootdir', str(ROOT), str(ROOT / 'tests' / 'mistakes_test.py')),
   ]

@@ -1,4 +1,4 @@
-"""Packed examples are what they are alone; none is lost or seen twice."""
+"""Packed examples give the same results as single ones; none is lost."""
 
 import functools
 import itertools
@@ -40,7 +40,7 @@ PACKABLE = {
   'both prompts': combine(
     [prompt.prompt(3), decoder_prompt.decoder_prompt(2), lora.lora(2)]
   ),
-  # A network makes the prompt; `full` has the gradients of all of the base.
+  # In these, a network makes the prompt, or (`full`) the whole base is trained.
   **{
     name: METHODS[name]
     for name in ('p_tuning', 'multitask', 'full', 'prefix', 'ia3')
@@ -71,7 +71,7 @@ def few():
 
 
 def numbers_of(batch):
-  """The number that each example begins with, by row."""
+  """Returns the numbers that the examples of each row begin with."""
   found = []
   for tokens, segments in zip(
     batch['encoder_input_tokens'], batch['encoder_segment_ids'], strict=True
@@ -109,7 +109,7 @@ def test_loss_and_gradients_are_those_of_the_examples_alone(name, few):
   assert 1 < rows <= 6, 'nothing was packed'
   packed = packing.PackedBatches(few, LENGTHS, rows, method)(0)
   plan = plan_of(method)
-  # Halved: softmaxes that are less sharp round less.
+  # Halved, because less sharp softmaxes have smaller rounding errors.
   params = jax.tree.map(lambda x: x / 2, random_params(plan.network))
   params = parameters.flatten(params)
   trained = {path: params.pop(path) for path in plan.trainable}
@@ -298,7 +298,7 @@ def test_an_example_without_a_task_is_named(task):
 
 @pytest.mark.slow
 def test_a_packed_run_resumes_with_the_same_bits(tmp_path):
-  """Cut after step 5, with packed rows of several epochs."""
+  """Stops after step 5, with packed rows of several epochs."""
   run = functools.partial(tiny.run, eval_split=None, checkpoint_period=12)
   run(tmp_path / 'whole', pack=2)
   run(tmp_path / 'cut', pack=2, train_steps=5)

@@ -1,4 +1,4 @@
-"""The plan of all parameters, their first values, and the fingerprint."""
+"""The plan of all parameters, their initial values, and the fingerprint."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from ptune.model.adapters import Method, Placement
 from tests.network_test import SHALLOW, TINY, load
 
 ONE = partitioning.make_mesh(devices=jax.devices()[:1])
-# Looks at nothing.
+# A base that cannot be read.
 ELSEWHERE = prompt_init.Base(None, None, None)
 
 
@@ -71,7 +71,7 @@ def test_in_bfloat16_frozen_matrices_alone_are_bfloat16():
     )
     want = jnp.float32 if used_in_float32 else jnp.bfloat16
     assert x.dtype == want, path
-  # What is trained is float32, whatever the model computes in.
+  # Trained parameters are float32, whatever type the model computes in.
   trained = plan_of('full', dtype='bfloat16').params.values()
   assert {x.dtype for x in trained} == {jnp.dtype(jnp.float32)}
 
@@ -100,7 +100,7 @@ def test_networks_with_the_same_adapters_are_equal():
   assert made[0] != made[2]
   dropped = dataclasses.replace(TINY, dropout_rate=0.1)
   made[1] = made[1].clone(config=dropped)
-  # A second plan traces nothing.
+  # The second call does not trace the network again.
   structure.parameters(made[0])
   before = structure._traced.cache_info().misses
   assert structure.parameters(made[1]) == structure.parameters(made[0])
@@ -129,7 +129,8 @@ def test_summary_has_the_papers_numbers():
     'prompt: trainable 51,200 parameters (204.8 kB), frozen 76,961,152'
     ' parameters (307.8 MB), on a mesh of 1 data x 1 model'
   )
-  # 2 bytes each, but for 42 norms of 512 and 2 bias tables of 6 x 32.
+  # 2 bytes per parameter, and 4 for 42 norms of 512 and 2 bias tables of 6 x
+  # 32.
   bytes_of = 2 * 76_961_152 + 2 * (42 * 512 + 2 * 6 * 32)
   assert f'({bytes_of / 1e6:.1f} MB)' in model_info.summary(
     small_plan('bfloat16')
@@ -186,7 +187,7 @@ def test_bytes_are_written_in_decimal_units(n, text):
 
 
 class Counted(nn.Module):
-  """An adapter that tells when its first value is really computed."""
+  """An adapter that records when its first value is computed."""
 
   tell: object
 
@@ -239,7 +240,8 @@ def test_initial_values_have_the_networks_distributions():
   std = {p: np.std(np.asarray(values[p], np.float32)) for p in paths}
   np.testing.assert_allclose(std['token_embedder/embedding'], 1, rtol=0.05)
   np.testing.assert_allclose(std[key], 32**-0.5, rtol=0.1)
-  # The head size that is not divided out of the logits.
+  # T5 does not divide the logits by the root of the head size, so its query
+  # kernels start smaller.
   np.testing.assert_allclose(std[query], (32 * 8) ** -0.5, rtol=0.1)
   np.testing.assert_array_equal(values['encoder/encoder_norm/scale'], 1)
 
@@ -280,7 +282,7 @@ def test_embedding_rows_are_whole_on_any_mesh(numerics, dtype, model_parallel):
   assert rows.dtype == np.float32
   want = table[ids].astype(struct.dtype).astype(np.float32)
   np.testing.assert_array_equal(rows, want)
-  rows += 1  # Its callers may write to it.
+  rows += 1  # Callers may change it.
 
 
 @pytest.mark.parametrize('ids', [[0, 128], [-1, 5]])
@@ -318,7 +320,7 @@ KERNELS = [
 
 @pytest.fixture
 def weights(numerics):
-  """A part of the base: matrices, a norm, a bias table."""
+  """Returns a part of the base: matrices, a norm and a bias table."""
   paths = [
     'token_embedder/embedding',
     'encoder/layers_0/mlp/wo/kernel',
@@ -334,7 +336,7 @@ def weights(numerics):
 def test_the_fingerprint_is_that_of_the_weights_on_any_mesh(
   weights, few, monkeypatch
 ):
-  monkeypatch.setattr(fingerprint_lib, 'FEW', few)  # By XLA, and by NumPy.
+  monkeypatch.setattr(fingerprint_lib, 'FEW', few)  # By XLA, then by NumPy.
   want = fingerprint(weights)
   assert re.fullmatch('[0-9a-f]{16}', want)
   for model_parallel in (1, 2, 8):

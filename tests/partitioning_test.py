@@ -1,7 +1,7 @@
-"""Meshes: the same numbers on each, and weights that really lie split.
+"""Meshes give the same numbers, and weights are really split.
 
-Losses agree even where no constraint is in force, so the constraints of the
-program and the shards of the arrays are looked at too.
+Losses agree even if no constraint is in force. So these tests also check the
+constraints of the program and the shards of the arrays.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ from ptune.training import state as state_lib
 from tests import tiny
 from tests.network_test import SHALLOW, make_batch, nested
 
-# (devices, how many of them hold one copy of the weights); SHALLOW has four
-# heads, which eight devices cannot share.
+# (devices, devices that share one copy of the weights). SHALLOW has four heads,
+# which cannot be split over eight devices.
 MESHES = {'8x1': (8, 1), '4x2': (8, 2), '2x4': (8, 4), '1x8': (8, 8)}
 ONE = '1x1'
 meshes = pytest.mark.parametrize('mesh', MESHES)
-# 32 rows: four microbatches of a row for each of eight devices.
+# 32 rows: four microbatches of one row for each of eight devices.
 TARGETS = [10, 4, 1, 10, 2, 10, 5, 3] * 4
 BATCH = make_batch([16, 9, 1, 16, 12, 3, 7, 16] * 4, TARGETS)
 
@@ -54,7 +54,7 @@ def plan_on(mesh, method='prompt', **changes):
 
 @functools.cache
 def values(paths):
-  """Random parameters on the host."""
+  """Returns random parameters on the host."""
   rng = np.random.default_rng(0)
   return {
     path: rng.standard_normal(x.shape, np.float32)
@@ -73,7 +73,7 @@ def placed(plan, paths):
 
 
 def program(plan, **settings):
-  """The compiled update of an Adafactor at its first step."""
+  """Compiles an update at Adafactor's first step."""
   model = models.EncoderDecoderModel(
     plan.network, loss_normalizing_factor='NUM_REAL_TARGET_TOKENS'
   )
@@ -88,7 +88,7 @@ def program(plan, **settings):
 
 @functools.cache
 def update(mesh, method='prompt', **settings):
-  """The trained parameters after a step, and its sums."""
+  """Runs a step; returns the trained parameters and the sums."""
   plan = plan_on(mesh, method)
   tx, abstract, step = program(plan, **settings)
   state = state_lib.first_state(
@@ -198,7 +198,7 @@ def test_a_base_is_read_straight_into_equal_parts():
     ('8x1', 4, 32, 64, 128),
     ('4x2', 2, 16, 32, 64),
     ('2x4', 1, 8, 16, 32),
-    # Four heads stay whole; the other axes are split over all eight.
+    # Four heads stay whole; the other axes are split over eight devices.
     ('1x8', 4, 4, 8, 16),
   ],
 )
@@ -230,7 +230,7 @@ def test_initialised_weights_are_made_where_they_lie():
   made = parameters.initialize(plan, [path], seed=0)[path]
   assert made.sharding.is_equivalent_to(plan.params[path].sharding, 2)
   assert made.addressable_shards[0].data.shape == (32, 16)
-  # And are the same values on another mesh.
+  # The values are the same on another mesh.
   (other,) = parameters.initialize(plan_on('8x1'), [path], seed=0).values()
   np.testing.assert_array_equal(made, other)
 
@@ -254,7 +254,7 @@ def test_the_optimizers_moments_lie_like_their_parameters():
 
 @functools.cache
 def lowered(mesh):
-  """The program of an update, as it is handed to XLA, without any array."""
+  """Lowers an update without making any array; returns its StableHLO text."""
   plan = plan_on(mesh)
   _, abstract, step = program(plan)
   frozen = nested(plan.select(plan.frozen))
@@ -274,8 +274,9 @@ def test_the_program_constrains_its_activations_within_the_scope_only():
   plan, lower = lowered('4x2')
   with plan.scope():
     inside = constraints(lower())
-  # In the forward pass of one layer each: embeddings 2, queries, keys, values
-  # 9, MLP hiddens 4, layer outputs 2, logits 1; and again in the backward.
+  # Constraints in the forward pass, with one layer per stack: 2 for embeddings,
+  # 9 for queries, keys and values, 4 for MLP hiddens, 2 for layer outputs and 1
+  # for logits. The backward pass has them again.
   assert len(inside) > 18
   assert sum('"model"' in line for line in inside) >= 14
   assert sum('"data"' in line for line in inside) >= 18

@@ -1,4 +1,4 @@
-"""Paths of users: what is no path is named, and no pipe or device is read."""
+"""Paths of users: errors name a wrong path, and no pipe or device is read."""
 
 import argparse
 import os
@@ -54,7 +54,7 @@ def test_file_urls_are_local_files(tmp_path):
 
 @pytest.fixture(params=['a pipe', 'a device'])
 def endless(request, tmp_path):
-  """A place that a reader would never come back from, and what it is."""
+  """Makes a file whose reading would never end; returns it and its kind."""
   file = tmp_path / 'model.safetensors'
   if request.param == 'a pipe':
     os.mkfifo(file)

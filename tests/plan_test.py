@@ -1,6 +1,6 @@
-"""Memory plans: against arrays that were made, and extrapolation against all.
+"""Memory plans agree with real arrays, and extrapolation with full depth.
 
-Everything is measured on networks a few thousand numbers wide.
+All measurements use networks that are a few thousand numbers wide.
 """
 
 import dataclasses
@@ -139,7 +139,7 @@ def test_every_mesh_is_measured_or_said_to_be_impossible():
   table = measure(run, jax.devices()[:4])
   assert list(table) == [1, 2, 4]
   assert table[1] == 'BATCH_SIZE 6 (MICROBATCHES 1) is not divisible by 4'
-  # More parts hold less of the weights each.
+  # With more parts, each device holds less of the weights.
   assert table[2].frozen > table[4].frozen
 
 
@@ -278,13 +278,13 @@ def test_the_tpus_own_compiler_is_asked_where_it_can_be(monkeypatch):
 def test_a_steps_time_gives_tokens_a_second_and_chip_hours():
   run = dataclasses.replace(RUN, train_steps=9000)
   memory = Memory(1, 1, 1, 10, decoding=20, seconds=0.5)
-  assert memory.total == 23  # A step and decoding are not there together.
+  assert memory.total == 23  # A step and decoding do not overlap.
   text = fit.describe_time(run, memory, 'v5e', 8)
-  # Sixteen rows of 32 and 8; 9,000 steps of half a second on eight chips.
+  # 16 rows of 32 and 8 tokens; 9,000 steps of half a second on eight chips.
   assert '500 ms, 1,280 tokens a second' in text
   assert '9,000 steps: 10.00 chip-hours of v5e' in text
   assert 'not a measurement' in text
-  # A chip of v7x is two devices.
+  # A v7x chip has two devices.
   other = fit.describe_time(run, memory, 'v7x', 8)
   assert '5.00 chip-hours of v7x' in other
   assert 'clock of v7x is assumed' in other and 'assumed' not in text
@@ -292,6 +292,6 @@ def test_a_steps_time_gives_tokens_a_second_and_chip_hours():
   assert 'a step: 0.42 ms' in fit.describe_time(run, short, 'v5e', 8)
   table, _ = fit.describe(run, {1: memory}, 8, 'v5e', exact=True)
   assert 'decoding' in table and '20 bytes' in table
-  # The first mesh that fits ends the search; there are eight devices even so.
+  # The search ends with the first mesh that fits, also with eight devices.
   assert '8 x 1' in table and 'each of 8 devices' in table
   assert not fit.describe_time(run, Memory(1, 1, 1, 1), 'v5e', 8)

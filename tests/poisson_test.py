@@ -1,4 +1,4 @@
-"""Poisson-sampled batches: every row by itself, none lost, none made up."""
+"""Poisson sampling draws each row independently; no row is lost or added."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def batches(key=5, size=12, **settings):
 
 
 def rows_of(batch):
-  """The numbers that a batch holds, of rows that count."""
+  """Returns the numbers in the rows of a batch that count."""
   real = batch['decoder_loss_weights'].any(axis=1)
   texts = [TASK.vocabulary.decode(x.tolist()) for x in
            batch['decoder_target_tokens'][real]]  # fmt: skip
@@ -36,7 +36,7 @@ def test_each_row_is_drawn_by_itself_with_the_same_chance():
   p = 12 / ROWS
   deviation = np.sqrt(p * (1 - p) / steps)
   assert np.abs(drawn.mean(axis=0) - p).max() < 5 * deviation
-  # Rows and steps do not depend on each other, so counts are binomial.
+  # Rows and steps are independent, so the counts are binomial.
   counts = drawn.sum(axis=1)
   np.testing.assert_allclose(counts.var(), ROWS * p * (1 - p), rtol=0.15)
   for x, y in ((drawn[:, 0], drawn[:, 1]), (drawn[1:, 0], drawn[:-1, 0])):
@@ -45,7 +45,7 @@ def test_each_row_is_drawn_by_itself_with_the_same_chance():
 
 def test_a_batch_holds_the_rows_that_were_drawn_and_no_others():
   read = batches(multiple=8)
-  # 12 + 4 * sqrt(12 * 0.8), up to a multiple of 8.
+  # 12 + 4 * sqrt(12 * 0.8), rounded up to a multiple of 8.
   assert read.room == 32
   for step in range(20):
     batch = read(step)
@@ -53,7 +53,7 @@ def test_a_batch_holds_the_rows_that_were_drawn_and_no_others():
     assert {len(x) for x in batch.values()} == {32}
     rest = ~batch['decoder_loss_weights'].any(axis=1)
     for value in batch.values():
-      assert not value[rest].any()  # 0 is also the padding.
+      assert not value[rest].any()  # Padding is 0 too.
 
 
 def test_no_row_is_left_out_of_a_large_batch_and_a_batch_may_be_empty():

@@ -1,4 +1,4 @@
-"""What is asked of the devices, and when it is waited for."""
+"""The predictor starts the next batch before it waits for the last result."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""A decoder alone: inputs are a prefix that all of its positions see."""
+"""A decoder-only model: inputs are a prefix that every position attends to."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ def test_every_input_is_seen_by_all_and_a_target_by_later_ones_only():
   net, params = model()
   batch = make_batch([4], [5], 4, 5)
   before = logits(net, params, batch)
-  for i in range(4):  # The last input, too, is seen from the first target on.
+  for i in range(4):  # The first target attends to all inputs.
     changed = {k: v.copy() for k, v in batch.items()}
     changed['encoder_input_tokens'][0, i] += 1
     moved = np.abs(logits(net, params, changed) - before).max(-1)[0]
@@ -62,7 +62,7 @@ def test_every_input_is_seen_by_all_and_a_target_by_later_ones_only():
     changed['decoder_input_tokens'][0, i] += 1
     moved = np.abs(logits(net, params, changed) - before).max(-1)[0]
     assert (moved[:i] == 0).all() and (moved[i:] > 1e-5).all(), i
-  # Inputs see each other both ways: what follows changes what a prefix means.
+  # Inputs attend in both directions, so later inputs change earlier positions.
 
   def second_layer():
     _, sown = net.apply(
@@ -122,7 +122,7 @@ def test_decoding_with_the_cache_is_decoding_without(how, length):
   predicted, scores = jax.jit(
     lambda params: EncoderDecoderModel(net).predict(params, inputs, steps, how)
   )(params)
-  # What was said scores, all at once, what its steps added up to.
+  # Scoring the answers in one pass gives the sum of the decoding steps' scores.
   targets = np.asarray(predicted)
   batch = {
     'encoder_input_tokens': inputs,
@@ -136,7 +136,7 @@ def test_decoding_with_the_cache_is_decoding_without(how, length):
     said = logits(net, params, batch).argmax(-1)
     np.testing.assert_array_equal(said[targets > 0], targets[targets > 0])
   else:
-    ended = (targets == 1).any(-1)  # Others are not penalised.
+    ended = (targets == 1).any(-1)  # Others have no penalty.
     lengths = (targets > 0).sum(-1)
     penalty = np.where(ended, ((5 + lengths) / 6) ** how.alpha, 1.0)
     np.testing.assert_allclose(whole / penalty, scores, atol=1e-4)
@@ -163,7 +163,7 @@ def test_rows_with_prompts_of_their_own_are_those_of_single_prompts():
 
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
-  """A decoder trained from random weights, as `ptune train` leaves it."""
+  """Returns a decoder trained from random weights by `ptune train`."""
   path = tmp_path_factory.mktemp('base') / 'run'
   tiny.run(path, config=TINY, method=full.full(), initial_checkpoint_path=None)
   return str(path)

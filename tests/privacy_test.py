@@ -1,4 +1,4 @@
-"""Private prompts: the update by hand, what it costs, and what is promised."""
+"""Private prompts: the update computed by hand, its cost, and the guarantee."""
 
 import dataclasses
 import json
@@ -20,11 +20,11 @@ from tests.state_test import ONE, plan_of, start
 
 BATCH = make_batch([16, 9, 1, 5], [10, 4, 1, 3])
 KEY = np.array([1, 2], np.uint32)
-NEVER = 1e9  # A clip that never binds.
+NEVER = 1e9  # A clip without effect.
 
 
 def update(private, dropout_rate=0.0, microbatches=1, tx=None, batch=BATCH):
-  """The prompt before and after a step of SGD, and the step's sums."""
+  """Runs a step of SGD; returns the prompt before and after, and the sums."""
   plan, tx = plan_of(dropout_rate), tx or optax.sgd(1.0)
   state, frozen, abstract = start(plan, tx)
   before = np.array(parameters.flatten(state.trainable)[prompt.PATH])
@@ -50,7 +50,7 @@ def private(clip, noise):
 
 
 def gradient_of_row(row):
-  """By the ordinary gradient, of a batch of one row."""
+  """Returns the ordinary gradient of a batch with one row."""
   plan = plan_of()
   state, frozen, _ = start(plan, optax.sgd(1.0))
   model = models.EncoderDecoderModel(plan.network)
@@ -80,7 +80,7 @@ def test_without_noise_or_a_clip_that_binds_it_is_the_ordinary_update(
 def test_every_row_is_clipped_by_itself():
   rows = [gradient_of_row(row) for row in range(4)]
   norms = [np.linalg.norm(g) for g in rows]
-  clip = float(np.median(norms))  # Binds for some.
+  clip = float(np.median(norms))  # Clips some of the rows.
   want = sum(g * min(1, clip / n) for g, n in zip(rows, norms, strict=True))
   before, after, _ = update(private(clip, 0.0))
   np.testing.assert_allclose(
@@ -145,14 +145,15 @@ def test_it_costs_one_backward_pass(optimized):
 
 
 def test_a_row_is_counted_as_often_as_it_can_have_been_used():
-  # Batches of 4 of 12 rows: an epoch is 3 steps.
+  # 12 rows in batches of 4: an epoch has 3 steps.
   assert [privacy.visits(s, 4, 12) for s in (0, 1, 3, 4, 6)] == [0, 1, 1, 2, 2]
-  # Of 10 rows, the third batch may hold the same row twice.
+  # With 10 rows, the third batch may contain the same row twice.
   assert [privacy.visits(s, 4, 10) for s in (2, 3, 5, 6)] == [1, 4, 4, 5]
 
 
 def test_epsilon_is_that_of_the_gaussian_mechanism():
-  # Balle and Wang 2018 (arXiv 1805.06083), theorem 8: delta of one mechanism.
+  # Theorem 8 of Balle and Wang, 2018 (arXiv 1805.06083): delta of one
+  # mechanism.
   phi = lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2)))
   for noise, visits in ((1.0, 1), (4.0, 3)):
     one = privacy.Privacy(noise=noise, delta=1e-5)
@@ -161,12 +162,12 @@ def test_epsilon_is_that_of_the_gaussian_mechanism():
     np.testing.assert_allclose(delta, 1e-5, rtol=0.01)
   assert privacy.epsilon(one, 0) == 0
   assert privacy.epsilon(privacy.Privacy(noise=0.0), 1) == math.inf
-  # Sampling at random would cost less.
+  # Poisson sampling costs less.
   assert privacy.epsilon_if_poisson(one, 30, 10, 100) < privacy.epsilon(one, 3)
 
 
 def test_a_run_stops_at_epsilon_and_says_what_it_spent(tmp_path):
-  # 64 rows in batches of 8; an epoch is 8 steps.
+  # 64 rows in batches of 8: an epoch has 8 steps.
   one = privacy.Privacy(clip=0.1, noise=2.0, delta=1e-3, epsilon=1.5)
   assert privacy.epsilon(one, 1) < 1.5 < privacy.epsilon(one, 2)
 
@@ -182,11 +183,11 @@ def test_a_run_stops_at_epsilon_and_says_what_it_spent(tmp_path):
   assert spent['epsilon'] == privacy.epsilon(one, 1)
   assert (spent['examples'], spent['noise'], spent['delta']) == (64, 2.0, 1e-3)
   assert spent['epsilon_if_poisson'] < spent['epsilon']
-  # The noise is secret: another run has another.
+  # The noise is secret, so another run draws other noise.
   other = jax.tree.leaves(run('other').trainable)[0]
   mine = jax.tree.leaves(state.trainable)[0]
   assert np.abs(mine - other).max() > 0.01
-  # Neither goes on without privacy, nor as private what was not.
+  # A private run does not resume without privacy.
   with pytest.raises(ValueError, match='privacy'):
     tiny.run(tmp_path / 'run', eval_split=None)
 
@@ -195,8 +196,9 @@ def test_poisson_sampling_is_accounted_for_and_resumes(tmp_path):
   one = privacy.Privacy(
     clip=0.1, noise=2.0, delta=1e-3, epsilon=1.5, sampling='poisson'
   )
-  # By hand for one step: the density of the outcome is that of N(0, noise^2),
-  # or mixed with that of N(1, noise^2) as often as the row is drawn.
+  # Computed by hand for one step: the outcome has the density N(0, noise^2).
+  # With the row, this is mixed with N(1, noise^2) by the probability that the
+  # row is drawn.
   x = np.linspace(-30, 30, 600_001)
   normal = lambda mean: np.exp(-((x - mean) ** 2) / 8) / np.sqrt(8 * np.pi)
   without, mixed = normal(0), 0.875 * normal(0) + 0.125 * normal(1)
@@ -209,7 +211,7 @@ def test_poisson_sampling_is_accounted_for_and_resumes(tmp_path):
   last = privacy.last_step(one, 1000, 8, 64)
   assert privacy.cost(one, last, 8, 64) <= 1.5
   assert privacy.cost(one, last + 1, 8, 64) > 1.5
-  # More steps than shuffled batches are allowed.
+  # This is more than the number of steps with shuffled batches.
   assert last > privacy.last_step(
     dataclasses.replace(one, sampling='shuffle'), 1000, 8, 64
   )
@@ -231,14 +233,14 @@ def test_poisson_sampling_is_accounted_for_and_resumes(tmp_path):
     'examples': 64,
     'epsilon': privacy.cost(one, 4, 8, 64),
   }
-  again = run('whole', 4)  # By the same keys.
+  again = run('whole', 4)  # With the same keys.
   for a, b in zip(
     jax.tree.leaves(state.trainable),
     jax.tree.leaves(again.trainable),
     strict=True,
   ):
     np.testing.assert_array_equal(a, b)
-  # A run does not change how it draws.
+  # A run cannot change its sampling.
   with pytest.raises(ValueError, match='sampling'):
     tiny.run(
       tmp_path / 'run',

@@ -1,4 +1,4 @@
-"""A profile of a run can be read, and changes nothing."""
+"""A run's profile is readable, and does not change the run."""
 
 import gzip
 import json
@@ -12,12 +12,12 @@ from tests import tiny
 
 
 def traces_of(directory):
-  """The events of each Perfetto trace below a directory."""
+  """Returns the events of each Perfetto trace below a directory."""
   found = []
   for path in sorted(directory.rglob('perfetto_trace.json.gz')):
     with gzip.open(path) as f:
       found.append(json.load(f)['traceEvents'])
-    # Beside it, what TensorBoard reads.
+    # TensorBoard reads the file next to it.
     (planes,) = path.parent.glob('*.xplane.pb')
     assert planes.stat().st_size > 1000
     assert path.parent.parent == directory / 'plugins' / 'profile'
@@ -33,7 +33,7 @@ def test_a_run_traces_the_steps_after_compilation(tmp_path, caplog):
   tiny.run(tmp_path, eval_split=None, train_steps=5, profile_steps=2)
   (events,) = traces_of(tmp_path / 'profile')
   assert sorted(map(int, steps_of(events))) == [1, 2]
-  # Programs ran in it, and were not compiled.
+  # The traced steps run programs and compile none.
   names = {str(e.get('name')) for e in events}
   assert any('PjitFunction' in name for name in names)
   assert not any('backend_compile' in name for name in names)

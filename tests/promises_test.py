@@ -1,4 +1,4 @@
-"""Every test that docs/promises.md names is there."""
+"""All tests that docs/promises.md names exist."""
 
 import pathlib
 import re
@@ -14,7 +14,7 @@ ROWS = [
 
 
 def unknown(row):
-  """What a row names and is not there: modules, and tests in them.
+  """Returns the modules and tests that a row names and that do not exist.
 
   `a_test`: `test_this`, `test_that_...`; `b_test`
   """

@@ -1,4 +1,4 @@
-"""PROMPT_FILE: every kind of file that holds a prompt stands for it."""
+"""PROMPT_FILE accepts every kind of prompt file."""
 
 import json
 
@@ -21,7 +21,7 @@ ROWS = np.arange(LENGTH * tiny.CONFIG.emb_dim, dtype=np.float32).reshape(
 
 @pytest.fixture(scope='module')
 def places(tmp_path_factory):
-  """By kind, where the same prompt lies."""
+  """Returns paths of the same prompt, by kind of file."""
   run = tmp_path_factory.mktemp('run')
   (run / 'prompts').mkdir()
   file = run / 'prompts' / 'best.npy'

@@ -1,4 +1,4 @@
-"""Initialisers of the prompt: the values, and what is wrong with a file."""
+"""Initialisers of the prompt: their values, and errors in files."""
 
 import logging
 import pathlib
@@ -16,7 +16,7 @@ EMBED = 4
 
 @pytest.fixture(scope='module')
 def vocabulary(tmp_path_factory):
-  """A SentencePiece vocabulary that does not know all characters."""
+  """Trains a SentencePiece vocabulary that lacks some characters."""
   folder = tmp_path_factory.mktemp('vocabulary')
   text = folder / 'text.txt'
   text.write_text('good bad great film the a no yes maybe\n' * 20)
@@ -35,9 +35,9 @@ def vocabulary(tmp_path_factory):
 
 
 def base_of(vocabulary, labels=()):
-  """A frozen model whose embedding has a row for each id, all different."""
+  """Returns a base whose embedding has a different row for each id."""
   table = np.arange(vocabulary.vocab_size * EMBED, dtype=np.float32)
-  table = table.reshape(-1, EMBED) ** 1.5  # A mean is no other row.
+  table = table.reshape(-1, EMBED) ** 1.5  # No mean equals a row.
 
   def embedding(ids):
     assert 0 <= np.min(ids) <= np.max(ids) < len(table), ids
@@ -55,7 +55,7 @@ def run(init, length, base, seed=0):
 
 
 def ids_of(value, table):
-  """Which row of the table each row of the prompt is."""
+  """Returns, for each row of the prompt, the equal row of the table."""
   same = (value[:, None] == table[None]).all(axis=-1)
   assert (same.sum(axis=1) == 1).all(), 'a row that is no embedding'
   return same.argmax(axis=1)
@@ -67,7 +67,7 @@ def warnings_of(caplog):
   ]
 
 
-ELSEWHERE = prompt_init.Base(None, None, None)  # Looks at nothing.
+ELSEWHERE = prompt_init.Base(None, None, None)  # Cannot be read.
 
 
 # --------------------------------------------------------------------- random
@@ -76,8 +76,8 @@ ELSEWHERE = prompt_init.Base(None, None, None)  # Looks at nothing.
 @pytest.mark.parametrize(
   ('init', 'low', 'high'),
   [
-    (prompt_init.random_uniform(), -0.5, 0.5),  # The paper's.
-    (prompt_init.random_uniform(low=0.0), 0.0, 0.5),  # Its implementation's.
+    (prompt_init.random_uniform(), -0.5, 0.5),  # As in the paper.
+    (prompt_init.random_uniform(low=0.0), 0.0, 0.5),  # As in its code.
     (prompt_init.random_uniform(-2.0, 1.0), -2.0, 1.0),
   ],
 )
@@ -108,7 +108,7 @@ def test_sampled_vocab_takes_common_ids_and_each_once(vocabulary, caplog):
     ids = ids_of(run(init, 7, base, seed), table)
     assert len(set(ids)) == 7
     assert max(ids) < 10
-  # All of them, special tokens included, and in random order.
+  # All ids, special tokens included, in random order.
   ids = ids_of(run(init, 10, base), table)
   assert sorted(ids) == list(range(10)) != list(ids)
   assert not warnings_of(caplog)
@@ -136,7 +136,7 @@ def test_sampled_vocab_never_asks_for_ids_beyond_the_vocabulary(caplog):
 # --------------------------------------------------------------- class labels
 
 
-FILL = prompt_init.from_array  # A fill that can be recognised.
+FILL = prompt_init.from_array  # A recognisable fill.
 
 
 def test_class_label_i_fills_row_i_once_with_the_mean_of_its_pieces(
@@ -153,7 +153,7 @@ def test_class_label_i_fills_row_i_once_with_the_mean_of_its_pieces(
   want[:3] = [table[p].mean(axis=0) for p in pieces]
   np.testing.assert_allclose(value, want, rtol=1e-6)
   assert not warnings_of(caplog)
-  np.testing.assert_array_equal(fill, -7)  # Not written to.
+  np.testing.assert_array_equal(fill, -7)  # Was not changed.
 
 
 def test_class_labels_are_filled_up_from_the_sampled_vocab(vocabulary):
@@ -196,7 +196,7 @@ def test_class_labels_that_are_no_list_or_none_are_refused(vocabulary):
 
 @pytest.mark.parametrize('label', ['日本', '日', '', '   '])
 def test_a_label_that_cannot_be_encoded_is_named(vocabulary, label):
-  # SentencePiece makes a known space and the unknown token of such a word.
+  # SentencePiece encodes such a word as a known space and the unknown token.
   base, _ = base_of(vocabulary)
   init = prompt_init.from_class_labels(['yes', label])
   with pytest.raises(ValueError, match='cannot be encoded') as e:
@@ -280,7 +280,7 @@ def test_a_file_is_read_when_the_run_starts_and_not_before(tmp_path):
 
 
 def test_the_references_prompt_files_are_read(numerics):
-  # Its name has dots and no suffix.
+  # Its name has dots, but no suffix.
   folder = numerics / 'checkpoints/legacy_prompt/numpy_checkpoints'
   path = folder / 'checkpoint_1100010/encoder.prompt.prompt.prompt'
   with np.load(numerics / 'trajectory' / 'trajectory.npz') as f:
@@ -313,7 +313,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
 
 
 class Touches:
-  """A pickle that writes a file when it is loaded."""
+  """A pickle that writes a file when loaded."""
 
   def __init__(self, path):
     self.path = path
@@ -351,7 +351,7 @@ def cut(at):
   ('make', 'message'),
   [
     (cut(-4), 'cut short'),
-    (cut(40), 'cut short'),  # Within the header.
+    (cut(40), 'cut short'),  # In the header.
     (cut(3), 'cut short'),
     (cut(0), 'cut short'),
     (write('prompt.npy', VALUE[0]), r'float32 \[4\]; a prompt is \[prompt,'),
@@ -388,7 +388,7 @@ def test_an_archive_or_a_text_is_no_prompt_file(tmp_path):
 
 @pytest.fixture
 def sources(tmp_path):
-  """Two prompts [2, 4] and one [3, 4]; their files."""
+  """Writes two prompts [2, 4] and one [3, 4]; returns arrays and files."""
   rng = np.random.default_rng(3)
   files = []
   for name, rows in (('a', 2), ('b', 2), ('long', 3)):

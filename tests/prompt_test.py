@@ -1,6 +1,6 @@
-"""The soft prompt: where it is put, what it is, what is refused.
+"""The soft prompt: its positions, its values, and refused settings.
 
-Its values against the reference implementation are in network_test.
+network_test compares its values with the reference implementation.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from tests.network_test import (
 )
 
 EOS = 1
-# Full, in between, one token, nothing at all (a filler row).
+# A full row, a shorter one, one token, and an empty filler row.
 ROWS = [[7, 8, 9, 10, 11, EOS], [7, 8, 9, EOS], [EOS], []]
-# What each position makes of them; p, q, r are the prompt.
+# The result for each position; p, q and r are the prompt.
 P, Q, R = 'pqr'
 INSERTED = {
   'start': [
@@ -53,7 +53,7 @@ def tokens_of(rows, length=6):
 
 
 def insert(position, dtype=np.float32):
-  """What comes out of the adapter, and what should."""
+  """Returns the output of the adapter and the expected output."""
   rng = np.random.default_rng(0)
   table = {token: rng.normal(size=4) for token in [*range(12), P, Q, R]}
   tokens = tokens_of(ROWS)
@@ -88,8 +88,8 @@ def test_in_bfloat16_only_a_rounded_copy_is_inserted(position):
 
 @positions
 def test_a_prompt_of_embeddings_is_those_tokens(position):
-  # A prompt that holds the embeddings of three tokens is no other thing than
-  # these tokens in the input: positions, masks and cross-attention included.
+  # A prompt made of the embeddings of three tokens has the same effect as these
+  # tokens in the input, on positions, masks and cross-attention too.
   net = network.Transformer(
     SHALLOW, prompt.prompt(3, position=position).placements
   )
@@ -119,7 +119,7 @@ def test_only_the_prompt_is_trained():
   paths = structure.parameters(network.Transformer(TINY, method.placements))
   assert [p for p in paths if method.trains(p)] == [prompt.PATH]
   assert paths[prompt.PATH].shape == (5, 32)
-  assert prompt.PATH == 'encoder/prompt/prompt/prompt'  # T5X's, in checkpoints.
+  assert prompt.PATH == 'encoder/prompt/prompt/prompt'  # T5X's path.
   assert method.prompt == prompt.PATH
   added = set(paths) - set(structure.parameters(network.Transformer(TINY)))
   assert added == {prompt.PATH}

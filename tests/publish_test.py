@@ -1,4 +1,4 @@
-"""ptune push: what lies on the Hub is opened by ptune, and says what it is."""
+"""`ptune push`: ptune loads the published prompt, and its card describes it."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ TASK_FILES = \\
 
 @pytest.fixture
 def run(tmp_path):
-  """A run's directory, as far as a prompt's publication reads it."""
+  """Returns a run's directory with all that publishing a prompt reads."""
   folder = tmp_path / 'runs' / 'sst2' / 'prompts'
   folder.mkdir(parents=True)
   np.save(folder / 'best.npy', np.arange(8, dtype=np.float32).reshape(2, 4))
@@ -43,7 +43,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def repositories(tmp_path, monkeypatch):
-  """A hub on this machine: a folder for each repository."""
+  """Replaces the Hub by local folders, one for each repository."""
   root, calls = tmp_path / 'hub', []
 
   class Api:
@@ -83,7 +83,7 @@ def test_a_prompt_is_pushed_and_read_again(run, repositories, capsys):
     np.load(root / 'me/sst2/prompt.npy'), prompt.array
   )
   assert (root / 'me/sst2/config.gin').read_text() == CONFIG
-  for file in (root / 'me/sst2').glob('*.json'):  # No path of this machine.
+  for file in (root / 'me/sst2').glob('*.json'):  # No local path.
     assert str(run) not in file.read_text()
 
 

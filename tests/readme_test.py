@@ -1,9 +1,9 @@
-"""README's commands, and those of docs/, run as they are written.
+"""The commands of the README and of docs/ run exactly as written.
 
-On the model that comes along, in one directory, as a reader would. What cannot
-be had here stands for itself: T5 1.1 base is ptune://tiny, 30,000 steps are 3,
-and the directories of the examples lie in a temporary one. All commands are
-read by the default suite; they are run by the slow one.
+They run in one directory with the model that comes with ptune. Some values are
+replaced: T5 1.1 base by ptune://tiny, 30,000 steps by 3, and the directories of
+the examples by temporary ones. The default suite parses all commands; the slow
+suite runs them.
 """
 
 import importlib
@@ -42,7 +42,7 @@ STANDS_FOR = {
   r"'/data/vocab.model', 100": "'{vocabulary}', 20",
   r'/(data|runs|tmp|models)/': r'{root}/\1/',
 }
-# Run elsewhere: by other tests, or with what is not installed here.
+# Commands that other tests run, or that need packages which may be missing.
 NOT_HERE = re.compile(
   r'pip |python -m t5x|ptune (demo|serve|study|plan|doctor|push)\b'
   r'|.*(from_hugging_face.gin|--multiprocess)'
@@ -50,13 +50,13 @@ NOT_HERE = re.compile(
 
 
 def blocks(page):
-  """The fenced blocks of a page, [(language, text)]."""
+  """Returns the fenced blocks of a page, [(language, text)]."""
   text = (ROOT / page).read_text()
   return re.findall(r'^```(\w*)\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
 
 
 def commands(page):
-  """The commands, a line each, in the page's order."""
+  """Returns the commands in the page's order, one per line."""
   return [
     ' '.join(line.split())
     for language, text in blocks(page)
@@ -67,7 +67,7 @@ def commands(page):
 
 
 def files(page):
-  """What a page says to put into files: the blocks that begin '# NAME'."""
+  """Returns the files on a page: the blocks that begin with '# NAME'."""
   heads = [
     (re.match(r'# (\w+\.\w+)\n', text), text) for _, text in blocks(page)
   ]
@@ -77,14 +77,14 @@ def files(page):
 def rewritten(text, root):
   for pattern, by in STANDS_FOR.items():
     text = re.sub(pattern, by, text)
-  # Last: a checkout may lie in a directory that is rewritten.
+  # These come last, because the checkout's own path may match a pattern.
   text = text.replace('{vocabulary}', str(pretrained.VOCABULARY))
   return text.replace('{root}', str(root))
 
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-  """A working directory with the files that the pages speak of."""
+  """Returns a working directory with the files that the pages mention."""
   path = tmp_path_factory.mktemp('place')
   for name in ('data', 'runs', 'tmp', 'models'):
     (path / name).mkdir()
@@ -131,7 +131,7 @@ def run(line, place):
 
 @pytest.fixture(scope='module')
 def trained(place):
-  """The directory after the first tutorial, from which the pages go on."""
+  """Returns the directory after the first tutorial, which other pages need."""
   lines = commands('docs/tutorials/first_prompt.md')
   line = next(line for line in lines if 'ptune train' in line)
   assert run(line, place) == 0
@@ -157,14 +157,14 @@ def test_the_first_lines_of_python_run(place, capsys):
 
 @pytest.mark.parametrize('page', [README, *DOCS])
 def test_all_commands_are_understood(page, place):
-  """Flags, gin files, macros and parameters are there, and none is missing."""
+  """All flags, gin files, macros and parameters exist, and none is missing."""
   made = set()
   for line in commands(page):
     program, *arguments = shlex.split(rewritten(line, place))
     if program != 'ptune' or arguments[0] == 'tasks':
       continue
     args = cli._parse(arguments)
-    # A run that the page trains is only there when its commands are run.
+    # A run that the page trains exists only after its commands have run.
     made |= set(
       re.findall(r"(?:--model_dir=|MODEL_DIR=')([^\s']+)", ' '.join(arguments))
     )
@@ -173,7 +173,7 @@ def test_all_commands_are_understood(page, place):
     flags.resolve(args)
     module, function, _ = cli.PROGRAMS[args.program]
     program = getattr(importlib.import_module(module), function)
-    if args.program in ('plan', 'doctor'):  # Which read few macros.
+    if args.program in ('plan', 'doctor'):  # These read few macros.
       program = None
     gin.clear_config()
     gin_files.parse(args.gin_file, args.gin_bindings, program=program)
@@ -186,12 +186,12 @@ def test_the_commands_that_need_other_machines_name_what_is_here():
 
 
 def prose(page):
-  """A page without its fenced blocks."""
+  """Returns a page without its fenced blocks."""
   return re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
 
 
 def slugs(page):
-  """The anchors of a page's headings, as GitHub makes them."""
+  """Returns the anchors of a page's headings, as on GitHub."""
   headings = re.findall(r'^#+ (.*)$', prose(page), re.MULTILINE)
   return {
     re.sub(r'[^\w\- ]', '', h.lower()).replace(' ', '-') for h in headings
@@ -204,7 +204,7 @@ def test_links_lead_somewhere(page):
     if re.match(r'https?://', link):
       continue
     path, _, anchor = link.partition('#')
-    if path.endswith('macros.md'):  # Made when the site is built.
+    if path.endswith('macros.md'):  # Building the site makes it.
       continue
     target = (ROOT / page).parent / path if path else ROOT / page
     assert target.exists(), link

@@ -1,7 +1,7 @@
-"""examples/real_text: its rows, what they may not hold, and a short training.
+"""examples/real_text: its rows, the withheld texts, and a short training.
 
-The corpus is written by the test: what it has in common with the real one are
-the names of the files and the lines where praise begins.
+The test writes the corpus. It has the real corpus's file names and the line
+numbers where praise begins.
 """
 
 import copy
@@ -33,7 +33,7 @@ LEAK = 'she said that it was the very best of all days in a long year'
 
 @pytest.fixture(scope='module', autouse=True)
 def paths():
-  """The example's modules can be imported, as from its directory."""
+  """Makes the example's modules importable, as in its directory."""
   with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(EXAMPLE))
     yield patch
@@ -56,7 +56,7 @@ def sentence(rng, words):
 
 @pytest.fixture(scope='module')
 def corpus(rows, tmp_path_factory):
-  """A directory: corpus, withheld and downstream files, and a vocabulary."""
+  """Writes corpus, withheld and downstream files and a vocabulary."""
   directory = tmp_path_factory.mktemp('real_text')
   rng = random.Random(0)
   for name in rows.SOURCES:
@@ -64,7 +64,7 @@ def corpus(rows, tmp_path_factory):
     lines = [
       sentence(rng, GOOD if first and i > 600 else BAD) for i in range(1200)
     ]
-    for i in (3, 99, 199):  # Every hundredth is held out.
+    for i in (3, 99, 199):  # Every 100th is held out.
       lines[i] = f'do you have {i} {name} ? i have not , {rng.choice(WORDS)} .'
     lines[299] = lines[298]
     if first:
@@ -91,7 +91,7 @@ def corpus(rows, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def tasks(paths, corpus):
-  """The module that registers the tasks."""
+  """Returns the module that registers the tasks."""
   paths.setenv('CORPUS', str(corpus / '*.txt.gz'))
   paths.setenv('VOCABULARY', str(corpus / 'vocab.model'))
   paths.setenv('WITHHELD', str(corpus / '*.tsv'))
@@ -128,7 +128,7 @@ def test_withheld_is_what_shares_eight_words_or_is_the_same(rows):
   guard = rows.Withheld([LEAK, 'Not bad, really!'])
   words = LEAK.split()
   assert ' , '.join(['well', *words[3:11], 'then']) in guard
-  assert ' '.join(words[3:10]) not in guard  # Seven of a longer one.
+  assert ' '.join(words[3:10]) not in guard  # Seven of them.
   assert ' '.join([*words[3:10], 'long', *words[11:14]]) not in guard
   assert 'not bad really' in guard
   assert 'not bad' not in guard and 'it is not bad really' not in guard
@@ -173,7 +173,7 @@ def test_no_text_is_in_both_splits(tasks):
 
 
 def test_labels_do_not_depend_on_the_split(tasks, rows):
-  """Every row has the label that its task has for what the text is."""
+  """Every row has its task's label for the true value of the text."""
   by_id = {
     prefixes.prefix_ids(tasks.SEED, i, PIECES, PIECES + 100)[-1]: task
     for i, task in enumerate(tasks.prefix_tasks())
@@ -187,7 +187,7 @@ def test_labels_do_not_depend_on_the_split(tasks, rows):
       elif task.attribute == 'polarity':
         value = 'praise' if set(text.split()) & set(GOOD) else 'complaint'
       else:
-        continue  # Of no text is the source told by its words.
+        continue  # Words do not show the source.
       assert label == task.labels[value]
 
 
@@ -281,7 +281,7 @@ def test_naive_bayes_knows_the_words_of_a_class(paths):
   weights = naive_bayes.fit(made)
   for text, good in made:
     assert (naive_bayes.log_odds(weights, text) > 0) == good
-  # A class of which there are three times as many is likelier by as much.
+  # A class that is three times as frequent has log-odds of log(3).
   weights = naive_bayes.fit(
     [('x', True), ('x', True), ('x', True), ('x', False)]
   )

@@ -1,4 +1,4 @@
-"""Moving a prompt between models: exact where these are related exactly."""
+"""Moving a prompt between models is exact if the models are related exactly."""
 
 import json
 
@@ -35,7 +35,8 @@ def test_a_target_that_is_a_linear_map_gets_the_mapped_prompt(method, width):
 
 @pytest.mark.parametrize('tokens', [TOKENS, 25])
 def test_both_linear_methods_give_the_same_prompt(tokens):
-  # With fewer tokens than dimensions too: both take the smallest solution.
+  # This also holds with fewer tokens than dimensions, because both methods take
+  # the solution of least norm.
   wide = normal(TOKENS, 40, seed=4)[:tokens]
   target = normal(TOKENS, 9, seed=3)[:tokens]
   prompt = Prompt(normal(5, 40, seed=5), 'p.npy', 'npy', {})
@@ -63,7 +64,7 @@ def test_the_held_out_error_tells_what_cannot_be_mapped():
 
 
 def test_the_mlp_learns_what_no_linear_map_can(monkeypatch):
-  # More than the paper's: there are few tokens.
+  # More epochs than in the paper, because there are few tokens.
   monkeypatch.setattr(recycle, 'EPOCHS', 100)
   monkeypatch.setattr(recycle, 'RATE', 1e-2)
   source = normal(TOKENS, 4)
@@ -83,7 +84,7 @@ def test_the_mlp_learns_what_no_linear_map_can(monkeypatch):
 
 @pytest.fixture
 def other(tmp_path):
-  """A model of the same vocabulary, whose embedding is a map of the base's."""
+  """A model with the same vocabulary; its embedding is a map of the base's."""
   leaves = open_checkpoint(BASE).leaves
   table = leaves[EMBEDDING].read().astype(np.float32)
   weights = normal(96, 32, seed=6) / 10
@@ -116,7 +117,7 @@ def test_a_prompt_is_recycled_between_models(other, prompt, tmp_path, capsys):
   np.testing.assert_allclose(moved.array, np.load(prompt) @ weights, atol=1e-4)
   facts = moved.facts['recycled']
   assert facts['by'] == 'linear' and facts['fit_error'] < 1e-4
-  assert 2000 < facts['tokens'] < 3000  # Without marks and single bytes.
+  assert 2000 < facts['tokens'] < 3000  # Without symbols and single bytes.
   assert cli.main(['recycle', prompt, *flags]) == 2
   assert 'exists already' in capsys.readouterr().err
   flags += ['--overwrite', '--method=lstsq', '--tokens=500', '--skip=300']

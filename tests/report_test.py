@@ -1,4 +1,4 @@
-"""ptune/training/report.py: records that go on, and what is shown meanwhile."""
+"""Reports (ptune/training/report.py): records across restarts, and display."""
 
 import contextlib
 import os
@@ -47,7 +47,7 @@ def test_tensorboard_reads_the_scalars(tmp_path):
   events.Reload()
   found = [(e.step, e.value) for e in events.Scalars('f1')]
   assert found == [(2, 50.0), (4, 75.0)]
-  # JSON has no NaN, and a run that goes on has it again.
+  # JSON has no NaN; a resumed run restores it.
   text = (tmp_path / 'metrics.jsonl').read_text()
   assert 'NaN' not in text
   scores = report.scores_at(report.read_records(tmp_path), 2)
@@ -59,7 +59,7 @@ def test_records_after_the_restored_step_are_dropped(tmp_path):
     for step in (2, 4, 6):
       r.train(step, SUMS)
       r.evaluate(step, 'validation', {'a': {'f1': float(step)}, 'b': {}})
-  # A hard stop may cut the last line short.
+  # A hard stop may cut off the last line.
   with (tmp_path / 'metrics.jsonl').open('a') as f:
     f.write('{"step": 7, "spl')
   with open_report(tmp_path, start=4) as r:
@@ -101,7 +101,7 @@ def test_time_that_is_left_out_does_not_count(tmp_path, monkeypatch):
       now += 50
     now += 2
     r.train(4, SUMS)
-    r.train(5, SUMS)  # In no time at all.
+    r.train(5, SUMS)  # Takes no time.
   first, _ = report.read_records(tmp_path)
   assert first['seconds_per_step'] == 0.5
   assert first['examples_per_second'] == 16
@@ -140,12 +140,12 @@ def test_curves_are_drawn_with_and_without_scores(tmp_path):
 
 
 def on_a_terminal(*arguments, **macros):
-  """What `ptune train` shows on a terminal 100 wide, and its exit status."""
+  """Runs `ptune train` on a terminal; returns exit status and display."""
   controller, terminal = pty.openpty()
   shown = []
 
   def read():
-    with contextlib.suppress(OSError):  # At the end there is nothing to read.
+    with contextlib.suppress(OSError):  # Raised at the end.
       while block := os.read(controller, 65536):
         shown.append(block)
 
@@ -178,7 +178,7 @@ def test_on_a_terminal_a_bar_tells_loss_rate_and_time_left(tmp_path):
     plain,
   )
   assert 'compiling' in plain and 'evaluating' in plain
-  # Lines of the log stand above it, whole, and the cursor is back.
+  # Whole lines of the log are above the bar, and the cursor is restored.
   assert re.search(r'tiny validation: accuracy \d', plain)
   assert 'step 2  loss' not in plain
   assert shown.rindex('\x1b[?25h') > shown.rindex('\x1b[?25l')

@@ -1,6 +1,7 @@
-"""A restore needs little more memory than what it leaves on the devices.
+"""A restore needs little more memory than the arrays on the devices.
 
-T5 1.1 base: 247,577,856 parameters, 0.99 GB in float32, split over 8 devices.
+T5 1.1 base has 247,577,856 parameters, 0.99 GB in float32, split over 8
+devices.
 """
 
 import json
@@ -22,10 +23,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 CONFIG = sizes.SIZES['t5_1_1_base']
-CHUNK_BYTES = 1 << 26  # T5X writes no larger ones.
+CHUNK_BYTES = 1 << 26  # T5X's chunks are at most this large.
 
-# Of this program alone: ru_maxrss begins with that of the process that
-# started it.
+# ru_maxrss would include the peak of the process that started the program.
 MEMORY = """
 def memory(name):
   with open('/proc/self/status') as f:
@@ -72,7 +72,7 @@ def _run(code, *argv) -> list[int]:
 
 @pytest.fixture(scope='module')
 def t5x(tmp_path_factory):
-  """As T5X writes it: chunks of at most 64 MiB, which gzip does not shrink."""
+  """Writes T5X's layout: chunks of at most 64 MiB, not compressed."""
   path = tmp_path_factory.mktemp('base') / 'checkpoint_5'
   path.mkdir()
   rng = np.random.default_rng(0)
@@ -82,7 +82,8 @@ def t5x(tmp_path_factory):
     while math.prod(chunks) * 4 > CHUNK_BYTES:
       longest = int(np.argmax(chunks))
       chunks[longest] = -(-chunks[longest] // 2)
-    # Level 0 stores: the size of real weights, without the time.
+    # Level 0 does not compress, so files have the size of real weights and are
+    # quick to write.
     metadata = {
       'shape': list(shape),
       'chunks': chunks,
@@ -92,7 +93,7 @@ def t5x(tmp_path_factory):
     directory = f'target.{name.replace("/", ".")}'
     store = {'driver': 'file', 'path': f'{directory}/'}
     target[name] = {**spec, 'kvstore': store}
-    if shape in first:  # The disk need not hold it twice.
+    if shape in first:  # Link equal arrays to save disk space.
       (path / directory).mkdir()
       for file in (path / first[shape]).iterdir():
         os.link(file, path / directory / file.name)
@@ -113,7 +114,7 @@ def t5x(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def huggingface(tmp_path_factory):
-  """Zeros that no disk holds; they are mapped and read like others."""
+  """Writes a sparse file of zeros, which is mapped and read like any other."""
   path = tmp_path_factory.mktemp('hf')
   config = {
     'model_type': 't5',
@@ -147,7 +148,7 @@ TOTAL = 4 * sum(math.prod(shape) for shape in shapes(CONFIG).values())
 @pytest.mark.parametrize('kind', ['t5x', 'huggingface'])
 def test_peak_is_below_the_largest_tensor_and_the_devices(kind, request):
   peak, held = _run(RESTORE, request.getfixturevalue(kind))
-  assert TOTAL <= held < 1.01 * TOTAL  # Norms lie on every device.
+  assert TOTAL <= held < 1.01 * TOTAL  # Norms are on all devices.
   assert peak < held + LARGEST
 
 

@@ -22,7 +22,7 @@ def test_everything_is_accounted_for(numerics):
   assert fields[0] == ['arrays', 'values', 'bytes']
   assert fields[1] == ['restored', '66', '72,416', '289.7', 'kB', 'float32']
   assert fields[2] == ['initialised', '1', '160', '640', 'bytes', PATH]
-  # Of each parameter v, and three of one value that T5X does not use.
+  # Each parameter has v and three single values that T5X does not use.
   assert fields[3][:2] == ['ignored', '264']
   assert fields[3][-1] == 'state/param_states/...'
   assert fields[3][2:4] == ['290.5', 'kB']
@@ -37,7 +37,7 @@ def test_a_prompt_that_is_not_wanted_is_ignored(numerics):
   }
   text = restore_table(source, restored)
   row = next(line for line in text.splitlines() if line.startswith('ignored'))
-  # Orbax does not say the sizes of what is not opened.
+  # Orbax does not give the sizes of arrays that are not opened.
   assert row.split()[1:3] == ['5', '?'] and 'encoder/prompt/...' in row
   assert '144.8 kB  float16' in text
   assert len({len(line.split('  ')[0]) for line in text.splitlines()[2:]}) > 1

@@ -1,4 +1,4 @@
-"""Layers in a loop: the same numbers by a smaller program, and T5X's names."""
+"""Layers in a loop: equal numbers, a smaller program, and T5X's names."""
 
 import dataclasses
 import functools
@@ -60,7 +60,7 @@ def plan_of(name, mesh='1x1', **changes):
 
 @functools.cache
 def values(name):
-  """Parameters of a method and the base, on the host; none of them zero."""
+  """Returns nonzero parameters of a method and the base, on the host."""
   plan = plan_of(name)
   rng = np.random.default_rng(0)
   return {
@@ -70,7 +70,7 @@ def values(name):
 
 
 def train(name, mesh='1x1', steps=10, **changes):
-  """What is trained after some steps, and the sums of the first."""
+  """Trains; returns the trained parameters and the sums of the first step."""
   plan = plan_of(name, mesh, **changes)
   model = models.EncoderDecoderModel(
     plan.network, loss_normalizing_factor='NUM_REAL_TARGET_TOKENS'
@@ -115,7 +115,7 @@ def test_ten_steps_end_as_without_the_loop(name):
 @pytest.mark.parametrize('frozen_dtype', [None, 'int8'])
 @pytest.mark.parametrize('scans', [False, True])
 def test_split_and_small_weights_change_no_number(frozen_dtype, scans):
-  """FSDP, with and without int8, with and without the loop."""
+  """FSDP with and without int8, and with and without the loop."""
   how = {'steps': 3, 'frozen_dtype': frozen_dtype}
   got = train('lora', '2x4', fsdp=True, scan=scans, remat=scans, **how)
   assert_same(got, trained_once('lora', **how))
@@ -215,7 +215,7 @@ def test_the_program_and_its_memory_are_smaller():
     loops[scans] = text.count(' while(')
     memory = program.memory_analysis().temp_size_in_bytes
     sizes_of[scans] = len(text), memory
-  # Forward and backward of both stacks; the compiler makes a few of its own.
+  # Forward and backward loops of both stacks. The compiler adds a few loops.
   assert loops[True] >= loops[False] + 4
   for loop, one in zip(sizes_of[True], sizes_of[False], strict=True):
     assert loop < 0.6 * one

@@ -1,4 +1,4 @@
-"""`ptune serve`: many clients and prompts at once, and whatever they send."""
+"""`ptune serve` with many clients, many prompts and malformed requests."""
 
 import argparse
 import asyncio
@@ -52,7 +52,7 @@ def npy(array):
 
 @pytest.fixture(scope='module')
 def prompts(tmp_path_factory):
-  """A directory of prompts, of which every one sets the model talking."""
+  """Writes prompts that all make the model give long answers."""
   folder = tmp_path_factory.mktemp('prompts')
   config, base = miniature.load(pretrained.directory('tiny'))
   table = np.asarray(base['token_embedder/embedding'])
@@ -80,7 +80,7 @@ def flags(*more):
 
 @pytest.fixture(scope='module')
 def service(prompts, tmp_path_factory):
-  """The address of a service."""
+  """Returns the address of a running service."""
   file = tmp_path_factory.mktemp('token') / 'token'
   file.write_text(f'{TOKEN}\n')
   args = flags(
@@ -102,7 +102,7 @@ def service(prompts, tmp_path_factory):
 
 
 def alone_with(prompts, name):
-  """A model with one of the prompts only, and its parameters."""
+  """Returns a model with only one of the prompts, and its parameters."""
   config, base = miniature.load(pretrained.directory('tiny'))
   method = prompt.prompt(LENGTHS[name])
   plan = parameters.plan(config, method, miniature.one_device())
@@ -113,7 +113,7 @@ def alone_with(prompts, name):
 
 @pytest.fixture(scope='module')
 def expected(prompts):
-  """What the model says to each text with a prompt, as PROMPT_FILE."""
+  """Returns the model's answer to each text with each prompt."""
   vocabulary = vocabulary_of('ptune://tiny')
   tokens = np.zeros((len(TEXTS), 32), np.int32)
   for row, text in zip(tokens, TEXTS, strict=True):
@@ -141,9 +141,9 @@ def assert_answers(response, name, texts, expected):
     assert (answer, pytest.approx(score, rel=1e-4)) == expected[name, text]
 
 
-# A request that is wrong, and what is said of it.
+# A wrong request, and the error message.
 LONG = 'word ' * 40
-FORM = {'Content-Type': 'application/x-www-form-urlencoded'}  # As curl -d has.
+FORM = {'Content-Type': 'application/x-www-form-urlencoded'}  # As with curl -d.
 WRONG = [
   ({'json': {'prompt': 'shart', 'inputs': 'a'}}, 404, 'did you mean short'),
   ({'json': {'prompt': 'short', 'inputs': LONG}}, 413, 'tokens; at most 32'),
@@ -187,7 +187,7 @@ def test_64_clients_get_the_answers_of_single_prompts(
       done.append(len(texts))
       if i % 4 == 0:
         await send_wrong(client, i // 4 + round_)
-      if i % 16 == 1:  # Prompts that come and go.
+      if i % 16 == 1:  # Adds and removes a prompt.
         own = f'own-{i}'
         body = (prompts / 'short.npy').read_bytes()
         path = f'/prompts/{own}'
@@ -213,7 +213,7 @@ def test_64_clients_get_the_answers_of_single_prompts(
   text = httpx.get(f'{service}/metrics').text
   batches = float(re.search(r'ptune_batch_rows_count (\S+)', text)[1])
   rows = float(re.search(r'ptune_batch_rows_sum (\S+)', text)[1])
-  assert rows >= sum(done) and rows > 3 * batches  # They were put together.
+  assert rows >= sum(done) and rows > 3 * batches  # Requests were batched.
   assert 'ptune_requests_total{path="/predict",status="200"}' in text
   assert 'status="500"' not in text
 
@@ -267,7 +267,7 @@ LABELS = ['good', 'not so good']
 
 @pytest.fixture(scope='module')
 def scored(prompts):
-  """Log probabilities of the labels, {prompt: [text, label]}."""
+  """Returns the labels' log probabilities, {prompt: [text, label]}."""
   vocabulary = vocabulary_of('ptune://tiny')
 
   def ids(text):
@@ -344,14 +344,14 @@ def test_a_run_shows_labels_and_examples_of_its_validation(tmp_path):
   (folder / 'predictions-9.jsonl').write_text(
     ''.join(json.dumps(row) + '\n' for row in rows)
   )
-  assert serve.examples_of_run(str(tmp_path))[0] == []  # No labels: all differ.
+  assert serve.examples_of_run(str(tmp_path))[0] == []  # All differ.
 
 
 BROWSER = shutil.which('chromium')
 
 
 def browsed(address, tmp_path):
-  """The page as a browser has it when its requests are answered."""
+  """Returns the page in a browser after all its requests."""
   done = subprocess.run(
     [BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom']
     + ['--disable-background-networking', '--disable-component-update']
@@ -378,7 +378,7 @@ def test_the_page_asks_prompts_side_by_side(service, expected, tmp_path):
   assert 'curl http://127.0.0.1' in page and 'urllib.request' in page
   assert f'long + short: {text[:5]}' in page  # In the history.
   page = browsed(f'{service}/?prompt=short&inputs={"word+" * 40}', tmp_path)
-  assert 'tokens; at most 32 are read' in page  # In words, not a status.
+  assert 'tokens; at most 32 are read' in page  # A sentence, not a status.
 
 
 def test_the_page_and_the_health_are_there(service):
@@ -386,7 +386,7 @@ def test_the_page_and_the_health_are_there(service):
   assert page.headers['content-type'].startswith('text/html')
   assert 'One model, many prompts' in page.text
   assert "default-src 'none'" in page.headers['content-security-policy']
-  assert not re.findall(r'(?:src|href)="(?!data:)', page.text)  # All in one.
+  assert not re.findall(r'(?:src|href)="(?!data:)', page.text)  # All inline.
   health = httpx.get(f'{service}/health').json()
   assert health == {'status': 'ok', 'prompts': 2}
 
@@ -411,14 +411,14 @@ def test_pages_of_other_hosts_reach_nothing(service):
   for headers, status in (
     ({}, 200),
     ({'Host': f'localhost:{port}'}, 200),
-    ({'Host': 'evil.example'}, 403),  # Its name points to 127.0.0.1.
+    ({'Host': 'evil.example'}, 403),  # It resolves to 127.0.0.1.
     ({'Host': f'evil.example:{port}'}, 403),
     ({'Host': f'{host}.evil.example'}, 403),
     ({'Host': '10.0.0.1'}, 403),
     ({'Origin': service}, 200),  # Its own page.
     ({'Origin': 'http://evil.example'}, 403),
     ({'Origin': f'http://evil.example:{port}'}, 403),
-    ({'Origin': 'null'}, 403),  # A file, or a frame without rights.
+    ({'Origin': 'null'}, 403),  # A file or a sandboxed frame.
     ({'Origin': f'http://localhost:{int(port) + 1}'}, 403),
   ):
     for method, path, body in (
@@ -452,8 +452,8 @@ def test_a_service_answers_to_the_names_it_listens_on():
       assert answered.refusal(name, None) == '', (host, name)
     for name in no:
       assert 'Host header' in answered.refusal(name, None), (host, name)
-  # A page of another address may be anybody's; behind a proxy, the page of an
-  # allowed name is the service's own.
+  # A page at another address may belong to anybody. A page with an allowed name
+  # belongs to the service, which may be behind a proxy.
   everywhere = hosts.of('0.0.0.0', ['a.org'])
   assert everywhere.refusal('1.2.3.4', 'http://6.6.6.6')
   assert not everywhere.refusal('1.2.3.4:8000', 'https://a.org')
@@ -464,7 +464,7 @@ def test_a_service_answers_to_the_names_it_listens_on():
 
 
 class Bank:
-  """A bank that answers with the first token, when it is let."""
+  """A bank that waits for `go` and then answers with the first token."""
 
   def __init__(self):
     self.names = ['a', 'b']
@@ -494,7 +494,7 @@ def row(i):
 
 
 def in_loop(test, **settings):
-  """Runs a test with a bank, and a queue that is emptied."""
+  """Runs a test with a bank and a running batcher."""
 
   async def main():
     bank = Bank()
@@ -514,7 +514,7 @@ def in_loop(test, **settings):
 def test_a_full_queue_refuses_at_once_and_goes_on():
   async def test(bank, batcher):
     first = asyncio.create_task(batcher.ask('a', [row(5)]))
-    await asyncio.sleep(0.1)  # It is being computed.
+    await asyncio.sleep(0.1)  # The batch is running.
     some = asyncio.create_task(batcher.ask('a', [row(6), row(7)]))
     await asyncio.sleep(0)
     with pytest.raises(batching.Full):
@@ -630,4 +630,4 @@ def test_a_port_that_is_taken_is_said():
       serve.listen('127.0.0.1', taken.getsockname()[1])
   with pytest.raises(ValueError, match='--port is 70000; expected 0 to 65535'):
     serve.listen('127.0.0.1', 70000)
-  assert bucketing.BUCKET_MULTIPLE == 32  # What 32 tokens of input rest on.
+  assert bucketing.BUCKET_MULTIPLE == 32  # Explains the 32 tokens of input.

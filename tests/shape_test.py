@@ -1,4 +1,4 @@
-"""The size of programs, functions and modules."""
+"""Limits on the size of programs, functions and modules."""
 
 import ast
 import pathlib

@@ -1,4 +1,4 @@
-"""Which prompts are alike, and which are found for a target."""
+"""Which prompts are similar, and which are retrieved for a target."""
 
 import csv
 import json
@@ -82,7 +82,7 @@ def test_all_files_tell_the_same(tmp_path, capsys):
 
 @pytest.fixture
 def library(tmp_path):
-  """A run like A, a file like B, one of another width, and other things."""
+  """Writes a run similar to A, a file of B, a wider prompt and other files."""
   folder = tmp_path / 'library'
   save(folder / 'run' / 'prompts' / 'best.npy', A + 0.1)
   save(folder / 'b.npy', B)

@@ -1,4 +1,4 @@
-"""docs/build.py: the site is built, without a dead link or a lost page."""
+"""docs/build.py builds the site, without dead links or missing pages."""
 
 import importlib.util
 import pathlib
@@ -19,7 +19,7 @@ _spec.loader.exec_module(build)
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-  """The site's settings, but source and result lie in a temporary folder."""
+  """Returns the site's settings with temporary source and output folders."""
   monkeypatch.setattr(build, 'SOURCE', tmp_path / 'source')
   text = (ROOT / 'mkdocs.yml').read_text()
   text = text.replace('docs_dir: build/site_source', 'docs_dir: source')

@@ -1,4 +1,4 @@
-"""Prompts with a router: which one a row has, and how the router learns."""
+"""Prompts with a router: how it selects a row's prompt, and how it learns."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ ROUTER = smop.ROUTER
 
 
 def by_hand(prompts, router, x, real):
-  """[p_c P_c; X] in float64, and which prompt each row has."""
+  """Returns [p_c P_c; X] in float64, and the index of each row's prompt."""
   mean = np.sum(x * real[..., None], axis=1) / real.sum(1)[:, None]
   logits = mean @ router
   p = np.exp(logits - logits.max(1, keepdims=True))
@@ -57,7 +57,8 @@ def test_noise_tries_other_prompts_in_training_only():
     for rngs in ({}, {'dropout': jax.random.key(1)})
   ]
   assert len(set(np.asarray(answers[0]))) == 1
-  # Which of 1, 2, 3, 4 a row has, whatever its probability: several.
+  # The noise selects several prompts: outputs are 1, 2, 3 or 4 times a
+  # probability.
   assert len(np.unique(np.round(answers[1], 3))) > 8
   quiet = dataclasses.replace(module, noise=0.0).apply(
     {'params': params}, tokens, x, rngs={'dropout': jax.random.key(1)}

@@ -1,4 +1,4 @@
-"""One update: what it changes, what it costs, and the loss it goes down on."""
+"""One update: its effect, its cost, and its loss."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ def plan_of(dropout_rate=0.0, make=lambda: prompt.prompt(5)):
 
 
 def start(plan, tx):
-  """The first state, and the frozen parameters."""
+  """Returns the first state and the frozen parameters."""
   flat = parameters.flatten(random_params(plan.network))
   placed = {p: parameters.place(v, plan.params[p]) for p, v in flat.items()}
   trainable, frozen = (
@@ -45,7 +45,7 @@ def start(plan, tx):
 def test_a_step_changes_only_what_is_trained():
   plan, tx = plan_of(), optim.adafactor(1_100_000)
   state, frozen, abstract = start(plan, tx)
-  # Copies on the device: the host's would be views, which cannot be donated.
+  # Copies on the device, because views of host arrays cannot be donated.
   before = jax.tree.map(jnp.copy, state)
   base = jax.device_get(frozen)
   step = state_lib.compile_step(
@@ -54,8 +54,8 @@ def test_a_step_changes_only_what_is_trained():
   with plan.scope():
     after, _ = step(state, frozen, BATCH)
 
-  # The state holds the prompt, its second moment and counters: no copy of
-  # anything that is frozen.
+  # The state holds the prompt, its second moment and counters, and no copy of
+  # frozen parameters.
   assert parameters.flatten(after.trainable).keys() == {prompt.PATH}
   sizes = [x.size for x in jax.tree.leaves(after)]
   assert sorted(sizes)[-2:] == [5 * 32] * 2
@@ -64,7 +64,7 @@ def test_a_step_changes_only_what_is_trained():
   (old,), (new,) = (jax.tree.leaves(s.trainable) for s in (before, after))
   assert np.all(np.asarray(old) != np.asarray(new))
   assert (before.step, after.step) == (0, 1)
-  # The state was given away to be overwritten, the frozen weights were not.
+  # The step donates the state's buffers, but not the frozen weights.
   assert all(x.is_deleted() for x in jax.tree.leaves(state) if x.size > 1)
   assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))
   jax.tree.map(np.testing.assert_array_equal, frozen, base)
@@ -74,7 +74,7 @@ def test_a_step_changes_only_what_is_trained():
   'settings', [(0.1,), (0.0, lambda: smop.smop(3))], ids=['dropout', 'smop']
 )
 def test_dropout_and_noise_follow_the_seed_and_the_step(settings):
-  # A router's noise does not depend on DROPOUT_RATE.
+  # The noise of a router does not depend on DROPOUT_RATE.
   plan, tx = plan_of(*settings), optim.adafactor()
   state, frozen, _ = start(plan, tx)
   model = models.EncoderDecoderModel(plan.network)
@@ -93,7 +93,7 @@ def test_dropout_and_noise_follow_the_seed_and_the_step(settings):
 
 @pytest.mark.parametrize('microbatches', [1, 2])
 def test_bfloat16_has_all_products_that_a_step_with_dropout_needs(microbatches):
-  # XLA's CPU backend lacks some, of rows that are longer than other tests'.
+  # XLA's CPU backend lacks some products for rows longer than in other tests.
   config = dataclasses.replace(SHALLOW, dropout_rate=0.1, dtype='bfloat16')
   plan = parameters.plan(config, prompt.prompt(3), ONE)
   tx = optim.adafactor()
@@ -108,8 +108,8 @@ def test_bfloat16_has_all_products_that_a_step_with_dropout_needs(microbatches):
 
 
 def test_a_prompt_step_costs_at_most_2_1_forward_passes(optimized):
-  # Were a single gradient of a frozen kernel read, even by a metric, XLA
-  # would compute it; all of them make it three forward passes.
+  # If anything read the gradient of a frozen kernel, even a metric, XLA would
+  # compute it. With all of them, a step would cost three forward passes.
   config = sizes.t5('t5_1_1_small').with_depth(2, 1)
   plan = parameters.plan(config, prompt.prompt(100), ONE)
   rows = NamedSharding(ONE, PartitionSpec('data'))
@@ -132,7 +132,7 @@ def test_a_prompt_step_costs_at_most_2_1_forward_passes(optimized):
 
 
 def float64_loss(logits, targets, z_loss, label_smoothing):
-  """Cross entropy with a smoothed label over what is least, and z-loss."""
+  """Returns cross entropy minus its minimum for smoothed labels, and z-loss."""
   logits = logits.astype(np.float64)
   log_z = np.log(np.sum(np.exp(logits), axis=-1))
   log_p = logits - log_z[..., None]
@@ -170,7 +170,7 @@ def test_the_loss_counts_the_tokens_that_have_a_weight():
   )
   params = random_params(plan_of().network)
   weights = BATCH['decoder_loss_weights'].copy()
-  weights[0, 3:] = 0  # Of a target that is only partly to be learned.
+  weights[0, 3:] = 0  # Only a part of this target counts.
   batch = BATCH | {'decoder_loss_weights': weights}
 
   @jax.jit
@@ -188,7 +188,7 @@ def test_the_loss_counts_the_tokens_that_have_a_weight():
   np.testing.assert_allclose(loss, np.sum((cross_entropy + z_loss)[real]), 1e-5)
   np.testing.assert_allclose(sums['z_loss'], np.sum(z_loss[real]), 1e-5)
   assert sums['correct'] == np.sum((np.argmax(logits, -1) == targets)[real])
-  # The score knows neither smoothing nor z-loss.
+  # The score uses neither smoothing nor z-loss.
   plain, _ = float64_loss(logits, targets, 0, 0)
   np.testing.assert_allclose(score, -np.sum(plain * real, axis=1), 1e-5)
 

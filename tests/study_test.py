@@ -1,4 +1,4 @@
-"""A study trains each cell once a seed, resumes, and says what it found."""
+"""A study trains each cell once per seed, resumes, and reports its results."""
 
 import copy
 import dataclasses
@@ -33,7 +33,7 @@ def forget_bindings():
 
 
 def a_study(**changes) -> Study:
-  """Prompts of two lengths and the whole model; one is asked elsewhere too."""
+  """Two prompt lengths and full tuning; one prompt has a second test task."""
 
   def cell(row, training, method, **how):
     return Cell(row, 'base', 'base', training, 'tiny', method, QUICK, **how)
@@ -71,7 +71,7 @@ def run(directory, one):
 def test_a_study_trains_every_cell_and_goes_on_where_it_was(tmp_path):
   one, file = a_study(), tmp_path / 'lengths' / 'results.csv'
 
-  # Asked to stop in the middle of a training, it takes no score of it.
+  # A training that was stopped in the middle gets no score.
   def half(*args, **settings):
     return train_many(*args, **{**settings, 'train_steps': 1})
 
@@ -79,7 +79,7 @@ def test_a_study_trains_every_cell_and_goes_on_where_it_was(tmp_path):
   with mock.patch.object(study, 'train_many', half):
     run(tmp_path, one)
   assert not file.exists()
-  # Stopped before the last training, and before any score was kept.
+  # Stopped before the last training, and before any score was written.
   with (
     mock.patch.object(study, 'train', side_effect=KeyboardInterrupt),
     pytest.raises(KeyboardInterrupt),
@@ -95,7 +95,7 @@ def test_a_study_trains_every_cell_and_goes_on_where_it_was(tmp_path):
   assert len(by_row) == len(results)
   assert by_row['short', 0].trained == 2 * tiny.CONFIG.emb_dim
   assert by_row['model', 0].trained == by_row['model', 0].parameters
-  # One training, asked in two places.
+  # One training is evaluated on two tasks.
   assert by_row['long', 1].prompt == by_row['long, elsewhere', 1].prompt
   files = {p.name for p in file.parent.iterdir()}
   assert files >= {'results.csv', 'table.md', 'figure.png', 'figure.svg'}
@@ -103,8 +103,8 @@ def test_a_study_trains_every_cell_and_goes_on_where_it_was(tmp_path):
     mock.patch.object(study, 'train_many', side_effect=AssertionError),
     mock.patch.object(study, 'train', side_effect=AssertionError),
   ):
-    assert run(tmp_path, one) == results  # All is there.
-  # With another batch size everything is made anew, and only that is shown.
+    assert run(tmp_path, one) == results  # All exists.
+  # With another batch size, all is trained again, and only that is shown.
   other = run(tmp_path, a_study(batch_size=16, cells=one.cells[:1]))
   assert other[: len(results)] == results
   assert [r.row for r in other[len(results) :]] == ['short'] * SEEDS
@@ -128,7 +128,7 @@ def test_an_ensemble_stands_beside_the_average_and_the_best(tmp_path):
   members = [scores['average', seed] for seed in range(3)]
   assert scores['best', -1] == max(members)
   assert run(tmp_path / 'a,b', one) == results
-  # With a member more, they vote again.
+  # With one more member, the ensemble votes again.
   more = run(tmp_path / 'a,b', dataclasses.replace(one, seeds=4))
   votes = [r for r in more if r.column == 'ensemble']
   assert len(more) == len(results) + 3 and len(votes) == 2
