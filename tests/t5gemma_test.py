@@ -1,7 +1,7 @@
-"""T5Gemma and T5Gemma 2 answer as transformers' do, however they are computed.
+"""T5Gemma and T5Gemma 2 give transformers' answers, however they are computed.
 
-The models are small, and have every feature: fewer heads of keys and values,
-capped logits, windows shorter than the inputs, encoder and decoder of different
+The small models have every feature: fewer heads for keys and values, capped
+logits, windows shorter than the inputs, and encoder and decoder of different
 sizes.
 """
 
@@ -88,12 +88,12 @@ both = pytest.mark.parametrize('name', ['one', 'two'])
 PROMPT = 5
 TABLE = parameters.EMBEDDING
 DECODED = 8
-# Filled up by padding, and longer than the windows.
+# Some rows have padding, and the longest exceed the windows.
 INPUTS, TARGETS = [11, 7, 3, 11], [9, 4, 1, 9]
 
 
 def _vision(said):
-  """Gives a T5Gemma 2 an image tower, as all that are published have."""
+  """Gives a T5Gemma 2 an image tower, which all published models have."""
   if said['model_type'] == 't5gemma2':
     said['encoder'] |= {
       'mm_tokens_per_image': 4,
@@ -112,12 +112,12 @@ def _vision(said):
 
 @functools.cache
 def reference(name):
-  """transformers' model, with random weights."""
+  """Returns transformers' model with random weights."""
   return reference_of(MODELS[name])
 
 
 def reference_of(model):
-  """The same for any sizes."""
+  """Returns transformers' model of any sizes, with random weights."""
   said = _vision(t5gemma_config.config_json(model))
   kind = getattr(transformers, said['architectures'][0])
   config = kind.config_class.from_dict(said)
@@ -127,7 +127,7 @@ def reference_of(model):
   made = kind(config).eval()
   with torch.no_grad():
     for path, value in made.named_parameters():
-      # Tables larger, so that answers differ from token to token.
+      # Larger embeddings, so that answers differ from token to token.
       size = 1.0 if 'embed_tokens.weight' in path else 0.3
       value.copy_(torch.randn_like(value) * size)
   return made
@@ -135,7 +135,7 @@ def reference_of(model):
 
 @functools.cache
 def values(name):
-  """The same weights, by our names."""
+  """Returns the same weights by ptune's names."""
   state = {
     path.replace('.text_model.', '.'): value
     for path, value in reference(name).state_dict().items()
@@ -157,7 +157,7 @@ def batch_of(name):
   batch = make_batch(INPUTS, TARGETS, encoder_length=11)
   batch = {key: np.array(x) for key, x in batch.items()}
   batch['decoder_input_tokens'][:, 0] = MODELS[name].ids.start
-  batch['encoder_input_tokens'][0, 3] = 40  # A token with a vector of its own.
+  batch['encoder_input_tokens'][0, 3] = 40  # The token has its own vector.
   return batch
 
 
@@ -172,7 +172,7 @@ def params_of(name):
 
 @functools.cache
 def answers(name):
-  """Our logits, loss and the gradient of the prompt."""
+  """Returns ptune's logits, loss, and gradient of the prompt."""
   model = models.EncoderDecoderModel(with_prompt(name), z_loss=0.0)
 
   def loss(rows):
@@ -188,7 +188,7 @@ def answers(name):
 
 
 def prompted(name, rows):
-  """What transformers' model reads: the prompt before the embedded tokens."""
+  """Returns transformers' inputs: the prompt, then the embedded tokens."""
   model = reference(name)
   tokens = torch.tensor(batch_of(name)['encoder_input_tokens']).long()
   embedded = model.get_input_embeddings()(tokens)
@@ -346,7 +346,7 @@ def test_padding_changes_nothing(name):
 
 
 def logits_on(name, rows=1, parts=1, **changes):
-  """Logits on a mesh of rows x parts devices."""
+  """Returns the logits on a mesh of rows x parts devices."""
   config = dataclasses.replace(MODELS[name], **changes)
   mesh = partitioning.make_mesh(parts, jax.devices()[: rows * parts])
   plan = parameters.plan(config, prompt.prompt(PROMPT), mesh)
@@ -418,7 +418,7 @@ def test_rounded_weights_answer_nearly_the_same(name, how):
 
 @functools.cache
 def directory(name):
-  """Where transformers has saved its model."""
+  """Returns the directory in which transformers has saved its model."""
   path = pathlib.Path(tempfile.mkdtemp(prefix='ptune-t5gemma-'))
   atexit.register(shutil.rmtree, path, ignore_errors=True)
   reference(name).save_pretrained(path)
@@ -433,7 +433,7 @@ def test_a_model_of_transformers_opens_and_is_written_as_it_was(name, tmp_path):
   assert source.shapes.keys() == values(name).keys()
   assert bool(source.ignored) == (
     MODELS[name].version == 2
-  )  # What sees images.
+  )  # The image tower.
   for path, leaf in source.leaves.items():
     np.testing.assert_array_equal(leaf.read(), values(name)[path], path)
   identity.check_config(source, MODELS[name])
@@ -509,7 +509,7 @@ def test_other_networks_are_refused_before_weights_are_read(
   said = t5gemma_config.config_json(MODELS[name])
   said['decoder'] |= changes
   if 'rope_theta' in changes:
-    del said['decoder']['rope_parameters']  # Which takes precedence.
+    del said['decoder']['rope_parameters']  # Takes precedence.
   (tmp_path / 'config.json').write_text(json.dumps(said))
   (tmp_path / 'model.safetensors').write_text('no weights')
   with pytest.raises(UserError, match=re.escape(message)) as refused:
@@ -599,7 +599,7 @@ def test_a_row_of_a_bank_answers_as_with_its_prompt_alone(name):
   batch, short = batch_of(name), 2
   prompts = np.stack([prompt_of(name)] * len(INPUTS))
   lengths = np.full(len(INPUTS), PROMPT, np.int32)
-  prompts[1, : PROMPT - short] = 7  # Padding, which nobody reads.
+  prompts[1, : PROMPT - short] = 7  # Padding, masked everywhere.
   lengths[1] = short
   net = network.Transformer(MODELS[name], row_prompts.per_row())
   params = parameters.merge(
@@ -629,7 +629,7 @@ def test_a_prompt_starts_at_the_embeddings_that_the_encoder_reads(name):
   np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-# Arguments of methods whose defaults are too large for 96 tokens.
+# Arguments of methods whose defaults are too large for a vocabulary of 96.
 SMALL = {
   'superpos': {'tokens': 8, 'population': 90},
   'multitask': {'tasks': 2, 'vocab_size': 96},
@@ -656,7 +656,7 @@ def test_every_method_learns(name, method):
   trained = {path: params.pop(path) for path in [*params] if how.trains(path)}
   model = models.EncoderDecoderModel(net)
   batch = dict(batch_of(name))
-  if method == 'multitask':  # A row begins with the token of its task.
+  if method == 'multitask':  # Row begins with its task token.
     batch['encoder_input_tokens'] = np.array(batch['encoder_input_tokens'])
     batch['encoder_input_tokens'][:, 0] = 95
 
@@ -670,7 +670,7 @@ def test_every_method_learns(name, method):
   assert trained
   for path, x in gradients.items():
     assert np.isfinite(x).all(), path
-  # The first layer's prompt of `replace` and the like may have no effect.
+  # Methods such as `replace` may give the first layer's prompt no effect.
   moved = [path for path, x in gradients.items() if np.abs(x).max() > 0]
   assert len(moved) > len(trained) // 2
 
@@ -704,7 +704,8 @@ def test_a_merged_model_answers_as_the_adapted_one(name, method):
 # ------------------------------------------------------------- at full size
 
 
-# By transformers, of models on its meta device; the cards' where they say it.
+# transformers' counts, from models on its meta device. They match the model
+# cards that give a count.
 PARAMETERS = {
   't5gemma_s_s': 312_517_632,
   't5gemma_b_b': 591_490_560,
@@ -725,7 +726,7 @@ def test_published_sizes_have_as_many_parameters(name):
   config = sizes.t5(name)
   shapes = files.shapes(config)
   assert sum(map(math.prod, shapes.values())) == PARAMETERS[name]
-  # That these are the network's own shapes is shown where it is shallow.
+  # A shallow network is enough to check these shapes.
   shallow = config.with_depth(1, 1)
   found = structure.parameters(network.Transformer(shallow))
   assert files.shapes(shallow) == {path: x.shape for path, x in found.items()}

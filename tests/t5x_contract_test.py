@@ -1,7 +1,7 @@
 """What T5X needs from ptune's network, tested without T5X.
 
-`t5x_host_test` runs T5X itself where it is installed. The calls here are
-spelled as T5X's EncoderDecoderModel spells them.
+`t5x_host_test` runs T5X itself if it is installed. The calls here have the same
+form as those of T5X's EncoderDecoderModel.
 """
 
 import ast
@@ -52,7 +52,7 @@ METHODS = pytest.mark.parametrize(
 )
 
 
-# Methods that change what lies in the cache, or what the decoder reads.
+# Methods that change the contents of the cache, or the decoder's input.
 DECODED = ['prompt', 'decoder_prompt', 'multitask', 'prefix', 'prompt+lora']
 
 
@@ -66,7 +66,7 @@ def tokens():
 
 
 def abstract(method: Method):
-  """The module, and what T5X makes of it first; computes nothing."""
+  """Returns the module, and shapes of the variables that T5X first makes."""
   module = network.Transformer(CONFIG, method.placements)
   inputs, targets, _ = tokens()
   init = functools.partial(
@@ -112,7 +112,7 @@ def test_the_calls_have_the_names_that_t5x_uses():
     'decoder_target_tokens',
   ]
   assert {'enable_dropout', 'decode', 'max_decode_length'} <= set(decode)
-  # T5X would fill the cache ahead of decoding if it found this name.
+  # If T5X found this name, it would fill the cache before decoding.
   assert 'prefill' not in decode
 
 
@@ -233,7 +233,7 @@ def test_without_t5x_the_host_says_what_is_needed(installed, monkeypatch):
 
 
 def test_the_order_of_gin_files_cannot_matter():
-  """No macro is set by a file of gin/t5x/ and by one that stands beside it."""
+  """No macro is set both by a file of gin/t5x/ and by one used with it."""
   sets = re.compile(r'^([A-Z][A-Z0-9_]*) *=', re.M)
   hosts = sorted((ROOT / 'gin' / 't5x').glob('*.gin'))
   assert [path.name for path in hosts] == [
@@ -252,7 +252,7 @@ def test_the_order_of_gin_files_cannot_matter():
 
 
 def command():
-  """The command line of docs/t5x.md, as it is written."""
+  """Returns the command line of docs/t5x.md."""
   (line,) = (
     line
     for line in readme_test.commands('docs/t5x.md')
@@ -272,7 +272,7 @@ def test_the_command_of_the_page_names_what_is_there():
     source = gin_source.read_file(own / file)
     read |= source.reads
     for included in source.includes:
-      if not included.startswith('t5x/'):  # Those are T5X's own.
+      if not included.startswith('t5x/'):  # These are T5X's own.
         read |= gin_source.read_file(own / included).reads
   bindings = [
     word.removeprefix('--gin.')
@@ -282,14 +282,14 @@ def test_the_command_of_the_page_names_what_is_there():
   assert len(bindings) > 4
   for binding in bindings:
     (name,) = gin_source.read_flag(binding).macros
-    # T5X's own finetune.gin reads those that are not read here.
+    # T5X's own finetune.gin reads these.
     theirs = {'MIXTURE_OR_TASK_MODULE', 'TRAIN_STEPS', 'MODEL_DIR'}
     assert name in read | theirs, name
 
 
 @pytest.mark.parametrize('name', ['eval', 'finetune', 'infer'])
 def test_a_gin_file_for_t5x_names_what_ptune_has(name):
-  """Modules and functions; those of t5x_host by its source, unimported."""
+  """Modules and functions exist; the test does not import t5x_host."""
   source = gin_source.read_file(ROOT / 'gin' / 't5x' / f'{name}.gin')
   host = ast.parse((ROOT / 'ptune' / 't5x_host.py').read_text())
   hosted = {getattr(node, 'name', None) for node in host.body}
@@ -308,7 +308,7 @@ def test_a_gin_file_for_t5x_names_what_ptune_has(name):
 
 
 def test_the_tests_that_need_t5x_call_what_there_is():
-  """Where T5X is missing they do not run: their calls are looked at instead."""
+  """Without T5X these tests do not run, so this test checks their calls."""
   tree = ast.parse((ROOT / 'tests' / 't5x_host_test.py').read_text())
   ours = {}
   for node in ast.walk(tree):
@@ -342,7 +342,7 @@ def test_the_tests_that_need_t5x_call_what_there_is():
     if any(k.arg is None for k in node.keywords):
       continue
     seen += 1
-    # Raises TypeError if the call lacks an argument, or has one too many.
+    # Raises TypeError if an argument is missing or superfluous.
     inspect.signature(function).bind(
       *node.args, **{k.arg: k for k in node.keywords}
     )

@@ -1,10 +1,10 @@
-"""Runs ptune's modules in T5X; skipped where T5X is not installed.
+"""Runs ptune's modules in T5X; skipped if T5X is not installed.
 
-T5X must be installed from source. `t5x_contract_test` tests what can be tested
-without it. Here T5X has 4 x 2 devices where ptune has one, and are tested:
+T5X must be installed from source. `t5x_contract_test` covers what needs no T5X.
+Here T5X has 4 x 2 devices and ptune has one. These are tested:
 
-    ten steps of t5x.train, and what is saved of them: every file of
-      gin/methods/ and gin/prompts/
+    ten steps of t5x.train and the saved files: every file of gin/methods/ and
+      gin/prompts/
     t5x.infer, greedy, with beams, and scores: DECODED
     t5x.eval, greedy and with beams; killed and resumed in both of T5X's
       checkpoint formats: methods/prompt
@@ -51,7 +51,7 @@ with warnings.catch_warnings():
     pytest.skip(f'T5X cannot be imported: {error}', allow_module_level=True)
   from t5x import gin_utils
 
-# T5X's own code warns.
+# T5X's own code emits warnings.
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 place = readme_test.place  # A fixture.
@@ -60,10 +60,10 @@ FILES = [
   f'{kind}/{path.stem}'
   for kind in ('methods', 'prompts')
   for path in sorted((ROOT / 'gin' / kind).iterdir())
-  # Those that start from a text's tokens are for losses/distill.gin.
+  # Methods that start from a text's tokens are for losses/distill.gin.
   if not path.stem.endswith('from_context')
 ]
-# Methods that change what lies in the cache, or what the decoder reads.
+# Methods that change the contents of the cache, or the decoder's input.
 DECODED = ['prompt', 'decoder_prompt', 'multitask', 'prefix', 'prompt_and_lora']
 START = 1_100_000
 LENGTHS = {'inputs': 16, 'targets': 8}
@@ -80,7 +80,7 @@ sizes.t5:
   num_encoder_layers = 2
   num_decoder_layers = 3
 """
-# Of eight devices, four hold different rows, and two different weights.
+# A 4 x 2 mesh: four devices hold different rows, and two different weights.
 FOUR_BY_TWO = """\
 from __gin__ import dynamic_registration
 from t5x import partitioning
@@ -88,8 +88,8 @@ partitioning.PjitPartitioner:
   num_partitions = None
   model_parallel_submesh = (1, 1, 1, 2)
 """
-# Each step is logged, and nothing else done. SeqIO would shuffle across epochs;
-# unshuffled, the batch of a step is one epoch, as ptune's is.
+# Logs every step and does nothing else. SeqIO would shuffle across epochs.
+# Without shuffling, each step's batch is one epoch, as in ptune.
 STEPS = """\
 from __gin__ import dynamic_registration
 import __main__ as train_script
@@ -132,7 +132,7 @@ GIN_FILES = {
 
 
 def rows(split):
-  """[{'inputs': [int], 'targets': [int]}]."""
+  """Returns [{'inputs': [int], 'targets': [int]}]."""
   count = {'train': 8, 'validation': 8, 'test': 5}[split]
   draw = np.random.default_rng(len(split))
   return [
@@ -145,7 +145,7 @@ def rows(split):
 
 
 def sentences(split):
-  """[{'inputs': str, 'targets': str}]."""
+  """Returns [{'inputs': str, 'targets': str}]."""
   del split
   return [
     {'inputs': f'a {word} film of {year}', 'targets': label}
@@ -171,7 +171,7 @@ def mean_score(targets, scores):
 
 
 def add_task(name, rows, vocabulary, kind, *preprocessors):
-  """Registers a task whose examples are made by a function of the split."""
+  """Registers a task whose examples come from a function of the split."""
   splits = ('train', 'validation', 'test')
   counts = {split: len(rows(split)) for split in splits}
 
@@ -193,7 +193,7 @@ def add_task(name, rows, vocabulary, kind, *preprocessors):
 
 
 class Numbers(seqio.PassThroughVocabulary):
-  """Tokens are written as their ids: '5 9 1'."""
+  """Writes tokens as their ids: '5 9 1'."""
 
   def _decode(self, ids):
     return ' '.join(map(str, ids))
@@ -222,7 +222,7 @@ add_task(
 
 @pytest.fixture(scope='module', autouse=True)
 def settings():
-  """T5X promotes ranks."""
+  """Allows rank promotion, which T5X needs."""
   jax.config.update('jax_numpy_rank_promotion', 'allow')
   yield
   jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -230,7 +230,7 @@ def settings():
 
 @pytest.fixture(scope='module')
 def work(tmp_path_factory):
-  """A directory for runs, and with the gin files above."""
+  """Returns a directory for runs that contains the gin files above."""
   directory = tmp_path_factory.mktemp('t5x')
   for name, text in GIN_FILES.items():
     (directory / name).write_text(text)
@@ -239,7 +239,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def base(numerics):
-  """The base model in T5X's older layout, of step 1,100,000."""
+  """Returns the base model in T5X's older layout, at step 1,100,000."""
   return str(numerics / 'checkpoints' / 'legacy_base' / f'checkpoint_{START}')
 
 
@@ -257,19 +257,19 @@ def bindings(macros):
 
 
 def parse(program, search, gin_files, given):
-  """Reads gin files as a program of T5X does; its function."""
+  """Parses gin files like a T5X program; returns the program's function."""
   module = importlib.import_module(f't5x.{program}')
   search = [*search, str(ROOT / 'gin')]
   search.append(os.path.dirname(os.path.dirname(module.__file__)))
   gin.clear_config()
-  # The files of T5X call the program __main__.
+  # T5X's gin files call the program __main__.
   with mock.patch.dict(sys.modules, {'__main__': module}):
     gin_utils.parse_gin_flags([str(path) for path in search], gin_files, given)
   return gin.get_configurable(getattr(module, FUNCTIONS[program]))
 
 
 def host(work, program, *gin_files, **macros):
-  """Runs a program of T5X in this process; returns what it returns."""
+  """Runs a program of T5X in this process; returns its result."""
   files = [f't5x/{RUN_FILES[program]}.gin', *gin_files]
   return parse(program, [work], files, bindings(macros))()
 
@@ -291,7 +291,7 @@ def ours(work, program, *gin_files, **macros):
 
 
 def logged(run, tag):
-  """What T5X logged of training, a number for each step."""
+  """Returns the values of a tag that T5X logged, one per training step."""
   values = {}
   for file in (run / 'train').glob('events*'):
     for event in tf.compat.v1.train.summary_iterator(str(file)):
@@ -302,15 +302,15 @@ def logged(run, tag):
 
 
 def saved(run, step, name='encoder.prompt.prompt.prompt'):
-  """What `save_adapter` wrote at a step."""
+  """Returns the path that `save_adapter` wrote at a step."""
   return run / 'numpy_checkpoints' / f'checkpoint_{step}' / name
 
 
 def assert_same(got, wanted):
-  """Asserts that trained parameters, by path, agree to 1e-5.
+  """Asserts that trained parameters agree to 1e-5, by path.
 
-  But for one value in a thousand: where a gradient is nearly 0, optimizers that
-  divide by its size make a step of its rounding.
+  One value in a thousand may differ. If a gradient is nearly 0, optimizers
+  that divide by its size turn its rounding error into a step.
   """
   assert set(got) == set(wanted)
   apart = {path: np.abs(got[path] - x) for path, x in wanted.items()}
@@ -337,7 +337,7 @@ def test_ten_steps_equal_the_reference(numerics, base, work, start, optimizer):
   if 'golden' not in seqio.TaskRegistry.names():
     add_task('golden', lambda split: five_batches, TOKENS, SEVERAL)
   np.save(work / 'initial.npy', golden['prompt_init'])
-  # The same weights; a Hugging Face directory knows of no step.
+  # The weights are the same; a Hugging Face directory has no step.
   path = base if start else str(numerics / 'hf' / 't5_1_1')
   run = work / f'golden_{optimizer}_{start}'
   files = ['hosted.gin', 'prompts/from_file.gin', 'four_by_two.gin']
@@ -368,7 +368,7 @@ def test_ten_steps_equal_the_reference(numerics, base, work, start, optimizer):
     np.testing.assert_allclose(got, expected, atol=2e-5)
   if optimizer != 'ptune':
     v = state.param_states['encoder']['prompt']['prompt']['prompt'].v
-    # A gradient is known to 2e-5 of its maximum.
+    # A gradient is exact to 2e-5 of its maximum.
     root = np.sqrt(golden[name + 'v_each'][-1])
     np.testing.assert_allclose(np.sqrt(v), root, atol=2e-5 * root.max())
   after = parameters.flatten(state.params.unfreeze())
@@ -380,20 +380,20 @@ def test_ten_steps_equal_the_reference(numerics, base, work, start, optimizer):
 
 
 def macros_of(file, work):
-  """What a file of gin/methods/ or gin/prompts/ has to be given here."""
+  """Returns the macros that a file of gin/methods/ or gin/prompts/ needs."""
   text = (ROOT / 'gin' / f'{file}.gin').read_text()
   kind, name = file.split('/')
   macros = {}
   if kind == 'prompts' or 'PROMPT_LENGTH' in text:
     macros['PROMPT_LENGTH'] = 5
-  if name == 'multitask':  # Any first token is a task.
+  if name == 'multitask':  # Any token may be a task token.
     macros |= {
       'multitask.multitask.vocab_size': 128,
       'multitask.multitask.tasks': 126,
     }
   if name == 'superpos':
     macros |= {'superpos.superpos.population': 128}
-  if name == 'smop':  # T5X draws the noise by other keys.
+  if name == 'smop':  # T5X uses other keys for noise.
     macros |= {'smop.smop.noise': 0.0}
   if kind == 'prompts':
     files = [str(work / f'{i}.npy') for i in range(2)]
@@ -411,7 +411,7 @@ def macros_of(file, work):
 
 @pytest.fixture(scope='module')
 def ten_steps(work, base):
-  """Trains with a gin file under both; (T5X's directory, ptune's, base)."""
+  """Trains a gin file in both; returns (T5X's directory, ptune's, the base)."""
 
   @functools.cache
   def ten_steps(file):
@@ -423,9 +423,9 @@ def ten_steps(work, base):
     source = 'ptune://tiny' if on_text else base
     macros = macros_of(file, work) | {
       'DROPOUT_RATE': 0.0,
-      # Rounding is magnified by an optimizer that divides by the gradient.
+      # An optimizer that divides by the gradient magnifies rounding errors.
       'LEARNING_RATE': min(0.001, *(float(x) / 10 for x in rate), 1),
-      'BATCH_SIZE': 8,  # All rows, so that their order makes no difference.
+      'BATCH_SIZE': 8,  # All rows, so their order has no effect.
       'INITIAL_CHECKPOINT_PATH': source,
       'CHECKPOINT_PERIOD': 10,
     }
@@ -489,7 +489,7 @@ def test_ten_steps_end_as_under_ptune(ten_steps, file):
     assert written == ['encoder.prompt.prompt.prompt']
     tokens = {'population': 128} if name == 'superpos' else {}
     method = methods.functions()[name](length=5, **tokens)
-    if method.fold:  # Networks that make a prompt magnify what is apart.
+    if method.fold:  # Networks magnify differences.
       table = last[parameters.EMBEDDING].read()
       values = method.fold(
         {path: last[path].read() for path in wanted}, lambda ids: table[[*ids]]
@@ -510,7 +510,7 @@ def test_ten_steps_end_as_under_ptune(ten_steps, file):
 
 
 def test_rows_of_no_task_make_the_loss_nan_and_train_nothing(base, work):
-  """T5X does not call `Method.check`."""
+  """T5X does not call `Method.check`, so the network must signal the error."""
   run = work / 'no_task'
   host(
     work,
@@ -531,7 +531,7 @@ def test_rows_of_no_task_make_the_loss_nan_and_train_nothing(base, work):
     open_checkpoint(run / f'checkpoint_{step}').leaves
     for step in (START, START + 2)
   )
-  for path, leaf in last.items():  # But for the weight decay.
+  for path, leaf in last.items():  # Except for weight decay.
     np.testing.assert_allclose(leaf.read(), first[path].read(), rtol=2.1e-5)
 
 
@@ -582,7 +582,7 @@ def test_what_does_not_fit_is_refused(work, base, changes, offenders):
 
 
 def predictions(directory):
-  """What infer wrote, of T5X or of ptune: token ids, and their scores."""
+  """Returns the token ids and scores that T5X's or ptune's infer wrote."""
   (file,) = (
     file
     for file in directory.glob('hosted_tokens*')
@@ -596,10 +596,10 @@ def predictions(directory):
 
 
 def both(work, program, name, file, hosted, own, **macros):
-  """Runs eval or infer of T5X and of ptune, with macros of each.
+  """Runs eval or infer in T5X and in ptune, with macros for each.
 
   Returns:
-    The directories that they wrote to.
+    Both output directories.
   """
   directories = [work / f'{program}_{name}_{host}' for host in ('t5x', 'ptune')]
   files = ['hosted.gin', f'{file}.gin']
@@ -618,10 +618,10 @@ def both(work, program, name, file, hosted, own, **macros):
 @pytest.mark.parametrize('num_beams', [1, 4])
 @pytest.mark.parametrize('name', DECODED)
 def test_infer_equals_ptune(work, base, ten_steps, name, num_beams):
-  """A checkpoint of T5X, and what lies beside it as PROMPT_FILE of ptune."""
+  """T5X reads its checkpoint; ptune reads the file beside it as PROMPT_FILE."""
   file = f'methods/{name}'
   run, _, _ = ten_steps(file)
-  (trained,) = saved(run, START + 10, '').glob('*[!n]')  # No .json.
+  (trained,) = saved(run, START + 10, '').glob('*[!n]')  # Not .json.
   got, expected = map(
     predictions,
     both(
@@ -642,7 +642,7 @@ def test_infer_equals_ptune(work, base, ten_steps, name, num_beams):
   ('name', 'ending'), [('prompt', 'npy'), ('lora', 'safetensors')]
 )
 def test_infer_of_what_ptune_trained(work, base, numerics, name, ending):
-  """PROMPT_FILE, and the base model from Hugging Face's format."""
+  """T5X reads PROMPT_FILE, and the base model in Hugging Face's format."""
   file = f'methods/{name}'
   run = work / f'{name}_far'
   ours(
@@ -656,7 +656,7 @@ def test_infer_of_what_ptune_trained(work, base, numerics, name, ending):
     EVAL_SPLIT=None,
     BATCH_SIZE=8,
     **macros_of(file, work),
-    LEARNING_RATE=0.1,  # Far enough to answer otherwise.
+    LEARNING_RATE=0.1,  # Enough to change answers.
   )
   trained = str(run / 'prompts' / f'step_4.{ending}')
   (got, scores), (expected, expected_scores) = map(
@@ -688,7 +688,7 @@ def test_infer_of_what_ptune_trained(work, base, numerics, name, ending):
 
 @pytest.mark.parametrize('num_beams', [1, 4])
 def test_eval_equals_ptune(work, base, ten_steps, num_beams):
-  """Greedily, a checkpoint of T5X; with beams, the base and PROMPT_FILE."""
+  """T5X reads its checkpoint (greedy), or the base and PROMPT_FILE (beams)."""
   run, _, _ = ten_steps('methods/prompt')
   own = {
     'CHECKPOINT_PATH': base,
@@ -718,7 +718,7 @@ def test_eval_equals_ptune(work, base, ten_steps, num_beams):
 
 
 def main():
-  """Runs a program of T5X in a process that `tiny` has forked."""
+  """Runs a T5X program in a process that `tiny` has forked."""
   warnings.simplefilter('ignore')
   program, *sys.argv[1:] = sys.argv[1:]
   runpy.run_module(program, run_name='__main__', alter_sys=True)
@@ -726,7 +726,7 @@ def main():
 
 
 def wait_for(process, text='', path=None):
-  """Returns when a process has written a text, or a file."""
+  """Waits until a process has written a text or a file."""
   deadline = time.monotonic() + 300
   while not (path.exists() if path else text in process.output):
     assert time.monotonic() < deadline, process.output[-5000:]
@@ -783,7 +783,7 @@ def test_killed_and_resumed_a_run_ends_as_under_ptune(
     np.testing.assert_array_equal(
       source.leaves[path].read(), leaf.read(), err_msg=path
     )
-  # The optimizer's state is the prompt's alone.
+  # The optimizer has state only for the prompt.
   assert all('prompt' in k or k.endswith('count') for k in source.ignored)
   for step in range(START, START + 11, 2):
     one = open_checkpoint(run / f'checkpoint_{step}')
@@ -796,7 +796,7 @@ def test_the_command_in_readme_runs(place):
   line = t5x_contract_test.command()
   smaller = '--gin.BATCH_SIZE=8 --gin.PROMPT_LENGTH=9'
   smaller += ' --gin.EVALUATOR_NUM_EXAMPLES=8 --gin.EVAL_STEPS=1'
-  (place / 'models').rmdir()  # gin would take it for a package.
+  (place / 'models').rmdir()  # gin would treat it as a package.
   path = [str(place), os.environ.get('PYTHONPATH', ''), str(ROOT)]
   done = subprocess.run(
     ['bash', '-c', readme_test.rewritten(f'{line} {smaller}', place)],
@@ -819,7 +819,7 @@ def test_the_command_in_readme_runs(place):
 
 
 def test_every_file_is_read_by_the_programs_of_t5x():
-  """Those of gin/models, methods and prompts, before and after gin/t5x's."""
+  """Files of models/, methods/ and prompts/ work before and after t5x/'s."""
   models = sorted(path.stem for path in (ROOT / 'gin' / 'models').iterdir())
   paths = {
     'train': ['MODEL_DIR', 'INITIAL_CHECKPOINT_PATH'],
@@ -832,7 +832,7 @@ def test_every_file_is_read_by_the_programs_of_t5x():
   ]
   for program, files in itertools.product(paths, choices):
     text = ''.join((ROOT / 'gin' / file).read_text() for file in files)
-    # Those that a user has to set, such as CLASS_LABELS.
+    # Macros that a user must set, such as CLASS_LABELS.
     asked = set(re.findall(r'%([A-Z_]+)', text))
     asked -= set(re.findall(r'^([A-Z_]+) =', text, re.M))
     given = bindings({'TRAIN_STEPS': 10} if program == 'train' else {})

@@ -70,7 +70,7 @@ FORMATS = ('tsv', 'csv', 'jsonl')
 
 
 def labels(tmp_path, values, names):
-  """What labels become in each format, which is the same, or the messages."""
+  """Reads labels from each format; returns the equal targets or messages."""
   found = []
   for suffix, mark in (('tsv', '\t'), ('csv', ','), ('jsonl', '')):
     lines = [f'text{mark}label', *(f'a{mark}{value}' for value in values)]
@@ -96,11 +96,11 @@ def labels(tmp_path, values, names):
     ([1.0, 0.0, -1.0], NAMES, ['positive', 'negative', '<unk>']),
     ([1, 0, ''], NAMES, ['positive', 'negative', '<unk>']),
     ([True, False], NAMES, ['positive', 'negative']),
-    # A boolean is a name, if there is one.
+    # If a label has a boolean's name, the boolean means that label.
     ([True, False], ['True', 'False'], ['True', 'False']),
     ([True, False], ['true', 'false'], ['true', 'false']),
     ([0, 1, 1.0], ['0', '1'], ['0', '1', '1']),
-    # What the column has, by a dict.
+    # A dict maps the column's values to names.
     (
       [1, 2.0, '3'],
       {'1': 'bad', '2': 'so', '3': 'good'},
@@ -331,7 +331,7 @@ def test_settings_that_do_not_fit_are_errors(settings, message):
 
 
 def as_seqio(task):
-  """The same task in SeqIO's registry."""
+  """Registers the same task with SeqIO."""
   from ptune.tasks import seqio_texts
 
   return seqio_task.load(seqio_texts.register(task))
@@ -339,7 +339,7 @@ def as_seqio(task):
 
 @pytest.fixture
 def sentiment(tmp_path):
-  """A task of 40 rows to train on and 6 for validation."""
+  """Returns a task with 40 training rows and 6 validation rows."""
   rows = [('good film', 1), ('bad film', 0)]
   for split, count in (('train', 20), ('validation', 3)):
     lines = [
@@ -377,7 +377,8 @@ def test_the_task_batches_and_knows_its_labels(sentiment):
 def test_batches_are_those_of_the_same_task_in_seqio(
   sentiment, bucket_multiple
 ):
-  # Of texts: a classification has labels of all lengths in a batch.
+  # Text targets, because batches of a classification have labels of all
+  # lengths.
   texts = {'label_names': None, 'targets': '{label} {text}'}
   task = files.from_files(**{**sentiment, **texts})
   how = {'seed': 3, 'bucket_multiple': bucket_multiple}
@@ -424,7 +425,7 @@ def test_rows_without_a_label_are_not_trained_on_and_counted(tmp_path, caplog):
   assert '3 of 5 rows have no label, and are not trained on' in caplog.text
   assert batches.num_examples == 2
   assert seqio_task.distinct_targets(task, LENGTHS) == ['no', 'yes']
-  # They are predicted, and no metric counts them.
+  # Such rows are predicted, but no metric counts them.
   found = [t['targets'] for t, _ in seqio_task.examples(task, LENGTHS, 'train')]
   assert found == ['yes', '<unk>', '<unk>', '<unk>', 'no']
   targets = [task.postprocess_fn(t, is_target=True) for t in found]
@@ -444,7 +445,7 @@ def test_labels_that_the_vocabulary_writes_in_another_way(caplog):
   assert 'plain' not in caplog.text
   vocab = task.vocabulary
   for i, name in enumerate(names):
-    # What a model answers that has learned the target by heart.
+    # The output of a model that has memorised the target.
     said = vocab.decode([*vocab.encode(name), 1])
     assert task.postprocess_fn(said, is_target=False) == i
     assert task.postprocess_fn(name, is_target=True) == i
@@ -527,11 +528,11 @@ def test_ranking_has_every_label_of_a_row_but_to_train_on(sentiment):
     )
     for r in rows
   ]
-  # Right for the first of each pair of rows, wrong for the second.
+  # The first of each pair of rows is right, the second wrong.
   scores = [0.0, 1.0] * 6
   (metric,) = task.metric_fns
   assert metric(targets, scores) == {'accuracy': 50.0}
-  # A row that EVAL_STEPS cuts through does not count.
+  # If EVAL_STEPS cuts off a part of a row, the row does not count.
   assert metric(targets[:3], scores[:3]) == {'accuracy': 100.0}
 
 
@@ -569,7 +570,7 @@ def test_a_hugging_face_data_set_is_a_task(tmp_path):
   assert len(got) == 3
   with pytest.raises(ValueError, match="no split 'none', it has"):
     list(seqio_task.examples(task, LENGTHS, 'other'))
-  # One split alone, in slices.
+  # A data set with a single split, in slices.
   part.save_to_disk(str(tmp_path / 'one'))
   task = hugging_face.from_hugging_face(
     str(tmp_path / 'one'),

@@ -1,8 +1,9 @@
-"""The task library against the reference implementations, t5 and prompt-tuning.
+"""Compares the task library with the reference, t5 and prompt-tuning.
 
-../shared/golden/text has what those made of hand-written rows: texts,
-postprocessed values, scores, and the table of all their tasks. Whatever differs
-on purpose is listed here, with what it is instead; nothing else may differ.
+The golden files hold the reference's results for hand-written rows: texts,
+postprocessed values, scores, and the table of all tasks. "README" in comments
+is the one beside them. This file lists all intended differences, with ptune's
+results; no other difference is allowed.
 """
 
 import collections
@@ -46,8 +47,8 @@ pytestmark = pytest.mark.skipif(
 
 TABLE = load('task_table.json') or {'tasks': {}, 'mixtures': {}, 'chains': {}}
 
-# Not in the library: data sets that no paper on prompts uses, or that are
-# trained on as other tasks of C4.
+# These are left out, because no paper on prompts uses them, or because other
+# tasks of C4 train on the same data.
 LEFT_OUT = (
   'wmt',
   'trivia_qa_v010',
@@ -59,7 +60,7 @@ LEFT_OUT = (
   'c4_v220_bart_',
   'c4_prefix_lm_objective_',
 )
-# They hold what is left out, or rates that need TFDS's servers.
+# These contain tasks that were left out, or rates that need TFDS's servers.
 MIXTURES_LEFT_OUT = (
   'all_',
   'en_mix',
@@ -67,7 +68,7 @@ MIXTURES_LEFT_OUT = (
   'leave_one_out_',
   'squad_trivia_qa_equal',
 )
-# What TFDS 4.9.10 no longer serves, and what it serves instead.
+# What TFDS 4.9.10 no longer serves, and the replacements.
 NEWER_SOURCES = {
   'cnn_dailymail:3.1.0': 'cnn_dailymail:3.4.0',
   'cnn_dailymail:3.2.0': 'cnn_dailymail:3.4.0',
@@ -94,7 +95,7 @@ METRICS = {
   'squad': 'squad',
   'rouge': 'rouge',
 }
-# README 2: they carry the metrics of the task that is defined before them.
+# README 2: these have the metrics of the task that is defined before them.
 OTHER_METRICS = {
   'task_index_dpr_v001_simple': ['accuracy'],
   'task_index_dpr_v001_simple_examples': ['accuracy'],
@@ -103,7 +104,7 @@ OTHER_METRICS = {
 
 
 def metric_names(task):
-  """Names of a task's metrics, without the share of invalid predictions."""
+  """Returns the names of a task's metrics, without `invalid`."""
   names = [f.__qualname__.split('.')[0] for f in task.metric_fns]
   return [name for name in names if name != 'invalid']
 
@@ -157,7 +158,7 @@ def test_source_splits_metrics_and_offset_equal_the_references(name):
   assert found == expected
 
 
-# The reference's mixtures of this name hold the plain tasks.
+# In the reference, mixtures of this name contain the plain tasks.
 def with_prefix(name, task):
   for prefix in ('taskless_', 'task_index_'):
     if name.startswith(f'{prefix}glue_mnli_and_dev'):
@@ -177,7 +178,7 @@ def test_mixtures_and_their_rates_equal_the_references(name):
     k.replace('simple_train_examples', 'simple_train'): v
     for k, v in found.items()
   }
-  # An alias of the same task stands in a mixture of `_examples`.
+  # Mixtures named `_examples` contain an alias of the same task.
   assert {k.replace('_examples', ''): v for k, v in plain.items()} == {
     k.replace('_examples', ''): v for k, v in expected.items()
   }
@@ -190,7 +191,7 @@ def text_cases():
   for name in ('glue', 'super_glue', 'qa', 'nli', 'summarization'):
     golden = load(f'text_{name}.json') or {'datasets': {}, 'rows': []}
     for row in golden['rows']:
-      if row['task'] is None:  # A function that no task uses.
+      if row['task'] is None:  # No task uses this function.
         continue
       label = row['raw'].get('label')
       source = row['tfds_name'].split(':')[0]
@@ -206,7 +207,7 @@ CASES = list(text_cases())
 
 
 def dataset_of(raw, dtypes):
-  """A data set of one row, with TFDS's types."""
+  """Returns a data set of one row, with TFDS's types."""
 
   def spec(dtype):
     if isinstance(dtype, dict):
@@ -226,7 +227,7 @@ def is_text(step):
 
 
 def texts(task, raw, dtypes):
-  """What a task makes of a row before tokenisation."""
+  """Returns a task's texts for a row, before tokenisation."""
   dataset = dataset_of(raw, dtypes)
   for step in task.preprocessors:
     if is_text(step):
@@ -244,7 +245,7 @@ def plain(value):
   return [plain(v) for v in value] if isinstance(value, list) else value
 
 
-# (data set, the row's text) -> what differs; README 4 to 7.
+# (data set, the row's text) -> the difference; README 4 to 7.
 def unlike_the_reference(row):
   raw, name = row['raw'], row['task']
   text = raw.get('text', raw.get('sentence', ''))
@@ -315,7 +316,7 @@ def test_text_equals_the_references(case):
 
 
 def test_exactly_the_listed_texts_differ():
-  """A row that no longer differs is an error of the list."""
+  """If a listed row no longer differs, the list is wrong."""
   differ = collections.Counter(
     row['task'] for _, row in CASES if unlike_the_reference(row) is not None
   )
@@ -385,7 +386,7 @@ def from_json(value):
 
 
 def as_evaluator_passes(example):
-  """Strings as bytes, lists as arrays."""
+  """Converts strings to bytes and lists to arrays."""
   if example is None:
     return None
   return {
@@ -419,7 +420,7 @@ POSTPROCESS = [
   if group['task']
   for case in group['cases']
 ]
-# README 10: texts that are no number in ordinary writing.
+# README 10: texts that are not a number in ordinary notation.
 NO_NUMBERS = ('nan', 'inf', '1_0')
 
 
@@ -434,7 +435,7 @@ def test_postprocessed_values_equal_the_references(index):
   )
   expected = from_json(case['result'])
   if name.endswith('_examples') and not case['is_target']:
-    expected = expected['prediction']  # The texts are in the prediction file.
+    expected = expected['prediction']  # The prediction file has the texts.
   if 'stsb' in name and case['output'] in NO_NUMBERS:
     expected = -1.0
   same(found, expected)
@@ -469,10 +470,10 @@ METRIC_CASES = [
   for case in group['cases']
 ]
 
-# (metric, targets, predictions) -> what differs.
+# (metric, targets, predictions) -> the difference.
 UNLIKE = {
-  # README 9: unlabelled rows do not count, an invalid prediction is wrong and
-  # no third class.
+  # README 9: unlabelled rows do not count, and an invalid prediction is wrong
+  # but not a third class.
   ('accuracy', (-1, 1, 0), (-1, 0, 0)): 50.0,
   ('accuracy', ('entailment', 'neutral', '<unk>')): 50.0,
   ('f1_score_with_invalid', (1, -1, 0), (1, -1, 0)): 100.0,
@@ -485,7 +486,7 @@ UNLIKE = {
     (0, -1, 1, 0, 1, 1, 0),
   ): 100 * 5 / 12,
   ('matthews_corrcoef (GLUE CoLA)', (1, 0), (2, -1)): -100.0,
-  # Undefined: 0, as Matthews' coefficient is.
+  # An undefined score is 0, as for Matthews' coefficient.
   ('pearson_corrcoef', (0.0, 2.5, 5.0, 2.5)): 0.0,
   ('spearman_corrcoef', (0.0, 2.5, 5.0, 2.5)): 0.0,
   ('pearson_corrcoef', (3.4,)): 0.0,
@@ -517,7 +518,7 @@ def test_scores_equal_the_references(index):
     assert name in ('squad', 'trivia_qa', 'deduplicate_metric(squad)')
     assert found == {}  # README 8: rows without answers do not count.
   elif targets == [['the'], ['...'], ['x']]:
-    # README 8: two answers without a word are the same, also in F1.
+    # README 8: two answers without words are equal, also in F1.
     assert found == {key: pytest.approx(expected['em']) for key in expected}
   else:
     same(found, expected)
@@ -552,14 +553,14 @@ def test_whole_tasks_score_as_the_references(group):
     with contextlib.suppress(TypeError, KeyError):
       expected_predictions = [p['prediction'] for p in expected_predictions]
     if group['task'] == 'spot_snli_v110':
-      # Labels are numbers here, so that what is none can be told.
+      # Here labels are numbers, so that other values are recognised.
       assert targets == [0, 2, 1, -1]
       assert predictions == [0, -1, 1, -1]
     else:
       same(targets, expected_targets)
       same(predictions, expected_predictions)
-    # README 9: what has no label does not count. Of the median of a bootstrap
-    # ROUGE's mean is instead.
+    # README 9: rows without a label do not count. ROUGE is the mean instead of
+    # a bootstrap's median.
     if group['task'] == 'glue_cola_v002':
       expected = {'matthews_corrcoef': 0.0}
     elif group['task'] == 'spot_snli_v110':

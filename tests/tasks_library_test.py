@@ -1,7 +1,7 @@
 """Every task of the library, from TFDS's rows to batches, without network.
 
-TFDS makes each data set's builder, so versions and columns are the real ones;
-only the rows are made up. One task of each kind is trained on and evaluated.
+TFDS makes each data set's builder, so versions and columns are the real ones.
+Only the rows are invented. One task of each kind is trained and evaluated.
 """
 
 import collections
@@ -40,7 +40,7 @@ assert library
 
 
 def feature_value(feature, row, path):
-  """A made-up value of a column of TFDS."""
+  """Returns an invented value for a column of TFDS."""
   if isinstance(feature, tfds.features.FeaturesDict):
     return {
       key: feature_value(f, row, (*path, key)) for key, f in feature.items()
@@ -59,9 +59,9 @@ def feature_value(feature, row, path):
 
 
 def rows_of(builder, **_):
-  """What a mocked builder's as_dataset returns."""
+  """Replaces a builder's as_dataset."""
   features = builder.info.features
-  # MRQA's lists of lists, which no task reads, are left out.
+  # Leaves out MRQA's nested lists, which no task reads.
   specs = {
     column: spec
     for column, spec in features.get_tensor_spec().items()
@@ -73,7 +73,7 @@ def rows_of(builder, **_):
   def rows():
     for row in range(ROWS):
       values = feature_value(features, row, ())
-      if 'span2_text' in values:  # WSC: a pronoun that is in the text.
+      if 'span2_text' in values:  # WSC: a pronoun in the text.
         values |= {'span2_text': 'it', 'span2_index': 5, 'span1_index': 0}
       if 'pronoun' in values:
         values |= {'pronoun': 'it', 'candidates': ['Ann', 'Bo']}
@@ -95,7 +95,7 @@ SPLITS = collections.defaultdict(
 
 
 def prepare(builder, **_):
-  """What takes the place of download_and_prepare."""
+  """Replaces download_and_prepare."""
   name = builder.info.full_name.rsplit('/', 1)[0]
   builder.info.set_splits(
     tfds.core.splits.SplitDict(
@@ -109,7 +109,7 @@ def prepare(builder, **_):
 
 @pytest.fixture(autouse=True)
 def mocked(monkeypatch):
-  """TFDS without files and network; its builders are the real ones."""
+  """TFDS without files and network, but with its real builders."""
 
   def as_dataset(self, split=None, **how):
     del split, how
@@ -131,7 +131,7 @@ def is_task(name):
 
 
 def model_of(name):
-  """The name of which another one is an alias, a version or a vocabulary."""
+  """Returns the task of which this one is an alias, version or vocabulary."""
   for vocab in ('mt5_', 'byt5_'):
     name = name.removeprefix(vocab)
   name = name.removesuffix('_examples')
@@ -148,7 +148,7 @@ MODELS = sorted({model_of(name) for name in OURS})
 
 
 def described(step):
-  """A step in words that are equal for equal steps."""
+  """Describes a step in words; equal steps have equal descriptions."""
   if isinstance(step, functools.partial):
     keywords = sorted((k, described(v)) for k, v in step.keywords.items())
     return f'{described(step.func)}{keywords}'
@@ -175,7 +175,7 @@ def test_every_task_reads_rows_and_trains(name):
   assert (batch['decoder_loss_weights'].sum(1) > 0).all()
   assert (batch['encoder_input_tokens'][:, 0] > 1).all()
   plan, _, first, frozen, update = trained_step()
-  state = jax.tree.map(jnp.copy, first)  # An update takes its state.
+  state = jax.tree.map(jnp.copy, first)  # An update donates its state.
   with plan.scope():
     after, sums = update(state, frozen, device_put(batch, plan.mesh))
   assert np.isfinite(sums['loss']) and sums['loss'] > 0
@@ -187,7 +187,7 @@ def test_all_other_names_are_the_same_with_another_source_or_vocabulary():
   for name in OURS:
     task, model = map(seqio.TaskRegistry.get, (name, model_of(name)))
     assert parts(task) == parts(model), name
-    # Not by `seqio_task.vocabulary`, which reads the file: mT5's is on gs://.
+    # `seqio_task.vocabulary` would read the file, and mT5's is on gs://.
     (vocabulary,) = {
       id(f.vocabulary): f.vocabulary for f in task.output_features.values()
     }.values()
@@ -238,7 +238,7 @@ def test_the_task_index_stands_before_text_that_is_trimmed_behind_it():
   last = registry.vocabulary('').vocab_size - 1
   got = tokens('task_index_super_glue_boolq_v102')['inputs']
   plain = tokens('taskless_super_glue_boolq_v102')['inputs']
-  assert len(got) == LENGTHS['inputs']  # it was longer
+  assert len(got) == LENGTHS['inputs']  # It was longer.
   assert got[0] == last
   np.testing.assert_array_equal(got[1:-1], plain[: len(got) - 2])
   assert got[-1] == 1
@@ -248,7 +248,7 @@ def test_the_task_index_stands_before_text_that_is_trimmed_behind_it():
 def test_a_sentinel_ends_inputs_and_begins_targets_after_trimming():
   first = registry.vocabulary('').vocab_size - 1
   got = tokens('super_glue_multirc_v102_1_sentinel')
-  assert len(got['inputs']) == LENGTHS['inputs']  # it was longer
+  assert len(got['inputs']) == LENGTHS['inputs']  # It was longer.
   assert got['inputs'][-2:].tolist() == [first, 1]
   assert got['targets'][0] == first
   task = seqio.TaskRegistry.get('super_glue_boolq_v102_1_sentinel')
@@ -277,7 +277,7 @@ CONFIG = T5Config(
 
 @functools.cache
 def trained_step():
-  """A plan, a first state, frozen parameters and the compiled step."""
+  """Returns a plan, a first state, frozen parameters and the compiled step."""
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   plan = parameters.plan(CONFIG, prompt.prompt(4), mesh)
   tx = optim.adafactor(0, 0.3)
@@ -342,7 +342,7 @@ def test_tasks_are_evaluated_and_their_predictions_written(names, tmp_path):
     and (seqio.TaskRegistry.get(name).metric_fns or name in KINDS)
   ]
   assert len(names) >= len(KINDS)
-  # A mixture, so that one program predicts for all.
+  # A mixture, so that one program predicts for all tasks.
   seqio.MixtureRegistry.add('all_of_them', names, default_rate=1.0)
   evaluation = Evaluation(
     seqio_task.load('all_of_them'),
@@ -360,12 +360,12 @@ def test_tasks_are_evaluated_and_their_predictions_written(names, tmp_path):
   assert all(len(scores[name]) > 2 for name in names if name not in KINDS)
   for name in names:
     expected = KINDS.get(name, set())
-    # Beside a task's own metrics stands what the evaluation has of every task.
+    # Besides a task's own metrics, every task has the evaluation's.
     assert expected <= scores[name].keys(), name
     assert all(0 <= abs(scores[name][k]) <= 100 for k in expected), name
     if not expected:
       continue
-    if 'wsc' not in name:  # There, every word may be a referent.
+    if 'wsc' not in name:  # Any word may be right.
       assert scores[name].get('invalid', 100.0) == 100.0
     file = tmp_path / name / 'predictions-1.jsonl'
     records = [json.loads(line) for line in file.read_text().splitlines()]
@@ -399,10 +399,10 @@ except ValueError as error:
   first, second, third = done.stdout.splitlines()
   assert first == 'taskless_glue_sst2_v200'
   seconds, before, count = second.split()
-  assert float(seconds) < 15  # with JAX, TensorFlow and SeqIO
+  assert float(seconds) < 15  # With JAX, TensorFlow and SeqIO.
   assert int(before) == 0
   assert int(count) > 1000
-  assert 'taskless_glue_sst2_v200' in third  # the nearest of all names
+  assert 'taskless_glue_sst2_v200' in third  # The nearest name.
 
 
 def test_names_that_others_registered_stay_theirs():
@@ -446,7 +446,7 @@ def test_ptune_tasks_show_prints_text_and_ids(capsys):
 
 
 def write_cache(directory, task, split):
-  """Writes what seqio_cache_tasks would, which needs Apache Beam."""
+  """Writes the output of seqio_cache_tasks, which would need Apache Beam."""
   directory.mkdir()
   dataset = task.source.get_dataset(split, shuffle=False)
   dataset = task.preprocess_precache(dataset)
@@ -503,11 +503,11 @@ def test_a_cached_task_gives_the_same_examples(name, tmp_path, monkeypatch):
     for key in a:
       np.testing.assert_array_equal(a[key], b[key], err_msg=key)
   metrics = {key for key in plain[0] if key not in ('inputs', 'targets')}
-  assert metrics  # What postprocessors read is kept as well.
+  assert metrics  # Includes postprocessors' fields.
 
 
 def test_seqio_cache_tasks_caches_a_task(tmp_path):
-  pytest.importorskip('apache_beam')  # an extra of SeqIO
+  pytest.importorskip('apache_beam')  # An extra of SeqIO.
   rows = tmp_path / 'train.tsv'
   rows.write_text('text\tlabel\n' + 'a good film\t1\na bad film\t0\n' * 4)
   (tmp_path / 'mine.py').write_text(

@@ -1,4 +1,4 @@
-"""tasks/metrics.py beyond the reference's values."""
+"""Cases of tasks/metrics.py that the golden values do not cover."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from ptune.tasks import metrics
     ([], 'x', None),
     ({'value': ['An owl'], 'group': (0, 1)}, {'value': 'owl'}, True),
     (2.4, 2.4, True),
-    ({'answers': ['a'], 'context': 'a b'}, 'a', None),  # Of others' tasks.
+    ({'answers': ['a'], 'context': 'a b'}, 'a', None),  # From others' tasks.
     (np.array([1, 2]), 1, None),
   ],
 )

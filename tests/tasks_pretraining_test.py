@@ -1,7 +1,7 @@
 """tasks/pretraining.py and tasks/vocabulary.py: from text files to batches.
 
-Nothing of a text is lost or made up, lengths are T5's, and what is random is a
-function of the seed. Tokens are bytes where the vocabulary does not matter.
+No text is lost or invented, lengths equal T5's, and all random values depend
+only on the seed. Tokens are bytes unless the vocabulary matters.
 """
 
 import collections
@@ -30,12 +30,12 @@ BYTES = seqio.ByteVocabulary(extra_ids=SENTINELS)
 FIRST_SENTINEL = BYTES.vocab_size - 1
 EOS = 1
 LENGTHS = {'inputs': 64, 'targets': 64}
-PIECE, NOISE, SPANS = 70, 10, 3  # the raw tokens in inputs of 64
+PIECE, NOISE, SPANS = 70, 10, 3  # The raw tokens for inputs of 64.
 
 
 @pytest.fixture(scope='module')
 def golden():
-  """tokens.json: what t5.data gives, see its README."""
+  """Returns tokens.json, the results of t5.data; see its README."""
   path = GOLDEN / 'tokens.json'
   if not path.is_file():
     pytest.skip(f'the reference values are not at {path}')
@@ -51,7 +51,7 @@ def words(count, seed=0):
 
 
 def source_of(lines):
-  """A source of lines in memory, the same in both splits."""
+  """Returns a source of lines in memory, the same for both splits."""
 
   def read(split, shuffle_files, seed=None):
     del split, shuffle_files, seed
@@ -83,7 +83,7 @@ def without_eos(tokens):
 
 
 def at_sentinels(tokens):
-  """Splits a b <0> c <1> to [a b], [c], []; sentinels must come in order."""
+  """Splits a b <0> c <1> to [a b], [c], []; checks the sentinels' order."""
   parts, expected = [[]], FIRST_SENTINEL
   for token in tokens:
     if token > FIRST_SENTINEL - SENTINELS:
@@ -96,10 +96,10 @@ def at_sentinels(tokens):
 
 
 def uncorrupted(inputs, targets):
-  """Puts the noise of the targets in the place of the inputs' sentinels."""
+  """Replaces the sentinels in the inputs by the noise in the targets."""
   *kept, after = at_sentinels(without_eos(inputs))
   before, *noise = at_sentinels(without_eos(targets))
-  assert not after and not before  # begins with what is kept, ends with noise
+  assert not after and not before  # Kept first, noise last.
   assert all(kept) and all(noise)
   spans = zip(kept, noise, strict=True)
   return list(itertools.chain.from_iterable(k + n for k, n in spans))
@@ -113,7 +113,7 @@ def tokens_of(lines):
   return [token for line in lines for token in BYTES.encode(line)]
 
 
-# Against the reference.
+# Comparisons with the reference.
 
 
 def test_numbers_of_noise_tokens_and_spans_are_those_of_t5(golden):
@@ -172,7 +172,7 @@ def test_prepended_sentinels_are_those_of_t5(golden):
     assert {f: t.tolist() for f, t in got.items()} == case['expected']
 
 
-# The lengths that T5X's, mT5's and ByT5's configurations write down.
+# The lengths in the configurations of T5X, mT5 and ByT5.
 @pytest.mark.parametrize(
   ('inputs', 'mean', 'piece', 'targets'),
   [(512, 3.0, 568, 114), (1024, 3.0, 1137, 229), (1024, 20.0, 1193, 189)],
@@ -246,7 +246,7 @@ def test_without_first_sentinel_nothing_else_changes():
   )
   assert [(i, t[1:]) for i, t in usual] == without
   assert usual[0][1][0] == FIRST_SENTINEL
-  # One place less is enough for them.
+  # Without the first sentinel, targets need one position less.
   lengths = {'inputs': 64, 'targets': NOISE + SPANS}
   task = add(pretraining.add_span_corruption, lines, sentinel_first=False)
   assert len(read(task, lengths)[0][1]) == NOISE + SPANS
@@ -272,7 +272,7 @@ def test_prefix_and_continuation_are_the_text(lengths, piece):
   assert all(len(uncut(*row)) == piece for row in rows[:-1])
   restored = [token for row in rows for token in uncut(*row)]
   original = tokens_of(lines)
-  # A lone last token is no piece.
+  # A single token at the end is dropped.
   assert restored == original[: len(original) - (len(original) % piece == 1)]
 
 
@@ -338,13 +338,13 @@ def test_streamed_batches_agree_and_epochs_differ(register, undo, piece):
 
   one, two = batches(5), batches(5)
   drawn = [one(step) for step in range(12)]
-  for step in (0, 7, 3, 11):  # out of order: a resumed run skips rows
+  for step in (0, 7, 3, 11):  # Out of order: resumed runs skip rows.
     for name, array in two(step).items():
       np.testing.assert_array_equal(array, drawn[step][name])
   other = batches(6)(0)['encoder_input_tokens']
   assert not np.array_equal(other, drawn[0]['encoder_input_tokens'])
 
-  # 12 batches hold 6 epochs of these 16 pieces; each is drawn anew.
+  # 12 batches hold 6 epochs of these 16 pieces; each epoch draws them anew.
   versions = collections.defaultdict(list)
   for batch in drawn:
     for inputs, targets in zip(
@@ -379,7 +379,7 @@ def test_span_corruption_has_one_shape_and_needs_no_padding():
 
 @pytest.fixture
 def corpus(tmp_path):
-  """Two files, 250 and 130 lines, blank ones between; one is compressed."""
+  """Writes files of 250 and 130 lines and blank lines; one is compressed."""
   lines = [
     [f'{name} {i}: ' + words(8, i) for i in range(n)]
     for name, n in (('a', 250), ('b', 130))
@@ -504,7 +504,7 @@ def test_sources_that_do_not_suit_are_errors(tmp_path):
 
 
 def run_vocabulary(*arguments):
-  """The command line's exit status, and what it writes on stdout and stderr."""
+  """Runs the command; returns its exit status, stdout and stderr."""
   out, error = io.StringIO(), io.StringIO()
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
     try:
@@ -519,7 +519,7 @@ def vocabulary_run(tmp_path_factory):
   folder = tmp_path_factory.mktemp('vocabulary')
   with gzip.open(folder / 'a.txt.gz', 'wt', encoding='utf-8') as file:
     file.writelines(words(30, seed=i) + '\n' for i in range(200))
-  long_line = ' '.join(['zebra'] * 2000)  # longer than SentencePiece's default
+  long_line = ' '.join(['zebra'] * 2000)  # Over SentencePiece's default.
   (folder / 'b.txt').write_text(long_line, encoding='utf-8')
   output = folder / 'made' / 'vocab.model'
   status, printed, error = run_vocabulary(

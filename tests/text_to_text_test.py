@@ -1,7 +1,7 @@
-"""Models, vocabularies and prompts that were written answer texts alike.
+"""Written models, vocabularies and prompts give the same answers to texts.
 
-From a text to an answer, in ptune and in transformers with PEFT, which come
-with `pip install -e '.[test,interop]'`.
+The tests go from text to answer in ptune, and in transformers with PEFT. These
+need `pip install -e '.[test,interop]'`.
 """
 
 import json
@@ -26,7 +26,7 @@ from tests.interop import WHY, peft, torch, transformers
 
 tokenizers = pytest.importorskip('tokenizers', reason=f'tokenizers is {WHY}')
 
-# They warn of one another's deprecations.
+# These libraries warn about each other's deprecations.
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 BASE = 'ptune://tiny'
@@ -35,7 +35,7 @@ LENGTH, DECODED = 64, 8
 
 @pytest.fixture(scope='module')
 def texts():
-  """75 lines of many words, some of which no piece has."""
+  """Returns 75 lines of many words; some characters have no piece."""
   readme = pretrained.VOCABULARY.parent.joinpath('README.md').read_text()
   lines = [' '.join(line.split()[:12]) for line in readme.splitlines() if line]
   lines = [line for line in lines if line][:70]
@@ -45,7 +45,7 @@ def texts():
 
 @pytest.fixture(scope='module')
 def written(tmp_path_factory):
-  """The base as transformers reads it, and a prompt as PEFT does."""
+  """Returns transformers' base and PEFT's prompt, as written by ptune."""
   path = tmp_path_factory.mktemp('written')
   table = open_checkpoint(BASE).leaves[EMBEDDING].read().astype(np.float32)
   rows = table[np.random.default_rng(5).integers(3, 2000, 10)]
@@ -84,7 +84,7 @@ def test_texts_are_answered_alike(written, texts):
       max_new_tokens=DECODED,
       do_sample=False,
       num_beams=1,
-      # Its cache takes the decoder to be as deep as the encoder.
+      # Its cache assumes that the decoder is as deep as the encoder.
       use_cache=False,
     )
   theirs = tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Positions that fill the tiles of a device: ModelConfig.length_multiple."""
+"""Padding positions to a device's tiles: ModelConfig.length_multiple."""
 
 import dataclasses
 import functools
@@ -12,14 +12,14 @@ from ptune.model import layers, network, parameters, t5, tpu_attention
 from ptune.model.models import EncoderDecoderModel
 from tests.network_test import SHALLOW, make_batch, random_params
 
-# With a prompt of five, 21 positions: of tiles of 16, two.
+# 21 positions with a prompt of five, which need two tiles of 16.
 BATCH = make_batch([16, 9, 1], [10, 4, 1])
 FILLED = dataclasses.replace(SHALLOW, length_multiple=16)
 
 
 @functools.cache
 def found(config):
-  """The loss, the prompt's gradient, logits, and greedy answers."""
+  """Returns loss, the prompt's gradient, logits, and greedy answers."""
   net = network.Transformer(config, prompt.prompt(5).placements)
   model = EncoderDecoderModel(net)
   params = parameters.flatten(random_params(net))
@@ -58,7 +58,7 @@ def test_packed_rows_are_filled_too():
 
 
 def lengths_of_layers(config, monkeypatch):
-  """Positions that encoder layers compute, and that come out of the encoder."""
+  """Returns the positions in encoder layers and after the encoder."""
   seen = []
   call = t5.EncoderLayer.__call__
 
@@ -69,7 +69,7 @@ def lengths_of_layers(config, monkeypatch):
   monkeypatch.setattr(t5.EncoderLayer, '__call__', watched)
   net = network.Transformer(config, prompt.prompt(5).placements)
   params = jax.eval_shape(lambda: random_params(net))
-  seen.clear()  # That was the network's own, of other inputs.
+  seen.clear()  # Those were of random_params.
   out = jax.eval_shape(
     lambda params: net.apply(
       {'params': params},

@@ -1,4 +1,4 @@
-"""A model's own padding, end and start are used from the data to the answer."""
+"""A model's own ids for padding, end and start apply from data to answer."""
 
 import dataclasses
 
@@ -28,12 +28,12 @@ def task():
 
 
 def renamed(batch, weights):
-  """What a batch of T5's own ids is with `IDS`."""
+  """Converts a batch with T5's ids to `IDS`."""
   found = dict(batch)
   for name in ('encoder_input_tokens', 'decoder_target_tokens'):
     found[name] = np.where(batch[name] == 0, IDS.pad, batch[name])
   read = batch['decoder_input_tokens']
-  # Behind the start, 0 is padding.
+  # In the decoder's input, 0 means padding after the first position.
   found['decoder_input_tokens'] = np.where(read == 0, IDS.pad, read)
   found['decoder_input_tokens'][:, 0] = IDS.start
   assert (found['decoder_loss_weights'] == weights).all()
@@ -76,7 +76,7 @@ def test_packed_rows_are_padded_and_start_as_the_model_says(task):
 
 @pytest.fixture(scope='module')
 def models():
-  """One network with T5's ids and with others; the tokens are those of both."""
+  """Returns one network for T5's ids and one for others; both share tokens."""
   made = {}
   for name, config in (('plain', tiny.CONFIG), ('own', CONFIG)):
     plan = parameters.plan(
@@ -88,7 +88,7 @@ def models():
   params = parameters.initialize(made['plain'], made['plain'].params, seed=0)
   params = {path: np.array(x) for path, x in params.items()}
   table = params['token_embedder/embedding']
-  # What starts there starts here: the loss is the same.
+  # Copies the start token's row, so that the loss is the same.
   table[IDS.start] = table[0]
   return made, parameters.unflatten(params)
 
@@ -104,7 +104,7 @@ def test_padding_and_start_of_another_id_change_no_loss(task, models):
   got, found = loss('own', own)
   np.testing.assert_allclose(got, want, rtol=1e-6)
   assert found['tokens'] == sums['tokens'] > 0
-  # Read with the wrong ids it is another.
+  # Read with the wrong ids, the batch has another loss.
   assert abs(loss('plain', own)[0] - want) > 1e-2
 
 

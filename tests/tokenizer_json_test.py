@@ -25,7 +25,7 @@ from tests import vocabularies
 tokenizers = pytest.importorskip(
   'tokenizers', reason="pip install 'ptune[tokenizers]' brings it"
 )
-# transformers warns of what it is to become.
+# transformers warns about its future changes.
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 TEXTS = (
@@ -72,7 +72,7 @@ def gemma(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def added(tmp_path_factory):
-  """A SentencePiece model beside tokens that it cannot write."""
+  """Writes a SentencePiece model with added tokens that it cannot encode."""
   path = tmp_path_factory.mktemp('added')
   shutil.copy(pretrained.VOCABULARY, path / 'spiece.model')
   size = Pieces(pretrained.VOCABULARY).vocab_size
@@ -83,7 +83,7 @@ def added(tmp_path_factory):
 
 
 def ids_of(path, **how):
-  """transformers' tokenizer of a directory."""
+  """Returns transformers' tokenizer of a directory."""
   transformers = pytest.importorskip(
     'transformers', reason="pip install -e '.[test,interop]' brings it"
   )
@@ -100,7 +100,7 @@ def test_texts_have_the_ids_of_transformers(request, kind):
   for text in TEXTS:
     want = theirs(text).input_ids
     got = ours.encode(text)
-    # EOS is left to the task; Llama's template has none.
+    # The task appends EOS; Llama's template has none.
     assert want in (got, [*got, ours.eos_id]), text
     if ours.eos_id not in got and '<extra_id' not in text:
       assert ours.decode([*got, ours.eos_id, 7]) == theirs.decode(
@@ -126,7 +126,7 @@ def test_gemmas_start_stands_before_a_text_as_the_files_say(gemma, tmp_path):
   (without / 'tokenizer.json').write_text(json.dumps(state))
   assert open_vocabulary(without).encode('so') == ids[1:]
   assert ids_of(without)('so').input_ids == ids[1:]
-  # Without a tokenizer.json, and so without a template, the configuration says.
+  # Without tokenizer.json there is no template, so the configuration decides.
   alone = tmp_path / 'alone'
   alone.mkdir()
   shutil.copy(pretrained.VOCABULARY, alone / 'tokenizer.model')
@@ -166,7 +166,7 @@ def test_targets_begin_behind_the_start_that_the_decoder_reads(gemma):
   assert made['decoder_target_tokens'].tolist() == text[1:].tolist()
   assert made['decoder_input_tokens'].tolist() == text[:-1].tolist()
   assert made['decoder_loss_weights'].shape == text[1:].shape
-  # T5's start is its padding: there, nothing changes.
+  # T5's start token is its padding, so nothing changes.
   made = seqio_task.model_features(text, text, TokenIds())
   assert made['decoder_target_tokens'].tolist() == text.tolist()
 
@@ -192,7 +192,7 @@ def test_tokens_added_to_a_sentencepiece_model_are_found(added):
   assert ours.vocab_size == size + 4
   got = ours.encode('a {b}\nGröße')
   assert [i for i in got if i >= size] == [size, size + 1, size + 3, size + 2]
-  for text in TEXTS[:2]:  # Without them, all is as it was.
+  for text in TEXTS[:2]:  # Nothing changes without them.
     assert ours.encode(text) == list(plain.encode(text))
 
 
@@ -230,7 +230,8 @@ def test_a_bpe_of_sentencepiece_is_written_as_it_is(corpus, tmp_path, prefix):
   plain = Pieces(tmp_path / 'spiece.model')
   special = ('<pad>', '</s>', '<bos>', '<extra_id')
   for text in [*TEXTS, *corpus.splitlines(), 'a  b   c']:
-    # What is special is found by transformers, and spelt by SentencePiece.
+    # transformers finds special tokens, and SentencePiece encodes the other
+    # text.
     if any(name in text for name in special):
       continue
     assert ours.encode(text).ids == [*plain.encode(text), plain.eos_id], text
@@ -285,7 +286,7 @@ def test_a_vocabulary_is_compared_with_the_base(bpe, added, tmp_path, caplog):
   pieces = Pieces(pretrained.VOCABULARY)
   check_same(pieces, own)
   check_same(open_vocabulary(bpe), bpe)
-  check_same(pieces, tmp_path)  # Nothing is known of it.
+  check_same(pieces, tmp_path)  # It has no vocabulary.
   for other in (Bytes(), open_vocabulary(bpe)):
     with pytest.raises(UserError, match='not that of the base model'):
       check_same(other, own)

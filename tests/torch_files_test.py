@@ -1,4 +1,4 @@
-"""pytorch_model.bin, read without running its code."""
+"""pytorch_model.bin is read without running code from it."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ from ptune.convert import open_checkpoint, torch_files
 from ptune.errors import UserError
 
 torch = pytest.importorskip('torch', reason='torch comes with extra interop')
-# Which the oldest files are read with.
+# The oldest files need it.
 pytestmark = pytest.mark.filterwarnings('ignore:.*TypedStorage.*')
 
 from safetensors.torch import load_file  # noqa: E402  (needs torch)
@@ -24,7 +24,7 @@ def model(numerics):
 
 
 def written(model, path, *, dtype=torch.float32, shards=1, **how):
-  """The same model, saved by torch."""
+  """Saves the same model with torch."""
   path.mkdir()
   shutil.copy(model / 'config.json', path)
   tensors = {
@@ -52,7 +52,7 @@ def written(model, path, *, dtype=torch.float32, shards=1, **how):
     {'shards': 3},
     {'dtype': torch.float16},
     {'dtype': torch.bfloat16},
-    # torch before 1.6, which cannot be mapped.
+    # The format before torch 1.6, which cannot be mapped.
     {'_use_new_zipfile_serialization': False},
   ],
   ids=str,
@@ -71,7 +71,7 @@ def test_tensors_are_those_of_safetensors(model, tmp_path, how):
 
 
 class Bomb:
-  """A pickle that writes a file when it is loaded."""
+  """A pickle that writes a file when loaded."""
 
   def __init__(self, path):
     self.path = path

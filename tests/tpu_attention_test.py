@@ -1,4 +1,4 @@
-"""The TPU's attention kernel against the formula; interpreted on the CPU."""
+"""The TPU's attention kernel against the formula, interpreted on the CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def plain(q, k, v, bias, mask, kept=None):
 
 
 def draw(rows, queries, keys, heads, head_dim):
-  """q, k, v, a bias and what the output is multiplied with, float32."""
+  """Returns float32 q, k, v, bias, and a factor of the output."""
   rng = np.random.default_rng(0)
   make = lambda *shape: rng.standard_normal(shape).astype(np.float32)
   q = make(rows, queries, heads, head_dim) / head_dim**0.5
@@ -29,13 +29,13 @@ def draw(rows, queries, keys, heads, head_dim):
 
 
 def padding(rows, keys):
-  """[rows, 1, 1, keys]: rows are shorter and shorter; the last has no key."""
+  """Returns [rows, 1, 1, keys]; each row is shorter, and the last is empty."""
   lengths = np.linspace(keys, 0, rows).astype(int)
   return (np.arange(keys) < lengths[:, None])[:, None, None]
 
 
 def packed(rows, length):
-  """[rows, 1, length, length]: examples of a third of the row."""
+  """Returns [rows, 1, length, length]; an example is a third of a row."""
   segments = np.arange(length) * 3 // length
   same = segments[:, None] == segments
   return np.broadcast_to(same, (rows, 1, length, length))
@@ -46,14 +46,14 @@ def causal(length):
 
 
 def dropped(rows, heads, keys):
-  """[rows, heads, keys, 1]: what a dropout of a quarter keeps."""
+  """Returns [rows, heads, keys, 1]: the keys kept by a dropout of a quarter."""
   rng = np.random.default_rng(1)
   kept = rng.random((rows, heads, keys, 1)) < 0.75
   return (kept / 0.75).astype(np.float32)
 
 
 def derivatives(attend, q, k, v, bias, mask, dy, kept=None):
-  """The output, and gradients of q, k, v and, where there is one, the bias."""
+  """Returns the output, and gradients of q, k, v and of a bias if given."""
 
   def loss(q, k, v, bias):
     y = attend(q, k, v, bias, mask, kept)
@@ -65,7 +65,7 @@ def derivatives(attend, q, k, v, bias, mask, dy, kept=None):
 
 
 CASES = {
-  # Rows, queries, keys, heads, head size; lengths are no multiples of a tile.
+  # Rows, queries, keys, heads, head size. No length is a multiple of a tile.
   'encoder': ((3, 140, 140, 2, 64), padding(3, 140)),
   'packed': ((2, 140, 140, 1, 128), packed(2, 140)),
   'decoder': ((2, 150, 150, 1, 256), causal(150) & padding(2, 150)),
@@ -80,7 +80,7 @@ def test_values_and_derivatives_are_those_of_the_formula(case, monkeypatch):
   shape, mask = CASES[case]
   q, k, v, bias, dy = draw(*shape)
   bias = None if 'cross' in case else bias
-  dy *= mask.any(axis=(1, 3))[..., None, None]  # Nobody asks without a key.
+  dy *= mask.any(axis=(1, 3))[..., None, None]  # Ignore queries without a key.
   kept = (
     None if 'causal' in case else dropped(k.shape[0], k.shape[2], k.shape[1])
   )
@@ -130,7 +130,7 @@ def test_only_a_trained_bias_has_a_gradient():
   q, k, v, bias, _ = draw(*shape)
 
   def outputs(argument):
-    """Of the kernels that a gradient calls, how many arrays each returns."""
+    """Returns the number of outputs of each kernel that a gradient calls."""
 
     def loss(x):
       arrays = [q, k, v, bias]

@@ -1,4 +1,4 @@
-"""The TPU's own compiler, where libtpu is installed; no TPU is there."""
+"""The TPU's own compiler, if libtpu is installed. It needs no TPU."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from ptune import methods
 from ptune.model import config
 from ptune.tools import tpu_compiler
 
-# A program as XLA prints it: a loop of three, a kernel of ours, a collective.
+# A program as XLA prints it: a loop of three, one of our kernels, a collective.
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
 
@@ -99,7 +99,7 @@ def test_a_loop_runs_as_often_as_its_condition_says():
   text = PROGRAM.replace(known, '').replace(condition, compared)
   found = tpu_compiler.estimate(text, 'v5e')
   assert found.parts['encoder MLP'].cycles == 5 * 1000
-  # The number may be within a fusion.
+  # The loop's count may be within a fusion.
   fused = '  ROOT %t = pred[] fusion(%c), kind=kLoop, calls=%compare\n'
   within = '%compare (i: s32[]) -> pred[] {\n' + compared + '}\n\nENTRY'
   text = PROGRAM.replace(known, '').replace(condition, fused)
@@ -110,29 +110,29 @@ def test_a_loop_runs_as_often_as_its_condition_says():
 def test_products_are_counted_where_they_are_fused():
   found = tpu_compiler.estimate(PROGRAM, 'v5e').parts
   assert found['decoder MLP'].flops == 2 * 32 * 16 * 64 * 256
-  assert found['encoder MLP'].flops == 0  # Additions are no products.
-  # The kernel's own, of 4 rows.
+  assert found['encoder MLP'].flops == 0  # Additions are not products.
+  # Counts only the kernel, which has 4 rows.
   assert found['encoder attention'].flops == 4 * 4 * 256 * 512 * 1024
 
 
 @pytest.mark.parametrize(
   ('left', 'right', 'out', 'more', 'expected'),
   [
-    # 32 rows and 16 heads are windows with zeros between their values.
+    # 32 rows and 16 heads are windows, with zeros between their values.
     (
       *('32,10,16,64', '32,12,16,64', '32,16,10,12'),
       'window={size=32x16 stride=31x15 lhs_dilate=32x16},'
       ' dim_labels=0b1f_0o1i->01bf',
       32 * 16 * 10 * 12 * 64,
     ),
-    # The same, read backwards.
+    # The same, with reversed windows.
     (
       *('32,16,10,12', '32,10,16,64', '32,16,64,12'),
       'window={size=32x16 stride=32x16 pad=31_31x15_15 lhs_dilate=31x15'
       ' rhs_reversal=1x1}, dim_labels=01fb_0i1o->01fb',
       32 * 16 * 10 * 12 * 64,
     ),
-    # A matrix.
+    # A plain matrix product.
     ('8,64', '64,256', '8,256', 'dim_labels=bf_io->bf', 8 * 64 * 256),
   ],
 )
@@ -196,21 +196,21 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def environment():
-  """That of a process with libtpu, and without the tests' fake devices."""
+  """Returns variables for a process with libtpu and without fake devices."""
   found = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
   found.pop('XLA_FLAGS', None)
   return found
 
 
-# The first of these tests: libtpu allows one process at a time.
+# This test is the first, because libtpu allows only one process at a time.
 @pytest.mark.slow
 @needs_libtpu
 def test_a_step_of_t5_1_1_large_stays_within_its_bounds():
   """One v5e, bfloat16, 32 rows of 512 + 100, 16 targets.
 
-  Two layers are compiled and multiplied by twelve, as in benchmarks/README.md;
-  the bounds are 2 % above what it says. If a change of the network or of libtpu
-  exceeds them, find out why before you raise them.
+  The test compiles two layers and multiplies by twelve, as in
+  benchmarks/README.md. The bounds are 2 % above the figures there. If a change
+  of the network or of libtpu exceeds them, find out why before you raise them.
   """
   done = subprocess.run(
     [sys.executable, '-m', 'benchmarks.tpu'],
@@ -233,7 +233,7 @@ def test_a_step_of_t5_1_1_large_stays_within_its_bounds():
 
 @pytest.fixture(scope='module')
 def compiled():
-  """Asks what the compiler says of a program for a v5e 2x2."""
+  """Returns a function that compiles a program for a v5e 2x2."""
   with subprocess.Popen(
     [sys.executable, '-m', 'tests.tpu_worker'],
     env=environment(),
@@ -253,10 +253,10 @@ def compiled():
 
 
 # The collectives of a step on a mesh of 2 x 2, with one layer in each stack;
-# the compiler merges some. Along `model`, the outputs of sublayers and the
-# gradients of their inputs are summed, and so are the looked-up embeddings and
-# the softmax, because tokens are split; along `data`, the gradients of what is
-# trained. Two gathers find the most probable token, for the accuracy.
+# the compiler merges some. Along `model`, it sums the outputs of sublayers, the
+# gradients of their inputs, the looked-up embeddings and the softmax (because
+# tokens are split). Along `data`, it sums the gradients of trained parameters.
+# Two gathers find the most probable token, for the accuracy.
 REDUCED, GATHERED = 13, 2
 
 
@@ -270,7 +270,7 @@ def check(
   forward=1,
   backward=1,
 ):
-  """Asserts how many collectives there are, and calls of the two kernels."""
+  """Checks the numbers of collectives and of calls of both kernels."""
   assert found['seconds'] > 0
   kernels = {'t5_attention': forward, 't5_attention_backward': backward}
   assert found['kernels'] == {k: n for k, n in kernels.items() if n}
@@ -283,10 +283,10 @@ def check(
   assert found['collectives'] == {k: n for k, n in numbers.items() if n}
 
 
-# Where it is not so. If nothing is trained in the encoder's input, there is one
-# sum less; behind the encoder's attention, no backward pass either. Each device
-# has all of what a layer trains, so that its gradient is gathered where the
-# heads are split.
+# Exceptions. If a method trains nothing in the encoder's input, there is one
+# sum less. If it only trains after the encoder's attention, there is no
+# backward pass either. Each device has all parameters of trained layers, so
+# their gradients are gathered if heads are split.
 OF_METHODS = {
   'bottleneck': {'reduced': 11, 'backward': 0},
   'decoder_prompt': {'reduced': 12, 'backward': 0},
@@ -306,12 +306,12 @@ OF_METHODS = {
 def test_every_method_compiles_for_a_tpu(compiled, name):
   found = compiled(method=name)
   check(found, **OF_METHODS.get(name, {}))
-  # All of the state stays where it is.
+  # The whole state is updated in place.
   assert found['aliased'] == found['donated'] > 1
 
 
 LAYERS = {'num_encoder_layers': 3, 'num_decoder_layers': 3}
-# What is set, of the run or its network, and what is then not as above.
+# Settings of the run or the network, and the counts that they change.
 OPTIONS = {
   'data alone': ({'model_parallel': 1}, {'reduced': 2, 'gathered': 0}),
   'model alone': ({'model_parallel': 4}, {'reduced': 11}),
@@ -354,7 +354,7 @@ OPTIONS = {
     {'method': 'prefix', 'settings': {'hidden': 8}},
     {'reduced': 12, 'gathered': 3},
   ),
-  # The kernel returns its gradient.
+  # The kernel also returns the gradient of the bias.
   'norms, relative_bias': (
     {'method': 'norms', 'settings': {'relative_bias': True}},
     {},
@@ -409,5 +409,5 @@ def test_every_option_compiles_for_a_tpu(compiled, name):
   ids=str,
 )
 def test_decoding_compiles_for_a_tpu(compiled, decoding, expected):
-  # Of eight tokens.
+  # For eight tokens.
   check(compiled(decoding=decoding), **expected, backward=0)

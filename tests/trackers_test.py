@@ -1,4 +1,4 @@
-"""ptune/training/trackers.py: the trackers get what metrics.jsonl gets."""
+"""Trackers (ptune/training/trackers.py) get the records of metrics.jsonl."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ SUMS = {'loss': 6.0, 'z_loss': 1.0, 'correct': 3.0, 'tokens': 4.0}
 
 
 def reported(name, directory, steps, start=0):
-  """A part of a run, whose records go to a tracker as well."""
+  """Runs a part of a run, whose records also go to a tracker."""
   tracker = trackers.Tracker(name, directory, {'task': 'my_sst2'})
   with report.Report(directory, start, 100, 8, tracker=tracker) as r:
     for step in steps:
@@ -26,7 +26,7 @@ def reported(name, directory, steps, start=0):
 
 @pytest.fixture
 def run(tmp_path):
-  """A directory of a run."""
+  """Returns the directory of a run."""
   directory = tmp_path / 'runs' / 'sst2'
   directory.mkdir(parents=True)
   return directory

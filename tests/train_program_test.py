@@ -1,4 +1,4 @@
-"""`ptune train` as a program: what it leaves, stopping, going on, refusing."""
+"""`ptune train` as a program: its output, stopping, resuming, and refusals."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ from tests import tiny
 
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
-  """The MODEL_DIR of a run that nothing happened to."""
+  """Returns the MODEL_DIR of an undisturbed run."""
   path = tmp_path_factory.mktemp('undisturbed') / 'run'
   tiny.run(path)
   return path
@@ -41,12 +41,12 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def started(undisturbed, tmp_path):
-  """A copy of it, to be done something to."""
+  """Returns a copy of that run, which the test may change."""
   return shutil.copytree(undisturbed, tmp_path / 'run')
 
 
 def sgd(rate):
-  """An optimizer with a rate for each step."""
+  """Returns an optimizer with a learning rate for each step."""
   return lambda initial_step: optax.sgd(rate)
 
 
@@ -55,7 +55,7 @@ def final_prompt(model_dir, step=12):
 
 
 def assert_same_run(left, right):
-  """The same prompts to the bit, the same records, checkpoints and best."""
+  """Compares prompts bit by bit, records, checkpoints and best prompts."""
   assert tiny.records(left) == tiny.records(right)
   for name in ('checkpoints', 'best'):
     steps = [checkpoints.finished_steps(d / name) for d in (left, right)]
@@ -81,7 +81,7 @@ def test_steps_start_without_waiting_and_compile_once_for_each_shape(
 
     def call(state, frozen, batch):
       shapes.add(tuple(x.shape for x in batch.values()))
-      with jax.transfer_guard('disallow'):  # All that it needs is there.
+      with jax.transfer_guard('disallow'):  # All arrays are there.
         result = update(state, frozen, batch)
       events.append('start')
       return result
@@ -102,7 +102,7 @@ def test_steps_start_without_waiting_and_compile_once_for_each_shape(
     log_period=12,
     checkpoint_period=12,
   )
-  # Metrics are read two steps late, but for those that are recorded.
+  # Metrics are read two steps late, except recorded ones.
   first, rest = ['start'] * 3, []
   for step in range(1, 10):
     rest += [step, 'start']
@@ -154,7 +154,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
 
 
 def test_only_what_is_trained_is_in_a_checkpoint(undisturbed):
-  # 59 kB are frozen. What Orbax needs for itself is small too.
+  # The 59 kB of frozen weights are not stored; Orbax's own files are small.
   state = undisturbed / 'checkpoints' / '12'
   assert sum(map(len, tiny.files(state).values())) < 30_000
   text = (state / 'state' / '_METADATA').read_text()
@@ -197,7 +197,7 @@ def test_every_parameter_can_be_trained_from_random_weights(tmp_path):
   )
   assert len(jax.tree.leaves(state.trainable)) == 29
   assert not (tmp_path / 'prompts').exists()
-  # Its checkpoint is a base model in turn.
+  # Its checkpoint can be a base model.
   source = convert.open_checkpoint(tmp_path)
   assert source.step == 3 and len(source.leaves) == 29
 
@@ -213,7 +213,7 @@ def test_a_task_without_a_validation_split_is_trained(tmp_path, caplog):
 
 
 class Killed(BaseException):
-  """Ends a run where it stands."""
+  """Ends a run at once."""
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_a_finished_run_goes_on_with_more_steps(undisturbed, started):
     tiny.records(undisturbed)
   )
   assert final_prompt(started, 16).shape == (3, 16)
-  # With fewer it is finished, too.
+  # With fewer steps, the run is finished too.
   before = tiny.files(started)
   tiny.run(started, train_steps=10)
   assert tiny.files(started) == before
@@ -333,7 +333,7 @@ def test_a_finished_run_goes_on_with_more_steps(undisturbed, started):
 
 def test_training_ends_when_scores_get_no_better(tmp_path, caplog):
   caplog.set_level(logging.INFO)
-  # Nothing is learned at a rate of 0, so the first score is never beaten.
+  # With a rate of 0 nothing is learned, so no later score beats the first.
   settings = {
     'early_stopping': 2,
     'eval_period': 2,
@@ -355,7 +355,7 @@ def test_training_ends_when_scores_get_no_better(tmp_path, caplog):
 
 def test_a_directory_with_another_run_is_refused_untouched(started, tmp_path):
   other_base = tiny.make_base(tmp_path / 'base', seed=1)
-  # As after a hard stop, with more recorded than there are checkpoints for.
+  # As after a hard stop: the records go beyond the last checkpoint.
   shutil.rmtree(started / 'checkpoints' / '12')
   before = tiny.files(started)
   for changes, message in (
@@ -460,7 +460,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
-  # The update of step 8 spoils the prompt; its own loss is still finite.
+  # The update of step 8 makes the prompt infinite; the loss before it is
+  # finite.
   broken = sgd(lambda step: jax.numpy.where(step == 7, jax.numpy.inf, 0.01))
   with pytest.raises(FloatingPointError, match='not finite after step 8'):
     tiny.run(tmp_path, optimizer=broken)
@@ -468,7 +469,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
 
 
 def test_a_state_that_is_not_finite_is_never_the_best(tmp_path):
-  # Evaluated before it would be saved.
+  # The evaluation finds this before the checkpoint would be saved.
   broken = sgd(lambda step: jax.numpy.where(step == 0, jax.numpy.inf, 0.01))
   with pytest.raises(FloatingPointError, match='not finite after step 1'):
     tiny.run(tmp_path, optimizer=broken, eval_period=1)
@@ -487,7 +488,7 @@ def test_a_wrong_best_metric_costs_no_steps(tmp_path):
 
 
 def killed_at(tmp_path, monkeypatch, evaluations, **changes):
-  """A run that ends where it stands, after so many evaluations."""
+  """Runs until a given number of evaluations, and then ends at once."""
   original, calls = report.Report.evaluate, 0
 
   def cut(self, *args):
@@ -504,7 +505,7 @@ def killed_at(tmp_path, monkeypatch, evaluations, **changes):
 
 
 def best_of(model_dir):
-  """The steps and the prompt of best/, prompts/best.npy and its facts."""
+  """Returns the steps and prompt of best/, prompts/best.npy and its facts."""
   [step] = checkpoints.finished_steps(model_dir / 'best')
   source = convert.open_checkpoint(model_dir / 'best' / str(step))
   file = model_dir / 'prompts' / 'best.npy'
@@ -518,7 +519,8 @@ def best_of(model_dir):
 def test_a_best_prompt_of_steps_that_are_taken_again_is_dropped(
   tmp_path, monkeypatch, steps, scores, best
 ):
-  # Saved at 3. The evaluation at 4 is the best, and then it is killed.
+  # The run saves at step 3 and is killed after the evaluation at 4, which is
+  # best.
   how = {'checkpoint_period': 3, 'eval_period': 2, 'log_period': 2}
   given = iter([5, 9, *scores])
   original = evaluation.Evaluation.__call__
@@ -530,7 +532,7 @@ def test_a_best_prompt_of_steps_that_are_taken_again_is_dropped(
   monkeypatch.setattr(evaluation.Evaluation, '__call__', better)
   killed_at(tmp_path, monkeypatch, 2, **how)
   assert checkpoints.finished_steps(tmp_path / 'checkpoints') == [3]
-  # Goes on from step 3 at another rate: what came after is no more.
+  # Resumes from step 3 at another rate; later results no longer exist.
   slower = functools.wraps(optim.adafactor)(
     lambda initial_step: optim.adafactor(initial_step, learning_rate=0.001)
   )
@@ -559,7 +561,7 @@ def test_a_directory_that_was_replaced_is_not_written_to(tmp_path, monkeypatch):
 
   def replaced(this, metrics, step):
     if step == 5:
-      this.run.last_good()  # Waits until step 4 is saved.
+      this.run.last_good()  # Waits for the save of step 4.
       path.rename(moved)
       path.mkdir()
       (path / 'run.lock').write_text('of another run')

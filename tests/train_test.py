@@ -1,4 +1,4 @@
-"""Training: the reference's trajectories, sharding, what changes, resuming."""
+"""Training: the reference's trajectories, sharding, changes, and resuming."""
 
 import functools
 
@@ -16,7 +16,7 @@ from tests.network_test import TINY, load
 
 
 def trajectory(numerics):
-  """Frozen parameters, the recorded values, and the batches."""
+  """Returns frozen parameters, the recorded values, and the batches."""
   params = load(numerics / 'prompt_encoder' / 'params.npz')
   golden = load(numerics / 'trajectory' / 'trajectory.npz')
   batches = {

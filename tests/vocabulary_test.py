@@ -1,4 +1,4 @@
-"""The vocabulary that lies in a model's directory."""
+"""The vocabulary in a model's directory."""
 
 import io
 import json
@@ -18,7 +18,7 @@ TEXT = ['soft prompts steer a frozen model', 'a prompt is a few vectors']
 
 @pytest.fixture(scope='module')
 def spiece():
-  """A SentencePiece model of few pieces, as T5's: without sentinels."""
+  """Returns a small SentencePiece model without sentinels, like T5's."""
 
   def train(symbols=()):
     model = io.BytesIO()
@@ -55,7 +55,7 @@ def test_sentencepiece_of_a_directory_and_of_a_file(tmp_path, spiece):
     vocabulary = vocabulary_of(place)
     assert vocabulary.decode(vocabulary.encode(TEXT[0])) == TEXT[0]
     assert (vocabulary.pad_id, vocabulary.eos_id) == (0, 1)
-    # Hugging Face's files leave T5's 100 sentinels to the tokenizer.
+    # Hugging Face's files do not include T5's 100 sentinels.
     assert vocabulary.extra_ids == 100
     last = vocabulary.vocab_size - 1
     assert vocabulary.tokenizer.IdToPiece(last) == '▁<extra_id_0>'
@@ -77,7 +77,7 @@ def test_sentinels_that_the_file_has_are_not_added(tmp_path, spiece):
 )
 def test_byt5_reads_bytes(tmp_path, files):
   vocabulary = vocabulary_of(_write(tmp_path / 'm', **files))
-  # As Hugging Face's ByT5Tokenizer encodes it.
+  # Hugging Face's ByT5Tokenizer encodes it in the same way.
   assert vocabulary.encode('hi é') == [107, 108, 35, 198, 172]
   assert vocabulary.vocab_size == 384
 
@@ -141,12 +141,12 @@ def test_without_tensorflow_a_vocabulary_has_the_same_ids(
       assert ours.encode(text) == ids
       ids = np.array([*ids, 0, 1, *ids, 5])
       assert ours.decode(ids) == theirs.decode(ids.tolist())
-      ids[1:2] = ours.vocab_size + 3  # Rows of the embedding without a piece.
+      ids[1:2] = ours.vocab_size + 3  # Has a row but no piece.
       assert ours.decode(ids) == theirs.decode(ids.tolist())
 
 
 def test_a_vocabulary_that_cannot_be_read_is_named(tmp_path):
-  pieces = Pieces(tmp_path / 'gone.model')  # Read at the first use.
+  pieces = Pieces(tmp_path / 'gone.model')  # Not read yet.
   with pytest.raises(
     ValueError, match=r'VOCABULARY names .*gone.model.*not exist'
   ):
