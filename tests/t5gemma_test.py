@@ -431,9 +431,7 @@ def test_a_model_of_transformers_opens_and_is_written_as_it_was(name, tmp_path):
   assert source.config == MODELS[name]
   assert identity.config(source, dtype='bfloat16').dtype == 'bfloat16'
   assert source.shapes.keys() == values(name).keys()
-  assert bool(source.ignored) == (
-    MODELS[name].version == 2
-  )  # The image tower.
+  assert bool(source.ignored) == (MODELS[name].version == 2)  # The image tower.
   for path, leaf in source.leaves.items():
     np.testing.assert_array_equal(leaf.read(), values(name)[path], path)
   identity.check_config(source, MODELS[name])

@@ -15,7 +15,7 @@ Paths come from the environment:
     SST2               a directory of train.tsv, validation.tsv and test.tsv
                        (a header, then sentence<TAB>label)
     CUSTOMER_REVIEWS   another such directory
-    WITHHELD           a glob of TSV files: no row of corpus_tasks is of them
+    WITHHELD           a glob of TSV files whose texts corpus_tasks leaves out
 """
 
 import functools
