@@ -1,26 +1,26 @@
-"""Batches of like lengths, and packed ones, beside padding.
+"""Compares batches of similar lengths, packed batches, and padding.
 
     python -m benchmarks.batching --data=/data/sst2 --versus=peft
     python -m benchmarks.batching --data=/data/sst2 --checkpoint=ptune://tiny
 
 --data is a directory with a train.tsv whose last column is the label; the other
-columns are the inputs. Batches of an epoch, or of --steps of it, are made in
-each way:
+columns are the inputs. The benchmark makes the batches of an epoch, or of
+--steps of it, in each of these ways:
 
-    bucketed  batches of like lengths (what ptune does)
+    bucketed  batches of similar lengths (ptune's way)
     longest   any rows, padded to the batch's longest
     full      any rows, padded to TASK_FEATURE_LENGTHS
     packed    rows as long as --pack of the longest examples, a --pack-th as
               many, each filled with examples (PACK)
     peft      with --versus=peft, the batches of `longest` by PEFT
 
-Lengths of the first two are rounded up to --bucket_multiple. Of each way a step
-of every shape is taken, in turns, --rounds times, and counted as often as there
-are batches of this shape: an epoch takes as long, and compilation beside it.
-Each has as many batches as it takes to see as many examples as the first.
-Tokens are those of ptune's vocabulary, unless PTUNE_VOCABULARY names another.
-With --checkpoint, of a model that has learned something, they are trained on,
-and `loss` is the mean over them.
+The first two round lengths up to --bucket_multiple. The benchmark times one
+step of each shape, in turns, for --rounds rounds. It counts each shape as often
+as there are batches of it, which gives the time of an epoch without
+compilation. Each way makes enough batches to see as many examples as the first.
+Tokens come from ptune's vocabulary, unless PTUNE_VOCABULARY names another. With
+--checkpoint, the model of this checkpoint trains on all batches, and `loss` is
+the mean over them.
 """
 
 import collections
@@ -46,7 +46,7 @@ from ptune.training import state as state_lib
 
 
 def task_of(data: pathlib.Path) -> TextTask:
-  """The task of a directory."""
+  """Returns the task of a directory."""
   os.environ.setdefault('PTUNE_VOCABULARY', 'ptune://tiny')
   with (data / 'train.tsv').open() as f:
     *columns, label = f.readline().split()
@@ -59,7 +59,7 @@ def task_of(data: pathlib.Path) -> TextTask:
 
 
 def ours_of(args) -> peers.Ours:
-  """A model of random weights, or of a checkpoint."""
+  """Returns a model with random weights or of a checkpoint."""
   if not args.checkpoint:
     return peers.ours(args)
   config, base = miniature.load(pretrained.directory(args.checkpoint))
@@ -89,7 +89,7 @@ def measure(args):
   packed = packing.model_of(EncoderDecoderModel, ours.plan)
 
   def steps(model):
-    """A call that takes the next step, of a batch."""
+    """Returns a function that takes the next step on a batch."""
     step = state_lib.compile_step(model, tx, ours.plan, abstract)
     trainable = jax.tree.map(jnp.copy, ours.trainable)
     state = state_lib.first_state(tx, trainable, abstract)
@@ -120,7 +120,7 @@ def measure(args):
     while examples < wanted:
       batches.append(of_step(len(batches)))
       examples += examples_of(batches[-1])
-    # With the prompts, which packed rows have among their tokens.
+    # Counts prompts; packed rows already have them among their tokens.
     prompts = 0 if name == 'packed' else args.prompt_length
     tokens = [batch['encoder_input_tokens'] for batch in batches]
     real = sum(np.count_nonzero(x) + prompts * len(x) for x in tokens)
@@ -168,7 +168,7 @@ def measure(args):
 
 
 def examples_of(batch):
-  """How many examples a batch holds."""
+  """Returns the number of examples in a batch."""
   if 'encoder_segment_ids' in batch:
     return int(batch['encoder_segment_ids'].max(axis=1).sum())
   return len(batch['encoder_input_tokens'])

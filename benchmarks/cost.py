@@ -1,11 +1,12 @@
-"""What a step costs against model size, prompt length and input length.
+"""Measures a step's cost against model size, prompt length and input length.
 
     python -m benchmarks.cost --output=benchmarks/cost.png
 
---size is of the sweeps of the other two; of `toy`, two small points of each.
+The sweeps of prompt length and input length use --size. With --size=toy, each
+sweep has two small points.
 
-Draws, and prints as a line of JSON, the FLOP of a compiled step as XLA counts
-them, its seconds, and beside both the analytic cost (`peers.analytic_flops`).
+It draws and prints (one line of JSON) the FLOP of a compiled step as XLA counts
+them, the seconds, and the analytic cost (`peers.analytic_flops`).
 """
 
 import argparse
@@ -26,7 +27,7 @@ SWEEPS = {
 
 
 def cost(args):
-  """Of one step: counted, calculated, and in seconds."""
+  """Returns the counted FLOP, the calculated FLOP and the seconds of a step."""
   ours = peers.ours(args)
   plan = ours.plan
   batch = peers.batch_of(plan, args.batch, args.inputs, args.targets)
@@ -44,7 +45,7 @@ def cost(args):
 
 
 def draw(sweeps, path):
-  """One panel a sweep: FLOP to the left, seconds to the right."""
+  """Draws one panel per sweep: FLOP on the left axis, seconds on the right."""
   fig = figure.Figure(figsize=(12, 3.6), layout='constrained')
   for axes, (name, points) in zip(
     fig.subplots(1, len(sweeps)), sweeps.items(), strict=True

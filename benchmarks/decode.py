@@ -1,12 +1,12 @@
-"""Greedy decoding: a batch, and an ensemble of prompts on one example.
+"""Measures greedy decoding: a batch, and an ensemble of prompts on one example.
 
     python -m benchmarks.decode --versus=peft
     python -m benchmarks.decode --prompts=5
 
-Random weights seldom end an answer, so all --targets tokens are decoded, by
-PEFT too, which is told to. With --prompts, one example is answered with each of
-them, in one batch whose rows have prompts of their own (`together`), and in one
-pass after the other (`separate`).
+Random weights seldom end an answer. So ptune decodes all --targets tokens, and
+PEFT is set to do the same. With --prompts, each prompt answers one example: in
+one batch in which each row has its own prompt (`together`), and in one pass per
+prompt (`separate`).
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from ptune.serving.bank import PromptBank
 
 
 def _endless(network: Transformer) -> Transformer:
-  """A network whose answers nothing ends, as PEFT's are told to have no end."""
+  """Returns a network whose answers never end, like PEFT's here."""
   config = dataclasses.replace(network.config, ids=TokenIds(eos=-1))
   return network.clone(config=config)
 
 
 def of_batch(args):
-  """`ours`, and `peft` if asked for."""
+  """Measures `ours`, and with --versus `peft`."""
   ours = peers.ours(args)
   batch = peers.batch_of(ours.plan, args.batch, args.inputs, args.targets)
   model = peers.EncoderDecoderModel(_endless(ours.plan.network))
@@ -59,7 +59,7 @@ def of_batch(args):
 
 
 def of_ensemble(args):
-  """One example, and several prompts."""
+  """Measures several prompts on one example."""
   ours = peers.ours(args)
   base = parameters.initialize(ours.plan, ours.plan.base, seed=0)
   bank = PromptBank(

@@ -1,15 +1,15 @@
-"""From a fresh process to the first step and answer: ptune.tune beside PEFT.
+"""Times a fresh process up to its first step and answer: ptune.tune and PEFT.
 
     python -m benchmarks.first_step
     python -m benchmarks.first_step --model=t5_1_1_small --repeats=3
 
 Two short programs do the same: they load the same shapes from a directory, take
 one step of prompt tuning (20 vectors) on a batch of 8 texts, and answer a text.
-They run in turns. `cold` is ours with an empty compilation cache, `warm` with
-the cache that it left; PEFT compiles nothing. PEFT's program writes nothing,
-and ours leaves a whole run. `lines` counts the lines of each program without
-those that measure. `_cpu` are the CPU seconds of the process, which a machine
-that other jobs share tells better than wall seconds.
+They run in turns. `cold` is ours with an empty compilation cache, and `warm`
+with the cache from that run; PEFT compiles nothing. PEFT's program writes
+nothing, and ours writes a whole run. `lines` counts the lines of each program
+without those that measure. `_cpu` are the CPU seconds of the process, which are
+more reliable than wall seconds on a shared machine.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from ptune.model import sizes
 
 ROWS = [('a text of some words', 'yes'), ('another text', 'no')] * 4
 
-# Each prints seconds since START, after the step and after the answer.
+# Each program prints the seconds since START, after the step and the answer.
 OURS = """
 import ptune
 rows = {rows}
@@ -73,7 +73,7 @@ MARKER = (
 
 
 def seconds(program, **environment):
-  """Wall and CPU seconds of a process to each of its marks."""
+  """Returns the wall and CPU seconds of a process at each of its marks."""
   code = program.replace('\nMARK\n', f'\n{MARKER}\n')
   done = subprocess.run(
     [sys.executable, '-c', code],
@@ -87,7 +87,7 @@ def seconds(program, **environment):
 
 
 def lines(program):
-  """How many lines a program has, without the marks."""
+  """Counts the lines of a program, without the marks."""
   written = program.strip().splitlines()
   return sum(line.strip() != 'MARK' for line in written)
 

@@ -1,12 +1,12 @@
-"""Bytes of the frozen weights and of a step, by type; runs nothing.
+"""Counts the bytes of frozen weights and of a step, by type; runs nothing.
 
     python -m benchmarks.memory --size=t5_1_1_base
 
-XLA says what a compiled step needs, so every number is deterministic for a
-version of it. `arguments` are the weights, the state and the batch, `temporary`
-what a step needs beside them. --versus=peft adds the bytes that PEFT's model
-holds, in the types that it has on a CPU; PyTorch cannot say what a step needs
-before it is run.
+XLA reports the memory of a compiled step, so all numbers are deterministic for
+one version of XLA. `arguments` are the weights, the state and the batch.
+`temporary` is the additional memory of a step. --versus=peft adds the bytes of
+PEFT's model, in the types that it has on a CPU. PyTorch cannot predict the
+memory of a step.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import argparse
 from benchmarks import peers
 from ptune.model import frozen_weights, model_info
 
-# Activations, and frozen weights.
+# Types of activations and of frozen weights.
 TYPES = (
   ('float32', 'float32'),
   ('bfloat16', 'bfloat16'),

@@ -1,11 +1,12 @@
-"""K prompts in one step on one frozen model, beside K steps of one prompt.
+"""Compares one step of K prompts on one base model with K separate steps.
 
     python -m benchmarks.multi_prompt --runs=8 --batch=1 --versus=peft
 
---batch is the examples of each prompt. Every prompt has its own optimizer
-state; `times_separate` is what K steps cost, by one step of all. The frozen
-weights lie in memory once in both; K processes would hold them K times.
---versus=peft adds K steps of PEFT, which has no step of several prompts.
+--batch is the number of examples per prompt. Each prompt has its own optimizer
+state. `times_separate` is the time of K steps divided by that of one step of
+all prompts. Both keep the frozen weights in memory once; K processes would keep
+them K times. --versus=peft adds K steps of PEFT, which has no step of several
+prompts.
 """
 
 import functools

@@ -1,10 +1,10 @@
-"""What is measured, beside what, and how.
+"""The compared programs, and how they are measured.
 
-`ours` is prompt tuning by ptune, `peft` by Hugging Face's PEFT on PyTorch:
-the same model shape with random weights, the same batch, one thread each.
-Programs that are compared run in turns in one process on one core, so that
-what else the machine does hits both; seconds are CPU seconds of the process.
-Where JAX has an accelerator, both use it, and seconds are those of the wall.
+`ours` is prompt tuning by ptune, `peft` by Hugging Face's PEFT on PyTorch. Both
+have the same model shape with random weights, the same batch, and one thread.
+Compared programs run in turns in one process on one core, so that other load on
+the machine affects both. Seconds are CPU seconds of the process. If JAX has an
+accelerator, both use it, and seconds are wall seconds.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from ptune.model.models import EncoderDecoderModel
 from ptune.training import optim
 from ptune.training import state as state_lib
 
-# The published sizes, and smaller ones with their vocabulary.
+# The published sizes, and smaller ones with the same vocabulary.
 SIZES = {
   **sizes.SIZES,
   **{
@@ -50,23 +50,23 @@ SIZES = {
 }
 
 SWITCHES = ('fused_attention', 'remat')
-LARGE = 8192  # Of an accelerator's best product.
+LARGE = 8192  # For an accelerator's best rate.
 
 # ------------------------------------------------------------------- measuring
 
 
 def on_cpu() -> bool:
-  """Whether the CPU computes."""
+  """Whether the computations run on the CPU."""
   return jax.default_backend() == 'cpu'
 
 
 def clock() -> str:
-  """Whose seconds they are."""
+  """Returns the clock that measures the seconds."""
   return 'CPU' if on_cpu() else 'wall'
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-  """Seconds of one call, until its result is there; see above."""
+  """Returns the seconds of one call until its result is ready."""
   now = time.process_time if on_cpu() else time.perf_counter
   start = now()
   jax.block_until_ready(call())
@@ -76,7 +76,7 @@ def seconds_of(call: Callable[[], Any]) -> float:
 def in_turns(
   calls: Mapping[str, Callable[[], Any]], rounds: int
 ) -> dict[str, list[float]]:
-  """Seconds of each call, by its name, in each round."""
+  """Returns the seconds of each call in each round, by name."""
   taken: dict[str, list[float]] = {name: [] for name in calls}
   for _ in range(rounds):
     for name, call in calls.items():
@@ -87,11 +87,12 @@ def in_turns(
 def interleaved(
   calls: Mapping[str, Callable[[], Any]], rounds: int
 ) -> dict[str, Any]:
-  """Calls each in turn, once more than `rounds` times; the first is dropped.
+  """Times the calls in turns, `rounds` + 1 times; the first round is dropped.
 
   Returns:
-    `seconds` of each, the median; and of each but the first, by the first
-    one's: `times_NAME` (median over the rounds) and `times_NAME_min`.
+    `seconds`, the median of each call. For each call but the first, its time
+    divided by the first call's: `times_NAME` (median over the rounds) and
+    `times_NAME_min`.
   """
   taken = in_turns(calls, rounds + 1)
   first, *others = calls
@@ -108,7 +109,7 @@ def interleaved(
 
 
 def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
-  """Flags that most scripts share."""
+  """Returns a parser with the flags that most benchmarks share."""
   made = argparse.ArgumentParser(description=description.splitlines()[0])
   shared = {
     'size': 't5_1_1_small',
@@ -122,7 +123,7 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
   for name, value in {**shared, **defaults}.items():
     made.add_argument(f'--{name}', type=type(value), default=value)
   made.add_argument('--frozen_dtype', choices=('float32', 'bfloat16', 'int8'))
-  for name in SWITCHES:  # Of ours alone.
+  for name in SWITCHES:  # Only for `ours`.
     made.add_argument(f'--{name}', action='store_true')
   return made
 
@@ -131,14 +132,14 @@ def run(
   parser: argparse.ArgumentParser,
   measure: Callable[[argparse.Namespace], Mapping[str, Any]],
 ) -> None:
-  """Reads the flags, measures on one core, and prints a line of JSON."""
+  """Parses the flags, measures on one core, and prints a line of JSON."""
   args = parser.parse_args()
-  # Before JAX looks for devices, and starts its threads.
-  if not jax_setup.has_cpu_only():  # It leaves memory to PyTorch.
+  # This must happen before JAX finds devices and starts its threads.
+  if not jax_setup.has_cpu_only():  # Leaves memory to PyTorch.
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   elif hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-  jax_setup.configure_cpu()  # As the `ptune` command does.
+  jax_setup.configure_cpu()  # Like the `ptune` command.
   result = measure(args)
   device = jax.devices()[0].device_kind
   about = {'device': device, 'clock': clock(), 'jax': jax.__version__}
@@ -152,9 +153,9 @@ class Ours(NamedTuple):
   """A network with a prompt, and random values for it.
 
   Attributes:
-    plan: Its parameters.
-    trainable: The prompt, a nested dict as in the network.
-    frozen: The others, as a run holds them.
+    plan: The plan of its parameters.
+    trainable: The prompt, as a nested dict like in the network.
+    frozen: The other parameters, in the form that a run holds.
   """
 
   plan: parameters.Plan
@@ -167,7 +168,7 @@ class Ours(NamedTuple):
 
 
 def plan_of(args: argparse.Namespace, **changes: Any) -> parameters.Plan:
-  """The parameters of what the flags ask for; nothing is built."""
+  """Returns the parameter plan that the flags select; builds nothing."""
   config = dataclasses.replace(
     SIZES[args.size],
     **{
@@ -180,7 +181,7 @@ def plan_of(args: argparse.Namespace, **changes: Any) -> parameters.Plan:
 
 
 def ours(args: argparse.Namespace) -> Ours:
-  """What the flags ask for."""
+  """Returns the network that the flags select, with random values."""
   plan = plan_of(args)
   params = parameters.initialize(plan, plan.params, seed=0)
   frozen = frozen_weights.freeze(plan, {p: params.pop(p) for p in plan.frozen})
@@ -190,7 +191,7 @@ def ours(args: argparse.Namespace) -> Ours:
 def batch_of(
   plan: parameters.Plan, rows: int, inputs: int, targets: int
 ) -> dict[str, jax.Array]:
-  """Random tokens without padding, as T5's features."""
+  """Returns T5's features with random tokens, without padding."""
   rng = np.random.default_rng(0)
   vocab = plan.network.config.vocab_size
   draw = lambda n: rng.integers(2, vocab, (rows, n), np.int32)
@@ -209,7 +210,7 @@ def compile_step(plan: parameters.Plan, batch: Mapping[str, Any]):
   """Compiles the update and the forward pass from shapes alone.
 
   Returns:
-    The two programs, the optimizer, and the abstract state.
+    Both programs, the optimizer, and the abstract state.
   """
   model = EncoderDecoderModel(plan.network)
   tx = optim.adafactor()
@@ -227,7 +228,7 @@ def compile_step(plan: parameters.Plan, batch: Mapping[str, Any]):
 
 
 def repeated(step: Callable[..., Any], state: Any, *rest: Any):
-  """A call that takes the next step, of what it is given beside the rest."""
+  """Returns a function that takes the next step, with the given arguments."""
 
   def call(*more):
     nonlocal state
@@ -238,11 +239,12 @@ def repeated(step: Callable[..., Any], state: Any, *rest: Any):
 
 
 def analytic_flops(args: argparse.Namespace) -> int:
-  """FLOP of a step, as papers count them.
+  """Returns the FLOP of a step, counted as in papers.
 
-  Of each matrix two a weight and token forward and two backward, as no
-  gradient of a frozen weight is made; of attention, four a pair of positions
-  forward and eight backward, where both operands have a gradient.
+  For each matrix, a token costs two FLOP per weight forward and two backward,
+  because frozen weights have no gradient. In attention, a pair of positions
+  costs four FLOP forward and eight backward, because both operands have
+  gradients.
   """
   config = plan_of(args).network.config
   heads = config.num_heads * config.head_dim
@@ -251,7 +253,7 @@ def analytic_flops(args: argparse.Namespace) -> int:
   read, written = args.prompt_length + args.inputs, args.targets
   encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
   weights = read * encoder * (4 * attention + mlp)
-  weights += read * decoder * 2 * attention  # Keys and values of the encoded.
+  weights += read * decoder * 2 * attention  # For cross-attention.
   weights += written * decoder * (6 * attention + mlp)
   weights += written * config.emb_dim * config.vocab_size
   pairs = encoder * read**2 + decoder * (written**2 + read * written)
@@ -259,9 +261,9 @@ def analytic_flops(args: argparse.Namespace) -> int:
 
 
 def matmul_rate(args: argparse.Namespace) -> float:
-  """FLOP a second of the best of an MLP's products, at its shapes.
+  """Returns the FLOP per second of the faster of an MLP's products.
 
-  On an accelerator, of a large product of square matrices.
+  On an accelerator, it measures a large product of square matrices instead.
   """
   config = plan_of(args).network.config
   rows = args.batch * (args.prompt_length + args.inputs)
@@ -286,7 +288,7 @@ def matmul_rate(args: argparse.Namespace) -> float:
 
 
 def hugging_face_fields(config: sizes.T5Config) -> dict[str, Any]:
-  """The config.json of a T5 1.1 of these sizes."""
+  """Returns the config.json of a T5 1.1 with these sizes."""
   return {
     'vocab_size': config.vocab_size,
     'd_model': config.emb_dim,
@@ -303,12 +305,12 @@ def hugging_face_fields(config: sizes.T5Config) -> dict[str, Any]:
 
 
 def torch_device() -> str:
-  """Where PyTorch computes: where JAX does."""
+  """Returns PyTorch's device, which is the one that JAX uses."""
   return 'cpu' if on_cpu() else 'cuda'
 
 
 def peft(args: argparse.Namespace, device: str = ''):
-  """The same model with the same prompt, by PEFT, on `torch_device`."""
+  """Returns PEFT's model with the same shapes and prompt, on `torch_device`."""
   import peft as peft_lib
   import torch
   import transformers
@@ -322,7 +324,7 @@ def peft(args: argparse.Namespace, device: str = ''):
   config = transformers.T5Config.from_dict(fields)
   with torch.device(device):
     base = transformers.T5ForConditionalGeneration(config)
-    # T5 1.1 has an output layer of its own; some versions tie it all the same.
+    # The output layer has its own weights in T5 1.1, but some versions tie it.
     base.lm_head = torch.nn.Linear(
       config.d_model, config.vocab_size, bias=False
     )
@@ -335,7 +337,7 @@ def peft(args: argparse.Namespace, device: str = ''):
 
 
 def torch_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
-  """A batch as PEFT's models take it; padding has no loss."""
+  """Converts a batch to the inputs of PEFT's models; padding has no loss."""
   import torch
 
   tokens, targets = (
@@ -350,7 +352,7 @@ def torch_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def peft_step(args: argparse.Namespace) -> Callable[[Mapping], float]:
-  """An update by PEFT, with Adafactor, of one `torch_batch` after another."""
+  """Returns PEFT's update with Adafactor, which takes a `torch_batch`."""
   import transformers
 
   model = peft(args)

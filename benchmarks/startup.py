@@ -1,15 +1,15 @@
-"""From a fresh process to a trained step: what starting `ptune train` costs.
+"""Measures the start of `ptune train`: from a fresh process to a trained step.
 
     python -m benchmarks.startup
     python -m benchmarks.startup --model=t5_1_1_small --versus=peft
 
-Runs the program for one step of a task of files, three times: with an empty
-compilation cache (`cold`), and twice with the one it left (`warm` is the
-second). `ptune://tiny` is the default model; for another, a checkpoint of
-random weights is written first. `import_*` are processes that import only that.
-`peft` (--versus=peft) is a process that loads the same shapes from a directory
-and takes a step, by PEFT, on a batch of token ids: it reads no task and writes
-nothing.
+It runs the program for one step on a task of files, three times: with an empty
+compilation cache (`cold`), and twice with the cache from that run (`warm` is
+the second). The default model is `ptune://tiny`. For another model, it first
+writes a checkpoint of random weights. `import_*` are processes that only import
+that module. `peft` (--versus=peft) is a process that loads the same shapes from
+a directory and takes a step of PEFT on a batch of token ids. It reads no task
+and writes nothing.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from ptune.tools import miniature
 IMPORTS = ('jax', 'seqio', 'ptune.train')
 STARTS = ('cold', 'filled', 'warm')
 
-# A process that knows PEFT only: saves a model of a config, or takes its step.
+# This process uses only PEFT. It saves a model of a config, or takes a step.
 PEFT = """
 import json, sys
 import peft, torch, transformers
@@ -52,7 +52,7 @@ optimizer.step()
 
 
 def process(*command, **environment):
-  """Wall and CPU seconds of a process."""
+  """Runs a process; returns its wall and CPU seconds."""
   before = resource.getrusage(resource.RUSAGE_CHILDREN)
   start = time.monotonic()
   subprocess.run(
@@ -72,7 +72,7 @@ def process(*command, **environment):
 
 
 def checkpoint_of(model, directory):
-  """Writes random weights, in the layout of a run; returns where."""
+  """Writes random weights in the layout of a run; returns the directory."""
   import jax.numpy as jnp
 
   from ptune.methods import full

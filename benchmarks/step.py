@@ -3,21 +3,21 @@
     python -m benchmarks.step --versus=peft
     python -m benchmarks.step --dtype=bfloat16 --versus=reference
 
-`flops_ratio` is XLA's count for the compiled step over that for a forward
-pass of the same batch: 2 would be a backward pass through the activations
-alone. It is deterministic, as the bytes are; seconds are this machine's.
+`flops_ratio` is XLA's count for the compiled step divided by that for a forward
+pass of the same batch. A backward pass through the activations alone would give
+2. The ratio and the bytes are deterministic; the seconds depend on the machine.
 
-`matmul_share` is the step's rate in FLOP a second over that of the best matrix
-product of the same type: at the MLP's shapes, or on an accelerator of a large
-one. `model_share` is the same of the FLOP that papers count, 4 a weight and
-token and attention, whatever is compiled (`peers.analytic_flops`): XLA does not
-count what a fused kernel computes.
+`matmul_share` is the step's FLOP per second divided by that of the fastest
+matrix product of the same type: at the MLP's shapes, or on an accelerator a
+large one. `model_share` uses the FLOP that papers count instead: 4 per weight
+and token, plus attention (`peers.analytic_flops`). XLA's count leaves out fused
+kernels.
 
     python -m benchmarks.step --size=t5_1_1_xl --dtype=bfloat16 --batch=32 \
       --inputs=512 --fused_attention --versus=peft  # on an accelerator
 
---versus=reference takes the step as the paper's program does, on our network:
-a norm metric keeps the gradients of all parameters alive, the embedding
+--versus=reference takes the step as the paper's program does, on our network. A
+norm metric keeps the gradients of all parameters alive, the embedding
 multiplies by one-hot rows, and inputs are padded to --reference_inputs.
 """
 
@@ -36,7 +36,7 @@ from ptune.training import state as state_lib
 
 
 def one_hot(next_method, args, kwargs, context):
-  """Lets the embedding multiply where it would look rows up."""
+  """Makes the embedding multiply by one-hot rows instead of looking rows up."""
   module = context.module
   if not isinstance(module, layers.Embed) or context.method_name != '__call__':
     return next_method(*args, **kwargs)
@@ -45,7 +45,7 @@ def one_hot(next_method, args, kwargs, context):
 
 
 def reference_step(model, tx):
-  """The update with all gradients and one-hot rows."""
+  """Returns the update with all gradients and one-hot rows."""
 
   def step(state, frozen, batch):
     def loss(params):
@@ -65,14 +65,14 @@ def reference_step(model, tx):
 
 
 def measure(args):
-  """Runs the steps; returns what is printed."""
+  """Runs the steps; returns the results to print."""
   ours = peers.ours(args)
   plan = ours.plan
   batch = peers.batch_of(plan, args.batch, args.inputs, args.targets)
   start = time.perf_counter()
   step, forward, tx, abstract = peers.compile_step(plan, batch)
   compile_seconds = time.perf_counter() - start
-  # Donated: each has a copy of its own.
+  # Steps donate their state, so each one needs its own copy.
   first = lambda: state_lib.first_state(
     tx, jax.tree.map(jnp.copy, ours.trainable), abstract
   )

@@ -1,22 +1,22 @@
-"""Asks the TPU's own compiler what a step would cost; needs no TPU.
+"""Estimates a step with the TPU's own compiler; needs no TPU.
 
     python -m benchmarks.tpu --size=t5_1_1_large --chip=v5e
     python -m benchmarks.tpu --size=t5_1_1_xl --chip=v6e --devices=8 \
       --model_parallel=4
     python -m benchmarks.tpu --decode --beams=4 --targets=64
 
-It needs libtpu: `pip install 'jax[tpu]'`. It compiles a network of --layers
-layers of full width and multiplies what they cost. With --continued it also
-compiles one of a layer more, and continues linearly: this takes twice as long,
-counts once what only the first or last layer does, and gives the temporaries of
-all layers. Nothing runs: all times are the compiler's estimates;
-`ptune.tools.tpu_compiler` says what they leave out.
+It needs libtpu: `pip install 'jax[tpu]'`. It compiles a network with --layers
+layers of full width, and multiplies their cost. With --continued, it also
+compiles one more layer, and extrapolates linearly. This takes twice as long,
+counts the work of only the first or last layer once, and gives the temporaries
+of all layers. Nothing runs: all times are the compiler's estimates.
+`ptune.tools.tpu_compiler` lists what they leave out.
 
-All figures are those of one device: a chip, or half a v7x. `parts` has, for
-each part of the network, the FLOP of its matrix products, its bytes from and to
-HBM, its time, and the share of the device's peak that its products reach in
-this time. The `share` of the whole counts FLOP as papers do
-(`peers.analytic_flops`), so that computing something twice does not raise it.
+All figures are for one device: a chip, or half a v7x. For each part of the
+network, `parts` has the FLOP of its matrix products, its bytes from and to HBM,
+its time, and its products' share of the device's peak in this time. The `share`
+of the whole counts FLOP as papers do (`peers.analytic_flops`), so computing
+something twice does not raise it.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from ptune.training import optim
 def compiled(
   args: argparse.Namespace, whole: sizes.T5Config, layers: int
 ) -> jax.stages.Compiled:
-  """The program of a network with as many encoder and decoder layers."""
+  """Compiles a network with as many encoder and decoder layers."""
   config = dataclasses.replace(
     whole.with_depth(layers, layers),
     dropout_rate=args.dropout_rate,
@@ -68,7 +68,7 @@ def compiled(
 
 
 def measure(args: argparse.Namespace, schedules: str) -> dict[str, object]:
-  """Compiles; returns what is printed."""
+  """Compiles and estimates; returns the results to print."""
   whole = peers.SIZES[args.size]
   if not isinstance(whole, sizes.T5Config):
     raise UserError(f'--size={args.size} is no T5, and FLOP are counted for T5')
@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace, schedules: str) -> dict[str, object]:
 
 
 def _described(cost: tpu_compiler.Cost, name: str) -> dict[str, float]:
-  """What a part costs on a chip of this name."""
+  """Returns the cost of a part on a chip of this name."""
   chip, seconds = tpu_compiler.CHIPS[name], cost.seconds(name)
   return {
     'ms': round(1e3 * seconds, 2),

@@ -180,7 +180,7 @@ def test_the_rate_of_the_search_is_that_of_the_comparison():
     for c, score in zip(one.cells, [80, 90, 90], strict=True)
   ]
   [cell] = one.then(searched)
-  # Of two equal scores, the one with the gin file's rate wins.
+  # If two scores are equal, the gin file's rate wins.
   assert cell.tuning == one.cells[1].tuning
   assert (cell.column, cell.split) == ('tiny test at 0.003', 'test')
   assert cell.seeds is None

@@ -111,7 +111,7 @@ def test_steps_start_without_waiting_and_compile_once_for_each_shape(
   assert updates[0]._cache_size() == len(shapes)
 
 
-# ------------------------------------------------------------ what a run leaves
+# ------------------------------------------------------------- results of a run
 
 
 def test_a_run_leaves_what_it_promises(tmp_path):
@@ -484,7 +484,7 @@ def test_a_wrong_best_metric_costs_no_steps(tmp_path):
   assert 'run.json' not in tiny.files(tmp_path)
 
 
-# ------------------------------------------- what an earlier start has left
+# ---------------------------------------------- results of an earlier start
 
 
 def killed_at(tmp_path, monkeypatch, evaluations, **changes):

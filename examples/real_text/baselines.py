@@ -1,10 +1,10 @@
-"""Prints what majority and naive Bayes reach on the downstream tasks.
+"""Prints the scores of majority and naive Bayes on the downstream tasks.
 
     python examples/real_text/baselines.py
 
-It takes the same environment as `real_text_tasks`. Naive Bayes is trained on
-SST-2, as prompts are; and on what the corpus has of praise and complaint, which
-tells how much pre-training can know.
+It uses the same environment variables as `real_text_tasks`. One naive Bayes is
+trained on SST-2, like the prompts. Another is trained on the corpus's praise
+and complaints, which shows how much pre-training can learn.
 """
 
 import os
@@ -15,14 +15,14 @@ import naive_bayes
 
 
 def read(directory: str, split: str) -> list[tuple[str, bool]]:
-  """The rows of a split: sentences, and whether they are positive."""
+  """Returns the rows of a split: sentences, and whether they are positive."""
   text = pathlib.Path(directory, f'{split}.tsv').read_text()
   rows = [line.split('\t') for line in text.splitlines()[1:]]
   return [(sentence, label == '1') for sentence, label in rows]
 
 
 def right(rows, answer) -> float:
-  """Percent of rows whose label is `answer(text)`."""
+  """Returns the percentage of rows whose label is `answer(text)`."""
   return 100 * sum(answer(text) == label for text, label in rows) / len(rows)
 
 

@@ -1,13 +1,13 @@
-"""Rows of text with an attribute that is known, for pre-training.
+"""Rows of text with a known attribute, for pre-training.
 
-What is known of a corpus without labels: where a text comes from, whether it
-asks, counts, denies or is told by an `i`; and, of two of its files, whether a
-text praises or complains, since each lays the texts of one kind after those of
-the other (FIRST_PRAISE). A document's label is that of all its sentences, of
-which many only tell the plot. So a sentence is taken for praise or complaint
-only where naive Bayes, trained on other documents of the corpus, agrees.
+Without labels, a corpus still shows the source of a text, and whether the text
+asks, counts, denies or uses the first person. Two of its files also show
+whether a text praises or complains, because they put all texts of one kind
+after those of the other (FIRST_PRAISE). This label is a whole document's, and
+many of its sentences only tell the plot. So a sentence counts as praise or
+complaint only if naive Bayes, trained on other documents of the corpus, agrees.
 
-Neither SeqIO nor TensorFlow is imported here.
+This module imports neither SeqIO nor TensorFlow.
 """
 
 import collections
@@ -25,9 +25,9 @@ import naive_bayes
 
 from ptune.tasks import prefixes
 
-# Where praise begins; all lines before are complaints. The film reviews are
-# 2,000 documents, of which this is the first of the second thousand; of the
-# products, the file has all cons and then all pros.
+# The first line of praise; all lines before it are complaints. The film reviews
+# are 2,000 documents, and this line is the first of the second thousand. The
+# file of products has first all cons and then all pros.
 FIRST_PRAISE = {
   'movie_reviews': 'films adapted from comic books have had plenty of success',
   'pros_cons': "digital is where it 's at",
@@ -55,7 +55,7 @@ VALUES = {
 }
 WEIGHTS = {'polarity': 6, 'source': 2}
 HELD_OUT = 100  # Every so many lines, as in `pretraining.text_files`.
-# Lines are parted in folds by blocks, which few documents cross.
+# Folds are blocks of lines, and few documents cross a block's border.
 BLOCK, FOLDS, MARGIN = 100, 5, 1.0
 GRAM = 8
 
@@ -76,7 +76,7 @@ class Text(NamedTuple):
   held_out: bool
 
   def value(self, attribute: str) -> str | None:
-    """Its value of an attribute."""
+    """Returns the text's value of an attribute."""
     if attribute in SIGNS:
       return 'yes' if SIGNS[attribute].search(self.text) else 'no'
     return getattr(self, attribute)
@@ -86,10 +86,10 @@ class Text(NamedTuple):
 
 
 class Withheld:
-  """Texts of which no row may have a part.
+  """Texts that no row may contain a part of.
 
   Args:
-    texts: Of downstream tasks, in all splits.
+    texts: The texts of downstream tasks, in all splits.
   """
 
   def __init__(self, texts: Iterable[str]):
@@ -108,7 +108,7 @@ def _grams(text: str) -> Iterator[tuple[str, ...]]:
 
 
 def read_withheld(pattern: str) -> Withheld:
-  """Reads TSV files with a header, of which the last column is a label.
+  """Reads TSV files with a header, in which the last column is a label.
 
   Raises:
     ValueError: No file matches the glob.
@@ -130,14 +130,14 @@ def read_withheld(pattern: str) -> Withheld:
 
 @functools.cache
 def texts(corpus: str, withheld: str) -> tuple[Text, ...]:
-  """All texts of a corpus whose source is known.
+  """Returns all texts of a corpus with a known source.
 
   Args:
     corpus: A glob of files that `corpus_text` wrote.
     withheld: A glob, see `read_withheld`.
 
   Raises:
-    ValueError: Files are missing, or not those that were expected.
+    ValueError: Files are missing or have other names.
   """
   files = corpus_text.read(corpus)
   if missing := set(SOURCES) - set(files):
@@ -152,7 +152,7 @@ def texts(corpus: str, withheld: str) -> tuple[Text, ...]:
     for text in _texts(name, files[name]):
       if text.text in guard:
         dropped[text.source] += 1
-      # One that is held out anywhere is not trained on elsewhere.
+      # If one copy of a text is held out, no copy is trained on.
       elif text.text not in found or text.held_out:
         found[text.text] = text
   logging.info('%d texts; withheld: %s', len(found), dict(dropped))
@@ -168,10 +168,10 @@ def _texts(name: str, lines: Sequence[str]) -> Iterator[Text]:
 
 
 def judge(name: str, lines: Sequence[str]):
-  """Returns a function of (line number, text of it) -> polarity or None.
+  """Returns a function (line number, text of the line) -> polarity or None.
 
   Raises:
-    ValueError: It is not known where praise begins.
+    ValueError: The line where praise begins was not found.
   """
   starts = [
     i for i, line in enumerate(lines) if line.startswith(FIRST_PRAISE[name])
@@ -210,8 +210,8 @@ def prefix_rows(
 ) -> list[tuple[int, str, str]]:
   """Draws (number of the task, text, label).
 
-  Tasks are as likely as each other, so are the values of one, and so are the
-  sources of texts with one value.
+  All tasks are equally likely, as are the values of a task, and the sources
+  of texts with a value.
 
   Raises:
     ValueError: No text has a value that a task asks for.

@@ -1,4 +1,4 @@
-"""Writes text as SST-2 has it: in lower case, and spaces around all signs.
+"""Writes text in SST-2's form: lower case, with spaces around all signs.
 
     python examples/real_text/corpus_text.py --input='/data/corpus/*.txt.gz' \\
       --output=/data/lower
@@ -18,7 +18,7 @@ from ptune.tasks import vocabulary
 
 
 def normalised(text: str) -> str:
-  """A text as the downstream data has it.
+  """Returns a text in the form of the downstream data.
 
   before  It's NOT bad, really.
   after   it 's not bad , really .
@@ -30,7 +30,7 @@ def normalised(text: str) -> str:
 
 
 def read(pattern: str) -> dict[str, list[str]]:
-  """The lines of text files that are not blank, by the names of the files.
+  """Returns the lines of text files that are not blank, by file name.
 
   Raises:
     ValueError: No file matches the glob, or one is not UTF-8 text.
@@ -47,12 +47,12 @@ def read(pattern: str) -> dict[str, list[str]]:
 
 
 def chunks(line: str, least: int = 3, most: int = 32) -> Iterator[str]:
-  """Cuts a normalised line into sentences, short neighbours being one.
+  """Cuts a normalised line into sentences, and joins short neighbours.
 
   Args:
     line: A paragraph.
-    least: Words of a chunk; what is shorter is left out.
-    most: Words of a chunk; longer sentences are cut.
+    least: Minimum number of words; shorter chunks are left out.
+    most: Maximum number of words; longer sentences are cut.
   """
   kept: list[str] = []
   for sentence in re.findall(r'.+?(?: [.!?;])+(?= |$)|.+$', line):
@@ -70,7 +70,7 @@ def _sized(words: list[str], least: int, most: int) -> Iterator[str]:
 
 
 def main() -> None:
-  """Runs the command line; what is wrong with it goes to stderr, status 2."""
+  """Runs the command line; errors go to stderr, with status 2."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--input', required=True, help='glob of text files')
   parser.add_argument('--output', required=True, help='directory to write')

@@ -1,4 +1,4 @@
-"""Naive Bayes over words: what a sentence's words alone tell."""
+"""Naive Bayes over words: classifies a sentence by its words alone."""
 
 import collections
 import math
@@ -27,5 +27,5 @@ def fit(rows: Iterable[tuple[str, bool]]) -> dict[str, float]:
 
 
 def log_odds(weights: Mapping[str, float], text: str) -> float:
-  """What `fit` makes of a text: more than 0 for the second class."""
+  """Returns a text's log-odds by `fit`: above 0 for the second class."""
   return weights[''] + sum(weights.get(word, 0.0) for word in set(text.split()))

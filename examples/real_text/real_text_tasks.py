@@ -32,7 +32,7 @@ from ptune.tasks import metrics, prefixes, pretraining
 SEED = 0
 TASKS, LABEL_WORDS = 128, 400
 ROWS = {'train': 200_000, 'validation': 1000}
-# Of 56 rows: 8 of text, 48 of the tasks.
+# Of 56 rows, 8 are text and 48 are from the tasks.
 RATES = {'spans': 6, 'prefixes': 2, 'tasks': 48}
 DOWNSTREAM_LABELS = ('negative', 'positive')
 
@@ -41,7 +41,7 @@ feature = seqio.Feature(vocabulary, add_eos=True)
 
 
 def add(name, source, *preprocessors):
-  """Registers a task of classification."""
+  """Registers a classification task."""
   seqio.TaskRegistry.add(
     name,
     source=source,
@@ -58,7 +58,7 @@ def add(name, source, *preprocessors):
 
 
 def label_words() -> list[str]:
-  """Words that are one piece, but those that downstream tasks answer with."""
+  """Draws words that are one piece, except the labels of downstream tasks."""
   pieces = vocabulary.tokenizer
   texts = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
   words = [text[1:] for text in texts if text[0] == '▁' and len(text) > 4]
@@ -70,15 +70,15 @@ def label_words() -> list[str]:
 
 @functools.cache
 def prefix_tasks() -> list[prefixes.PrefixTask]:
-  """The tasks: the same ones whatever the split."""
+  """Draws the tasks, which are the same for all splits."""
   return prefixes.draw_tasks(
     SEED, TASKS, corpus_rows.VALUES, corpus_rows.WEIGHTS, label_words()
   )
 
 
 def rows(split: str, shuffle_files: bool, seed: int | None = None):
-  """The rows of corpus_tasks: prefix, inputs, targets."""
-  del shuffle_files, seed  # They are in random order as they are.
+  """Returns the rows of corpus_tasks: prefix, inputs, targets."""
+  del shuffle_files, seed  # The rows are already in random order.
   paths = [os.environ.get(name, '') for name in ('CORPUS', 'WITHHELD')]
   known = corpus_rows.texts(*paths)
   drawn = corpus_rows.prefix_rows(
@@ -117,7 +117,7 @@ seqio.MixtureRegistry.add(
 
 
 def parse(lines):
-  """sentence<TAB>label -> inputs, targets."""
+  """Parses sentence<TAB>label into inputs and targets."""
 
   def one(line):
     sentence, label = tf.unstack(tf.strings.split(line, '\t'), 2)
