@@ -32,7 +32,7 @@ from ptune.tasks import metrics, prefixes, pretraining
 SEED = 0
 TASKS, LABEL_WORDS = 128, 400
 ROWS = {'train': 200_000, 'validation': 1000}
-# Of 56 rows, 8 are text and 48 are from the tasks.
+# A batch of 56 rows has 8 rows of text and 48 of the tasks.
 RATES = {'spans': 6, 'prefixes': 2, 'tasks': 48}
 DOWNSTREAM_LABELS = ('negative', 'positive')
 
