@@ -64,7 +64,7 @@ def optimized():
 
 @pytest.fixture(scope='session')
 def numerics():
-  """Returns the directory of values recorded from the reference."""
+  """Returns the directory of values from running the reference."""
   path = SHARED / 'golden' / 'numerics'
   if not path.is_dir():
     pytest.skip(f'the reference values are not at {path}')

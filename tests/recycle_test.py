@@ -117,7 +117,7 @@ def test_a_prompt_is_recycled_between_models(other, prompt, tmp_path, capsys):
   np.testing.assert_allclose(moved.array, np.load(prompt) @ weights, atol=1e-4)
   facts = moved.facts['recycled']
   assert facts['by'] == 'linear' and facts['fit_error'] < 1e-4
-  assert 2000 < facts['tokens'] < 3000  # Without symbols and single bytes.
+  assert 2000 < facts['tokens'] < 3000  # Without control marks and bytes.
   assert cli.main(['recycle', prompt, *flags]) == 2
   assert 'exists already' in capsys.readouterr().err
   flags += ['--overwrite', '--method=lstsq', '--tokens=500', '--skip=300']

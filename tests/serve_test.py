@@ -52,7 +52,7 @@ def npy(array):
 
 @pytest.fixture(scope='module')
 def prompts(tmp_path_factory):
-  """Writes prompts that all make the model give long answers."""
+  """Writes prompts that all make the model answer with some text."""
   folder = tmp_path_factory.mktemp('prompts')
   config, base = miniature.load(pretrained.directory('tiny'))
   table = np.asarray(base['token_embedder/embedding'])
@@ -630,4 +630,4 @@ def test_a_port_that_is_taken_is_said():
       serve.listen('127.0.0.1', taken.getsockname()[1])
   with pytest.raises(ValueError, match='--port is 70000; expected 0 to 65535'):
     serve.listen('127.0.0.1', 70000)
-  assert bucketing.BUCKET_MULTIPLE == 32  # Explains the 32 tokens of input.
+  assert bucketing.BUCKET_MULTIPLE == 32  # Inputs of 32 tokens need this.
