@@ -34,6 +34,11 @@ def nearest(
   return f'; there are {", ".join(listed)}' if 0 < len(listed) <= most else ''
 
 
+def counted(number: int, noun: str) -> str:
+  """Returns '1 row', '2 rows'."""
+  return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
+
+
 def check_counts(optional: bool = False, **counts: Any) -> None:
   """Raises UserError unless each value is a whole number of at least 1.
 

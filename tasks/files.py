@@ -34,6 +34,7 @@ SKIP_BAD_ROWS is set.
 """
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -145,8 +146,15 @@ def from_files(
   paths = _paths(files)
 
   def in_files(split):
-    for file in _matching(paths[split]):
-      yield from read_rows(file)
+    found = _matching(paths[split])
+    rows = itertools.chain.from_iterable(map(read_rows, found))
+    if (first := next(rows, None)) is None:
+      raise UserError(
+        f'TASK_FILES has {", ".join(map(repr, found))} for {split!r}, with no'
+        ' rows below the names of the columns'
+      )
+    yield first
+    yield from rows
 
   return task_of(
     name,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ptune.convert import storage
-from ptune.errors import UserError
+from ptune.errors import UserError, counted
 
 SUFFIXES = ('.tsv', '.csv', '.jsonl')
 SHOWN_COLUMNS = 20  # Columns that a message lists.
@@ -75,9 +75,31 @@ def read_lines(file: str, name: str) -> list[bytes]:
       raise UserError(
         f'{name} has {file!r}, not a gzip file: {error}'
       ) from error
-  if data.startswith((b'\xff\xfe', b'\xfe\xff')):
-    raise UserError(f'{name} has {file!r}, which is UTF-16; save it as UTF-8')
+  if not_text := _kind(data):
+    raise UserError(f'{name} has {file!r}, which is {not_text}')
   return split_lines(data)
+
+
+# How files begin that are no UTF-8 text.
+_KINDS = {
+  b'\xff\xfe': 'UTF-16 or UTF-32; save it as UTF-8',
+  b'\xfe\xff': 'UTF-16; save it as UTF-8',
+  b'\x1f\x8b': 'compressed with gzip; let its name end in .gz, once',
+  b'BZh': 'compressed with bzip2; decompress it',
+  b'\xfd7zXZ': 'compressed with xz; decompress it',
+  b'PK\x03\x04': 'a zip archive, or .xlsx; save it as .csv, or unpack it',
+  b'PAR1': 'a Parquet file; save it as .jsonl',
+  b'<!DOCTYPE': 'a web page; download the file itself',
+  b'version https://git-lfs': 'a pointer of Git LFS; run git lfs pull',
+}
+
+
+def _kind(data: bytes) -> str:
+  """Returns what a file is instead of a text, and the fix; '' for a text."""
+  for start, kind in _KINDS.items():
+    if data.startswith(start):
+      return kind
+  return 'UTF-16 or UTF-32; save it as UTF-8' if data[:4].count(0) > 1 else ''
 
 
 def split_lines(data: bytes) -> list[bytes]:
@@ -121,15 +143,21 @@ def _columns(file: str, fields: Sequence[str]) -> Sequence[str]:
 
 def listed(columns: Iterable[Any]) -> str:
   """Returns the names of columns, only the first few if there are many."""
-  names = [f'{name!s:.80}' for name in columns]
+  names = [_shown(str(name)) for name in columns]
   more = ['...'] if len(names) > SHOWN_COLUMNS else []
   return ', '.join([*names[:SHOWN_COLUMNS], *more])
+
+
+def _shown(name: str) -> str:
+  plain = name == name.strip() and name.isprintable() and name
+  return f'{name if plain else repr(name):.80}'
 
 
 def _with_columns(columns: Sequence[str], fields: Sequence[str]) -> Row:
   if len(fields) != len(columns):
     raise BadRow(
-      f'{len(fields)} fields, expected {len(columns)}: {listed(columns)}'
+      f'{counted(len(fields), "field")}, expected {len(columns)}:'
+      f' {listed(columns)}'
     )
   return dict(zip(columns, fields, strict=True))
 
@@ -212,12 +240,22 @@ def _records(texts: Sequence[str], separator: str):
       start = begin + 1
 
 
+def _once(pairs):
+  """Makes a dict of a JSON object; raises BadRow if a name is repeated."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    counts = collections.Counter(name for name, _ in pairs)
+    twice = [name for name, count in counts.items() if count > 1]
+    raise BadRow(f'names {listed(twice)} more than once')
+  return found
+
+
 def _read_jsonl(file, lines):
   del file
 
   def row(line):
     try:
-      record = json.loads(decoded(line))
+      record = json.loads(decoded(line), object_pairs_hook=_once)
     except BadRow:
       raise
     except RecursionError:

@@ -1,18 +1,21 @@
 """Rows to texts: templates with columns in braces, and the rule for labels."""
 
 import math
+import re
 import string
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
 
-from ptune.errors import UserError
+from ptune.errors import UserError, counted, nearest
 from ptune.tasks.metrics import UNLABELLED
 from ptune.tasks.rows import BadRow, Row
 from ptune.tasks.rows import listed as listed_columns
 
-SHOWN = 20  # Bad rows that a message lists; it counts all.
+SHOWN = 20  # Errors of bad rows that a message lists; it counts all.
+SHOWN_PLACES = 8  # The rows that it names for one error.
 
 LabelNames = Sequence[str] | Mapping[str, str]
 
@@ -77,12 +80,12 @@ def fill(template: str, row: Row) -> str:
 def _value(row: Row, column: str) -> str:
   if column not in row:
     there = list(map(str, row))
-    seen = next((x for x in ',;' if len(there) == 1 and x in there[0]), None)
-    hint = f'. They seem to be separated by {seen!r}, as in a .csv file'
-    raise BadRow(
-      f'no column {column!r}, it has: {listed_columns(there)}'
-      f'{hint if seen else ""}'
-    )
+    hint = nearest(column, there[:1000], most=0)
+    for mark in ',;|' if len(there) == 1 else '':
+      if mark in there[0]:
+        hint = f'. They seem to be separated by {mark!r}'
+        hint += ', as in a .csv file' if mark in ',;' else ', not by tabs or ,'
+    raise BadRow(f'no column {column!r}, it has: {listed_columns(there)}{hint}')
   value = _plain(row[column])
   kind = 'null' if value is None else f'a {type(value).__name__}'
   if isinstance(value, float) and not math.isfinite(value):
@@ -174,7 +177,9 @@ def _label(row: Row, labels: Labels) -> str:
   if value is None or (value == '' and '' not in names):
     return UNLABELLED
   as_number = _number(value)
-  spellings = [value] if as_number is None else [value, str(as_number)]
+  spellings = [value]
+  if as_number is not None:
+    spellings += [name for name in names if _number(name) == as_number]
   if value.lower() in _BOOLEANS:
     as_number = _BOOLEANS[value.lower()]
     spellings += [value.lower(), value.capitalize(), value.upper()]
@@ -200,22 +205,33 @@ def _label(row: Row, labels: Labels) -> str:
 
 def _number(text: str) -> int | None:
   """Parses '1' and '1.0' as 1; returns None for other texts."""
-  try:
-    number = float(text)
-  except ValueError:
-    return None
-  return int(number) if number.is_integer() and '_' not in text else None
+  whole = re.fullmatch(r'([+-]?\d{1,99})(\.0*)?', text, re.ASCII)
+  return int(whole[1]) if whole else None
 
 
 def _in_range(row: Row, labels: Labels, number: int | None) -> int:
-  if number is not None and 0 <= number < len(labels.names):
-    return number
-  numbers = f'a number from 0 to {len(labels.names) - 1}, '
-  value = row[labels.column]
+  value, names = str(row[labels.column]), labels.names
+  if number is not None and 0 <= number < len(names):
+    if _number(names[number]) is None:
+      return number
+    raise BadRow(
+      f'label {value!r} in column {labels.column!r} is no name of a label, and'
+      f' it is the number of {names[number]!r}, which is another number. Make'
+      " LABEL_NAMES a dict, from the column's value to the label's name"
+    )
+  numbers = f'a number from 0 to {len(names) - 1}, '
+  alike = [name for name in names if _folded(name) == _folded(value)]
   raise BadRow(
-    f'unknown label {str(value)!r} in column {labels.column!r}, expected '
-    f'{"" if labels.exact else numbers}one of {labels.names}, or -1 for none'
+    f'unknown label {value!r} in column {labels.column!r}, expected '
+    f'{"" if labels.exact else numbers}one of {names}, or -1 for none'
+    + (f'; {value!a} and {alike[0]!a} look alike' if alike else '')
   )
+
+
+def _folded(text: str) -> str:
+  """Returns a text without case, outer blanks and invisible characters."""
+  text = unicodedata.normalize('NFKC', text).casefold()
+  return ''.join(x for x in text if unicodedata.category(x) != 'Cf').strip()
 
 
 # ----------------------------------------------------------------------- texts
@@ -300,24 +316,38 @@ def to_texts(
         raise row
       text, target = templates.of_inputs(row), templates.of_targets(row)
     except BadRow as error:
-      bad.append(f'{where}: {error}')
+      bad.append((where, str(error)))
       continue
     texts['inputs'].append(text)
     texts['targets'].append(target)
   if bad and not skip_bad_rows:
     raise UserError(
-      f'{len(bad)} bad rows; fix them, or set SKIP_BAD_ROWS = True to leave '
-      f'them out:{listed(bad)}'
+      f'{counted(len(bad), "bad row")}; set SKIP_BAD_ROWS = True to leave out'
+      f' bad rows:{listed(bad)}'
     )
   if bad:
-    logging.warning('%d bad rows are left out:%s', len(bad), listed(bad))
+    logging.warning('left out %s:%s', counted(len(bad), 'bad row'), listed(bad))
   if not texts['inputs']:
-    without = f', and {len(bad)} bad ones' if bad else ''
+    without = f', and {counted(len(bad), "bad one")}' if bad else ''
     raise UserError(f'{split} has no good rows{without}; expected at least one')
   return texts
 
 
-def listed(bad: Sequence[str]) -> str:
-  """Returns the first bad rows, one a line, and the number of further ones."""
-  more = [f'and {len(bad) - SHOWN} more'] if len(bad) > SHOWN else []
-  return ''.join(f'\n  {line}' for line in [*bad[:SHOWN], *more])
+def listed(bad: Sequence[tuple[str, str]]) -> str:
+  """Returns the errors of bad rows, each once, on a line of its own.
+
+  Args:
+    bad: The location of each bad row, and its error.
+  """
+  places: dict[str, list[str]] = {}
+  for where, error in bad:
+    places.setdefault(error, []).append(where)
+  lines = []
+  for error, found in places.items():
+    some, others = found[:SHOWN_PLACES], len(found) - SHOWN_PLACES
+    if others > 0:
+      some[-1] += f' and {counted(others, "other row")}'
+    lines.append(f'{", ".join(some)}: {error}')
+  if len(lines) > SHOWN:
+    lines[SHOWN:] = [f'and {counted(len(lines) - SHOWN, "other error")}']
+  return ''.join(f'\n  {line}' for line in lines)

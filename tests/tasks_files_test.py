@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 from unittest import mock
 
 import numpy as np
@@ -140,11 +141,11 @@ def test_a_number_that_is_another_labels_name_is_refused(tmp_path):
 BAD = {
   'a.tsv': (
     b'text\tlabel\nok\t1\nshort\nok\t0\ntoo\tmany\t1\nb\xffd\t1\nok\t7\n',
-    {3: '1 fields, expected 2', 5: '3 fields', 6: 'not UTF-8', 7: "label '7'"},
+    {3: '1 field, expected 2', 5: '3 fields', 6: 'not UTF-8', 7: "label '7'"},
   ),
   'a.csv': (
     b'text,label\nok,1\n"x\ny"\nb\xffd,1\nok,yes\n"open"x,1\nok,0\n',
-    {3: '1 fields, expected 2', 5: 'not UTF-8', 6: "label 'yes'", 7: 'not CSV'},
+    {3: '1 field, expected 2', 5: 'not UTF-8', 6: "label 'yes'", 7: 'not CSV'},
   ),
   'a.jsonl': (
     b'{"text": "ok", "label": 1}\n{"text": "x"}\n[1]\n{"text"\n'
@@ -171,10 +172,20 @@ def test_bad_rows_are_all_named_by_file_and_line(tmp_path, name):
   with pytest.raises(ValueError, match=f'{len(wrong)} bad rows') as error:
     texts(file, names=NAMES)
   lines = str(error.value).splitlines()[1:]
-  assert len(lines) == len(wrong)
-  for line, (number, message) in zip(lines, wrong.items(), strict=True):
-    assert f'{file}:{number}: ' in line
+  for number, message in wrong.items():
+    (line,) = [x for x in lines if re.search(rf'a\.\w+:{number}[,:]', x)]
     assert message in line
+
+
+def test_an_error_of_many_rows_is_told_once(tmp_path):
+  rows = ''.join(f'row {i}\tnosuch\n' for i in range(30))
+  file = write(tmp_path / 'a.tsv', f'text\tlabel\n{rows}last\t7\n')
+  with pytest.raises(ValueError, match=r'^31 bad rows;') as error:
+    texts(file, names=NAMES)
+  first, second = str(error.value).splitlines()[1:]
+  assert first.startswith(f'  {file}:2, {file}:3, ')
+  assert f"{file}:9 and 22 other rows: unknown label 'nosuch'" in first
+  assert second.startswith(f"  {file}:32: unknown label '7'")
 
 
 @pytest.mark.parametrize('name', BAD)
@@ -184,9 +195,9 @@ def test_bad_rows_are_counted_and_listed_if_skipped(tmp_path, name, caplog):
   with caplog.at_level('WARNING', 'absl'):
     got = texts(file, names=NAMES, skip=True)
   assert [text for text, _ in got] == ['ok', 'ok']
-  assert f'{len(wrong)} bad rows are left out' in caplog.text
+  assert f'left out {len(wrong)} bad rows:' in caplog.text
   for number in wrong:
-    assert f'{name}:{number}: ' in caplog.text
+    assert re.search(rf'{name}:{number}[,:]', caplog.text)
 
 
 @pytest.mark.parametrize(
@@ -218,12 +229,12 @@ def test_an_open_quote_takes_no_other_row_with_it(tmp_path, caplog):
   rows = [f'row {i},{i % 2}' for i in range(50)]
   content = '\n'.join(['text,label', 'good,1', '"bad,0', *rows])
   file = write(tmp_path / 'a.csv', content)
-  with pytest.raises(ValueError, match=r'1 bad rows;.*\n.*a.csv:3: is not CSV'):
+  with pytest.raises(ValueError, match=r'1 bad row;.*\n.*a.csv:3: is not CSV'):
     texts(file)
   with caplog.at_level('WARNING', 'absl'):
     got = texts(file, skip=True)
   assert [f'{text},{label}' for text, label in got] == ['good,1', *rows]
-  assert '1 bad rows are left out' in caplog.text
+  assert 'left out 1 bad row:' in caplog.text
   assert 'a quote that opens on this line is never closed' in caplog.text
 
 
@@ -247,7 +258,7 @@ def test_what_json_has_that_is_no_text_is_named(tmp_path, record, message):
 def test_a_file_of_very_many_columns_is_no_hang(tmp_path):
   names = '\t'.join(f'c{i}' for i in range(100_000))
   file = write(tmp_path / 'a.tsv', f'{names}\na\n')
-  with pytest.raises(ValueError, match=r'1 fields, expected 100000: c0, c1'):
+  with pytest.raises(ValueError, match=r'1 field, expected 100000: c0, c1'):
     texts(file)
 
 
@@ -266,6 +277,57 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
 
 
 @pytest.mark.parametrize(
+  ('header', 'said'),
+  [
+    ('Text\tlabel', 'did you mean Text'),
+    ('te xt \tlabel', "it has: 'te xt ', label"),
+    ('\ufefftext\tlabel', r"it has: '\\ufefftext', label"),
+    ('text|label', r"separated by '\|', not by tabs or ,"),
+  ],
+)
+def test_a_column_that_looks_like_the_right_one_is_shown(
+  tmp_path, header, said
+):
+  data = f'\ufeff{header}\na{"" if "|" in header else "	"}1\n'
+  with pytest.raises(ValueError, match=said):
+    texts(write(tmp_path / 'a.tsv', data))
+
+
+@pytest.mark.parametrize(
+  ('label', 'said'),
+  [
+    ('No', "'No' and 'no' look alike"),
+    (' no', "' no' and 'no' look alike"),
+    ('n\u200bo', r"'n\\u200bo' and 'no' look alike"),
+    ('cafe\u0301', r"'cafe\\u0301' and 'caf\\xe9' look alike"),
+    ('1e0', "unknown label '1e0'"),
+    ('1e-400', "unknown label '1e-400'"),
+    ('\u0661', 'unknown label'),
+  ],
+)
+def test_a_label_that_is_nearly_right_is_refused(tmp_path, label, said):
+  file = write(tmp_path / 'a.tsv', f'text\tlabel\na\t{label}\n')
+  with pytest.raises(ValueError, match=said):
+    texts(file, names=['no', 'caf\xe9'])
+
+
+def test_numbers_that_are_names_are_read_by_their_value():
+  """1 is the name '1.0', not the label number 1."""
+
+  def targets(value, names):
+    rows = {'train': [('a', value)]}
+    task = files.from_rows(rows, label_names=names)
+    return task.texts('train')['targets']
+
+  assert targets(3, ['1.0', '2.0', '3.0']) == ['3.0']
+  assert targets('04', ['2', '3', '4']) == ['4']
+  with pytest.raises(ValueError, match=r"no name .* number of '1', which is"):
+    targets(0, ['1', '2', '3'])
+  with pytest.raises(ValueError, match='the name of a label and the number'):
+    targets(1, ['1.0', '2.0'])
+
+
+@pytest.mark.parametrize(
   ('name', 'content', 'message'),
   [
     ('a.tsv', b'', 'is empty'),
@@ -277,6 +339,14 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
     ('a.tsv', b't\0\tlabel\na\t1\n', 'is NUL; this is not text'),
     ('a.tsv', 'text\tlabel\na\t1'.encode('utf-16'), 'save it as UTF-8'),
     ('a.tsv.gz', b'text', 'not a gzip file'),
+    ('a.tsv', 'text\tlabel\na\t1'.encode('utf-16-le'), 'UTF-16 or UTF-32'),
+    ('a.tsv', 'text\tlabel\na\t1'.encode('utf-32'), 'UTF-16 or UTF-32'),
+    ('a.tsv', gzip.compress(b'text'), 'compressed with gzip'),
+    ('a.tsv.gz', gzip.compress(gzip.compress(b'text')), 'ends? in .gz, once'),
+    ('a.csv', b'PK\x03\x04\x14\0', 'a zip archive, or .xlsx'),
+    ('a.csv', b'PAR1\x15\x04', 'a Parquet file'),
+    ('a.csv', b'<!DOCTYPE html><html>', 'a web page'),
+    ('a.jsonl', b'{"text": "a", "label": 1, "label": 0}\n', 'label more than'),
     (None, b'', 'does not exist'),
   ],
 )
@@ -286,6 +356,13 @@ def test_files_that_are_no_data_are_errors(tmp_path, name, content, message):
     file = write(tmp_path / name, content)
   with pytest.raises(ValueError, match=message):
     texts(file)
+
+
+def test_files_without_rows_are_named(tmp_path):
+  file = write(tmp_path / 'a.tsv', 'text\tlabel\n')
+  task = files.from_files({'train': file}, '{text}', '{label}')
+  with pytest.raises(ValueError, match=r"a.tsv' for 'train', with no rows"):
+    task.texts('train')
 
 
 @pytest.mark.parametrize(

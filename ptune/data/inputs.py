@@ -9,7 +9,7 @@ import jax
 
 from ptune.convert import storage
 from ptune.data import seqio_task
-from ptune.errors import UserError
+from ptune.errors import UserError, counted
 from ptune.tasks import rows as rows_lib
 from ptune.tasks.metrics import UNLABELLED
 from ptune.tasks.rows import BadRow, Row
@@ -65,9 +65,9 @@ def read_inputs(
         raise row
       found.append((where, _texts(row, task, score), row))
     except BadRow as error:
-      bad.append(f'{where}: {error}')
+      bad.append((where, str(error)))
   if bad:
-    raise UserError(f'{len(bad)} bad rows:{listed(bad)}')
+    raise UserError(f'{counted(len(bad), "bad row")}:{listed(bad)}')
   return found
 
 
