@@ -14,6 +14,7 @@ from ptune.methods import full, lora, prompt
 from ptune.model import attention as attention_lib
 from ptune.model import (
   frozen_weights,
+  fused,
   layers,
   model_info,
   network,
@@ -127,9 +128,20 @@ def loss_and_gradients(config, batch, method, dropout=False):
   return run, random_params(net)
 
 
+@pytest.mark.parametrize('kernel', [False, True], ids=['xla', 'pallas'])
 @pytest.mark.parametrize('dropout', [False, True])
-def test_attention_without_keys_and_values_is_the_same(dropout, monkeypatch):
+def test_attention_without_keys_and_values_is_the_same(
+  dropout, kernel, monkeypatch
+):
   config = dataclasses.replace(SHALLOW, dropout_rate=0.2)
+  # The TPU's, interpreted.
+  monkeypatch.setattr(fused, 'fits_absorbed', lambda *arrays: kernel)
+  attend, called = fused.attend_absorbed, []
+  monkeypatch.setattr(
+    fused,
+    'attend_absorbed',
+    lambda *arrays: called.append(1) or attend(*arrays),
+  )
   found = []
   for absorbs in (False, True):
     monkeypatch.setattr(
@@ -141,6 +153,7 @@ def test_attention_without_keys_and_values_is_the_same(dropout, monkeypatch):
     text = run.lower(params).as_text()
     # Only absorbed attention has this array: [batch, heads, q, embed].
     assert ('4x4x2x32x' in text) == absorbs
+    assert bool(called) == (absorbs and kernel)
     found.append(run(params))
   (loss, grads), (again, grads_again) = found
   np.testing.assert_allclose(again, loss, rtol=1e-6)

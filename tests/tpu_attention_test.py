@@ -155,7 +155,7 @@ def test_a_step_takes_the_heads_that_fill_registers(heads, head_dim, expected):
 
 def test_long_rows_are_taken_in_smaller_blocks_and_then_not_at_all(monkeypatch):
   def size(length, megabytes):
-    monkeypatch.setattr(tpu_attention, '_vmem', lambda: megabytes * 2**20)
+    monkeypatch.setattr(tpu_attention, 'vmem', lambda: megabytes * 2**20)
     return tpu_attention.block_size(length, length, 16, 64, False)
 
   assert size(612, 128) == 640  # v5e and v6e.

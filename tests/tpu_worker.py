@@ -64,7 +64,7 @@ def compiled(case):
     method=plan.method,
     optimizer=optim.adafactor,
     model=EncoderDecoderModel,
-    feature_lengths=LENGTHS,
+    feature_lengths={**LENGTHS, **case.get('lengths', {})},
     batch_size=BATCH,
     microbatches=case.get('microbatches', 1),
     pack=case.get('pack', 0),

@@ -388,32 +388,37 @@ class Attention(nn.Module):
 
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2, for decoding.
     """
-    heads = (self.num_heads, self.head_dim)
+    heads, x = (self.num_heads, self.head_dim), x.astype(self.dtype)
 
-    def logits_of(x, kernel, scale):
+    def asked_of(x, kernel, scale):
       asked = q
       if scale is not None:
         asked = (q * scale.reshape(1, 1, *heads)).astype(q.dtype)
       kernel = kernel.reshape(-1, *heads).astype(q.dtype)
-      # -> [b, q, h, i] -> [b, h, q, k]
+      # -> [b, q, h, i]
       asked = product('bqhd,ihd->bqhi', asked, kernel).astype(x.dtype)
-      asked = constrain(asked, 'batch', 'length', 'heads', 'embed')
-      return product('bki,bqhi->bhqk', x, asked)
+      return constrain(asked, 'batch', 'length', 'heads', 'embed')
 
     def values_of(x, kernel, scale):
-      # -> [b, h, q, i] -> [b, q, h, d]
-      seen = product('bki,bhqk->bhqi', x, weights).astype(x.dtype)
-      seen = constrain(seen, 'batch', 'heads', 'length', 'embed')
       kernel = kernel.reshape(-1, *heads).astype(x.dtype)
-      y = product('ihd,bhqi->bqhd', kernel, seen) / total.swapaxes(1, 2)
+      y = product('ihd,bhqi->bqhd', kernel, seen)
+      if total is not None:
+        y = y / total.swapaxes(1, 2)
       return y if scale is None else y * scale.reshape(1, 1, *heads)
 
     axes, width = ('embed', 'joined_kv'), self.num_heads * self.head_dim
     project = functools.partial(Dense, width, axes, self.dtype)
-    logits = project(name='key', out_dtype=jnp.float32)(x, logits_of)
-    weights, total = self._weights(logits, mask, bias)
+    asked = project(name='key')(x, asked_of)
     kept = self._kept(x, enable_dropout)
-    if kept is not None:
-      weights = weights * kept.swapaxes(2, 3)
-    y = project(name='value')(x, values_of)
+    if bias is None and fused.fits_absorbed(self.fused, asked, x, mask):
+      seen, total = fused.attend_absorbed(asked, x, mask, kept), None
+    else:
+      logits = product('bki,bqhi->bhqk', x, asked)
+      weights, total = self._weights(logits, mask, bias)
+      if kept is not None:
+        weights = weights * kept.swapaxes(2, 3)
+      # -> [b, h, q, i]
+      seen = product('bki,bhqk->bhqi', x, weights).astype(x.dtype)
+    seen = constrain(seen, 'batch', 'heads', 'length', 'embed')
+    y = project(name='value')(x, values_of)  # -> [b, q, h, d]
     return constrain(y, 'batch', 'length', 'heads', 'kv')

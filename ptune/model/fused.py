@@ -1,7 +1,7 @@
 """Attention by an accelerator's fused kernel that supports T5's bias.
 
     NVIDIA GPU   cuDNN's kernel, through jax.nn.dot_product_attention
-    TPU          our own kernel, `tpu_attention`
+    TPU          our own kernels, `tpu_attention` and `tpu_cross_attention`
 
 The kernels keep no weights [batch, heads, q, k] for the backward pass but
 compute them again. Like `Attention`, they sum weights in float32. `Attention`
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from ptune.model import tpu_attention
+from ptune.model import tpu_attention, tpu_cross_attention
 from ptune.model.tpu_attention import MASKED
 
 # A kernel is worth it from this many queries and keys.
@@ -55,20 +55,9 @@ def fits(
     mask: As for `attend`.
   """
   kernel = platform()
-  if wanted is None:
-    wanted = kernel in DEFAULT
-  mesh, spec = jax.sharding.get_abstract_mesh(), _spec()
-  # Without a mesh, as in T5X, we do not know how arrays are sharded.
-  if not wanted or (mesh.empty and jax.device_count() > 1):
-    return False
   (rows, queries, heads, head_dim), keys = q.shape, k.shape[1]
-  split = [mesh.shape[axis] if axis else 1 for axis in spec]
-  if (
-    q.dtype != jnp.bfloat16
-    or min(queries, keys) < LEAST
-    or rows % split[0]
-    or heads % split[1]
-  ):
+  here = _heads_here(wanted, q.dtype, rows, heads)
+  if not here or min(queries, keys) < LEAST:
     return False
   if kernel == 'cuda':
     return head_dim % 8 == 0 and head_dim <= _CUDNN_LARGEST
@@ -79,10 +68,51 @@ def fits(
     and mask.shape[1] == 1
     and (bias is None or bias.shape == (1, heads, queries, keys))
     and tpu_attention.block_size(
-      queries, keys, heads // split[1], head_dim, mask.shape[2] > 1
+      queries, keys, here, head_dim, mask.shape[2] > 1
     )
     > 0
   )
+
+
+def fits_absorbed(
+  wanted: bool | None, asked: jax.Array, x: jax.Array, mask: jax.Array
+) -> bool:
+  """Whether `attend_absorbed` supports these arrays, and should be used.
+
+  Args:
+    wanted: As for `fits`.
+    asked: [batch, q, heads, embed].
+    x: [batch, k, embed].
+    mask: As for `attend_absorbed`.
+  """
+  (rows, queries, heads, embed), keys = asked.shape, x.shape[1]
+  here = _heads_here(wanted, x.dtype, rows, heads)
+  return (
+    here > 0
+    and platform() == 'tpu'
+    and keys >= LEAST
+    and mask.ndim == 4
+    and mask.shape[1:3] == (1, 1)
+    and tpu_cross_attention.fits(queries, keys, here, embed)
+  )
+
+
+def _heads_here(
+  wanted: bool | None, dtype: jnp.dtype, rows: int, heads: int
+) -> int:
+  """How many heads a device has; 0 if no kernel should be used."""
+  if wanted is None:
+    wanted = platform() in DEFAULT
+  mesh = jax.sharding.get_abstract_mesh()
+  # Without a mesh, as in T5X, we do not know how arrays are sharded.
+  if (
+    not wanted
+    or dtype != jnp.bfloat16
+    or (mesh.empty and jax.device_count() > 1)
+  ):
+    return 0
+  split = [mesh.shape[axis] if axis else 1 for axis in _spec()]
+  return 0 if rows % split[0] or heads % split[1] else heads // split[1]
 
 
 def attend(
@@ -112,6 +142,24 @@ def attend(
     v = v * kept.swapaxes(1, 2)
   added = jnp.where(mask, jnp.zeros(()) if bias is None else bias, MASKED)
   return _cudnn(q, k, v, added)
+
+
+def attend_absorbed(
+  asked: jax.Array, x: jax.Array, mask: jax.Array, kept: jax.Array | None
+) -> jax.Array:
+  """(kept softmax(asked x^T)) x, for each head.
+
+  Args:
+    asked: [batch, q, heads, embed], queries multiplied with the key kernel.
+    x: [batch, k, embed], of which keys and values would be made.
+    mask: Broadcasts to [batch, 1, 1, k]; True where a query may attend.
+    kept: [batch, heads, k, 1], the dropout of keys, or None.
+
+  Returns:
+    [batch, heads, q, embed], to multiply with the value kernel.
+  """
+  asked = asked.swapaxes(1, 2)
+  return tpu_cross_attention.attend(asked, x, mask, kept, _spec())
 
 
 def _cudnn(q, k, v, bias) -> jax.Array:

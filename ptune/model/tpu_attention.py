@@ -64,19 +64,19 @@ def block_size(
     whole_mask: Whether the mask is [batch, k, q].
   """
   for size in BLOCKS:
-    size = min(size, _up(queries, LANES))
+    size = min(size, up(queries, LANES))
     taken = _vmem_bytes(queries, keys, heads, head_dim, whole_mask, size)
-    if taken <= USABLE * _vmem():
+    if taken <= USABLE * vmem():
       # Blocks of about the same size, unlike [0, 640) and [640, 768).
-      return _up(math.ceil(queries / math.ceil(queries / size)), LANES)
+      return up(math.ceil(queries / math.ceil(queries / size)), LANES)
   return 0
 
 
 def _vmem_bytes(queries, keys, heads, head_dim, whole_mask, size) -> int:
   """Estimates the VMEM of the backward kernel, which needs more."""
   n = group(heads, head_dim)
-  width = _up(n * head_dim, LANES)
-  keys, queries = _up(keys, LANES), _up(queries, LANES)
+  width = up(n * head_dim, LANES)
+  keys, queries = up(keys, LANES), up(queries, LANES)
   # Inputs and outputs are there twice: one copied, one in use.
   rows = 2 * 2 * (3 * queries + 4 * keys) * width
   plane = 2 * keys * queries * (4 * n + 2 * whole_mask)
@@ -84,7 +84,7 @@ def _vmem_bytes(queries, keys, heads, head_dim, whole_mask, size) -> int:
   return rows + plane + 2 * 4 * keys * width + 8 * 4 * keys * size
 
 
-def _vmem() -> int:
+def vmem() -> int:
   """Bytes of VMEM per core of the traced program's devices."""
   if platform() != 'tpu':
     return 128 * 2**20
@@ -93,7 +93,7 @@ def _vmem() -> int:
   return pltpu.get_tpu_info().vmem_capacity_bytes
 
 
-def _up(n: int, multiple: int) -> int:
+def up(n: int, multiple: int) -> int:
   return -(-n // multiple) * multiple
 
 
@@ -187,7 +187,7 @@ def _specs(axes):
   return inputs, each
 
 
-def _on_mesh(call, in_specs, out_specs):
+def on_mesh(call, in_specs, out_specs):
   """Shards a kernel, which XLA cannot do by itself."""
   if jax.sharding.get_abstract_mesh().empty:
     return call
@@ -200,7 +200,7 @@ def _forward(q, k, v, bias, mask, kept, axes):
   """The output, like q, and log(sum(exp(logits))) [batch, heads, 1, q]."""
   inputs, sums = _specs(axes)
   call = functools.partial(_call_forward, head_dim=q.shape[-1])
-  call = _on_mesh(call, inputs, (inputs[0], sums))
+  call = on_mesh(call, inputs, (inputs[0], sums))
   y, log_sum = call(*_inputs(q, k, v, bias, mask, kept))
   return y.reshape(q.shape), log_sum
 
@@ -217,7 +217,7 @@ def _backward(q, k, v, bias, mask, kept, log_sum, dy, axes, wants_bias):
       dbias = jax.lax.psum(dbias, axes[0])
     return *grads, dbias
 
-  call = _on_mesh(call, (*inputs, sums, inputs[0]), inputs[:4])
+  call = on_mesh(call, (*inputs, sums, inputs[0]), inputs[:4])
   dq, dk, dv, dbias = call(
     *_inputs(q, k, v, bias, mask, kept), log_sum, _flat(dy)
   )
@@ -229,7 +229,7 @@ def _backward(q, k, v, bias, mask, kept, log_sum, dy, axes, wants_bias):
 # -------------------------------------------------------------------- kernels
 
 
-def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
   """A product of two matrices over an axis of each, summed in float32."""
   return jax.lax.dot_general(
     a,
@@ -260,7 +260,7 @@ def _hidden(mask_ref, queries: slice) -> jax.Array:
 
 def _logits(q, k, bias_ref, head: int, queries: slice, hidden):
   """Logits of one head and one block of queries: [k, q] float32."""
-  logits = _dot(k, q, (1, 1))
+  logits = dot(k, q, (1, 1))
   if bias_ref is not None:
     logits = logits + bias_ref[head, :, queries]
   return logits + hidden
@@ -303,7 +303,7 @@ def _forward_kernel(
       weights = jnp.exp(logits - most)
       total = jnp.sum(weights, axis=0, keepdims=True)  # [1, q]
       log_sum_ref[0, head, :, queries] = most + jnp.log(total)
-      y = _dot(of_head[head], weights.astype(values.dtype), (1, 0))
+      y = dot(of_head[head], weights.astype(values.dtype), (1, 0))
       outputs.append(y / total)  # [kv, q]
     y = jnp.concatenate(outputs, axis=0).T
     y_ref[0, queries, :] = y.astype(y_ref.dtype)
@@ -347,7 +347,7 @@ def _backward_kernel(
       k, v = k_ref[0, :, lanes], v_ref[0, :, lanes]
       logits = _logits(q, k, bias_ref, head, queries, hidden)
       weights = jnp.exp(logits - log_sum_ref[0, head, :, queries])
-      dweights = _dot(v, dy, (1, 1))  # [k, q]
+      dweights = dot(v, dy, (1, 1))  # [k, q]
       if kept_ref is not None:
         dweights *= kept_ref[0, head].T  # [1, k] -> [k, 1]
       mean = jnp.sum(weights * dweights, axis=0, keepdims=True)
@@ -355,9 +355,9 @@ def _backward_kernel(
       if dbias_ref is not None:
         dbias_ref[head, :, queries] += dlogits
       dlogits = dlogits.astype(dtype)
-      dv[head] += _dot(dys[lanes, queries], weights.astype(dtype), (1, 1))
-      dk[head] += _dot(askers[lanes, queries], dlogits, (1, 1))
-      dqs.append(_dot(keys[lanes], dlogits, (1, 0)))  # [kv, q]
+      dv[head] += dot(dys[lanes, queries], weights.astype(dtype), (1, 1))
+      dk[head] += dot(askers[lanes, queries], dlogits, (1, 1))
+      dqs.append(dot(keys[lanes], dlogits, (1, 0)))  # [kv, q]
     dq = jnp.concatenate(dqs, axis=0).T
     dq_ref[0, queries, :] = dq.astype(dtype)
   if kept_ref is not None:
@@ -427,7 +427,7 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, products):
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary'),
       # XLA may use the rest for other arrays.
-      vmem_limit_bytes=int(min(0.9 * _vmem(), max(1.25 * taken, 16 * 2**20))),
+      vmem_limit_bytes=int(min(0.9 * vmem(), max(1.25 * taken, 16 * 2**20))),
     ),
     cost_estimate=pl.CostEstimate(
       flops=2 * products * weights * head_dim,

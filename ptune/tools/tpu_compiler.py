@@ -13,8 +13,10 @@ It is an estimate, not a measurement:
   in the time.
 - A Pallas kernel has none either. Where the bundles of its schedule are known
   (`dump_bundles`), they are counted as cycles: a lower bound, because waits for
-  copies are not in them. Elsewhere a kernel is taken to compute at
-  `Chip.kernel_rate` of the peak, about what its schedules say for heads of 64.
+  copies and for the matrix unit are not in them. No kernel counts less than its
+  products take at the peak. Elsewhere a kernel is taken to compute at
+  `Chip.kernel_rate` of the peak, about what its schedules say for heads of 64,
+  or at `CROSS_RATE`.
 """
 
 import collections
@@ -30,7 +32,7 @@ from typing import Any
 import jax
 
 from ptune.errors import UserError
-from ptune.model import tpu_attention
+from ptune.model import tpu_attention, tpu_cross_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,10 @@ _CUBES = {
 }
 # Both cores of a v4 are one device to JAX; libtpu takes them for two.
 _MEGACORE = {'chip_config_name': 'megacore'}
+
+# The part of the peak at which the kernels of cross-attention compute, by their
+# schedules on a v6e: a head is as wide as the network.
+CROSS_RATE = 0.7
 
 # By the names of `plan.ACCELERATORS`; libtpu calls v7x tpu7x. Peak and
 # bandwidth are from the documentation of Google Cloud. The clock is the peak
@@ -174,6 +180,7 @@ REST = 'loss, optimizer and rest'
 # There are more of them in a deeper network.
 _IN_LAYERS = frozenset(name for name, _ in PARTS[:-2])
 
+_CROSS = (tpu_cross_attention.FORWARD, tpu_cross_attention.BACKWARD)
 _COLLECTIVES = (
   'all-reduce',
   'all-gather',
@@ -487,8 +494,11 @@ def estimate(text: str, chip: str, schedules: str | None = None) -> Estimate:
         found = bundles(schedules, name) if schedules else 0
         scheduled &= found > 0
         about = CHIPS[chip]
-        rate = about.kernel_rate * about.flops / about.clock
-        cost.kernel_cycles = steps * found or cost.flops / rate
+        rate = about.flops / about.clock
+        if not found:
+          crosses = _label(name) in _CROSS
+          rate *= CROSS_RATE if crosses else about.kernel_rate
+        cost.kernel_cycles = max(steps * found, cost.flops / rate)
       base = opcode.removesuffix('-start')
       if base in _COLLECTIVES:
         number, size = collectives.get(base, (0.0, 0.0))
@@ -507,15 +517,28 @@ def _label(name: str) -> str:
 
 def _attention(rest: str, name: str) -> tuple[int, float]:
   """Steps of the grid, and FLOP, of a call of one of our kernels."""
+  label = _label(name)
+  constraints = rest.partition('operand_layout_constraints')[2]
+  arrays = [
+    [int(n) for n in shape.split(',')]
+    for shape in re.findall(r'bf16\[([\d,]+)\]', constraints)
+  ]
+  if len(arrays) < 2:
+    return 0, 0.0
+  keys = arrays[1][1]
+  if label in _CROSS:
+    rows = arrays[1][0]  # [rows, keys, embed]
+    products = 2
+    if label == tpu_cross_attention.BACKWARD:  # It has one output or two.
+      products = 1 + 2 * _split(rest)[0].count('bf16[')
+    return rows, products * 2.0 * math.prod(arrays[0]) * keys
   # The log-sums, which both kernels have: [rows, heads, 1, queries].
   sums = re.search(r'f32\[(\d+),(\d+),1,(\d+)\]', rest)
-  constraints = rest.partition('operand_layout_constraints')[2]
-  arrays = re.findall(r'bf16\[\d+,(\d+),(\d+)\]', constraints)
-  if not sums or len(arrays) < 2:
+  if not sums:
     return 0, 0.0
   rows, heads, queries = map(int, sums.groups())
-  keys, width = map(int, arrays[1])
-  products = 5 if _label(name) == tpu_attention.BACKWARD else 2
+  width = arrays[1][2]
+  products = 5 if label == tpu_attention.BACKWARD else 2
   groups = heads // tpu_attention.group(heads, width // heads)
   return rows * groups, products * 2.0 * rows * queries * keys * width
 
