@@ -1,8 +1,8 @@
 """Installs ptune; the metadata and the tools' settings are in pyproject.toml.
 
-`gin/` and `tasks/` lie at the top of the repository, where users of T5X look
-for them, and are installed inside the package as `ptune.gin` (files only) and
-`ptune.tasks`.
+`gin/` and `tasks/` are at the top of the repository, because users of T5X look
+for them there. They are installed inside the package as `ptune.gin` (files
+only) and `ptune.tasks`.
 """
 
 import setuptools

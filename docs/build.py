@@ -61,7 +61,9 @@ def linked(text: str, page: str, file: pathlib.Path) -> str:
     elif linked_file.exists():
       target = f'{REPOSITORY}/{linked_file.relative_to(ROOT)}'
     elif not target.endswith(MACROS):
-      raise ValueError(f'{file.relative_to(ROOT)} links to {target}: not there')
+      raise ValueError(
+        f'{file.relative_to(ROOT)} links to {target}, which does not exist'
+      )
     return f'{head}{target}{anchor})'
 
   return _LINK.sub(link, text)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __version__ = '0.1.0'
 
-# In a checkout, `tasks/` lies beside this package, and not in it as when it is
-# installed. Python that starts there finds this one first.
+# In a checkout, `tasks/` is beside this package; in an installed ptune, it is
+# inside. Python that starts in the checkout finds this package first.
 _beside = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_beside, 'tasks', 'registry.py')):
   __path__.append(_beside)

@@ -9,9 +9,9 @@ from typing import Any
 class UserError(ValueError):
   """A setting, a file or an argument cannot be used.
 
-  The message says what was got, what is expected, and how to fix it. The
-  command line prints it and exits with status 2. Any other ValueError is a bug
-  and keeps its traceback.
+  The message gives the value, the expected value and the fix. The command line
+  prints it and exits with status 2. Any other ValueError is a bug and keeps its
+  traceback.
   """
 
 

@@ -26,13 +26,13 @@ from ptune.training import settings
 from ptune.training.report import to_json
 
 MODES = ('predict', 'score', 'classify')
-# What is printed of each record if the inputs come from standard input.
+# The text to print for a record if the inputs come from standard input.
 PRINTED = {
   'predict': 'prediction',
   'score': 'score',
   'classify': 'probabilities',
 }
-# Batches that are read, sorted by length and written together.
+# The number of batches to read, sort by length and write together.
 CHUNK = 64
 
 
@@ -51,32 +51,33 @@ def infer(
   seed: int = 0,
   model_parallel: int = 1,
 ) -> epath.Path:
-  """Writes what a trained model makes of each input, in their order.
+  """Writes a trained model's answer to each input, in the order of the inputs.
 
   Args:
-    data: The task, and the batches that are computed at once; no answer depends
-      on them. With an input_file, only the task's vocabulary and the ends of
-      its features are used.
+    data: The task and its batches; the batch size does not change any answer.
+      With an input_file, only the task's vocabulary and the ends of its
+      features are used.
     config: The network's sizes.
-    method: What was trained.
-    trained: What answers. If there are several prompts, each line of a .jsonl
-      file names its own as `prompt`.
-    model: The loss.
-    output_dir: Where the file goes; MODEL_DIR/infer if not given.
-    input_file: One input a line, or a .tsv, .csv or .jsonl file; - is standard
-      input. See `inputs.read_inputs`.
-    split: The split of the task, where there is no input_file.
+    method: The method that was trained.
+    trained: The trained model. If there are several prompts, each line of a
+      .jsonl file names its own as `prompt`.
+    model: Makes the loss of a network.
+    output_dir: The directory to write to; None for MODEL_DIR/infer.
+    input_file: A file with one input a line, or a .tsv, .csv or .jsonl file; -
+      is standard input. See `inputs.read_inputs`.
+    split: The split of the task, if there is no input_file.
     mode: 'predict', 'score' for the log probability of the targets, or
       'classify' for the probability of each label of the task.
-    decoding: How predictions are made.
+    decoding: How to decode predictions.
     seed: For sampling.
-    model_parallel: Devices that one copy of the weights is split over.
+    model_parallel: The number of devices that share one copy of the weights.
 
   Returns:
-    The file: a line for each input, with `inputs`, `score`, `targets` where
-    there are any, and `prompt` if there are several. In predict and classify
-    mode it has the `prediction`, and in classify mode the `probabilities` by
-    label, which sum to 1; the prediction is the most likely label.
+    The path of the file. It has a line for each input, with `inputs`, `score`,
+    `targets` if there are any, and `prompt` if there are several. In predict
+    and classify mode a line also has the `prediction`. In classify mode this is
+    the most likely label, and the line has the `probabilities` by label, which
+    sum to 1.
   """
   if mode not in MODES:
     raise UserError(f'INFER_MODE is {mode!r}; it must be one of {MODES}')
@@ -119,7 +120,7 @@ def infer(
     trees = lambda records: bank.trees([r['prompt'] for r in records])
 
   def answer(chunk, first):
-    """The records of a chunk, whose first example has the given number."""
+    """The records of a chunk; `number` is that of its first example."""
     records: list[dict[str, Any]] = [dict(texts) for texts, _ in chunk]
 
     def ask(batch, rows):
@@ -128,7 +129,7 @@ def infer(
         return (), asked.score(params, batch)
       return asked.predict(params, batch, first + rows)
 
-    # To classify, a record stands in one row for each label.
+    # To classify, each record takes one row for each label.
     each = list(labels.values()) or [{}]
     padded = padding.padded_batches(
       [features | label for _, features in chunk for label in each],
@@ -153,7 +154,7 @@ def infer(
   shown = PRINTED[mode] if input_file == STDIN else None
   if not _write(path, chunks, answer, shown):
     raise UserError(
-      f'there is nothing to {mode}: {input_file or name} has no examples'
+      f'{input_file or name} has no examples to {mode}; give at least one input'
     )
   return path
 
@@ -167,13 +168,13 @@ def _examples(
   mode: str,
   own: Callable[..., dict[str, str]],
 ) -> tuple[str, Iterator[tuple[dict[str, str], dict[str, Any]]]]:
-  """A name for the output, and (texts, features) of each input."""
+  """Returns a name for the output, and (texts, features) of each input."""
   if input_file is None:
     name = f'{data.task}-{split}'
     seqio_task.check(task, data.feature_lengths, split, data.use_cached)
     same = own(name, {})
     if mode == 'classify' and isinstance(task, TextTask):
-      # To rank, its examples have each row once for each label.
+      # For ranking, the task has each row once for each label.
       read = task.texts(split)
       found = (
         seqio_task.encode(
@@ -203,10 +204,10 @@ def _examples(
 def _labels(
   task: seqio_task.Provider, data: settings.Data, config: Config
 ) -> dict[str, dict[str, Any]]:
-  """The features of each label of a task as a target.
+  """Returns the features of each label of a task, as a target.
 
   Raises:
-    UserError: If the task is no classification.
+    UserError: If the task is not a classification.
   """
   found = {}
   for label in seqio_task.labels(task, data.feature_lengths, data.use_cached):
@@ -222,12 +223,12 @@ def _labels(
 def _add_probabilities(
   records: list[dict[str, Any]], labels: list[str], scores: list[float]
 ) -> None:
-  """Adds to each record what its labels' scores mean.
+  """Adds the prediction and the labels' probabilities to each record.
 
   Args:
-    records: What is known of each input.
+    records: The record of each input.
     labels: The labels.
-    scores: [records * labels] the log probability of each label.
+    scores: The log probability of each label, [records * labels].
   """
   by_record = np.reshape(scores, (len(records), len(labels)))
   likely = predictor.probabilities(by_record)
@@ -241,14 +242,17 @@ def _add_probabilities(
 def _prompts(
   trained: settings.Trained, method: Method
 ) -> tuple[dict[str, str] | None, Callable[..., dict[str, str]]]:
-  """The files of several prompts, by name, and what says a row's own."""
+  """The files of several prompts by name, and a function for a row's prompt."""
   named, default_prompt = None, trained.default_prompt
   if trained.prompts is not None:
     named = trained_model.named_prompts(trained, method)
     if default_prompt is None and len(named) == 1:
       default_prompt = next(iter(named))
   elif default_prompt is not None:
-    raise UserError(f'DEFAULT_PROMPT is {default_prompt!r}, without PROMPTS')
+    raise UserError(
+      f'DEFAULT_PROMPT is {default_prompt!r}, but PROMPTS is not set; set'
+      ' PROMPTS or remove it'
+    )
   return named, functools.partial(_own_prompt, named, default_prompt)
 
 
@@ -258,13 +262,14 @@ def _write(
   answer: Callable[[list[Any], int], list[dict[str, Any]]],
   shown: str | None = None,
 ) -> int:
-  """Writes the records of all chunks, or nothing; returns how many.
+  """Writes the records of all chunks, or nothing; returns their number.
 
   Args:
-    path: The file.
-    chunks: What is answered.
+    path: The file to write.
+    chunks: The inputs, in chunks.
     answer: See `infer`.
-    shown: What is printed of each record, in place of the file's name.
+    shown: Makes the text to print for each record; if it is given, the file's
+      name is not printed.
   """
   partial = path.parent / f'.{path.name}.tmp'
   writes = jax.process_index() == 0
@@ -293,13 +298,13 @@ def _own_prompt(
   where: str,
   record: Mapping[str, Any],
 ) -> dict[str, str]:
-  """{'prompt': the one of a row}, or {} where there are not several."""
+  """{'prompt': the row's prompt}, or {} if there are not several prompts."""
   if named is None:
     return {}
   name = record.get('prompt', default)
   if name is None:
     raise UserError(
-      f'{where}: no prompt is named; set DEFAULT_PROMPT to one of'
+      f'{where}: this row names no prompt; set DEFAULT_PROMPT to one of'
       f' {sorted(named)}, or write them into a .jsonl file:'
       ' {"inputs": "...", "prompt": "..."}'
     )
@@ -309,7 +314,7 @@ def _own_prompt(
 
 
 def _stem(file: str) -> str:
-  """'/data/rows.csv.gz' -> 'rows'; of standard input 'stdin'."""
+  """'/data/rows.csv.gz' -> 'rows'; standard input -> 'stdin'."""
   if file == STDIN:
     return 'stdin'
   return epath.Path(file.removesuffix('.gz')).stem

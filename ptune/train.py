@@ -1,4 +1,4 @@
-"""`ptune train`: tunes a prompt, or whatever a method trains, on a task.
+"""`ptune train`: trains a prompt, or another method's parameters, on a task.
 
 The program reads from top to bottom: checks, the parameters and where they come
 from, the compiled step, the loop. If you stop a run at any moment and start it
@@ -53,7 +53,7 @@ def train(
     train_steps: The last step of this run.
     data: The task, its batches, and how private its rows stay.
     config: The network's sizes.
-    method: What is added to the network and trained.
+    method: The method, which adds trained parameters to the network.
     initial_checkpoint_path: The base model. None starts from random weights,
       which only a method that trains the whole model allows.
     model: Makes the loss of a network.
@@ -139,7 +139,7 @@ def train(
       trained, tx, plan, abstract, data.microbatches, seed, private
     )
     member = Member('', plan, facts, lambda state: state.trainable)
-    # A packed example was checked by itself.
+    # `packing` has already checked each example.
     check = None if data.pack else method.check
     # For packed rows this reads the first rows, so it comes before the others.
     examples_per_step = rows.examples_per_step

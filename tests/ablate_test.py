@@ -170,16 +170,16 @@ def test_a_shorter_prompt_stands_where_the_longer_did(how):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'keep_rows': 4}, 'KEEP_ROWS is 4; expected from 1 to 3'),
+    ({'keep_rows': 4}, 'KEEP_ROWS is 4; expected 1 to 3'),
     ({'keep_rows': 0}, 'KEEP_ROWS is 0'),
     (
       {'keep_pieces': 64},
-      'KEEP_PIECES is 64; expected from 1 to 63: the 4 rows',
+      'KEEP_PIECES is 64; expected 1 to 63: the 4 rows',
     ),
     ({'keep_rows': 2, 'keep_pieces': 32}, 'the 2 rows have 16 pieces'),
     ({'keep_pieces': 2, 'pieces': 3}, 'PIECES is 3; expected a divisor of 16'),
     ({'importance': 'x'}, "IMPORTANCE is 'x'; expected one of"),
-    ({'method': ia3.ia3()}, "'ia3' is no plain prompt"),
+    ({'method': ia3.ia3()}, "'ia3' is not a plain prompt"),
     ({'method': prompt.prompt(1)}, 'the prompt has one row'),
     ({'best_metric': 'x'}, "'x' is not among the metrics"),
     ({'method': prompt.prompt(5)}, 'PROMPT_LENGTH'),

@@ -444,7 +444,10 @@ NAN = float('nan')
       lambda _: ptune.load('moved'),
       r"at no/base(.|\n)*ptune.load\('moved', base=",
     ),
-    (lambda run: ptune.load('ptune://tiny', run), 'is no run and no prompt'),
+    (
+      lambda run: ptune.load('ptune://tiny', run),
+      'is neither a run nor a prompt',
+    ),
   ],
 )
 def test_a_bad_question_is_named_and_nothing_is_written(

@@ -339,7 +339,7 @@ def test_a_flag_names_files_runs_and_directories(tmp_path):
   }
   assert bank_lib.parse(f'{tmp_path}/a.npy')['a'] == at('a.npy')
   (tmp_path / 'lr=0.3').mkdir()
-  with pytest.raises(ValueError, match=r"\['lr=0.3'\] are no names"):
+  with pytest.raises(ValueError, match=r"\['lr=0.3'\] are not names"):
     bank_lib.parse(at('lr=0.3'))
   assert bank_lib.parse(f'x={at("lr=0.3")}') == {'x': at('lr=0.3')}
   run = tmp_path / 'run' / 'prompts'
@@ -353,7 +353,7 @@ def test_a_flag_names_files_runs_and_directories(tmp_path):
     ('', 'no prompts'),
     ('x=', 'no prompts'),
     ('=a.npy', 'no prompts'),
-    ('glue/sst2=a.npy', r"\['glue/sst2'\] are no names"),
+    ('glue/sst2=a.npy', r"\['glue/sst2'\] are not names"),
   ):
     with pytest.raises(ValueError, match=message):
       bank_lib.parse(wrong)

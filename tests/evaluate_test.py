@@ -276,7 +276,7 @@ def test_what_is_wrong_is_said(trained, tmp_path):
       {'model_dir': tmp_path / 'other'},
       'the vocabulary is not that of the base model ptune://tiny',
     ),
-    ({'model_dir': tmp_path}, r'holds no run of ptune train \(run.json'),
+    ({'model_dir': tmp_path}, r'has no run of ptune train \(run.json'),
     ({'model_dir': trained, 'method': prompt.prompt(4)}, r'\[4, 16\]'),
     (
       {

@@ -247,10 +247,10 @@ def _header(text):
 @pytest.mark.parametrize(
   'data, message',
   [
-    (b'', 'no NumPy array file, or is damaged'),
-    (b'\x93NUMPY', 'no NumPy array file, or is damaged'),
-    (b'\x93NUMPY\x09\x00abc', 'no NumPy array file, or is damaged'),
-    (pickle.dumps(_Bomb()), 'no NumPy array file'),
+    (b'', 'not a NumPy array file, or is damaged'),
+    (b'\x93NUMPY', 'not a NumPy array file, or is damaged'),
+    (b'\x93NUMPY\x09\x00abc', 'not a NumPy array file, or is damaged'),
+    (pickle.dumps(_Bomb()), 'not a NumPy array file'),
     (
       _header("{'descr': '|O', 'fortran_order': False, 'shape': (2, 2)}"),
       'pic',

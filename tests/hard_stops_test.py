@@ -126,7 +126,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(calm, tmp_path):
   assert min(killed.values()) >= KILLS // 5, killed
   status, output = tiny.command(*arguments(run))
   assert status == 0, output
-  assert 'going on from step' in output
+  assert 'resuming from step' in output
   assert_same_run(run, calm)
 
 
@@ -143,7 +143,7 @@ def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(calm, tmp_path):
   assert 'the same command resumes from there' in process.output
   status, output = tiny.command(*arguments(tmp_path))
   assert status == 0, output
-  assert f'going on from step {step}' in output
+  assert f'resuming from step {step}' in output
   assert_same_run(tmp_path, calm)
 
 
@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_passed_over(
   assert (
     f'{started}/checkpoints/12 cannot be read and is skipped' in caplog.text
   )
-  assert 'going on from step 8' in caplog.text
+  assert 'resuming from step 8' in caplog.text
   assert (started / 'checkpoints' / '12.damaged').is_dir()
   assert_same_run(started, undisturbed)
 

@@ -246,13 +246,16 @@ def test_a_prompt_that_is_not_there_is_named_by_file_and_line(
   unnamed = write(tmp_path / 'b.txt', 'ab')
   for changes, message in (
     ({}, r"a.jsonl:1: there is no prompt 'lang'; did you mean long\?"),
-    ({'input_file': unnamed}, 'b.txt:1: no prompt is named; set DEFAULT_'),
-    ({'input_file': None}, 'tiny-test: no prompt is named'),
+    (
+      {'input_file': unnamed},
+      'b.txt:1: this row names no prompt; set DEFAULT_',
+    ),
+    ({'input_file': None}, 'tiny-test: this row names no prompt'),
     (
       {'default_prompt': 'c', 'input_file': unnamed},
       "no prompt 'c'; there are",
     ),
-    ({'prompts': None, 'default_prompt': 'a'}, 'without PROMPTS'),
+    ({'prompts': None, 'default_prompt': 'a'}, 'but PROMPTS is not set'),
     ({'model_dir': trained}, 'set PROMPTS, or MODEL_DIR'),
     ({'method': prompt.prompt(3, causal=True)}, "METHOD is 'prompt/causal'"),
     ({'prompts': ''}, 'it names no prompts'),
@@ -325,7 +328,7 @@ def test_what_is_wrong_is_named_by_file_and_line(trained, tmp_path):
     ),
     ({'mode': 'score', 'input_file': str(latin)}, 'must be a .jsonl file'),
     ({'input_file': str(latin)}, 'latin.txt:2: byte 0xe4.*is not UTF-8'),
-    ({'input_file': write(tmp_path / 'f.txt', '', ' ')}, 'there is nothing to'),
+    ({'input_file': write(tmp_path / 'f.txt', '', ' ')}, 'has no examples to'),
     ({'mode': 'guess'}, "INFER_MODE is 'guess'; it must be one of"),
     ({'split': 'dev'}, "no split 'dev'"),
     ({'task_feature_lengths': {'inputs': 8}}, "no length for 'targets'"),

@@ -147,7 +147,7 @@ def test_the_command_line(numerics, tmp_path, capsys):
 @pytest.mark.parametrize('content', [b'', b'\x80\x04K\x01.', b'text'])
 def test_what_is_none_of_these_is_an_error(tmp_path, content):
   (tmp_path / 'f').write_bytes(content)
-  with pytest.raises(ValueError, match='no NumPy array file'):
+  with pytest.raises(ValueError, match='not a NumPy array file'):
     inspect(tmp_path / 'f')
   with pytest.raises(ValueError, match='is not a checkpoint'):
     inspect(tmp_path)

@@ -208,7 +208,7 @@ FAKE_RUN = """
 import json, pathlib, sys, time
 step = pathlib.Path(sys.argv[1])
 first = int(step.read_text()) if step.exists() else 0
-print('going on from step', first)
+print('resuming from step', first)
 for i in range(first, 12):
   step.write_text(str(i + 1))
   print('step', i + 1)

@@ -181,7 +181,7 @@ MISTAKES = [
     'do not fit TASK_FEATURE_LENGTHS',
   ),
   ('data', train(TASK_FEATURE_LENGTHS={'inputs': 16}), "length for 'targets'"),
-  ('data', train(MIXTURE_OR_TASK_NAME='a/b'), "'a/b' is none of"),
+  ('data', train(MIXTURE_OR_TASK_NAME='a/b'), "'a/b' is not among"),
   ('data', train(BATCH_SIZE=4, MICROBATCHES=3), 'MICROBATCHES'),
   *(
     ('data', train(MIXTURE_OR_TASK_NAME='x', MIXTURE_OR_TASK_MODULE=m), said)
@@ -201,7 +201,7 @@ MISTAKES = [
   ('programs', evaluate(EVAL_SPLIT=None), 'EVAL_SPLIT is None'),
   ('host', train(MODEL_DIR='good.tsv'), 'MODEL_DIR .* cannot be written'),
   # A prompt.
-  ('methods', evaluate(PROMPT_FILE='garbage.npy'), 'no NumPy array file'),
+  ('methods', evaluate(PROMPT_FILE='garbage.npy'), 'not a NumPy array file'),
   ('methods', evaluate(PROMPT_FILE='nan.npy'), 'NaN or infinity'),
   ('methods', evaluate(PROMPT_FILE='narrow.npy'), r'\[5, 95\]'),
   ('host', evaluate(PROMPT_FILE='pipe.tsv'), 'a pipe'),

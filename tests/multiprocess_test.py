@@ -450,7 +450,7 @@ def test_processes_stop_together_end_together_and_go_on(tmp_path):
   step = newest()
   first, second = start(TRAIN_STEPS=step + 7)
   wait_for_all([first, second])
-  assert f'going on from step {step}' in first.output
+  assert f'resuming from step {step}' in first.output
   assert np.isfinite(final(tmp_path / 'run', step + 7)).all()
   assert not (tmp_path / 'run' / 'run.lock').exists()
 

@@ -131,7 +131,7 @@ def test_the_vocabulary_of_bytes(tmp_path):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'top': 0}, '--top is 0; expected from 1'),
+    ({'top': 0}, '--top is 0; expected 1 to'),
     ({'top': 5000}, '--top is 5000'),
     ({'labels': ['not', '']}, r"no pieces for the labels \[''\]"),
   ],

@@ -212,7 +212,9 @@ def test_when_nothing_fits_the_options_that_would_are_named(monkeypatch):
   assert again == (
     'with --gin.REMAT=True --gin.SCAN=True: no mesh fits v5e (17.2 GB).'
   )
-  best = 'best: --gin.MODEL_PARALLEL=1, the least split mesh that fits v5e'
+  best = (
+    'best: --gin.MODEL_PARALLEL=1, the mesh with the fewest parts that fits v5e'
+  )
   assert fsdp == f'with --gin.FSDP=True: {best} (8.0 GB of 17.2 GB).'
   assert both.startswith(
     f'with --gin.REMAT=True --gin.SCAN=True --gin.FSDP=True: {best}'

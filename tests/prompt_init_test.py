@@ -379,7 +379,7 @@ def test_an_archive_or_a_text_is_no_prompt_file(tmp_path):
   np.savez(tmp_path / 'prompt.npz', prompt=VALUE)
   (tmp_path / 'prompt.json').write_text('{"step": 5}')
   for name in ('prompt.npz', 'prompt.json'):
-    with pytest.raises(ValueError, match='is no NumPy array file'):
+    with pytest.raises(ValueError, match='is not a NumPy array file'):
       prompt_array.read(tmp_path / name)
 
 

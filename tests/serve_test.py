@@ -243,7 +243,7 @@ def test_prompts_are_changed_by_those_who_have_the_token(service, prompts):
   pickled = io.BytesIO()
   np.save(pickled, np.array([{}]), allow_pickle=True)
   for name, body, message in (
-    ('x', b'', 'no NumPy array'),
+    ('x', b'', 'not a NumPy array'),
     ('x', pickled.getvalue(), 'pickled'),
     ('x', npy(np.ones((2, width + 1), np.float32)), f'[prompt, {width}]'),
     ('x', npy(np.full((2, width), np.nan)), 'NaN'),
@@ -310,7 +310,7 @@ def test_labels_are_scored_as_by_the_prompt_alone(service, scored):
   ('labels', 'status', 'message'),
   [
     (['good'], 422, 'labels'),
-    (['good', ' good'], 422, 'the same to the vocabulary'),
+    (['good', ' good'], 422, 'two of them to the same tokens'),
     (['good', 'word ' * 40], 413, 'label 1 has'),
   ],
 )

@@ -116,13 +116,13 @@ def test_what_is_found_can_be_started_from(library, capsys):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['{}/b.npy'], 'nothing to be compared with'),
-    (['{}/b.npy', '{}/wide.npy'], 'unlike width'),
-    (['{}/b.npy', '--directory={}/empty'], 'holds no prompts'),
-    (['{}/wide.npy', '--directory={}'], 'no other prompt of embed 16'),
-    (['{}/b.npy', '--directory={}/no'], 'is no directory'),
+    (['{}/b.npy'], 'cannot be compared with itself'),
+    (['{}/b.npy', '{}/wide.npy'], 'only if their widths are equal'),
+    (['{}/b.npy', '--directory={}/empty'], 'has no prompts'),
+    (['{}/wide.npy', '--directory={}'], 'no other prompt of width 16'),
+    (['{}/b.npy', '--directory={}/no'], 'is not a directory'),
     (['{}/b.npy', '--directory={}', '--top=0'], '--top is 0'),
-    (['{}/b.npy', '{}/run', '--directory={}'], 'for one prompt'),
+    (['{}/b.npy', '{}/run', '--directory={}'], 'takes one prompt'),
   ],
 )
 def test_bad_input_is_told(library, arguments, message, capsys):

@@ -3,9 +3,10 @@
 Without labels, a corpus still shows the source of a text, and whether the text
 asks, counts, denies or uses the first person. Two of its files also show
 whether a text praises or complains, because they put all texts of one kind
-after those of the other (FIRST_PRAISE). This label is a whole document's, and
-many of its sentences only tell the plot. So a sentence counts as praise or
-complaint only if naive Bayes, trained on other documents of the corpus, agrees.
+after those of the other (FIRST_PRAISE). This label holds for a whole document,
+but many sentences of a review only tell the plot. So a sentence counts as
+praise or complaint only if naive Bayes, trained on other documents of the
+corpus, agrees.
 
 This module imports neither SeqIO nor TensorFlow.
 """
@@ -54,7 +55,8 @@ VALUES = {
   **dict.fromkeys(SIGNS, ('no', 'yes')),
 }
 WEIGHTS = {'polarity': 6, 'source': 2}
-HELD_OUT = 100  # Every so many lines, as in `pretraining.text_files`.
+# One line in this many is held out, as in `pretraining.text_files`.
+HELD_OUT = 100
 # Folds are blocks of lines, and few documents cross a block's border.
 BLOCK, FOLDS, MARGIN = 100, 5, 1.0
 GRAM = 8
@@ -116,8 +118,8 @@ def read_withheld(pattern: str) -> Withheld:
   files = sorted(glob.glob(pattern))
   if not files:
     raise ValueError(
-      f'WITHHELD is {pattern!r}, which no file matches: expected the TSV files '
-      'of all downstream tasks, so that no row of pre-training is of them.'
+      f'WITHHELD is {pattern!r}, which no file matches: expected the TSV files'
+      ' of all downstream tasks, so that pre-training reads none of their rows.'
     )
   lines = [
     line for f in files for line in pathlib.Path(f).read_text().split('\n')[1:]
@@ -142,8 +144,8 @@ def texts(corpus: str, withheld: str) -> tuple[Text, ...]:
   files = corpus_text.read(corpus)
   if missing := set(SOURCES) - set(files):
     raise ValueError(
-      f'CORPUS is {corpus!r}, where {sorted(missing)} are missing; expected a '
-      'glob of text files with these names.'
+      f'CORPUS is {corpus!r}, but {sorted(missing)} are missing; expected a'
+      ' glob of text files with these names.'
     )
   guard = read_withheld(withheld)
   found: dict[str, Text] = {}
@@ -178,8 +180,9 @@ def judge(name: str, lines: Sequence[str]):
   ]
   if len(starts) != 1:
     raise ValueError(
-      f'{len(starts)} lines of {name} begin with {FIRST_PRAISE[name]!r}, '
-      'expected 1: it parts complaints from praise. Is it another release?'
+      f'{len(starts)} lines of {name} begin with {FIRST_PRAISE[name]!r},'
+      ' expected 1, where the complaints end and the praise begins. Is this'
+      ' another release of the corpus?'
     )
   [border] = starts
   fold = lambda i: i // BLOCK % FOLDS

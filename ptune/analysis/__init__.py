@@ -1,1 +1,1 @@
-"""What a prompt learned: its neighbours, its likes, its rows that matter."""
+"""Analyses of a prompt: its neighbours, similar prompts, rows that matter."""

@@ -1,24 +1,26 @@
-"""`ptune ablate`: which rows of a prompt matter, and a prompt of those alone.
+"""`ptune ablate`: measures which rows of a prompt matter, and prunes the rest.
 
 Ma et al. 2022, "XPrompt" (arXiv 2210.04457), prunes a prompt to the rows that
-matter most (KEEP_ROWS), and these to the pieces that do (KEEP_PIECES of all
-PIECES of each row, one after the other along embed, as wide as each other). How
-much row i of the prompt P [prompt, embed] matters is, by IMPORTANCE,
+matter most (KEEP_ROWS), and then these rows to the pieces that matter most
+(KEEP_PIECES). A row consists of PIECES pieces of equal width along embed.
+IMPORTANCE defines how much row i of the prompt P [prompt, embed] matters:
 
     leave_one_out   score(P) - score(P without row i)
     gradient        mean_x |dL(x)/dg_i| at g = 1, where P has the rows g_i p_i:
-                    the paper's, from one pass forward and back
+                    the paper's definition; one pass forward and back
 
-and so for a piece, in what is left of P, with a 0 for what it is without. The
-score is what BEST_METRIC names, on EVAL_SPLIT. The network reads the shorter
-prompt, of any length, so a row that is left out leaves no trace.
+The importance of a piece is defined in the same way, in the prompt of the kept
+rows; a left-out piece becomes 0. The score is BEST_METRIC on EVAL_SPLIT. The
+network reads prompts of any length, so a row that is left out has no effect at
+all.
 
     ptune ablate --gin_file=models/t5_1_1_base.gin \\
       --gin_file=methods/prompt.gin --gin_file=runs/ablate.gin \\
       --gin.MODEL_DIR="'/runs/sst2'" --gin.KEEP_ROWS=10 ...
 
-The pruned prompt is a PROMPT_FILE. The paper trains it once more, from where it
-first started; prompts/from_file.gin trains it on from where it is.
+You can use the pruned prompt as PROMPT_FILE. The paper trains it again from its
+original initialisation. prompts/from_file.gin continues from its trained
+values.
 """
 
 import csv
@@ -50,8 +52,8 @@ from ptune.serving import trained_model
 from ptune.serving.evaluation import Evaluation, Scores, evaluation_of
 from ptune.training import selection, settings
 
-LOSSES = ('-loss', 'loss', 'token_accuracy')  # Need no decoding.
-# Of so many rows of data, each with a prompt of its own, the loss is computed
+LOSSES = ('-loss', 'loss', 'token_accuracy')  # These need no decoding.
+# The number of rows of data, each with its own prompt, whose loss is computed
 # at once.
 AT_ONCE = 256
 
@@ -60,13 +62,13 @@ Flat = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Pruning:
-  """What of a prompt is kept.
+  """The parts of a prompt to keep.
 
   Attributes:
-    rows: KEEP_ROWS, rows of the pruned prompt; all if None.
-    pieces: KEEP_PIECES, pieces of it, in all its rows together, that are not
-      0; all if None.
-    pieces_a_row: PIECES, that a row is cut in; 16 in the paper.
+    rows: KEEP_ROWS, the number of rows to keep; None for all.
+    pieces: KEEP_PIECES, the number of pieces to keep in all rows together; the
+      others become 0. None for all.
+    pieces_a_row: PIECES, the number of pieces of a row; 16 in the paper.
   """
 
   rows: int | None = None
@@ -88,31 +90,31 @@ def ablate(
   seed: int = 0,
   model_parallel: int = 1,
 ) -> np.ndarray:
-  """Measures every row of a prompt, and prunes it.
+  """Measures the importance of every row of a prompt, and prunes it.
 
-  Written to the output directory: ablation.csv, .png and .svg; if pieces are
-  kept the same of pieces, named ablation_of_pieces; and if anything is,
-  pruned.npy and .json.
+  Writes ablation.csv, .png and .svg to the output directory. If it prunes
+  pieces, it writes the same files for them, named ablation_of_pieces. If it
+  prunes anything, it writes pruned.npy and pruned.json.
 
   Args:
-    data: The task, and the batches that are computed at once.
+    data: The task and its batches.
     config: The network's sizes.
-    method: A prompt, of the length of what is read.
-    trained: The prompt.
-    evaluation: The split, and the metric that is the score; the loss, negated,
-      is by far the quickest.
+    method: A plain prompt, of the length of the trained one.
+    trained: The trained prompt.
+    evaluation: The split, and the metric that is the score; '-loss' is by far
+      the fastest.
     importance: One of IMPORTANCES.
-    pruning: What is kept.
-    model: The loss.
-    output_dir: Where files go; MODEL_DIR/ablate_<split> if not given.
+    pruning: The parts to keep.
+    model: Makes the loss of a network.
+    output_dir: The directory to write to; None for MODEL_DIR/ablate_<split>.
     seed: For sampling.
-    model_parallel: Devices that one copy of the weights is split over.
+    model_parallel: The number of devices that share one copy of the weights.
 
   Returns:
     The importance of each row, [prompt].
 
   Raises:
-    ValueError: What is given does not fit together.
+    ValueError: If the settings do not fit together.
   """
   settings.check(data, evaluation)
   keep_rows, keep_pieces = pruning.rows, pruning.pieces
@@ -200,18 +202,18 @@ IMPORTANCES = ('leave_one_out', 'gradient')
 
 
 def _check_pruning(pruning: Pruning, length: int, embed: int) -> None:
-  """Raises UserError if a prompt [length, embed] cannot be pruned so."""
+  """Raises UserError if `pruning` does not fit a prompt [length, embed]."""
   keep_rows, keep_pieces = pruning.rows, pruning.pieces
   pieces = pruning.pieces_a_row
   if keep_rows is not None and not 1 <= keep_rows < length:
     raise UserError(
-      f'KEEP_ROWS is {keep_rows}; expected from 1 to {length - 1}, since the'
+      f'KEEP_ROWS is {keep_rows}; expected 1 to {length - 1}, because the'
       f' prompt has {length} rows'
     )
   all_pieces = (keep_rows or length) * pieces
   if keep_pieces is not None and not 1 <= keep_pieces < all_pieces:
     raise UserError(
-      f'KEEP_PIECES is {keep_pieces}; expected from 1 to {all_pieces - 1}:'
+      f'KEEP_PIECES is {keep_pieces}; expected 1 to {all_pieces - 1}:'
       f' the {keep_rows or length} rows have {pieces} pieces each'
     )
   if pieces < 1 or embed % pieces:
@@ -221,23 +223,23 @@ def _check_pruning(pruning: Pruning, length: int, embed: int) -> None:
 
 
 def _known(trained: settings.Trained) -> dict[str, Any]:
-  """What is known of the prompt, and stays true of its parts."""
+  """The facts of the prompt that hold for the pruned prompt too."""
   known = read_prompt(trained.prompt_file or trained.model_dir or '').facts
   return {k: known[k] for k in ('step', 'task', 'base', 'method') if k in known}
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-  """Where the largest values stand, in order."""
+  """The indices of the largest values, in order."""
   return np.sort(np.argsort(-values, kind='stable')[:count])
 
 
 def _gated(prompt, gates):
-  """[prompt, embed] times the gates of its pieces, [prompt, pieces]."""
+  """Multiplies [prompt, embed] by the gates of its pieces, [prompt, pieces]."""
   return prompt * jnp.repeat(gates, prompt.shape[1] // gates.shape[1], axis=1)
 
 
 def _without_a_piece(prompt: np.ndarray, pieces: int) -> Iterator[np.ndarray]:
-  """Yields, for each row, the prompts [pieces, prompt, embed] without one."""
+  """Yields for each row the prompts [pieces, prompt, embed] without a piece."""
   width = prompt.shape[1] // pieces
   for i in range(len(prompt)):
     others = np.repeat(prompt[None], pieces, axis=0)
@@ -247,26 +249,28 @@ def _without_a_piece(prompt: np.ndarray, pieces: int) -> Iterator[np.ndarray]:
 
 
 def _length(plan: parameters.Plan) -> int:
-  """The rows of a plan's prompt.
+  """The number of rows of a plan's prompt.
 
   Raises:
-    ValueError: It has no prompt that rows could be taken from, or of one row.
+    ValueError: If the method is not a plain prompt of two or more rows.
   """
   name = plan.method.name
   if name.partition('/')[0] != 'prompt' or plan.method.prompt is None:
     raise UserError(
-      f'method {name!r} is no plain prompt, of which rows can be left out; if'
+      f'method {name!r} is not a plain prompt, so rows cannot be left out; if'
       ' its run left prompts/best.npy, give that as PROMPT_FILE, with'
       ' --gin_file=methods/prompt.gin'
     )
   length = plan.params[prompt_lib.PATH].shape[0]
   if length < 2:
-    raise UserError('the prompt has one row: there is none to leave out')
+    raise UserError(
+      'the prompt has one row, so no row can be left out; use a longer prompt'
+    )
   return length
 
 
 def _shortened(plan: parameters.Plan, length: int) -> parameters.Plan:
-  """The same with a prompt of another length."""
+  """The plan with a prompt of another length."""
   kind = plan.method.name.partition('/')[2] or 'start'
   causal = kind == 'causal'
   position = 'start' if causal else kind
@@ -299,14 +303,14 @@ class Measure:
         return model.loss(_with(frozen, _gated(prompt, gates)), row)[0]
 
       found = jax.vmap(jax.grad(loss), (None, 0))(gates, batch)
-      # The rows that fill up a batch have no targets, and no gradient.
+      # The rows that pad a batch have no targets, so their gradient is 0.
       real = jnp.any(batch['decoder_loss_weights'] > 0, axis=1)
       return jnp.sum(jnp.abs(found), axis=0), jnp.sum(real)
 
     self._sums, self._gradients = jit(sums), jit(gradients)
 
   def __call__(self, frozen: Flat, prompts: np.ndarray) -> np.ndarray:
-    """The score of each of [prompts, prompt, embed], the more the better."""
+    """The score of each of [prompts, prompt, embed]; higher is better."""
     if self._best_metric in LOSSES:
       scores = self._losses(frozen, prompts)
     else:
@@ -343,7 +347,7 @@ class Measure:
     return mean if pieces else mean[:, 0]
 
   def _batches(self, program, *values):
-    """Yields each task's name, and what the program says of its batches."""
+    """Yields each task's name and the program's result for each batch."""
     with self._plan.scope():
       for task, dataset in self._evaluation.datasets.items():
         yield (
@@ -386,7 +390,7 @@ def _write_pieces(
   rows: np.ndarray | None,
   name: str,
 ) -> None:
-  """As `_write`, of [prompt, pieces]; a row has its number before pruning."""
+  """As `_write`, for [prompt, pieces]; rows keep their original numbers."""
   numbers = np.arange(len(importance)) if rows is None else rows
   is_kept = np.isin(np.arange(importance.size), kept).reshape(importance.shape)
   table = [
@@ -414,7 +418,7 @@ def _write_table(
 
 
 def draw(importance: np.ndarray, kept: np.ndarray | None, name: str):
-  """A bar for each row; those that are pruned are grey."""
+  """Draws a bar for each row; the bars of pruned rows are grey."""
   from matplotlib import figure, ticker
 
   rows = np.arange(len(importance))
@@ -441,7 +445,7 @@ def draw(importance: np.ndarray, kept: np.ndarray | None, name: str):
 def draw_pieces(
   importance: np.ndarray, kept: np.ndarray, rows: np.ndarray, name: str
 ):
-  """A square for each piece, darker the more it matters; a cross if pruned."""
+  """Draws a square for each piece, darker if it matters more."""
   from matplotlib import figure
 
   count, pieces = importance.shape

@@ -1,4 +1,4 @@
-"""Figures of an analysis, as PNG for reading and SVG for a paper."""
+"""Saves the figures of an analysis, as PNG to look at and SVG for a paper."""
 
 import io
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ def save(figure: 'Figure', directory: epath.Path, name: str) -> list[str]:
   """Writes NAME.png and NAME.svg into a directory; returns their names."""
   files = []
   for kind in ('png', 'svg'):
-    # The same figure is the same file, whenever it is drawn.
+    # Drawing the same figure again writes the same bytes.
     plain = {'Date': None} if kind == 'svg' else None
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=150, metadata=plain)

@@ -1,14 +1,15 @@
-"""`ptune neighbours`: the vocabulary pieces that a prompt points at.
+"""`ptune neighbours`: lists the vocabulary pieces nearest to a prompt's rows.
 
-Lester et al. 2021 (arXiv 2104.08691), section 7: for each row of the prompt,
-the pieces of the frozen vocabulary that are nearest by cosine distance. They
-found that the nearest five form tight clusters of meaning, that class labels
-which a prompt started from are still among them, and that rows of a long prompt
-often have the same neighbours, which says that it has more rows than it needs.
+For each row of the prompt, it finds the pieces of the frozen vocabulary with
+the smallest cosine distance, as section 7 of Lester et al. 2021 (arXiv
+2104.08691). They found that the nearest five have similar meanings. If a prompt
+started from class labels, these are still among the neighbours. Rows of a long
+prompt often have the same neighbours, which suggests that the prompt has more
+rows than it needs.
 
     ptune neighbours runs/sst2 --base=ptune://tiny --labels=negative,positive
 
-Of the base only the token embedding is read, block by block.
+It reads only the token embedding of the base model, block by block.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from ptune.convert.source import EMBEDDING, Leaf
 from ptune.convert.tokenizer_json import Tokenizer
 from ptune.errors import UserError
 
-# Values of an embedding that are held at once: 64 MB as float32.
+# The number of embedding values in memory at once: 64 MB as float32.
 BLOCK = 1 << 24
 SPACE = '\u2581'  # SentencePiece's mark of a word's beginning.
 
@@ -44,17 +45,17 @@ def nearest(
   texts: Sequence[str | None],
   top: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The pieces that point most nearly along each vector.
+  """The pieces with the largest cosine to each vector.
 
   Args:
     vectors: [prompt, embed].
-    blocks: The embedding's rows in order, some [rows, embed] at a time.
-    texts: Of each id; where it is None, or there is none, the id is left out.
-    top: How many pieces, of which there must be as many.
+    blocks: The embedding's rows in order, in blocks of [rows, embed].
+    texts: The text of each id. Ids without a text, or with None, are left out.
+    top: The number of pieces; at least this many ids must have a text.
 
   Returns:
-    Their ids and cosines, [prompt, top], the nearest first; of equals, the
-    lower id.
+    Their ids and cosines, [prompt, top], the nearest first; if cosines are
+    equal, the lower id comes first.
   """
   unit = normalised(vectors)
   ids = np.zeros((len(vectors), 0), np.int64)
@@ -79,7 +80,7 @@ def nearest(
 
 
 def normalised(rows: np.ndarray) -> np.ndarray:
-  """Rows [n, embed] of length 1, float32; those of zeros stay so."""
+  """Scales rows [n, embed] to length 1, in float32; rows of zeros stay zero."""
   rows = np.asarray(rows, np.float32)
   lengths = np.linalg.norm(rows, axis=1, keepdims=True)
   return rows / np.where(lengths > 0, lengths, 1)
@@ -95,8 +96,7 @@ def blocks_of(leaf: Leaf) -> Iterator[np.ndarray]:
 def piece_texts(processor: Any) -> list[str | None]:
   """The text of each piece of a SentencePiece model.
 
-  None for what is no text: control marks, the unknown, single bytes and
-  sentinels.
+  Control tokens, the unknown token, single bytes and sentinels get None.
   """
 
   def text(i: int) -> str | None:
@@ -112,10 +112,10 @@ def piece_texts(processor: Any) -> list[str | None]:
 def read_vocabulary(
   path: epath.PathLike,
 ) -> tuple[list[str | None], Callable[[str], list[int]]]:
-  """A model's vocabulary: the text of each id, and how a text is encoded.
+  """A model's vocabulary: the text of each id, and an encoding function.
 
   Raises:
-    FileNotFoundError, ValueError: As `convert.vocabulary.vocabulary_of`.
+    FileNotFoundError, ValueError: See `convert.vocabulary.vocabulary_of`.
   """
   found = vocabulary.look(path)
   if found.file is not None:
@@ -125,7 +125,7 @@ def read_vocabulary(
     own = Tokenizer(found.directory).tokenizer
     texts = [own.decode([i]) or None for i in range(own.get_vocab_size())]
     return texts, lambda text: own.encode(text, add_special_tokens=False).ids
-  # ByT5's: bytes stand behind padding, EOS and the unknown.
+  # ByT5's ids: padding, EOS, the unknown token, then the bytes.
   shown = [chr(i) if 32 < i < 127 else f'0x{i:02x}' for i in range(256)]
   return [None] * 3 + shown, lambda text: [3 + i for i in text.encode()]
 
@@ -140,27 +140,27 @@ def neighbours(
   top: int = 5,
   labels: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """Finds each row's nearest pieces, the labels among them, and like rows.
+  """Finds each row's nearest pieces, the labels among them, and similar rows.
 
   Args:
-    prompt: From `prompts.read_prompt`.
+    prompt: A prompt from `prompts.read_prompt`.
     base: The model that it was trained on, as `open_checkpoint` takes it.
-    words: The vocabulary, as `vocabulary.look` takes it; what lies with the
-      base if not given.
-    top: How many pieces a row.
-    labels: The class labels; none are looked for if not given.
+    words: The vocabulary, as `vocabulary.look` takes it; None for the one in
+      the base's directory.
+    top: The number of pieces for each row.
+    labels: The class labels to look for.
 
   Returns:
-    As JSON: `prompt`, `base`; `rows`, each with its `norm` and `neighbours`
-    (`id`, `piece`, `cosine`), the nearest first; `labels`, each with its
-    `pieces`, the `rows` that have one of them as a neighbour, and the
-    `closest_row` to their mean (which a prompt of class labels starts as) with
-    its `cosine`; `clusters` of `rows` that have the same `piece` nearest, the
-    largest first.
+    A dict for JSON: `prompt`, `base`; `rows`, each with its `norm` and
+    `neighbours` (`id`, `piece`, `cosine`), the nearest first; `labels`, each
+    with its `pieces`, the `rows` that have one of them as a neighbour, and the
+    `closest_row` to the mean of the pieces (the value that class-label
+    initialisation gives a row) with its `cosine`; `clusters` of `rows` with the
+    same nearest `piece`, the largest first.
 
   Raises:
-    ValueError: The prompt is not for this base, a label cannot be encoded, or
-      `top` is out of range.
+    ValueError: If the prompt is not for this base, a label cannot be encoded,
+      or `top` is out of range.
   """
   source = open_checkpoint(base)
   check_width(prompt, source)
@@ -172,7 +172,8 @@ def neighbours(
   count = sum(text is not None for text in texts)
   if not 1 <= top <= count:
     raise UserError(
-      f'--top is {top}; expected from 1 to the {count} pieces of the vocabulary'
+      f'--top is {top}; expected 1 to {count}, the number of pieces in the'
+      ' vocabulary'
     )
   encoded = {
     label: [i for i in encode(label) if texts[i] not in (None, SPACE)]
@@ -220,7 +221,7 @@ def neighbours(
 def _closest(
   vectors: np.ndarray, embedding: Leaf, ids: Sequence[int]
 ) -> dict[str, Any]:
-  """The row nearest to a label's first value, the mean of its pieces."""
+  """The row nearest to the mean of a label's pieces, its initial value."""
   rows = [embedding.read((slice(i, i + 1), slice(None))) for i in ids]
   mean = np.mean(np.concatenate(rows).astype(np.float32), axis=0)
   cosines = normalised(vectors) @ normalised(mean[None])[0]
@@ -229,7 +230,7 @@ def _closest(
 
 
 def recorded_labels(prompt: Prompt) -> list[str]:
-  """The class labels of the run that a prompt is from, where it names them."""
+  """The class labels of the prompt's run, if run.json has any."""
   config = epath.Path(prompt.path).parent.parent / 'config.gin'
   if not config.is_file():
     return []
@@ -247,27 +248,28 @@ def recorded_labels(prompt: Prompt) -> list[str]:
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
   """Adds the flags of `ptune neighbours`."""
   del command
-  parser.add_argument('prompt', help='a MODEL_DIR, or a prompt file')
+  parser.add_argument('prompt', help='a MODEL_DIR or a prompt file')
   parser.add_argument(
     '--base',
-    help='the model that it was trained on; that of its run if not given',
+    help='the model that it was trained on (default: the base of its run)',
   )
   parser.add_argument(
     '--vocabulary',
-    help='a SentencePiece file or the directory of one; that of the base if'
-    ' not given',
+    help='a SentencePiece file or its directory (default: that of the base)',
   )
   parser.add_argument(
-    '--top', type=int, default=5, help='pieces a row (%(default)s)'
+    '--top',
+    type=int,
+    default=5,
+    help='pieces for each row (default: %(default)s)',
   )
   parser.add_argument(
     '--labels',
     type=lambda text: text.split(','),
-    help='class labels, separated by commas; CLASS_LABELS of its run if not'
-    ' given',
+    help='class labels, separated by commas (default: CLASS_LABELS of its run)',
   )
   parser.add_argument(
-    '--task', type=int, help='which prompt of a multitask run'
+    '--task', type=int, help='the prompt to read from a multitask run'
   )
   parser.add_argument('--json', action='store_true', help='print JSON')
 
@@ -276,14 +278,14 @@ def run(args: argparse.Namespace) -> None:
   """Runs the command line.
 
   Raises:
-    ValueError, OSError: What a user can mend.
+    ValueError, OSError: For errors that users can fix.
   """
   prompt = read_prompt(args.prompt, args.task)
   base = args.base or recorded_base(prompt.path)
   if base is None:
     raise UserError(
-      f'nothing says on which model {prompt.path} was trained; name it, such as'
-      ' --base=ptune://tiny'
+      f'{prompt.path} does not say which model it was trained on; name the'
+      ' model, for example --base=ptune://tiny'
     )
   labels = recorded_labels(prompt) if args.labels is None else args.labels
   found = neighbours(prompt, base, args.vocabulary, args.top, labels)
@@ -294,7 +296,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def show(found: Mapping[str, Any], console: rich.console.Console) -> None:
-  """Prints what `neighbours` returns; pieces of labels are green."""
+  """Prints the result of `neighbours`; pieces of labels are green."""
   pieces = {p for label in found['labels'].values() for p in label['pieces']}
   table = rich.table.Table(box=rich.box.SIMPLE)
   table.add_column('row', justify='right')

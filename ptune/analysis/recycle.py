@@ -1,9 +1,10 @@
-"""`ptune recycle`: a prompt trained on one model, moved to another.
+"""`ptune recycle`: moves a prompt from the model it was trained on to another.
 
-Lester et al. 2022, "Reducing Retraining by Recycling Parameter-Efficient
-Prompts" (arXiv 2208.05577). V_s [tokens, source embed] and V_t [tokens, target
-embed] are the embeddings of the tokens that both models have, P_s [prompt,
-source embed] is the prompt. What takes V_s to V_t is to take P_s to P_t:
+The method is that of Lester et al. 2022, "Reducing Retraining by Recycling
+Parameter-Efficient Prompts" (arXiv 2208.05577). V_s [tokens, source embed] and
+V_t [tokens, target embed] are the embeddings of the tokens that both models
+have. P_s [prompt, source embed] is the prompt. A map that is fitted to take V_s
+to V_t is applied to P_s, which gives P_t:
 
     linear  v2v-lin   min_W |V_s W - V_t|,              P_t = P_s W
     mlp     v2v-nn    min |f(V_s) - V_t|,               P_t = f(P_s),
@@ -11,16 +12,16 @@ source embed] is the prompt. What takes V_s to V_t is to take P_s to P_t:
                       target's embed, Adam at 3e-4, batches of 50, 25 epochs
     lstsq   lin-comb  min |A V_s - P_s|, smallest A,    P_t = A V_t
 
-With the pseudo-inverse V_s+, the first is P_s (V_s+ V_t) and the last
-(P_s V_s+) V_t: two ways to the same prompt, but for rounding. The paper fits to
-4,000 English words behind the first 1,000; here it is all shared tokens, or
-those of --skip and --tokens.
+With the pseudo-inverse V_s+, the first is P_s (V_s+ V_t) and the last is (P_s
+V_s+) V_t: the same prompt, except for rounding. The paper fits to 4,000 English
+words after the first 1,000. ptune fits to all shared tokens, or to those that
+--skip and --tokens select.
 
     ptune recycle runs/sst2 --source=BASE_A --target=BASE_B --method=linear \\
       --output=recycled.npy
 
-A recycled prompt works on few pairs of models as well as on its own; it is a
-start (PROMPT_FILE of prompts/from_file.gin) more than an end.
+For few pairs of models, a recycled prompt works as well as on its own model.
+Use it to start training (PROMPT_FILE of prompts/from_file.gin).
 """
 
 import argparse
@@ -44,8 +45,8 @@ from ptune.convert.source import EMBEDDING, Source
 from ptune.errors import UserError
 
 HIDDEN, BATCH, EPOCHS, RATE = 4, 50, 25, 3e-4
-# Directions of the source's embedding that are below this share of the largest
-# are taken as rounding.
+# Singular values of the source's embedding below this share of the largest
+# count as rounding errors.
 CUTOFF = 1e-6
 
 Map = Callable[[np.ndarray], np.ndarray]  # [rows, source] -> [rows, target]
@@ -57,22 +58,24 @@ def recycle(
   """Moves a prompt from one model's embedding to another's.
 
   Args:
-    prompt: Of the source model.
-    source: [tokens, source embed] embeddings of the shared tokens.
-    target: [tokens, target embed] those of the same tokens.
+    prompt: The prompt of the source model.
+    source: The source's embeddings of the shared tokens, [tokens, source
+      embed].
+    target: The target's embeddings of the same tokens, [tokens, target embed].
     method: One of METHODS.
 
   Returns:
-    The prompt [prompt, target embed] float32, fitted to all tokens; and errors,
-    relative to the norm of what is to be met: `fit_error`, of the tokens, and
-    `held_out_error`, of every tenth token by a map fitted to the others.
+    The prompt [prompt, target embed] in float32, fitted to all tokens; and two
+    errors, relative to the norm of the values to fit: `fit_error` over the
+    tokens, and `held_out_error` over every tenth token, for a map fitted to the
+    other tokens.
 
   Raises:
-    ValueError: There are fewer than 20 tokens, or what comes out is not finite.
+    ValueError: If there are fewer than 20 tokens, or the result is not finite.
   """
   if len(source) < 20:
     raise UserError(
-      f'{len(source)} tokens are too few to fit a map to; expected at least 20.'
+      f'{len(source)} tokens are too few to fit a map; expected at least 20.'
       ' Give more with --tokens'
     )
   fit = METHODS[method]
@@ -84,7 +87,7 @@ def recycle(
   moved = np.asarray(found(prompt.array), np.float32)
   if not np.isfinite(moved).all():
     raise UserError(
-      f'the recycled prompt holds NaN or infinity by --method={method}; take'
+      f'--method={method} gave a prompt with NaN or infinity; use'
       ' --method=linear'
     )
   return moved, errors
@@ -97,19 +100,19 @@ def _error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def linear(source: np.ndarray, target: np.ndarray) -> Map:
-  """The least squares W [source embed, target embed] of source W = target."""
+  """Solves source W = target for W [source embed, target embed]."""
   weights = _inverse_gram(source) @ _product(source, target)
   return lambda rows: np.asarray(rows, np.float64) @ weights
 
 
 def lstsq(source: np.ndarray, target: np.ndarray) -> Map:
-  """Expresses rows in the source's embeddings, and sums the target's."""
+  """Writes rows as sums of the source's embeddings, and sums the target's."""
   inverse = _inverse_gram(source)
 
   def move(rows: np.ndarray) -> np.ndarray:
     moved = np.zeros((len(rows), target.shape[1]))
     half = np.asarray(rows, np.float64) @ inverse
-    for part in _parts(len(source)):  # A [rows, tokens], some tokens at a time.
+    for part in _parts(len(source)):  # A [rows, tokens], in blocks of tokens.
       shares = half @ source[part].T.astype(np.float64)
       moved += shares @ target[part].astype(np.float64)
     return moved
@@ -128,10 +131,10 @@ class TwoLayers(nn.Module):
 
 
 def mlp(source: np.ndarray, target: np.ndarray) -> Map:
-  """Trains two layers by the paper's recipe; the same ones at each call."""
+  """Trains two layers by the paper's recipe; each call gives the same ones."""
   network, tx = TwoLayers(target.shape[1]), optax.adam(RATE)
   size = min(BATCH, len(source))
-  # The rows that fill no batch are others in each epoch.
+  # Each epoch drops different rows, those that do not fill a batch.
   rng, full = np.random.default_rng(0), len(source) // size * size
   orders = [rng.permutation(len(source))[:full] for _ in range(EPOCHS)]
   batches = np.concatenate(orders).reshape(-1, size)
@@ -160,8 +163,8 @@ METHODS = {'linear': linear, 'lstsq': lstsq, 'mlp': mlp}
 def _inverse_gram(x: np.ndarray) -> np.ndarray:
   """The pseudo-inverse of x^T x [embed, embed], in float64.
 
-  float32 keeps 7 digits of x and float64 14 of its square: so nothing is lost
-  that x itself does not lose, and x is squared part by part.
+  float32 keeps 7 digits of x, and float64 keeps 14 of its square, so squaring
+  loses no precision. It also needs only a part of x at a time.
   """
   values, vectors = np.linalg.eigh(_product(x, x))
   kept = values > max(values[-1], 0) * CUTOFF**2
@@ -169,7 +172,7 @@ def _inverse_gram(x: np.ndarray) -> np.ndarray:
 
 
 def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """x^T y in float64."""
+  """Returns x^T y in float64."""
   total = np.zeros((x.shape[1], y.shape[1]))
   for part in _parts(len(x)):
     total += x[part].T.astype(np.float64) @ y[part].astype(np.float64)
@@ -185,7 +188,7 @@ def _parts(rows: int) -> list[slice]:
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-  """A model, and where its vocabulary lies if not with it."""
+  """A model, and the path of its vocabulary if the model has none beside it."""
 
   path: epath.PathLike
   words: epath.PathLike | None = None
@@ -194,20 +197,22 @@ class Side:
 def shared_tokens(
   sides: tuple[Side, Side], rows: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The ids of the tokens that two models share.
+  """Returns the ids of the tokens that two models share.
 
-  Those of the same text, where both vocabularies are known; all ids, where
-  neither is and the embeddings have as many rows.
+  If both vocabularies are known, these are the tokens with the same text. If
+  neither is known and the embeddings have the same number of rows, these are
+  all ids.
 
   Args:
     sides: The models.
-    rows: Of their embeddings.
+    rows: The number of rows of each embedding.
 
   Returns:
-    Ids [tokens] of the source, rising, and of the same tokens of the target.
+    The source's ids [tokens] in ascending order, and the target's ids of the
+    same tokens.
 
   Raises:
-    ValueError: That cannot be told.
+    ValueError: If the vocabularies are needed and unknown.
   """
   texts: list[list[str | None] | None] = []
   reasons = []
@@ -229,17 +234,17 @@ def shared_tokens(
     return ids[:, 0], ids[:, 1]
   if rows[0] != rows[1]:
     raise UserError(
-      f'the embeddings have {rows[0]} and {rows[1]} rows: which are of the same'
-      ' token, only the vocabularies tell; name them with --source_vocabulary'
-      ' and --target_vocabulary.\n' + '\n'.join(reasons)
+      f'the embeddings have {rows[0]} and {rows[1]} rows: only the'
+      ' vocabularies say which rows belong to the same token; name them with'
+      ' --source_vocabulary and --target_vocabulary.\n' + '\n'.join(reasons)
     )
   return np.arange(rows[0]), np.arange(rows[0])
 
 
 def embeddings(source: Source, ids: np.ndarray) -> np.ndarray:
-  """Tokens as a model's encoder embeds them, [n, embed] float32.
+  """Embeds tokens as a model's encoder does, [n, embed] float32.
 
-  The table is read block by block.
+  It reads the table block by block.
   """
   leaf = source.leaves[EMBEDDING]
   scale = source.config.embedding_scale if source.config else 1.0
@@ -258,32 +263,41 @@ def embeddings(source: Source, ids: np.ndarray) -> np.ndarray:
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
   """Adds the flags of `ptune recycle`."""
   del command
-  parser.add_argument('prompt', help='a MODEL_DIR, or a prompt file')
+  parser.add_argument('prompt', help='a MODEL_DIR or a prompt file')
   parser.add_argument(
     '--source', required=True, help='the model that it was trained on'
   )
+  parser.add_argument('--target', required=True, help='the model to move it to')
   parser.add_argument(
-    '--target', required=True, help='the model that it is for'
-  )
-  parser.add_argument(
-    '--method', choices=METHODS, default='linear', help='(%(default)s)'
+    '--method',
+    choices=METHODS,
+    default='linear',
+    help='the map to fit (default: %(default)s)',
   )
   for side in ('source', 'target'):
     parser.add_argument(
       f'--{side}_vocabulary',
-      help=f'its SentencePiece file, if not beside --{side}',
+      help=f'the SentencePiece file of --{side}, if it is not in the same'
+      ' directory',
     )
   parser.add_argument(
-    '--skip', type=int, default=0, help='shared tokens left out at the start'
+    '--skip',
+    type=int,
+    default=0,
+    help='the number of shared tokens to leave out, from the first',
   )
   parser.add_argument(
-    '--tokens', type=int, help='shared tokens that are fitted to (all)'
+    '--tokens',
+    type=int,
+    help='the number of shared tokens to fit to (default: all)',
   )
   parser.add_argument(
-    '--output', required=True, help='the .npy, and a .json beside it'
+    '--output',
+    required=True,
+    help='the .npy file to write; a .json file is written beside it',
   )
   parser.add_argument(
-    '--overwrite', action='store_true', help='replace what is there'
+    '--overwrite', action='store_true', help='replace an existing file'
   )
 
 
@@ -291,18 +305,19 @@ def run(args: argparse.Namespace) -> None:
   """Runs the command line.
 
   Raises:
-    ValueError, OSError: What a user can mend.
+    ValueError, OSError: For errors that users can fix.
   """
   if args.skip < 0 or (args.tokens is not None and args.tokens < 1):
     raise UserError(
-      f'--skip={args.skip} --tokens={args.tokens}; expected at least 0, and 1'
+      f'got --skip={args.skip} --tokens={args.tokens}; expected --skip of at'
+      ' least 0 and --tokens of at least 1'
     )
   path = f'{args.output.removesuffix(".npy")}.npy'
-  output.check(path, args.overwrite)  # Before the work.
+  output.check(path, args.overwrite)  # Checked before the work starts.
   prompt = read_prompt(args.prompt)
   source, target = open_checkpoint(args.source), open_checkpoint(args.target)
   check_width(prompt, source)
-  if 'base' in prompt.facts:  # Else nothing says what it was trained on.
+  if 'base' in prompt.facts:  # Else there is no check.
     check_base(prompt.path, prompt.facts, source, fingerprint(source))
   sides = (
     Side(args.source, args.source_vocabulary),

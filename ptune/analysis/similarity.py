@@ -1,13 +1,15 @@
-"""`ptune similarity`: which prompts are alike, and which to start from.
+"""`ptune similarity`: compares prompts, and finds those to start from.
 
-Vu et al. 2022, "SPoT" (arXiv 2110.07904), section 4: a prompt is an embedding
-of its task. Of prompts A [m, embed] and B [n, embed] with rows a_i and b_j,
+Vu et al. 2022, "SPoT" (arXiv 2110.07904), section 4, use a prompt as an
+embedding of its task. They compare prompts A [m, embed] and B [n, embed], with
+rows a_i and b_j, by two measures:
 
-    average_tokens   cos(mean_i a_i, mean_j b_j)
-    per_token        mean_ij cos(a_i, b_j)
+    average_tokens  cos(mean_i a_i, mean_j b_j)
+    per_token       mean_ij cos(a_i, b_j)
 
-A prompt whose task is like the target's is a good start for it: `prompts/
-from_prompts.gin` trains on from one, or from the mean of several.
+A prompt of a similar task is a good start for a new one:
+`prompts/from_prompts.gin` starts training from one prompt, or from the mean of
+several.
 
     ptune similarity sentiment.npy topics.npy --output=alike
     ptune similarity runs/mine --directory=runs --top=3
@@ -39,22 +41,23 @@ MEASURES = ('average_tokens', 'per_token')
 def similarities(
   prompts: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
-  """Both measures between all pairs of prompts.
+  """Computes both measures for all pairs of prompts.
 
   Args:
-    prompts: By name, [prompt, embed]; their lengths may differ.
+    prompts: Prompts [prompt, embed] by name; their lengths may differ.
 
   Returns:
-    By measure, [prompts, prompts], symmetric. The diagonal of average_tokens is
-    1; that of per_token is lower the more a prompt's own rows differ.
+    A symmetric matrix [prompts, prompts] for each measure. The diagonal of
+    average_tokens is 1. The diagonal of per_token is lower for prompts whose
+    own rows differ more.
 
   Raises:
-    ValueError: Their widths differ.
+    ValueError: If the widths of the prompts differ.
   """
   widths = {name: array.shape[1] for name, array in prompts.items()}
   if len(set(widths.values())) > 1:
     raise UserError(
-      'prompts of models of unlike width cannot be compared:\n'
+      'prompts can be compared only if their widths are equal:\n'
       + '\n'.join(f'  {name}: embed is {n}' for name, n in widths.items())
     )
   means = normalised(np.stack([p.mean(axis=0) for p in prompts.values()]))
@@ -67,7 +70,7 @@ def similarities(
 
 
 def read_all(paths: Sequence[str]) -> dict[str, np.ndarray]:
-  """Reads prompts: by the end of their path that tells them apart.
+  """Reads prompts, and names each by a unique end of its path.
 
   runs/sst2/prompts/best.npy, runs/mnli -> {'sst2': ..., 'mnli': ...}
   """
@@ -79,11 +82,11 @@ def read_all(paths: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def names(files: Sequence[str]) -> list[str]:
-  """Short names of files, all different."""
+  """Short names of files; all are different."""
   parts = []
   for file in files:
     path = epath.Path(os.path.abspath(file))
-    if path.parent.name == 'prompts':  # Of a run, which has the name.
+    if path.parent.name == 'prompts':  # The name of the run is more useful.
       step = [] if path.stem == 'best' else [path.stem]
       parts.append([*path.parent.parent.parts, *step])
     else:
@@ -97,14 +100,14 @@ def names(files: Sequence[str]) -> list[str]:
 
 
 def library(directory: epath.PathLike) -> list[str]:
-  """The prompts in a directory: its .npy files, and those of the runs in it.
+  """The prompts in a directory: its .npy files, and those of its runs.
 
   Raises:
-    ValueError: It is no directory, or holds none.
+    ValueError: If it is not a directory, or has no prompts.
   """
   place = epath.Path(directory)
   if not place.is_dir():
-    raise UserError(f'--directory={directory} is no directory')
+    raise UserError(f'--directory={directory} is not a directory')
   files = []
   for child in sorted(place.iterdir()):
     if child.name.startswith('.'):
@@ -114,7 +117,7 @@ def library(directory: epath.PathLike) -> list[str]:
       files.append(str(file))
   if not files:
     raise UserError(
-      f'--directory={directory} holds no prompts; expected .npy files, or'
+      f'--directory={directory} has no prompts; expected .npy files or'
       ' directories of runs'
     )
   return files
@@ -123,15 +126,16 @@ def library(directory: epath.PathLike) -> list[str]:
 def retrieve(
   target: str, directory: epath.PathLike, top: int, measure: str
 ) -> list[dict[str, Any]]:
-  """The prompts of a directory that are most like a target's.
+  """The prompts of a directory that are most similar to a target.
 
-  Prompts of another width, and the target itself, are left out.
+  Leaves out prompts of another width, and the target itself.
 
   Returns:
-    For each, the most alike first: `prompt` (its file), and both measures.
+    A dict for each, the most similar first: `prompt` (its file), and both
+    measures.
 
   Raises:
-    ValueError: There are none.
+    ValueError: If there are none.
   """
   place = find(target)
   own = read_prompt(place).array
@@ -146,7 +150,7 @@ def retrieve(
       found.append({'prompt': file, **values})
   if not found:
     raise UserError(
-      f'--directory={directory} holds no other prompt of embed {own.shape[1]}'
+      f'--directory={directory} has no other prompt of width {own.shape[1]}'
     )
   return sorted(found, key=lambda source: -source[measure])[:top]
 
@@ -186,7 +190,7 @@ def write(
 def as_json(
   named: Sequence[str], matrices: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-  """{'prompts': names, 'average_tokens': rows of a matrix, ...}"""
+  """Returns {'prompts': names, 'average_tokens': rows of a matrix, ...}."""
   return {
     'prompts': list(named),
     **{m: matrix.astype(float).tolist() for m, matrix in matrices.items()},
@@ -194,7 +198,7 @@ def as_json(
 
 
 def draw(named: Sequence[str], matrices: Mapping[str, np.ndarray]):
-  """A heat map of each measure; cells have numbers where there is room."""
+  """Draws a heat map of each measure, with numbers if they fit in the cells."""
   from matplotlib import figure
 
   count = len(named)
@@ -219,7 +223,7 @@ def draw(named: Sequence[str], matrices: Mapping[str, np.ndarray]):
 
 
 def table(named: Sequence[str], matrix: np.ndarray, title: str):
-  """A matrix on the terminal."""
+  """Makes a table of a matrix, for the terminal."""
   shown = rich.table.Table(box=rich.box.SIMPLE, title=title)
   shown.add_column('')
   for i in range(len(named)):
@@ -236,17 +240,24 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
   """Adds the flags of `ptune similarity`."""
   del command
   parser.add_argument(
-    'prompt', nargs='+', help='MODEL_DIRs, or prompt files; two or more'
+    'prompt', nargs='+', help='two or more MODEL_DIRs or prompt files'
   )
   parser.add_argument(
     '--directory',
-    help='of source prompts or runs: finds those most like the one prompt',
+    help='a directory of prompts or runs; finds those most similar to the one'
+    ' prompt',
   )
   parser.add_argument(
-    '--top', type=int, default=5, help='how many it finds (%(default)s)'
+    '--top',
+    type=int,
+    default=5,
+    help='the number of prompts to find (default: %(default)s)',
   )
   parser.add_argument(
-    '--measure', choices=MEASURES, default='average_tokens', help='of the order'
+    '--measure',
+    choices=MEASURES,
+    default='average_tokens',
+    help='the measure to sort by',
   )
   parser.add_argument(
     '--output', help='a directory for CSV, JSON and the heat map (PNG, SVG)'
@@ -258,14 +269,14 @@ def run(args: argparse.Namespace) -> None:
   """Runs the command line.
 
   Raises:
-    ValueError, OSError: What a user can mend.
+    ValueError, OSError: For errors that users can fix.
   """
   console = rich.console.Console(highlight=False, markup=False)
   if args.directory:
     if len(args.prompt) != 1 or args.output:
       raise UserError(
-        '--directory is searched for one prompt, and writes nothing; without'
-        ' it, prompts are compared with each other'
+        '--directory takes one prompt and no --output; leave it out to compare'
+        ' prompts with each other'
       )
     if args.top < 1:
       raise UserError(f'--top is {args.top}; expected at least 1')
@@ -277,8 +288,8 @@ def run(args: argparse.Namespace) -> None:
     return
   if len(args.prompt) < 2:
     raise UserError(
-      'one prompt has nothing to be compared with; name another, or a'
-      ' --directory of them'
+      'one prompt cannot be compared with itself; name another one, or a'
+      ' --directory of prompts'
     )
   prompts = read_all(args.prompt)
   matrices = similarities(prompts)
@@ -297,7 +308,7 @@ def run(args: argparse.Namespace) -> None:
 def show_sources(
   found: Sequence[Mapping[str, Any]], console: rich.console.Console
 ) -> None:
-  """Prints what `retrieve` returns, and the flags that start from it."""
+  """Prints the result of `retrieve`, and the flags that start from it."""
   shown = rich.table.Table(box=rich.box.SIMPLE)
   shown.add_column('prompt', overflow='fold')
   for measure in MEASURES:

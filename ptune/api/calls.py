@@ -84,14 +84,14 @@ def load(
     base = base or recorded_base(place)
     if base is None:
       raise UserError(
-        f'{path} is a prompt, and does not say what its base is; give it, as in'
+        f'{path} is a prompt that does not name its base; give the base, as in'
         f" ptune.load({str(path)!r}, base='ptune://tiny')"
       )
     return Tuned(as_base(base, vocabulary, dtype), prompt_file=path)
   if base is not None:
     raise UserError(
-      f'{path} is no run and no prompt, so it needs no base; leave it out, or'
-      ' give the path of a run or a prompt'
+      f'{path} is neither a run nor a prompt, so it takes no base; leave base'
+      ' out, or give the path of a run or a prompt'
     )
   return Base(path, vocabulary, dtype)
 

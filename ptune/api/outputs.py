@@ -1,4 +1,4 @@
-"""Writes what was trained, for ptune and for other programs."""
+"""Writes trained parameters, for ptune and for other programs."""
 
 import os
 import pathlib

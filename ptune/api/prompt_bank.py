@@ -80,7 +80,7 @@ class Bank:
     """Adds a prompt, or replaces the one with this name.
 
     Raises:
-      UserError: If it is no prompt, or is not for this base.
+      UserError: If it is not a prompt, or not for this base.
     """
     if isinstance(prompt, Tuned):
       prompt = prompt.source

@@ -109,8 +109,8 @@ def of_prompt(
   trained = prompt.facts.get('method', '')
   if trained.startswith(OTHER_METHODS):
     raise UserError(
-      f'prompt {prompt.path} was trained with method {trained!r}, and stands'
-      ' elsewhere than at the start; load the directory of its run'
+      f'prompt {prompt.path} was trained with method {trained!r}, which does'
+      ' not put it at the start of the input; load the directory of its run'
     )
   task = TextTask('prompt', {}, vocabulary=base.vocabulary)
   if rows:

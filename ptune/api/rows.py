@@ -15,7 +15,7 @@ from ptune.tasks.labels import cut
 from ptune.tasks.texts import TextTask
 from ptune.training import run_file
 
-# Stands in TASK_FILES for rows that are not in a file.
+# Represents, in TASK_FILES, rows that are not in a file.
 PLACE = '(rows of Python).jsonl'
 
 EXPECTED = (
@@ -24,7 +24,7 @@ EXPECTED = (
   ' task'
 )
 EXPECTED_FILE = f'rows, or a file that ends in {", ".join(flags.SUFFIXES)}'
-# What a model is asked.
+# The inputs of a model.
 QUESTIONS = 'a text, or a list of texts or dicts'
 
 
@@ -209,14 +209,14 @@ def _check_same(text: str, there: epath.Path) -> None:
   for number, (ours, earlier) in enumerate(pairs):
     if ours != earlier:
       raise UserError(
-        f'{there.stem}[{number}] is {ours or "missing"}, and the run in {run}'
+        f'{there.stem}[{number}] is {ours or "missing"}, but the run in {run}'
         f' was started with {earlier or "no such row"}. Give the same rows to'
-        ' go on with that run, or another model_dir'
+        ' resume that run, or another model_dir'
       )
 
 
 class _Unwritten(dict):
-  """What gin neither copies nor writes."""
+  """A value that gin neither copies nor writes."""
 
   def __deepcopy__(self, memo):
     return self
@@ -236,8 +236,8 @@ def check_labels(
     length: The most tokens of an answer.
 
   Raises:
-    UserError: If there are not two, the vocabulary writes some alike, or some
-      are longer than an answer.
+    UserError: If there are not two, the vocabulary writes some in the same way,
+      or some are longer than an answer.
   """
   expected = "a list of two texts or more, such as ['negative', 'positive']"
   found = texts('labels', labels, expected)

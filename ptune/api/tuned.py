@@ -265,13 +265,13 @@ class Tuned:
   def _run(self, what: str) -> pathlib.Path:
     if self.directory is None:
       raise UserError(
-        f'{self._prompt_file} is a prompt alone, which has no {what}; load the'
+        f'{self._prompt_file} is only a prompt and has no {what}; load the'
         ' directory of its run'
       )
     if not self.directory.is_dir():
       raise FileNotFoundError(
-        f'{self.directory} is no directory any more; load the run from where it'
-        ' is now'
+        f'{self.directory} does not exist any more; load the run from its new'
+        ' path'
       )
     return self.directory
 

@@ -323,7 +323,7 @@ def expand(
   files: Sequence[str] = (),
   run: str | None = None,
 ) -> tuple[list[str], list[str]]:
-  """Returns the gin files and bindings that short settings stand for.
+  """Returns the gin files and bindings that are equal to short settings.
 
   Args:
     program: One of TRAINING or ASKING.

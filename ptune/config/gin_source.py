@@ -13,7 +13,7 @@ from ptune.errors import UserError
 
 
 class Reference(NamedTuple):
-  """Stands for a value that gin resolves later: '%MACRO' or '@configurable'."""
+  """A value that gin resolves later: '%MACRO' or '@configurable'."""
 
   name: str
 

@@ -264,7 +264,7 @@ MACROS = {
   ),
   **_each(
     list_of(_text),
-    REQUESTS=('what asks for inputs, behind CONTEXT', "['Ask a question.']"),
+    REQUESTS=('requests for inputs, after CONTEXT', "['Ask a question.']"),
   ),
   **_each(
     number(0, 1),
@@ -352,7 +352,7 @@ MACROS = {
   ),
   **_each(
     or_none(list_of(_task)),
-    TASKS=('tasks of a study in place of its own', "['sst2', 'boolq']"),
+    TASKS=('tasks of a study instead of its own', "['sst2', 'boolq']"),
   ),
   **_each(
     _task,

@@ -31,7 +31,7 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
       '--base_name', help="the base's name on the Hub: google/flan-t5-base"
     )
     parser.add_argument(
-      '--private', action='store_true', help='a new repository is private'
+      '--private', action='store_true', help='make a new repository private'
     )
     parser.add_argument(
       '--task', type=int, help='index of the prompt in a multi-task run'

@@ -43,7 +43,7 @@ def convert(
       model if not given.
 
   Returns:
-    Lines that say what was done.
+    Lines of text that report the result.
 
   Raises:
     ValueError: The model is not complete, a value is NaN or infinite, or the
@@ -64,8 +64,8 @@ def convert(
   beyond = sorted(source.leaves.keys() - leaves.keys())
   if beyond and not base_only:
     raise UserError(
-      f'{path} holds more than the model, and the other layout has no '
-      'place for it:\n'
+      f'{path} holds more than the model, and the other layout has no place for'
+      ' it:\n'
       + '\n'.join(f'  {name}' for name in beyond)
       + '\nConvert a prompt with ptune import, and leave it out here with '
       '--base_only'
@@ -93,8 +93,8 @@ def convert(
   told = source.activations or source.config
   if layout == 'huggingface' and told is None:
     lines.append(
-      f'took mlp_activations {config.mlp_activations}, because the input does '
-      'not say them; --activations sets others'
+      f'took mlp_activations {config.mlp_activations}, because the input does'
+      ' not say them; --activations sets others'
     )
   if layout == 't5x' and config.ids != TokenIds():
     lines.append(
@@ -112,6 +112,6 @@ def _check_activations(
   said = source.activations
   if activations and said and activations != said:
     raise UserError(
-      f'--activations={",".join(activations)}, but the {source.where} says '
-      f'{",".join(said)}'
+      f'--activations={",".join(activations)}, but the {source.where} says'
+      f' {",".join(said)}'
     )

@@ -27,7 +27,7 @@ from ptune.convert.storage import read_json
 from ptune.convert.tokenizer_files import write_vocabulary
 from ptune.errors import UserError
 
-# Methods whose prompt stands before the first token and is their only part.
+# Methods that consist of a prompt before the first token.
 PLAIN = (
   'prompt',
   'p_tuning/mlp',
@@ -67,7 +67,7 @@ def export(
     overwrite: Whether to replace an earlier output.
 
   Returns:
-    Lines that say what was done.
+    Lines of text that report the result.
 
   Raises:
     ValueError: The prompt does not suit the format, the base is another model,
@@ -92,9 +92,9 @@ def export(
   method = prompt.facts.get('method', 'prompt')
   if method not in PLAIN:
     raise UserError(
-      f'{prompt.path} was trained by method {method!r}; {layout} only puts a '
-      'prompt before the first token, so it would mean something else there. '
-      'Export it as npy or safetensors'
+      f'{prompt.path} was trained by method {method!r}; {layout} only puts a'
+      ' prompt before the first token, so it would mean something else there.'
+      ' Export it as npy or safetensors'
     )
   named = base is not None
   base = base or recorded_base(prompt.path)
@@ -231,14 +231,14 @@ def check_base(
   """
   if 'base' not in facts:
     return (
-      f'{path} does not record its base model; only its width was compared '
-      'with the base'
+      f'{path} does not record its base model; only its width was compared with'
+      ' the base'
     )
   if fingerprint != facts['base']:
     raise UserError(
-      f'{path} was trained on a model of fingerprint {facts["base"]}; the '
-      f'{source.where} has {fingerprint}. Nothing was written. Give the model '
-      'that it was trained on as --base'
+      f'{path} was trained on a model of fingerprint {facts["base"]}; the'
+      f' {source.where} has {fingerprint}. Nothing was written. Give the model'
+      ' that it was trained on as --base'
     )
   return f'base {fingerprint}: the model that it was trained on'
 
@@ -247,9 +247,9 @@ def check_width(prompt: Prompt, source: Source) -> None:
   width = sizes(source.shapes).get('emb_dim')
   if width != prompt.array.shape[1]:
     raise UserError(
-      f'{prompt.path} is {list(prompt.array.shape)} [prompt, embed], but embed '
-      f'is {width} in the {source.describe()}. Give the model that it was '
-      'trained on as --base'
+      f'{prompt.path} is {list(prompt.array.shape)} [prompt, embed], but embed'
+      f' is {width} in the {source.describe()}. Give the model that it was'
+      ' trained on as --base'
     )
 
 

@@ -49,7 +49,7 @@ FIELDS = (
 
 # T5X's checkpoints do not have these; the default is the published models'.
 UNTOLD = {'scale_decoder_outputs', 'ids', 'local_radius', 'global_block_size'}
-# Of all published models with transient-global attention.
+# The size in all published models with transient-global attention.
 _TRANSIENT_GLOBAL = (127, 16)
 
 
@@ -194,8 +194,8 @@ def misshapen(
 ) -> list[str]:
   """Returns a line for each missing, unexpected or misshapen parameter."""
   return [
-    f'  {path}: {list(got[path]) if path in got else "missing"}, expected '
-    f'{list(expected[path]) if path in expected else "none"}'
+    f'  {path}: {list(got[path]) if path in got else "missing"}, expected'
+    f' {list(expected[path]) if path in expected else "none"}'
     for path in sorted(expected.keys() | got.keys())
     if got.get(path) != expected.get(path)
   ]
@@ -308,8 +308,8 @@ class Checksums:
       self._freed.count(array.nbytes)
       if not is_finite(array):
         raise UserError(
-          f'{path} {list(leaf.shape)} has values that are NaN or infinite; the '
-          'checkpoint is damaged, or was written after its training diverged'
+          f'{path} {list(leaf.shape)} has values that are NaN or infinite; the'
+          ' checkpoint is damaged, or was written after its training diverged'
         )
       if array.shape == leaf.shape:
         self._lines[path] = f'{path} {array.shape} {checksum(array)}\n'

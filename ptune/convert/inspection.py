@@ -36,7 +36,7 @@ SHOWN = (
 def inspect(
   path: epath.PathLike, *, fingerprint: bool = False
 ) -> dict[str, Any]:
-  """Finds out what a path holds; reads no more than necessary.
+  """Describes the content of a path; reads no more than necessary.
 
   Args:
     path: A checkpoint, a run, a prompt, an adapter, or hf://org/name.

@@ -55,7 +55,7 @@ def export_merged(
     overwrite: Whether to replace an earlier output.
 
   Returns:
-    Lines that say what was done.
+    Lines of text that report the result.
 
   Raises:
     ValueError: The method cannot be merged, the base is another model, or the

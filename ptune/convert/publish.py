@@ -1,8 +1,8 @@
 """`ptune push`: a prompt on the Hugging Face Hub, with a model card.
 
 The repository has files that other programs open: a PEFT adapter, the prompt as
-`prompt.npy`, the run's `config.gin`, and README.md. The latter is the model
-card: what the prompt is for and how to load it. `hf://user/name` reads it back.
+`prompt.npy`, the run's `config.gin`, and README.md. README.md is the model
+card, which says how to load and use the prompt. `hf://user/name` reads it back.
 """
 
 import json
@@ -41,7 +41,7 @@ def push(
     task: The task whose prompt to upload, for a multi-task run.
 
   Returns:
-    Lines that say what was done; the last one is the address.
+    Lines of text that report the result; the last one is the address.
 
   Raises:
     UserError: huggingface_hub is not installed, nobody is logged in, the name
@@ -151,7 +151,7 @@ def card(
     '',
     f'A soft prompt of {length} tokens'
     + (f' for `{base_name}`' if base_name else '')
-    + ', trained with ptune. The base model is frozen; the prompt stands before'
+    + ', trained with ptune. The base model is frozen; the prompt comes before'
     ' its embedded input.',
     '',
     '| | |',

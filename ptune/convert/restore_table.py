@@ -18,7 +18,7 @@ def restore_table(
   restored: Mapping[str, Shaped],
   initialised: Mapping[str, Shaped] | None = None,
 ) -> str:
-  """Returns a table of what was restored, initialised and ignored.
+  """Returns a table of all restored, initialised and ignored arrays.
 
   Args:
     source: The checkpoint.

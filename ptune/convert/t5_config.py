@@ -100,7 +100,7 @@ def activations(config: Mapping[str, Any], file: epath.Path) -> tuple[str, ...]:
 
 
 def _unknown_attention(config: Mapping[str, Any]) -> list[str]:
-  """What a LongT5's encoder attention has that ours has not."""
+  """Returns the settings of a LongT5's attention that ptune lacks."""
   if config.get('model_type') != LONG:
     return []
   wrong = []
@@ -174,8 +174,8 @@ def config_json(config: T5Config) -> dict[str, Any]:
   projections = {names: text for text, names in reversed(ACTIVATIONS.items())}
   if config.mlp_activations not in projections:
     raise UserError(
-      f'no feed_forward_proj means mlp_activations {config.mlp_activations}; '
-      f'known: {sorted(projections)}'
+      f'no feed_forward_proj means mlp_activations {config.mlp_activations};'
+      f' known: {sorted(projections)}'
     )
   tied, scaled = config.logits_via_embedding, config.scales_outputs
   kind = 't5'
@@ -232,8 +232,8 @@ def check_sizes(config: Mapping[str, Any], source: Source) -> None:
   gated = len(source.activations or ()) == 2
   if found.get('gated', gated) != gated:
     wrong.append(
-      f'  feed_forward_proj is {config.get("feed_forward_proj")!r}, but the '
-      f'tensors are {"wi_0 and wi_1" if found["gated"] else "wi"}'
+      f'  feed_forward_proj is {config.get("feed_forward_proj")!r}, but the'
+      f' tensors are {"wi_0 and wi_1" if found["gated"] else "wi"}'
     )
   if wrong:
     raise UserError(

@@ -1,4 +1,4 @@
-"""Writes a model's vocabulary so that transformers tokenises alike.
+"""Writes a model's vocabulary so that transformers tokenises in the same way.
 
     tokenizer.json         read by transformers
     tokenizer_config.json  its special tokens
@@ -42,7 +42,7 @@ def write_vocabulary(
     pad: The id of its padding.
 
   Returns:
-    A line that says what was written, or why nothing was.
+    A line of text that names the written files, or the reason for none.
   """
   try:
     found = look(vocabulary)

@@ -36,7 +36,7 @@ USUAL = {
   'pad_token': ('<pad>', '<|padding|>'),
   'unk_token': ('<unk>',),
 }
-# BOS where no file names it; that of other classes is <s>.
+# BOS if no file names it; in other classes it is <s>.
 BOS = {'GemmaTokenizer': '<bos>'}
 
 
@@ -134,10 +134,10 @@ def load(directory: epath.Path) -> 'tokenizers.Tokenizer':
 
 
 def begins(directory: epath.Path) -> bool:
-  """Whether a special token, such as BOS, stands before every text.
+  """Whether a special token, such as BOS, comes before every text.
 
-  transformers asks the template of tokenizer.json, and tokenizer_config.json
-  where there is no such file.
+  transformers asks the template of tokenizer.json, and tokenizer_config.json if
+  there is no such file.
   """
   if not (directory / TOKENIZER).exists():
     return bool(_config(directory).get('add_bos_token'))
@@ -187,7 +187,7 @@ def sentencepiece_of(directory: epath.Path) -> epath.Path:
 def _sentencepiece(directory: epath.Path) -> 'tokenizers.Tokenizer':
   """Returns a SentencePiece model with added tokens after its sentinels.
 
-  If BOS stands before texts, the tokenizer leaves EOS to the task.
+  If BOS comes before texts, the tokenizer leaves EOS to the task.
   """
   from tokenizers import processors
 

@@ -45,7 +45,7 @@ def open_file(file: epath.Path) -> tuple[dict[str, Leaf], dict[str, str]]:
     raise
   # Damaged files make torch raise many kinds of errors.
   except Exception as error:
-    # Within torch's own advice, a sentence names what it refused.
+    # One sentence of torch's advice names the refused object.
     lines = [line.strip() for line in str(error).splitlines()] or [repr(error)]
     reasons = [
       line.partition('. Please')[0]

@@ -3,7 +3,7 @@
 It reads the first of these that exists:
 
     spiece.model               SentencePiece; if tokens were added to it, or if
-                               <bos> stands before texts, by the library
+                               <bos> comes before texts, by the library
                                `tokenizers`
     tokenizer.json             by `tokenizers`
     vocab.json and merges.txt  byte-level BPE, by `tokenizers`
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
   import seqio
 
 TOKENIZER = 'tokenizer_config.json'
-# Two vocabularies count as equal if they encode this text alike.
+# Two vocabularies count as equal if they encode this text equally.
 PROBE = (
   'The quick brown fox jumps over 13 lazy dogs, and is "very" good: positive or'
   ' negative? Größe, naïve 日本語 русский def main(self): return x_1 + y[2]'

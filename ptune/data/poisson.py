@@ -1,11 +1,11 @@
-"""Batches in which each row stands by itself with the same chance.
+"""Batches that draw each row independently, with the same probability.
 
-Poisson sampling is what the accounting of private training assumes when it
-counts the gain from sampling. A step draws every row of the task independently,
-with probability batch_size / rows, so a batch has batch_size rows on average.
-Its arrays have room for a few standard deviations more; empty places are
-padding with loss weights of 0. If more rows are drawn, the arrays have twice
-the room, or as many times as it takes: no row that was drawn is left out.
+This is Poisson sampling, which the accounting of private training assumes when
+it counts the gain from sampling. A step draws every row of the task
+independently, with probability batch_size / rows, so a batch has batch_size
+rows on average. Its arrays have room for a few standard deviations more; empty
+places are padding with loss weights of 0. If a step draws more rows, the arrays
+have two or more times the room, so no row is ever left out.
 """
 
 import math
@@ -23,21 +23,21 @@ SPREAD = 4
 class PoissonBatches(batches.Batches):
   """The training batches of a task in memory, drawn by `key` and the step.
 
-  Whoever knows the key knows which rows are in a batch.
+  Anyone who knows the key knows which rows are in a batch.
   """
 
   def __init__(self, *args: Any, key: int, multiple: int = 1, **settings: Any):
     """Reads the task.
 
     Args:
-      *args: Of `Batches`.
-      key: Of the draws, at most 64 bits.
-      multiple: The rows of the arrays are a multiple of this.
-      **settings: Of `Batches`.
+      *args: Arguments of `Batches`.
+      key: The key of the draws, at most 64 bits.
+      multiple: The number of rows in the arrays is a multiple of this.
+      **settings: Further arguments of `Batches`.
 
     Raises:
-      ValueError: As `Batches`; or the task is a stream, or has fewer rows than
-        a batch.
+      ValueError: See `Batches`. Also if the task is a stream, or has fewer rows
+        than a batch.
     """
     super().__init__(*args, **settings)
     if not self.num_examples or self.num_examples < self._batch_size:
@@ -52,7 +52,7 @@ class PoissonBatches(batches.Batches):
     self.room = multiple * math.ceil(most / multiple)
 
   def drawn(self, step: int) -> np.ndarray:
-    """Which rows the batch of a step has, in order."""
+    """The rows of a step's batch, in order."""
     assert self.num_examples
     key = np.array([self._key, step], np.uint64)
     draw = np.random.Generator(np.random.Philox(key=key))

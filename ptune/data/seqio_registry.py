@@ -41,9 +41,9 @@ def load(name: str, module: str | Sequence[str] | None = None) -> Provider:
     names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     near = nearest(name, names, most=0, cutoff=0.3)
     raise UserError(
-      f'MIXTURE_OR_TASK_NAME {name!r} is none of the {len(names)} registered '
-      f'names{near or "."} Set MIXTURE_OR_TASK_MODULE to the module that '
-      f'registers it (imported: {module}).'
+      f'MIXTURE_OR_TASK_NAME {name!r} is not among the {len(names)} registered'
+      f' names{near or "."} Set MIXTURE_OR_TASK_MODULE to the module that'
+      f' registers it (imported: {module}).'
     )
   return seqio.get_mixture_or_task(name)
 
@@ -116,8 +116,8 @@ def problems(task: Provider, split: str | None, use_cached: bool) -> list[str]:
     if use_cached and part.supports_caching and not part.cache_dir:
       searched = list(seqio.utils.get_global_cache_dirs())
       wrong.append(
-        f'{part.name} is not in the cache directories {searched}; cache it '
-        'with seqio_cache_tasks, or set USE_CACHED_TASKS = False'
+        f'{part.name} is not in the cache directories {searched}; cache it with'
+        ' seqio_cache_tasks, or set USE_CACHED_TASKS = False'
       )
   return wrong
 
@@ -136,9 +136,9 @@ def vocabulary(task: Provider) -> seqio.Vocabulary:
   inputs, targets = (task.output_features[f].vocabulary for f in FEATURES)
   if inputs != targets:
     raise UserError(
-      f'Task {task.name!r} has the vocabulary {inputs} for inputs and '
-      f'{targets} for targets, expected one for both: T5 embeds them with the '
-      'same parameter. Give the features the same vocabulary.'
+      f'Task {task.name!r} has the vocabulary {inputs} for inputs and {targets}'
+      ' for targets, expected one for both: T5 embeds them with the same'
+      ' parameter. Give the features the same vocabulary.'
     )
   return inputs
 

@@ -186,7 +186,7 @@ def check_vocabulary(
       f'Task {task.name!r} ends texts with the token {own.eos_id}, and the'
       f' model with {ids.eos} (its special tokens: {ids}). Use the vocabulary'
       ' that the model was trained with (VOCABULARY), or set sizes.t5.ids to'
-      ' what the model was trained with.'
+      ' the tokens that the model was trained with.'
     )
   if own.unk_id == ids.pad:
     logging.warning(
@@ -302,7 +302,7 @@ def text_ids(
     text: The text.
     mixture_or_task_name: The task.
     mixture_or_task_module: Imported first; registers it.
-    file: A file of UTF-8 that holds it, in place of `text`.
+    file: A UTF-8 file that holds the text, instead of `text`.
 
   Raises:
     ValueError: If not one of the two is given.
@@ -377,8 +377,8 @@ def labels(
   if isinstance(task, TextTask):
     if not task.labels:
       raise UserError(
-        f'Task {task.name!r} has no labels, so it cannot be told how likely'
-        ' each of them is; set LABEL_NAMES, as in --labels=negative,positive'
+        f'Task {task.name!r} has no labels, so there are no labels to classify;'
+        ' set LABEL_NAMES, as in --labels=negative,positive'
       )
     return list(task.labels)
   # The tasks of a mixture may have several.
@@ -419,8 +419,8 @@ def distinct_targets(
       found.add(texts['targets'])
     if len(found) > most:
       raise UserError(
-        f'Task {task.name!r} has more than {most} distinct targets, such as '
-        f'{sorted(found)[:3]}, so it is no classification. Set '
-        'CLASS_LABELS, or choose another file of prompts/.'
+        f'Task {task.name!r} has more than {most} distinct targets, such as'
+        f' {sorted(found)[:3]}, so it is not a classification. Set'
+        ' CLASS_LABELS, or choose another file of prompts/.'
       )
   return sorted(found)

@@ -56,7 +56,8 @@ def join(
       heartbeat_timeout_seconds=SILENCE,
       shutdown_timeout_seconds=SILENCE,
     )
-  except (RuntimeError, ValueError) as error:  # From C++, or from its checks.
+  # From C++, or from a check of JAX's.
+  except (RuntimeError, ValueError) as error:
     reason = str(error).split('\n')[0]
     raise OSError(
       f'the processes cannot join: {reason}. Check --coordinator_address'
@@ -250,7 +251,7 @@ class _Watch:
     self.gone.set()
     self._tell(f'{word} {status} {text}', but=other)
     if word == 'ended':
-      # The other ended by itself, and this process may be about to do so, too.
+      # The other process ended on its own; this one may be about to end, too.
       time.sleep(GRACE)
       if self._left:
         return

@@ -35,13 +35,13 @@ def narrow_mlp(
   """relu(x A + bias) B: [..., embed] -> [..., hidden] -> [..., features].
 
   Args:
-    x: Its type is the one that the products are computed in.
-    hidden: Columns of A.
-    names: Of the two kernels.
-    axes: Logical axes of embed, hidden and features.
-    features: Columns of B; as wide as x if not given.
-    bias: Broadcasts to [..., hidden].
-    last_init: Initialiser of B. With zeros, the result starts at 0.
+    x: The input; the matrix products are computed in its dtype.
+    hidden: The number of columns of A.
+    names: The names of the two kernels.
+    axes: The logical axes of embed, hidden and features.
+    features: The number of columns of B; None for the width of x.
+    bias: Added before the relu; broadcasts to [..., hidden].
+    last_init: The initialiser of B. With zeros, the result starts at 0.
   """
   h = Dense(hidden, axes[:2], x.dtype, name=names[0])(x)
   if bias is not None:

@@ -9,8 +9,8 @@ is added to the residual stream, the adapter turns it into
     parallel      y + relu(x D) U     (He et al. 2022, arXiv 2110.04366)
 
 D [embed, bottleneck], U [bottleneck, embed], without biases because T5 has
-none; x is behind the norm. U starts at zero, so training starts from the model
-as it is.
+none; x is the input after the norm. U starts at zero, so training starts from
+the model as it is.
 
 Trained: D and U of every sublayer.
 

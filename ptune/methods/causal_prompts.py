@@ -14,7 +14,7 @@ from ptune.model.adapters import VIRTUAL, Placement
 
 
 class CausalPrompt(nn.Module):
-  """Hides from each row of a prompt the rows behind it.
+  """Hides from each row of a prompt the rows after it.
 
   Attributes:
     length: The prompt is the first `length` positions; None if virtual tokens

@@ -26,7 +26,7 @@ def made_prompt(
   Args:
     name: Name of the method.
     length: Rows of the prompt (PROMPT_LENGTH).
-    source: The module that computes the prompt, in place of `Prompt`.
+    source: The module that computes the prompt, instead of `Prompt`.
     fold: Computes the same prompt [prompt, embed] from the module's parameters
       by name (float32, NumPy) and from rows of the base's embedding.
     initial: `Method.initial`, by the name of the parameter.

@@ -1,8 +1,8 @@
 """Multitask prompts: one run trains a prompt for each of several tasks.
 
 The first token of a row names its task: token vocab_size - 1 - t means task t,
-as in SeqIO tasks named task_index_.... The encoder reads the task's prompt in
-place of this token. The prompt combines S, which all tasks share, with T_t,
+as in SeqIO tasks named task_index_.... The encoder reads the task's prompt
+instead of this token. The prompt combines S, which all tasks share, with T_t,
 which belongs to the task; both are [prompt, embed] unless the table says
 otherwise:
 

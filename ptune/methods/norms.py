@@ -10,7 +10,7 @@ before each sublayer and at the end of both stacks, as in Qi et al. 2022,
 
 Trained: these scales and, with relative_bias, the relative position bias of
 each stack. Nothing is added to the model. The merged model has the trained
-scales in place of the base's.
+scales instead of the base's.
 
     --gin_file=methods/norms.gin
 """

@@ -11,8 +11,8 @@ small).
 
     --gin_file=methods/prompt.gin
 
-A file of prompts/ in its place, such as prompts/from_class_labels.gin, also
-initialises the prompt.
+A file of prompts/, such as prompts/from_class_labels.gin, replaces this file
+and also initialises the prompt.
 """
 
 import functools
@@ -56,9 +56,9 @@ class InsertPrompt(nn.Module):
 
   Attributes:
     length: Rows of the prompt.
-    position: 'start'; 'after_first', behind the first token; or 'before_eos',
+    position: 'start'; 'after_first', after the first token; or 'before_eos',
       before the last token, which is the EOS.
-    source: The module that owns or computes the prompt, in place of `Prompt`.
+    source: The module that owns or computes the prompt, instead of `Prompt`.
   """
 
   length: int
@@ -103,7 +103,7 @@ def insert(
   position: str = 'start',
   source: Callable[..., nn.Module] = Prompt,
 ) -> Placement:
-  """Places `InsertPrompt` behind the embedding of the encoder or decoder."""
+  """Places `InsertPrompt` after the embedding of the encoder or decoder."""
   adapter = functools.partial(
     InsertPrompt, length=length, position=position, source=source
   )

@@ -76,7 +76,7 @@ def read_array(file: epath.Path) -> np.ndarray:
       shape, transposed, dtype = read_header(f)
       if dtype.hasobject:
         raise UserError('it holds pickled objects, which are not loaded')
-      # Checked before memory is allocated, because the header may lie.
+      # Checked before memory is allocated, because the header may be wrong.
       left = size - f.tell()
       if left != math.prod(shape) * dtype.itemsize:
         raise UserError(
@@ -91,8 +91,8 @@ def read_array(file: epath.Path) -> np.ndarray:
     said = str(error)
     said = said if len(said) < 200 else f'{said[:200]}...'
     raise UserError(
-      f'prompt file {file} ({size} bytes) is no NumPy array file, or is damaged'
-      f' or cut short: {said}'
+      f'prompt file {file} ({size} bytes) is not a NumPy array file, or is'
+      f' damaged or cut short: {said}'
     ) from error
 
 

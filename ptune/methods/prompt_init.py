@@ -211,9 +211,9 @@ def from_keys_and_values(ids: Sequence[int]) -> Initializer:
   """A prefix from the keys or values of a text's first tokens.
 
   Eyuboglu et al. 2025, "Cartridges" (arXiv 2506.06266): the frozen model reads
-  the text by itself, and each prefix takes the keys or values of its attention.
-  The model does not start as if it read the text, because a prefix has no
-  relative position bias.
+  the text alone, and each prefix takes the keys or values of its attention. The
+  model does not start as if it read the text, because a prefix has no relative
+  position bias.
 
   Args:
     ids: Token ids of the text, without EOS.

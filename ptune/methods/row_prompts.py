@@ -27,8 +27,8 @@ LENGTHS = ('encoder/row_lengths/lengths', 'decoder/row_lengths/lengths')
 class RowPrompts(nn.Module):
   """Inserts its own prompt before the tokens of each row.
 
-  The parameter is [batch, prompt, embed] float32, of any prompt length. The
-  parameters of `routed_parameters` may stand beside it.
+  The parameter is [batch, prompt, embed] float32, of any prompt length. There
+  may also be the parameters of `routed_parameters`.
   """
 
   @nn.compact
@@ -47,7 +47,7 @@ class RowPrompts(nn.Module):
     return jnp.concatenate([prompts.astype(y.dtype), y], axis=1)
 
   def _routed(self, x: jax.Array, y: jax.Array, plain: jax.Array) -> jax.Array:
-    """[batch, prompt, embed]: of each row the plain prompt or a routed one."""
+    """Returns each row's plain or routed prompt: [batch, prompt, embed]."""
     choices, routers, counts = (
       self.get_variable('params', f'routed_{name}')
       for name in ('prompts', 'routers', 'counts')
@@ -64,7 +64,7 @@ class RowPrompts(nn.Module):
 class RowLengths(nn.Module):
   """Hides the padding before the shorter prompts of a batch.
 
-  The parameter is the length of each row's prompt, [batch] int32.
+  Its parameter is the length of each row's prompt, [batch] int32.
   """
 
   @nn.compact
@@ -84,7 +84,7 @@ class RowLengths(nn.Module):
     lengths = partitioning.param_with_axes(
       'lengths', nn.initializers.ones, (rows,), jnp.int32, axes=('batch',)
     )
-    lengths = jnp.repeat(lengths, x.shape[0] // rows)  # For every beam.
+    lengths = jnp.repeat(lengths, x.shape[0] // rows)  # Repeat for every beam.
     longest = y.shape[-1] - x.shape[1]
     shown = jnp.arange(y.shape[-1])[None, :] >= (longest - lengths)[:, None]
     return y & shown[:, None, None, :]
@@ -128,10 +128,10 @@ def routed_parameters(
   """Further parameters of `per_row`, by path, if some rows have a router.
 
   Args:
-    rows: [batch] what a row has; None if it has a plain prompt.
-    choices: The most prompts of a router.
-    longest: Of all prompts.
-    embed: Their width.
+    rows: [batch] the prompts and router of a row; None for a plain prompt.
+    choices: The largest number of prompts of a router.
+    longest: The length of the longest prompt.
+    embed: The width of the prompts.
   """
   prompts = np.zeros((len(rows), choices, longest, embed), np.float32)
   routers = np.zeros((len(rows), embed, choices), np.float32)

@@ -41,7 +41,7 @@ ROUTER = 'encoder/routed_prompts/router/kernel'
 
 
 class Routed(NamedTuple):
-  """What SMoP trained.
+  """The parameters that SMoP trained.
 
   Attributes:
     prompts: [prompts, prompt, embed].
@@ -90,10 +90,8 @@ class RoutedPrompts(nn.Module):
 
     Args:
       x: [batch, length] the tokens, with PADDING at padding.
-      y: [batch, length, embed] their embeddings.
-
-    Returns:
-      [batch, prompt + length, embed]
+      y: [batch, length, embed] their embeddings. Returns: [batch, prompt +
+        length, embed]
     """
     embed = y.shape[-1]
     # One array for all prompts, because initialisers fill [prompt, embed].

@@ -41,8 +41,8 @@ def positions(
   Args:
     decoder: The module whose cache it is.
     length: Positions of the call's input, without a cache or to make one.
-    added: How many of them stand before the tokens (a decoder prompt). The
-      call that makes the cache fills them in, so decoding starts behind them.
+    added: How many of them come before the tokens (a decoder prompt). The call
+      that makes the cache fills them in, so decoding starts after them.
     decode: Whether the call decodes with a cache.
   """
   if not decode or not decoder.has_variable('cache', 'cache_index'):
@@ -106,7 +106,7 @@ def keys_and_values(
   Args:
     attention: The module whose cache it is.
     k: [batch, k, heads, kv] the keys of the call's own positions.
-    v: The values, likewise.
+    v: [batch, k, heads, kv] the values of these positions.
     index: The position to write to.
     prefill: Whether the call that makes the cache writes k and v into it.
   """

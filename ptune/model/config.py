@@ -83,7 +83,7 @@ class ModelConfig:
 
   @property
   def norm_offset(self) -> float:
-    """What norms add to their stored scale."""
+    """The number that norms add to their stored scale."""
     return 0.0
 
   def __post_init__(self):

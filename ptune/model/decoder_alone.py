@@ -1,6 +1,6 @@
 """A decoder alone, used as a prefix LM: it reads the inputs itself.
 
-The inputs stand before the targets, and every position sees all of them. The
+The inputs come before the targets, and every position sees all of them. The
 last input predicts the first target:
 
     reads     . . [prompt] a b </s> x y
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
     inputs = grow(real, encoded.shape[1])[:, None, None, :]
     inputs = adapt(self, place, 'encoder_mask', encoder_tokens, inputs)
     inputs = padded_in_front(inputs[:, 0, 0], real)
-    # `mask` already holds the positions of the targets, which stand behind.
+    # `mask` already holds the positions of the targets, which come last.
     behind = ((0, 0), (0, mask.shape[-1] - inputs.shape[1]))
     inputs = jnp.pad(inputs, behind, constant_values=True)
     mask &= inputs[:, None, None, :]

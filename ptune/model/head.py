@@ -29,7 +29,7 @@ def logits(
     embedder: Makes the logits, if config.logits_via_embedding.
     tokens: [batch, length] the decoder's tokens, for the adapters at the site.
     x: [batch, length, embed] output of the last layer.
-    dropout: Applied behind the norm.
+    dropout: Applied after the norm.
 
   Returns:
     [batch, length, vocab] float32.

@@ -44,7 +44,7 @@ ACTIVATIONS = {
 
 
 def traced_once(init: Initializer) -> Initializer:
-  """The same initialiser, whose trace is kept for each shape and type.
+  """The same initialiser, but its trace is kept for each shape and type.
 
   Flax traces it for the shape of every parameter, whenever a network is traced.
   """
@@ -318,11 +318,10 @@ def sublayer(
     config: Its sizes.
     placements: All placements of the network.
     site: The site of the output, before it is added to the residual stream.
-    compute: The attention or MLP; it gets x behind the norm.
+    compute: The attention or MLP; it gets x after the norm.
     x: [batch, length, embed] the residual stream.
     dropout: Dropout of that output.
-    norm: What the norm is called in `pre_<norm>_layer_norm`; `site` if not
-      given.
+    norm: The name of the norm in `pre_<norm>_layer_norm`; None for `site`.
 
   Returns:
     [batch, length, embed].

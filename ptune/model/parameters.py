@@ -260,7 +260,7 @@ def sites(
 
 
 def identity(plan: Plan) -> dict[str, Any]:
-  """What a resumed run must have in common: method and trained shapes."""
+  """The facts that a resumed run must share: the method and trained shapes."""
   trained = plan.select(plan.trainable)
   # Full tuning trains hundreds of arrays: their number and size are enough.
   shapes = {path: list(x.shape) for path, x in trained.items()}

@@ -47,7 +47,7 @@ def groups(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def stacked(params: Mapping[str, Any]) -> dict[str, Any]:
-  """Stacks the parameters of layers; keeps what is already stacked.
+  """Stacks the parameters of layers; keeps stacked ones unchanged.
 
   {'encoder': {'layers_0': {'a': x}, 'layers_1': {'a': y}}}
   -> {'encoder': {'layers_*': {'a': [x, y]}}}
@@ -95,7 +95,7 @@ def through_layers(
     scans: Whether to call one layer with stacked parameters in a loop. Sown
       values are then stacked too. In the cache, the axis of layers comes after
       the axis of rows.
-    **options: Arguments that are no arrays or have no gradient.
+    **options: Arguments that are not arrays or have no gradient.
 
   Returns:
     Output of the last layer.

@@ -1,4 +1,4 @@
-"""What a network consists of: its parameters and its sites.
+"""The structure of a network: its parameters and its sites.
 
 Tracing the network gives their names and shapes, and computes nothing.
 """
@@ -68,9 +68,9 @@ def parameters(network: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
   ]
   if single and network.config.scan:
     raise UserError(
-      'SCAN computes all layers by the same program, but adapters stand in'
-      f' some layers only: {single}. Place them in {scan.LAYERS!r}, or set'
-      ' SCAN = False'
+      'SCAN computes all layers by the same program, but some layers have'
+      f' adapters that others lack: {single}. Place them in {scan.LAYERS!r}, or'
+      ' set SCAN = False'
     )
   return traverse_util.flatten_dict(_abstract(network)['params'], sep='/')
 
@@ -98,7 +98,7 @@ def parameter_axes(network: Transformer) -> dict[str, tuple[str, ...]]:
 
 
 def sites(network: Transformer) -> list[str]:
-  """Every place where an adapter can stand, as a path."""
+  """Every place where an adapter can be placed, as a path."""
   sown = _abstract(network)['intermediates']
   flat = traverse_util.flatten_dict(sown, sep='/')
   return sorted(path.removesuffix('_site') for path in flat)

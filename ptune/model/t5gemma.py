@@ -6,11 +6,11 @@ T5Gemma (arXiv 2504.06225) is Gemma 2 as an encoder-decoder; T5Gemma 2 (arXiv
 - rotary positions, and no position bias;
 - fewer heads of keys and values than of queries;
 - local layers, which see a window of positions, between global ones;
-- a norm before and a norm behind each sublayer, which store scale - 1;
+- a norm before and a norm after each sublayer, which store scale - 1;
 - logits that tanh caps.
 
 Sites and parameter names are those of `t5`. Embeddings are multiplied by
-sqrt(embed). T5Gemma does so behind the site `encoder/embed`, so a prompt is
+sqrt(embed). T5Gemma does so after the site `encoder/embed`, so a prompt is
 multiplied too and has the scale of the embedding's rows. T5Gemma 2 does so in
 the lookup, before the site, so a prompt is read as it is and has sqrt(embed)
 times that scale. PEFT inserts prompts at the same places, so they are
@@ -79,7 +79,7 @@ def embedder(config: T5GemmaConfig, stack: Stack) -> Embed:
 
 
 class View(NamedTuple):
-  """What a kind of layer, global or local, attends to.
+  """The positions that a kind of layer, global or local, attends to.
 
   Attributes:
     mask: Broadcasts to [batch, 1, q, k]; True where a query may attend.
@@ -294,7 +294,7 @@ def _sublayer(
   x: jax.Array,
   norm: str | None = None,
 ) -> jax.Array:
-  """`layers.sublayer` with a second norm, behind the attention or MLP."""
+  """`layers.sublayer` with a second norm, after the attention or MLP."""
   post = LayerNorm(
     jnp.dtype(config.dtype),
     offset=config.norm_offset,

@@ -61,9 +61,10 @@ class T5GemmaConfig(ModelConfig):
     query_scalar: The square root of this divides the logits of attention; the
       head size if not given.
     attention_cap: Limit of the logits of attention, by tanh; None for no limit.
-    logits_cap: Limit of the logits of the vocabulary, likewise.
+    logits_cap: Limit of the logits of the vocabulary, by tanh; None for no
+      limit.
     theta: Base of the rotary frequencies of global layers.
-    local_theta: That of local layers.
+    local_theta: Base of the rotary frequencies of local layers.
     rope_factor: Divides the positions in global layers.
     eoi_id: The token "end of image", which has its own embedding in version 2.
   """
@@ -105,7 +106,7 @@ class T5GemmaConfig(ModelConfig):
 
   @property
   def norm_offset(self) -> float:
-    """What norms add to their stored scale: Gemma stores scale - 1."""
+    """The number that norms add to their scale; Gemma stores scale - 1."""
     return 1.0
 
   @property

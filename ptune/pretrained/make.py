@@ -96,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument('--model', default='tiny', help='a file of gin/models/')
   parser.add_argument('--output', required=True, help='directory to write')
-  parser.add_argument('--work_dir', help='of the training (OUTPUT.run)')
+  parser.add_argument(
+    '--work_dir', help='the MODEL_DIR of the training (default: OUTPUT.run)'
+  )
   parser.add_argument('--steps', type=int, default=STEPS)
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument(

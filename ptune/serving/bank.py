@@ -359,7 +359,7 @@ def parse(prompts: str) -> dict[str, str]:
     )
   if wrong := [name for name in names if not NAME.fullmatch(name)]:
     raise UserError(
-      f'PROMPTS is {prompts!r}: {wrong} are no names; a name has up to 64 of'
+      f'PROMPTS is {prompts!r}: {wrong} are not names; a name has up to 64 of'
       ' A-Z a-z 0-9 _ . - and begins with a letter or digit. Put a name before'
       ' the path, as in sst2=/runs/sst2'
     )

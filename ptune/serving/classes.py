@@ -24,7 +24,7 @@ from ptune.tasks.metrics import UNLABELLED
 OTHER = '(other)'
 # More columns than this are too wide for a terminal.
 WIDEST = 12
-# With more distinct targets than this, the task is no classification.
+# With more distinct targets than this, the task is not a classification.
 MOST = 50
 
 Pair = tuple[str, str]  # The names of the label and of the prediction.
@@ -48,7 +48,7 @@ def pairs(records: Sequence[Mapping[str, Any]]) -> list[Pair]:
       row has one record for each label.
 
   Returns:
-    One pair for each labelled row; an empty list if the task is no
+    One pair for each labelled row; an empty list if the task is not a
     classification.
   """
   first = records[0].get('target') if records else None

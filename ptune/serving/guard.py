@@ -1,4 +1,4 @@
-"""What every request passes first: allowed hosts, size, time, and counting."""
+"""Checks the host, size and time of every request, and counts requests."""
 
 import asyncio
 import dataclasses
@@ -13,7 +13,7 @@ from ptune.serving.hosts import Hosts
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What a request may ask for.
+  """The limits of a request.
 
   Attributes:
     prompt_length: The most tokens of an uploaded prompt.
@@ -125,5 +125,5 @@ class Guard:
 
 
 def problem(status: int, what: str) -> responses.JSONResponse:
-  """A response that says what is wrong."""
+  """An error response with a message."""
   return responses.JSONResponse({'detail': what}, status)

@@ -56,8 +56,8 @@ class Hosts:
       _place(page) != place and _place(page)[0] not in self.allowed
     ):
       return (
-        f'a page of {origin} asks; only pages of this service may, or of hosts'
-        ' in --allowed_hosts'
+        f'the request comes from a page of {origin}; only pages of this service'
+        ' or of hosts in --allowed_hosts may send requests'
       )
     return ''
 

@@ -41,12 +41,13 @@ VALIDATION = 1 / 8
 
 @dataclasses.dataclass(frozen=True)
 class MadeUp:
-  """How inputs are made up.
+  """The settings of made-up inputs.
 
   Attributes:
-    requests: What the model reads after the text. Inputs take turns with them.
-    count: How many inputs to sample. Those that are empty or the same as an
-      earlier one are dropped.
+    requests: The texts that the model reads after the context; inputs use them
+      in turn.
+    count: The number of inputs to sample. Those that are empty or the same as
+      an earlier one are dropped.
     temperature: Divides the logits of the sampling.
     seed: Input i is sampled with fold_in(key(seed), i).
     checkpoint_path: The base model.

@@ -17,9 +17,9 @@ from ptune.tasks.texts import TextTask
 from ptune.training import report as report_lib
 
 Scores = dict[str, dict[str, float]]
-# Of a data set: [(row, tokens)] in any order, and a dict with their scores.
+# Returns for a data set [(row, tokens)] in any order, and a dict of scores.
 Predict = Callable[[Any], tuple[list[Any], dict[str, Any]]]
-# Of a data set: [(row, log probability)] in any order.
+# Returns for a data set [(row, log probability)] in any order.
 Score = Callable[[Any], list[tuple[int, float]]]
 
 
@@ -52,7 +52,7 @@ class TextMetrics:
     """Reads and tokenises the examples.
 
     Raises:
-      UserError: There are none.
+      UserError: If there are none.
     """
     self._task, self._examples = task, examples
     split, lengths, count, _, ids = examples

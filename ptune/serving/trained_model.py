@@ -44,7 +44,7 @@ def output_directory(
   """
   if output_dir is None and model_dir is None:
     raise UserError(
-      f'{name} is needed where there is no MODEL_DIR; for example'
+      f'{name} is needed without a MODEL_DIR; for example'
       f' --gin.{name}="\'/runs/out\'"'
     )
   if output_dir is None:
@@ -110,7 +110,7 @@ def _refuse_folded(method: Method, prompt_file: PathLike) -> None:
     )
   raise UserError(
     f'METHOD {method.name!r} cannot read PROMPT_FILE={prompt_file!r}: it saves'
-    f' what it trained in the form of a simpler method; {fix}, or give a'
+    f' its parameters in the form of a simpler method; {fix}, or give a'
     f' MODEL_DIR with checkpoints of {method.name!r}'
   )
 
@@ -120,8 +120,8 @@ def _check_run(model_dir: PathLike | None) -> dict[str, Any]:
   run = run_file.read(directory)
   if not run:
     raise UserError(
-      f'MODEL_DIR {directory} holds no run of ptune train'
-      f' ({run_file.FILE} is not there)'
+      f'MODEL_DIR {directory} has no run of ptune train ({run_file.FILE} does'
+      ' not exist)'
     )
   return run
 

@@ -52,7 +52,7 @@ class Options(pydantic.BaseModel, extra='forbid'):
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-  """What the page shows of a prompt.
+  """The facts about a prompt that the page shows.
 
   Attributes:
     labels: The labels that it chooses from; empty if it writes free text.
@@ -73,11 +73,11 @@ class Service:
     metrics: The batcher calls its `observe_batch`.
     encode: Turns a text into tokens, EOS included.
     decode: Turns tokens into a text.
-    limits: What a request may ask for.
+    limits: The limits of a request.
     token: The token that may change prompts; if None, nobody may.
     hosts: The host names that the service answers to.
     base: The name of the frozen model.
-    shown: What the page shows of each prompt, by name.
+    shown: The facts about each prompt that the page shows, by name.
   """
 
   bank: PromptBank
@@ -113,7 +113,7 @@ class Service:
     labels = self._encoded(options.labels, 'label', self.batcher.output_length)
     if len({tuple(label.tolist()) for label in labels}) < len(labels):
       raise fastapi.HTTPException(
-        422, 'labels: two of them are the same to the vocabulary'
+        422, 'labels: the vocabulary encodes two of them to the same tokens'
       )
     answers = await self._ask(
       options.prompt,
@@ -207,7 +207,7 @@ class Service:
         text.encode()
       except UnicodeEncodeError:
         raise fastapi.HTTPException(
-          422, f'{what} {i} is no text: it has lone surrogates'
+          422, f'{what} {i} is not valid text: it has lone surrogates'
         ) from None
       rows.append(np.asarray(self.encode(text), np.int32))
       if len(rows[-1]) > most:

@@ -1,23 +1,24 @@
-"""`ptune study methods`: every method, on the same model and tasks.
+"""`ptune study methods`: compares every method, on the same model and tasks.
 
-The study has two parts, for each task by itself:
+The study has two parts, which it does for each task:
 
-1. The search. Every method is trained with one seed at as many learning rates:
-   the rate of its file in gin/methods/ times each of the same few factors. The
-   rate with the best score on the validation split is chosen.
-2. The comparison. Every method is trained at its rate with new seeds, and
-   scored on the test split. The validation split also chooses the step of each
-   run; the test split chooses nothing.
+1. The search. It trains every method with one seed at the same number of
+   learning rates: the rate of the method's file in gin/methods/, multiplied by
+   each of the same few factors. It chooses the rate with the best score on the
+   validation split.
+2. The comparison. It trains every method at its chosen rate with new seeds, and
+   scores it on the test split. The validation split also chooses the step of
+   each run; the test split chooses nothing.
 
-A table for each task ranks the methods, with the parameters that they train,
-the seconds of a training and the rate. Two paired t-tests compare each method
-with the best one: over the seeds, and over the rows of the test split, where a
-row counts how many of the seeds got it right. A method is below the best only
-if both tests say so. Otherwise the two are tied.
+A table for each task ranks the methods. It also shows the number of parameters
+that each trains, the seconds of a training and the learning rate. Two paired
+t-tests compare each method with the best one: over the seeds, and over the rows
+of the test split, where a row counts how many of the seeds got it right. A
+method is below the best only if both tests say so. Otherwise the two are tied.
 
-    parameters.png     figure 4 of Lester et al. 2021: what methods train,
-                       against the size of the model
-    pareto_TASK.png    the score against the parameters that are trained
+    parameters.png     figure 4 of Lester et al. 2021: the share of parameters
+                       that methods train, by the size of the model
+    pareto_TASK.png    the score against the number of trained parameters
 """
 
 import dataclasses
@@ -41,18 +42,18 @@ from ptune.training import optim
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
-# Of the search: none of the seeds whose scores are reported.
+# The seed of the search; the comparison uses others.
 SEARCH_SEED = 1000
-# Follows a rate that is the lowest or highest one of the search.
+# Follows a rate that is the lowest or highest of the search.
 EDGE = ' (edge)'
 
 
 def offsets(
   initial_step: int = 0, learning_rate: Any = 0.3, ratio: float = 1 / 300
 ):
-  """AdamW, at a rate of their own for what is added to the inputs.
+  """AdamW, with a learning rate of its own for vectors added to the inputs.
 
-  `ratio` is that of the files of gin/methods/.
+  `ratio` is the one in the files of gin/methods/.
   """
   rate = learning_rate
   own = (lambda step: ratio * rate(step)) if callable(rate) else ratio * rate
@@ -82,10 +83,10 @@ RECIPES: Mapping[str, tuple[Callable[..., Any], float]] = {
 
 
 def method_of(name: str, setting: Setting) -> Method:
-  """A method with its defaults, and prompts in the length of the setting.
+  """A method with its defaults, and prompts of the setting's length.
 
-  DePT and ADePT have prompts of 2/5 of that, and SMoP four of 1/4, so that each
-  has about as many prompt rows as in its paper beside a plain prompt.
+  DePT and ADePT get prompts of 2/5 of that length, and SMoP gets four of 1/4.
+  The ratio to a plain prompt's rows is then about that of their papers.
   """
   length = setting.prompt_length
   sized = {
@@ -113,18 +114,18 @@ def methods(
   steps: int | None = None,
   evaluations: int = 4,
 ) -> Study:
-  """Every method of RECIPES, at the best of as many learning rates.
+  """Compares the methods of RECIPES, each at its best learning rate.
 
   Args:
-    setting: The models and tasks; the usual model is taken.
-    names: Only these methods.
-    factors: What the learning rate of each is multiplied by in the search.
-    steps: Of each training; those of the setting's prompts if not given.
-    evaluations: How often each training is evaluated, evenly.
+    setting: The models and tasks; the study uses the usual model.
+    names: The methods to compare.
+    factors: The search multiplies each method's usual learning rate by these.
+    steps: The steps of each training; None for those of the setting's prompts.
+    evaluations: How often each training is evaluated, at even distances.
 
   Raises:
-    ValueError: If a method is unknown, there is none or no factor, or a task of
-      files has no test split.
+    ValueError: If a method is unknown, if there is no method or no factor, or
+      if a task of files has no test split.
   """
   chosen = list(RECIPES) if names is None else list(names)
   unknown = sorted(set(chosen) - set(RECIPES))
@@ -152,8 +153,8 @@ def methods(
   ]
   return setting.study(
     'methods',
-    'Methods, each at the best learning rate of the search, which was its usual'
-    ' one times some factors',
+    'Methods, each at the best learning rate of the search: its usual rate'
+    ' times one of some factors',
     search,
     evaluations=evaluations,
     timed=True,
@@ -165,7 +166,7 @@ def methods(
 def _cell(
   setting: Setting, name: str, task: str | TextTask, factor: float
 ) -> Cell:
-  """A method in the search, at one learning rate."""
+  """A method in the search, at one of its learning rates."""
   optimizer, rate = RECIPES[name]
   tuning = dataclasses.replace(
     setting.prompt, learning_rate=rate * factor, optimizer=optimizer
@@ -185,9 +186,9 @@ def _cell(
 def _at_best(
   setting: Setting, search: Sequence[Cell], results: Sequence[Result]
 ) -> list[Cell]:
-  """The comparison: each method and task at the best rate of the search.
+  """The comparison: each method on each task at the best rate of the search.
 
-  Of rates that score the same, the one nearest to that of the gin file.
+  If rates score the same, the one nearest to the gin file's is chosen.
   """
   scores = {(r.row, r.column): r.score for r in results}
   groups: dict[tuple[str, str], list[Cell]] = {}
@@ -222,7 +223,7 @@ def _at_best(
 def report(
   split: str, results: Sequence[Result], directory: epath.Path
 ) -> tuple[str, dict[str, 'Figure']]:
-  """The search and the ranking on each task, and figures by name."""
+  """The search and the ranking on each task as text, and figures by name."""
   texts, drawn, names = [], {}, dict.fromkeys(r.row for r in results)
   for task in dict.fromkeys(r.task for r in results):
     searched, scored = f'{task} x ', f'{task} {split} at '

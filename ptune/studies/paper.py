@@ -1,13 +1,13 @@
-"""The figures and tables of Lester et al. 2021 (arXiv 2104.08691), as studies.
+"""Studies that make the figures and tables of Lester et al. 2021.
 
-Each function makes one, on what a `Setting` names: `miniature`, on ptune's own
-models and generated text, in minutes; or `paper`, on the published checkpoints
-and data sets. `study.study` runs them.
+The paper is arXiv 2104.08691. Each function makes one study for a `Setting`:
+`miniature` uses ptune's own models and generated text and takes minutes;
+`paper` uses the published checkpoints and data sets. `study.study` runs them.
 
     model_size       figure 1   prompt and model tuning, by the model's size
     prompt_length    figure 3a  how many tokens
     prompt_init      figure 3b  where the prompt starts
-    pretraining      figure 3c  what the model was pre-trained on
+    pretraining      figure 3c  the pre-training objective
     adaptation       figure 3d  how long it was adapted
     domain_shift     table 1    scores on other domains than that trained on
     paraphrase       table 2    the same from one paraphrase task to another
@@ -31,24 +31,24 @@ from ptune.training import optim
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What studies run on.
+  """The models and data that studies use.
 
   Attributes:
     bases: Models of several sizes by name, the smallest first.
-    usual: The model of studies of one size.
-    tasks: What is tuned on; scores are means over them.
-    task_feature_lengths: In tokens.
-    prompt: How prompts are trained.
-    model: How whole models are.
-    prompt_length: Tokens of a prompt.
-    init: Where prompts start.
-    objectives: Models that differ in their pre-training, by what it was.
-    adapted: Models that were adapted, by the steps.
-    domains: A task to train on, and others to be evaluated on.
+    usual: The model for studies of one size.
+    tasks: The tasks to tune on; scores are means over them.
+    task_feature_lengths: The lengths of inputs and targets, in tokens.
+    prompt: How to train prompts.
+    model: How to train whole models.
+    prompt_length: The length of a prompt in tokens.
+    init: The initialisation of prompts.
+    objectives: Models that differ in their pre-training, by its name.
+    adapted: Adapted models, by the number of adaptation steps.
+    domains: A task to train on, and others to evaluate on.
     paraphrases: Two tasks.
-    module: Registers the tasks.
-    batch_size: Examples a step.
-    models: The names of `bases` that `model_size` compares; all if not given.
+    module: The module that registers the tasks.
+    batch_size: Examples in a step.
+    models: The names of the `bases` that `model_size` compares; None for all.
     test: The split whose scores the study of methods reports.
   """
 
@@ -88,9 +88,9 @@ class Setting:
     """Prompt tuning on every task.
 
     Args:
-      row, column: Where the mean of its scores stands.
+      row, column: The place of its mean score in the table.
       base: The model.
-      **given: `length`, `init` or `learning_rate`, if not the usual.
+      **given: `length`, `init` or `learning_rate`, if not the usual one.
     """
     length = given.get('length', self.prompt_length)
     tuning = self.prompt
@@ -112,10 +112,10 @@ class Setting:
 
 
 def miniature() -> Setting:
-  """ptune's own models, on generated text; made with one seed each.
+  """ptune's own models, each pre-trained with one seed, and generated text.
 
-  All but `tiny` are pre-trained when a study first needs them, in CPU minutes:
-  nano 10, mini 22, midi 50, and a further tiny 15.
+  ptune pre-trains all but `tiny` when a study first needs them. CPU minutes:
+  nano 10, mini 22, midi 50, and any further tiny 15.
   """
 
   def made(name, *settings):
@@ -176,8 +176,8 @@ def miniature() -> Setting:
 def paper() -> Setting:
   """T5 1.1, adapted to language modelling for 100,000 steps, on SuperGLUE.
 
-  The checkpoints are those that T5X's documentation names; of the 0 to 50,000
-  steps of adaptation in figure 3d, only 0 and 100,000 were published.
+  The checkpoints are those that T5X's documentation names. For the steps of
+  adaptation in figure 3d, only 0 and 100,000 were published.
   """
   bucket = 'gs://t5-data/pretrained_models/t5x'
 
@@ -239,14 +239,14 @@ def setting(
   base: Base | None = None,
   **others: Any,
 ) -> Setting:
-  """One of `SETTINGS`, with what differs.
+  """One of `SETTINGS`, with some attributes changed.
 
   Args:
-    name: Which.
-    models: Only these of its models are compared by size.
-    usual: The model of studies of one size.
-    base: A model of your own for them.
-    **others: Attributes of `Setting`; what is None stays.
+    name: The name of the setting.
+    models: The models that `model_size` compares.
+    usual: The model for studies of one size.
+    base: A model of your own for these studies.
+    **others: Attributes of `Setting`; None keeps the setting's value.
 
   Raises:
     ValueError: If a name is unknown.
@@ -276,7 +276,7 @@ def setting(
 
 
 def model_size(setting: Setting) -> Study:
-  """Figure 1: the gap between prompt and model tuning closes with size."""
+  """Figure 1: prompt tuning closes the gap to model tuning with size."""
   cells = []
   for base in setting.models or setting.bases:
     cells += setting.whole('model tuning', base, base)
@@ -313,7 +313,7 @@ def prompt_init(setting: Setting, models: Sequence[str] | None = None) -> Study:
 
 
 def pretraining(setting: Setting) -> Study:
-  """Figure 3c: what the model was pre-trained on."""
+  """Figure 3c: the pre-training objective of the model."""
   cells = []
   for name in setting.objectives:
     cells += setting.prompts(name, 'prompt tuning', name)
@@ -361,7 +361,7 @@ def _transfer(setting: Setting, name, title, pairs) -> Study:
 
 
 def ensembling(setting: Setting, members: int = 5) -> Study:
-  """Table 3: the average and the best of several prompts, and their vote."""
+  """Table 3: the average and the best of several prompts, and the ensemble."""
   cells = [
     dataclasses.replace(cell, row=str(cell.task))
     for cell in setting.prompts('', 'average', setting.usual)

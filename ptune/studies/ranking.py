@@ -1,4 +1,4 @@
-"""Methods ranked by their scores on a task, as a table and as figures."""
+"""Ranks methods by their scores on a task, in a table and in figures."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from ptune.studies.tables import Result
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
-# A difference is none if it is as likely as this by chance.
+# A p-value above this does not count as a difference.
 SIGNIFICANCE = 0.05
 
 
@@ -27,14 +27,15 @@ class Ranked:
 
   Attributes:
     name: The method.
-    rate: The learning rate, with ' (edge)' behind it if none beyond was tried.
-    scores: Of each seed.
-    trained: Parameters.
-    seconds: Of one training.
-    over_seeds: The p-value of its difference from the best, by a paired test
-      over the seeds; None if there is one seed, or for the best itself.
+    rate: The learning rate, followed by ' (edge)' if it was the lowest or
+      highest that was tried.
+    scores: The score of each seed.
+    trained: The number of trained parameters.
+    seconds: The time of one training.
+    over_seeds: The p-value of the difference from the best method, by a paired
+      test over the seeds; None for one seed, or for the best method itself.
     over_rows: The same over the rows of the split; None if no predictions were
-      kept, or none that are plainly right or wrong.
+      kept, or if some are neither plainly right nor wrong.
   """
 
   name: str
@@ -52,12 +53,12 @@ class Ranked:
 
   @property
   def deviation(self) -> float:
-    """The standard deviation of the scores; 0 of one."""
+    """The standard deviation of the scores; 0 for a single score."""
     return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else 0.0
 
   @property
   def below(self) -> bool | None:
-    """Whether it is worse than the best; None if that was not tested."""
+    """Whether it is worse than the best method; None if that was not tested."""
     if self.over_seeds is None:
       return None
     return max(self.over_seeds, self.over_rows or 0.0) <= SIGNIFICANCE
@@ -66,12 +67,12 @@ class Ranked:
 def rank(
   split: str, results: Sequence[Result], directory: epath.Path
 ) -> list[Ranked]:
-  """The methods on the task of `results`, the best first.
+  """Ranks the methods on the task of `results`, the best first.
 
   Args:
-    split: What was scored.
-    results: Of the comparison, on one task.
-    directory: What their `prompt` is in.
+    split: The split that was scored.
+    results: The results of the comparison, on one task.
+    directory: The directory that their `prompt` paths are relative to.
   """
   found: dict[str, list[Result]] = {}
   for r in sorted(results, key=lambda r: r.seed):
@@ -100,9 +101,9 @@ def rank(
 def right(
   split: str, results: Sequence[Result], directory: epath.Path
 ) -> Sequence[float]:
-  """For each row of the split, the share of the trainings that got it right.
+  """The share of the trainings that got each row of the split right.
 
-  Empty if an evaluation has kept no predictions, or some that are neither
+  Empty if an evaluation kept no predictions, or if some predictions are neither
   plainly right nor wrong.
   """
   shares = []
@@ -118,13 +119,13 @@ def right(
 
 
 def _chance(a: Sequence[float], b: Sequence[float]) -> float | None:
-  """The p-value of a paired, two-sided t-test; None of fewer than two pairs."""
+  """The p-value of a paired, two-sided t-test; None below two pairs."""
   from scipy import stats
 
   if len(a) != len(b) or len(a) < 2:
     return None
   apart = np.subtract(a, b)
-  if not apart.std():  # The test divides by it.
+  if not apart.std():  # The test divides by the standard deviation.
     return 1.0 if not apart.any() else 0.0
   return float(stats.ttest_rel(a, b).pvalue)
 
@@ -159,7 +160,7 @@ def table(ranked: Sequence[Ranked]) -> str:
 
 
 def draw_parameters(names: Sequence[str]) -> 'Figure':
-  """Figure 4: what each method trains, in percent, by the size of T5 1.1."""
+  """Figure 4: the share of parameters that methods train, by T5 1.1 size."""
   from matplotlib import figure
 
   fig = figure.Figure(figsize=(6.5, 5.5), layout='constrained')
@@ -176,9 +177,9 @@ def draw_parameters(names: Sequence[str]) -> 'Figure':
   axes.set(
     xscale='log',
     yscale='log',
-    xlabel='parameters of the model (T5 1.1 small to XXL)',
-    ylabel='trained, % of them',
-    title='What methods train, with their defaults',
+    xlabel='model parameters (T5 1.1 small to XXL)',
+    ylabel='trained parameters, % of the model',
+    title='Trained parameters of each method, with its defaults',
   )
   _label(axes, ends)
   axes.grid(alpha=0.3)
@@ -186,7 +187,7 @@ def draw_parameters(names: Sequence[str]) -> 'Figure':
 
 
 def _label(axes: Any, ends: Sequence[tuple[float, float, str]]) -> None:
-  """Names lines at their ends, one above the other where these are close."""
+  """Writes the lines' names at their ends; moves close names apart."""
   low, high = np.log10(axes.get_ylim())
   step, last = (high - low) / 32, -np.inf
   for y, x, name in sorted(ends):
@@ -204,7 +205,7 @@ def _label(axes: Any, ends: Sequence[tuple[float, float, str]]) -> None:
 
 
 def pareto(ranked: Sequence[Ranked]) -> list[Ranked]:
-  """Those that no method with as few parameters beats, by parameters."""
+  """The methods that none with as few parameters beats, by parameters."""
   front: list[Ranked] = []
   for one in sorted(ranked, key=lambda r: (r.trained, -r.mean)):
     if not front or one.mean > front[-1].mean:
@@ -213,7 +214,7 @@ def pareto(ranked: Sequence[Ranked]) -> list[Ranked]:
 
 
 def draw_pareto(ranked: Sequence[Ranked], title: str) -> 'Figure':
-  """Score against trained parameters, and the line of `pareto`."""
+  """Draws scores against trained parameters, and the line of `pareto`."""
   from matplotlib import figure
 
   fig = figure.Figure(figsize=(6.5, 5), layout='constrained')
@@ -229,25 +230,25 @@ def draw_pareto(ranked: Sequence[Ranked], title: str) -> 'Figure':
     where='post',
     color='C1',
     linewidth=1,
-    label='best with as many parameters or fewer',
+    label='best score with at most this many parameters',
   )
   axes.set(
     xscale='log',
     xlabel='trained parameters',
     ylabel='score',
-    title=f'Methods, each at its best learning rate\n{title}',
+    title=f'Methods at their best learning rates\n{title}',
   )
   axes.margins(x=0.15)
   fig.legend(loc='outside lower center')
   axes.grid(alpha=0.3)
-  fig.draw_without_rendering()  # Places the axes, and so the points.
+  fig.draw_without_rendering()  # Places axes and points.
   _name(axes, ranked)
   return fig
 
 
 def _name(axes: Any, ranked: Sequence[Ranked]) -> None:
-  """Names points, beside or above one another where they are close."""
-  # In points, right of a point, above and below it, and further away.
+  """Writes the points' names beside them; keeps close names apart."""
+  # Offsets in points: right of the point, above, below, and further away.
   offsets = [(6, y) for y in (2, 12, -10, 22, -20, 32, -30)]
   taken: list[tuple[float, float, float]] = []
   for one in ranked:

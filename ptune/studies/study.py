@@ -1,22 +1,22 @@
-"""`ptune study`: a figure or a table of a paper, from training to drawing.
+"""`ptune study`: makes a figure or table of a paper, from training to drawing.
 
     ptune study prompt_length --gin.MODEL_DIR="'/runs/length'"
 
-A study says what is trained and where in a table the scores stand (`studies`
-has those of Lester et al. 2021). Each training is repeated for every seed.
-Those that freeze the model and share it are trained together, many in one
-program (`train_many`). In MODEL_DIR, below the study's name:
+A study says which trainings it needs and where their scores go in a table
+(`studies.paper` has the studies of Lester et al. 2021). It repeats each
+training for every seed. Trainings that freeze the same model run together,
+many in one program (`train_many`). The study writes to MODEL_DIR/<its name>:
 
     results.csv               a line for every score
     table.md                  mean and standard deviation over the seeds
     figure.png, figure.svg
-    runs/                     what trained, as `ptune train` leaves it
-    ../models/                models that had to be pre-trained first
+    runs/                     the runs, as `ptune train` writes them
+    ../models/                models that the study had to pre-train first
 
-What stands in results.csv is not done again: stopped and started again by the
-same command, a study goes on where it was. A score is known by all that decides
-it (`setting`): with other settings it is made anew, and the old one stays in
-results.csv but is not shown.
+A study never repeats the work of a line in results.csv: if you stop it and
+start it again by the same command, it resumes. Each score is stored with a hash
+of all settings that decide it (`setting`). If you change a setting, the study
+computes the score again; the old score stays in results.csv but is not shown.
 """
 
 import dataclasses
@@ -72,10 +72,10 @@ class Base:
 
   Attributes:
     checkpoint: Its path.
-    config: Its sizes; the checkpoint tells them if not given.
-    make: Arguments of `ptune.pretrained.make`, of a model that is not there
-      before; `{models}` stands for the directory that such models are in. The
-      checkpoint is then the name of the model.
+    config: The network's sizes; read from the checkpoint if not given.
+    make: The arguments of `ptune.pretrained.make`, for a model that the study
+      has to pre-train first; `{models}` stands for the directory of such
+      models. `checkpoint` is then the name of the model.
   """
 
   checkpoint: str
@@ -88,8 +88,8 @@ class Tuning:
   """How a method is trained.
 
   Attributes:
-    steps: Steps.
-    learning_rate: The peak.
+    steps: The number of steps.
+    learning_rate: The peak of the schedule.
     decay: See `optim.schedule`.
     optimizer: A function of `optim`.
   """
@@ -106,22 +106,22 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One number of a table: the score of a way of training.
+  """One number of a table: the score of one kind of training.
 
   Attributes:
-    row: Where it stands.
-    column: Where it stands.
+    row: The row of the table.
+    column: The column of the table.
     base: The name of the model.
-    training: What is trained, in a word: cells of one training (and base and
-      task) share it.
-    task: What is trained on. Cells at one place with several tasks show the
-      mean over these.
-    method: What is trained.
-    tuning: How.
-    evaluated: The task whose score it is, if not the one trained on.
-    split: The split whose score it is. None is the best of the evaluations
-      during training, which are of the validation split.
-    seeds: The seeds of its trainings; None for those of the study.
+    training: A short name of the training. Cells with the same name, base and
+      task share their runs.
+    task: The task to train on. If several cells have the same row and column,
+      the table shows the mean over their tasks.
+    method: The method to train.
+    tuning: How to train it.
+    evaluated: The task to evaluate on; None for the task it was trained on.
+    split: The split to evaluate on. None takes the best score of the
+      evaluations during training, which use the validation split.
+    seeds: The seeds of the trainings; None for the study's seeds.
   """
 
   row: str
@@ -138,30 +138,30 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """What a figure or a table shows.
+  """The content of a figure or a table.
 
   Attributes:
-    name: Of its directory.
-    title: What is shown.
+    name: The name of the study's directory.
+    title: The title of the figure.
     bases: The models, by name.
     cells: The numbers.
-    task_feature_lengths: Of all tasks, in tokens.
-    module: Registers the tasks.
-    batch_size: Examples a step.
-    seeds: How often everything is trained; None for as often as asked for.
-    vote: Whether the seeds of a cell also answer together, as an ensemble:
-      beside its column stand `best` and `ensemble`.
-    by_size: Whether the columns are models, so that a figure shows scores
-      against their parameters.
-    evaluations: How often each training is evaluated, evenly; its score is the
-      best of these.
-    timed: Whether the seconds of trainings are compared: then only those of one
-      kind share a program.
-    then: Called with the results of `cells` once all are there; returns further
-      cells, which are trained next.
-    report: Called with the results that are shown and the directory that their
-      `prompt` is in; returns the text of table.md and figures by name, in place
-      of the usual table and figure.
+    task_feature_lengths: The lengths of all tasks, in tokens.
+    module: The module that registers the tasks.
+    batch_size: Examples in a step.
+    seeds: The number of seeds; None for the number that `study` is given.
+    vote: Whether to evaluate the seeds of a cell as an ensemble too. The table
+      then has the columns `best` and `ensemble` beside the cell's own.
+    by_size: Whether the columns are models. The figure then shows scores
+      against the number of their parameters.
+    evaluations: How often each training is evaluated, at even distances; its
+      score is the best of these.
+    timed: Whether the study compares the seconds of trainings. Then only
+      trainings of the same method and task share a program.
+    then: A function that gets the results of `cells` and returns further cells,
+      which are trained next.
+    report: A function that gets the results to show and the directory that
+      their `prompt` paths are relative to. It returns the text of table.md and
+      the figures by name, which replace the usual table and figure.
   """
 
   name: str
@@ -191,17 +191,18 @@ def study(
   model_parallel: int = 1,
   **how: Any,
 ) -> None:
-  """Runs studies, and draws them; goes on where an earlier start was stopped.
+  """Runs and draws studies; resumes an earlier start that was stopped.
 
   Args:
-    model_dir: Where everything is written.
-    studies: What to run.
-    seeds: How often each training is repeated, with seeds from 0 on.
-    together: The most trainings in one program.
-    eval_steps: Batches of an evaluation; the whole split if not given.
-    best_metric: What the score is, see `train.train`.
-    model_parallel: Devices that one copy of the weights is split over.
-    **how: Of `sizes.Config`: how models are computed, such as `dtype`.
+    model_dir: The directory to write to.
+    studies: The studies to run.
+    seeds: The number of seeds of each training; they start from 0.
+    together: The largest number of trainings in one program.
+    eval_steps: Batches of an evaluation; None for the whole split.
+    best_metric: The metric that is the score; see `train.train`.
+    model_parallel: The number of devices that share one copy of the weights.
+    **how: Fields of `sizes.Config` that say how models compute, such as
+      `dtype`.
   """
   check_counts(SEEDS=seeds, TOGETHER=together)
   directory = run_file.run_directory(model_dir)
@@ -221,7 +222,7 @@ def study(
       try:
         runner()
       except Stopped:
-        logging.info('study %s: stopped; the same command goes on', one.name)
+        logging.info('study %s: stopped; the same command resumes', one.name)
         return
 
 
@@ -251,7 +252,7 @@ class Runner:
     self._results = tables.read(file.read_text()) if file.exists() else []
 
   def __call__(self) -> None:
-    """Trains what is missing, evaluates, and draws."""
+    """Trains and evaluates the missing cells, and draws the result."""
     self._train_all(self._study.cells)
     if self._study.then is not None:
       following = tuple(self._study.then(self._shown()))
@@ -263,19 +264,19 @@ class Runner:
     self._draw()
 
   def _train_all(self, cells: Sequence[Cell]) -> None:
-    """Trains and evaluates those of the cells whose scores are not there."""
+    """Trains and evaluates the cells that have no score yet."""
     start = time.monotonic()
     wanted = [(c, seed) for c in cells for seed in self._seeds_of(c)]
     wanted.sort(key=lambda x: x[1])  # All cells of a seed before the next one.
     missing = [x for x in wanted if self._found(*x) is None]
     others = len(self._results) - len(self._shown())
     logging.info(
-      'study %s: %d of %d scores are there, in %s%s',
+      'study %s: found %d of %d scores in %s%s',
       self._study.name,
       len(wanted) - len(missing),
       len(wanted),
       self._directory,
-      f'; {others} others, of other settings, are not shown' if others else '',
+      f'; {others} scores with other settings are not shown' if others else '',
     )
     for trainings in self._parts(missing):
       self._train(trainings)
@@ -294,7 +295,7 @@ class Runner:
   # ----------------------------------------------------------------- training
 
   def _training(self, cell: Cell) -> str:
-    """All that decides a cell's training but the seed, as a short hash."""
+    """A short hash of all that decides a cell's training, without the seed."""
     study, method = self._study, cell.method
     return _digest(
       study.bases[cell.base],
@@ -306,7 +307,7 @@ class Runner:
     )
 
   def _setting(self, cell: Cell) -> str:
-    """All that decides its scores."""
+    """A short hash of all that decides a cell's scores."""
     where = [cell.evaluated, *filter(None, [cell.split])]
     return _digest(self._training(cell), *where)
 
@@ -318,7 +319,7 @@ class Runner:
     return None
 
   def _voted(self, cell: Cell) -> list[Result]:
-    """Of a cell: the score of its best seed, and of their vote."""
+    """The scores of a cell's best seed and of the ensemble of its seeds."""
     at = cell.row, str(cell.task), -1, self._setting_of_vote(cell)
     return [
       r for r in self._results if at == (r.row, r.task, r.seed, r.setting)
@@ -330,10 +331,10 @@ class Runner:
   def _parts(
     self, missing: Sequence[tuple[Cell, int]]
   ) -> Iterator[dict[str, list[tuple[Cell, int]]]]:
-    """What is trained in one program: by the run's name, the cells it is for.
+    """Yields the runs of each program: their names, and the cells of each.
 
-    Cells that differ only in what they are evaluated on share a run. Runs of
-    one program may differ in their learning rates.
+    Cells that differ only in the task or split to evaluate on share a run. Runs
+    of one program may differ in their learning rates.
     """
     groups: dict[Any, dict[str, list[tuple[Cell, int]]]] = {}
     for cell, seed in missing:
@@ -352,12 +353,12 @@ class Runner:
     """Trains runs of one base and optimizer, and records their scores.
 
     Raises:
-      Stopped: The training was asked to end, and is saved so far.
+      Stopped: If the training was asked to stop; it has saved a checkpoint.
     """
     cell, seed = next(iter(trainings.values()))[0]
     tuning = cell.tuning
     checkpoint, config = self._base(cell.base)
-    # Of the same runs, so that a second start finds them again.
+    # The name is a function of the runs, so a second start finds the directory.
     digest = _digest(
       *(
         (name, self._training(cells[0][0])) for name, cells in trainings.items()
@@ -411,7 +412,7 @@ class Runner:
     for name, cells in trainings.items():
       records = records_of[name]
       own = max(selection.history(records, self._best_metric))
-      # The first record's time has the first step's, which compiles.
+      # The first record's time includes compilation, in the first step.
       paces = [
         r['seconds_per_step'] for r in records if 'seconds_per_step' in r
       ]
@@ -445,28 +446,29 @@ class Runner:
     self._record(found)
 
   def _record(self, found: Sequence[Result]) -> None:
-    """Adds results: all of one program at once, or none."""
+    """Adds the results of one program: all at once, or none."""
     self._results.extend(found)
     text = tables.dump(self._results)
     write_atomically(self._directory / 'results.csv', text)
 
   def _base(self, name: str) -> tuple[str, sizes.Config]:
-    """The checkpoint of a base, made if it is not there; and its sizes."""
+    """The checkpoint of a base and its sizes; pre-trains the base if needed."""
     base = self._study.bases[name]
     checkpoint = base.checkpoint
     if base.make is not None:
       place = self._models / checkpoint
       checkpoint = os.fspath(place)
       if not (place / 'config.json').exists():
-        logging.info('pre-training %s, which takes a while', checkpoint)
+        logging.info('pre-training %s; this takes a while', checkpoint)
         self._models.mkdir(parents=True, exist_ok=True)
         given = [x.replace('{models}', str(self._models)) for x in base.make]
         command = [sys.executable, '-m', 'ptune.pretrained.make']
         made = subprocess.run([*command, f'--output={checkpoint}', *given])
         if made.returncode:
           raise UserError(
-            f'{checkpoint} was not made: its pre-training, which says why,'
-            f' ended with status {made.returncode}; the same command goes on'
+            f'{checkpoint} was not made: its pre-training ended with status'
+            f' {made.returncode} and printed the reason; the same command'
+            ' resumes'
           )
     config = base.config or identity.config(open_checkpoint(checkpoint))
     return checkpoint, dataclasses.replace(config, **self._how)
@@ -485,10 +487,10 @@ class Runner:
   def _evaluation(
     self, cell: Cell, plan: parameters.Plan, output: epath.Path
   ) -> Callable[[epath.Path, int], float]:
-    """What scores runs of a cell, of any seed, on its task and split.
+    """A function that scores a cell's runs, of any seed, on its task and split.
 
-    The runs share one compiled evaluation. Predictions are written below
-    `output`, with the seed in the place of the step.
+    The runs share one compiled evaluation. It writes predictions below
+    `output`, and names them by the seed instead of the step.
     """
     data = self._data(cell.evaluated or cell.task)
     how = settings.Evaluation(
@@ -515,7 +517,7 @@ class Runner:
     return score
 
   def _vote(self) -> None:
-    """Adds the best seed of each cell, and what all seeds answer together."""
+    """Adds the scores of each cell's best seed and of its seeds' ensemble."""
     for cell in self._study.cells:
       if self._voted(cell):
         continue
@@ -591,7 +593,7 @@ def where(cell: Cell) -> str:
 
 
 def of_seeds(run: str, seed: int) -> str:
-  """What the runs of a training are called that differ in their seeds."""
+  """The common name of the runs of a training that differ in their seeds."""
   return run.removesuffix(f'_seed{seed}')
 
 
@@ -601,7 +603,7 @@ def _digest(*settings: Any) -> str:
 
 
 def _facts(x: Any) -> Any:
-  """Settings as JSON; of a function, its name and what it closes over."""
+  """Settings as JSON; a function becomes its name and its closure's values."""
   if isinstance(x, Mapping):
     return {str(key): _facts(value) for key, value in x.items()}
   if isinstance(x, list | tuple):

@@ -1,4 +1,4 @@
-"""Scores of many trainings: as CSV, as a table, as a figure."""
+"""The scores of many trainings as CSV, as a table and as a figure."""
 
 import csv
 import dataclasses
@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
-# By row and column: the score of every seed.
+# The scores by row and column, one for each seed.
 Grid = dict[str, dict[str, list[float]]]
 
 
@@ -20,16 +20,17 @@ class Result:
   """A line of results.csv.
 
   Attributes:
-    row, column: Where it stands in the table.
-    task: What was trained on.
-    seed: Of the training; -1 for a score of all seeds.
-    score: The best on the validation split, as BEST_METRIC says.
-    parameters: Of the model.
-    trained: How many of them, or beside them, were trained.
-    prompt: Where what was trained lies.
+    row, column: The place in the table.
+    task: The task that was trained on.
+    seed: The seed of the training; -1 for a score of all seeds together.
+    score: The score on the validation split, of the best evaluation by
+      BEST_METRIC.
+    parameters: The number of the model's parameters.
+    trained: The number of trained parameters, in the model or added to it.
+    prompt: The path of the trained parameters.
     setting: A hash of all else that decides the score.
-    seconds: Of the training, shared evenly by those of one program; compiling
-      and evaluating are left out.
+    seconds: The training time. The trainings of one program share their time
+      evenly. It leaves out compilation and evaluation.
   """
 
   row: str
@@ -65,7 +66,7 @@ def dump(results: Sequence[Result]) -> str:
 
 
 def table(results: Sequence[Result]) -> Grid:
-  """The scores of every place, one a seed: the mean over tasks."""
+  """The scores of each row and column, one for each seed: means over tasks."""
   found: dict[tuple[str, str], dict[int, list[float]]] = {}
   for r in results:
     found.setdefault((r.row, r.column), {}).setdefault(r.seed, []).append(
@@ -84,7 +85,7 @@ def columns(grid: Grid) -> list[str]:
 
 
 def markdown(grid: Grid) -> str:
-  """The table: mean and, of several seeds, standard deviation."""
+  """The table: the mean and, for several seeds, the standard deviation."""
 
   def told(scores: list[float] | None) -> str:
     if not scores:
@@ -108,14 +109,14 @@ def _rounded(count: int) -> str:
 
 
 def draw(grid: Grid, title: str, x: Mapping[str, int] | None) -> 'Figure':
-  """Mean and standard deviation; a line for each row, against x.
+  """Draws mean and standard deviation, with a line for each row, against x.
 
   Args:
     grid: The scores.
-    title: Stands above.
-    x: The parameters of each column, if these are models. If not given, the
-      rows stand side by side, or one below the other where their names are
-      long, and each column is a series.
+    title: The title of the figure.
+    x: The number of parameters of each column, if the columns are models. None
+      draws each column as a series over the rows; long row names are on the y
+      axis.
   """
   from matplotlib import figure
 

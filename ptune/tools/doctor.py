@@ -38,8 +38,8 @@ class Failed(Exception):
   """A check that failed.
 
   Attributes:
-    problem: What is wrong.
-    fix: What to do about it.
+    problem: The problem.
+    fix: How to fix it.
   """
 
   def __init__(self, problem: str, fix: str):

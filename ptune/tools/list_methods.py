@@ -22,9 +22,7 @@ DEFAULT = 't5_1_1_base'
 def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
   """Adds the flags of `ptune methods`."""
   del command
-  parser.add_argument(
-    'name', nargs='*', help='a method; all of them if not given'
-  )
+  parser.add_argument('name', nargs='*', help='a method (default: all of them)')
   parser.add_argument(
     '--size',
     action='append',

@@ -61,8 +61,8 @@ def _parser(prog: str, what: str) -> argparse.ArgumentParser:
 def _parse_list(argv: Sequence[str]) -> argparse.Namespace:
   parser = _parser(
     'ptune tasks',
-    'Lists tasks and mixtures: name, source, vocabulary, metrics. '
-    '`ptune tasks show NAME` prints examples of one.',
+    'Lists tasks and mixtures: name, source, vocabulary, metrics. `ptune tasks'
+    ' show NAME` prints examples of one.',
   )
   parser.add_argument(
     'pattern',
@@ -79,7 +79,7 @@ def _parse_show(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument(
     'name', nargs='?', help='the task; not needed if a gin file names it'
   )
-  parser.add_argument('--split', help='the split (the first)')
+  parser.add_argument('--split', help='the split (default: the first)')
   parser.add_argument('--examples', type=int, default=3)
   parser.add_argument('--inputs', type=int, default=512, help='in tokens')
   parser.add_argument('--targets', type=int, default=512, help='in tokens')

@@ -1,24 +1,24 @@
-"""What a training run holds on each device, and what a step takes there.
+"""Estimates the memory of a training run on each device.
 
 The bytes of the frozen and trained parameters and of the optimizer's state
-follow from their shapes and shardings, and are exact. Those of a step's
-temporaries (activations, above all) come from XLA, which compiles the step for
-the devices: for fake ones of the CPU, or with libtpu for a slice of TPUs that
-is not there. Nothing is run.
+follow from their shapes and shardings, and are exact. XLA gives the bytes of a
+step's temporaries, which are mostly activations. It compiles the step for fake
+CPU devices, or, with libtpu, for a TPU slice that this machine does not have.
+Nothing runs.
 
-The temporaries are an estimate. First, only two or three shallow networks are
-compiled, and the rest follows, because every further layer adds as much
-(`depths`). Second, XLA's CPU compiler needs about twice what the TPU's does.
-It is given float32 also for a run in bfloat16, because it would make float32
-copies of bfloat16 weights, which no accelerator does. Compared with the TPU's
-compiler, for eight v5e: 0.57 of the estimate for T5 1.1 base in float32, 0.49
-for XXL in bfloat16 (0.43 a further layer).
+The temporaries are an estimate, for two reasons. First, only two or three
+shallow networks are compiled; the rest is extrapolated, because every further
+layer adds the same amount (`depths`). Second, XLA's CPU compiler needs about
+twice as much as the TPU's. It always compiles in float32, because for bfloat16
+it would make float32 copies of the weights, which no accelerator does. For
+eight v5e, the TPU's compiler needs 0.57 of the estimate for T5 1.1 base in
+float32, and 0.49 for XXL in bfloat16 (0.43 for each further layer).
 
-With REMAT alone the CPU's compiler shows little of what the TPU's saves: it
-forgets late that layers are to be computed again. Of four layers 256 wide, 334
-MB of temporaries became 145 MB by the TPU's. With REMAT and SCAN it cannot: the
-layers of T5 1.1 XXL then take 3.3 GB in place of 36. All layers are compiled
-then, as that takes no longer.
+With REMAT alone, the CPU's compiler shows only a part of the savings, because a
+late pass removes the recomputation of layers. On a TPU, REMAT reduces the
+temporaries of four layers of width 256 from 334 MB to 145 MB. With REMAT and
+SCAN, no pass can remove it: the layers of T5 1.1 XXL then need 3.3 GB instead
+of 36 GB. With SCAN all layers are compiled, because this takes no longer.
 """
 
 import dataclasses
@@ -43,14 +43,14 @@ from ptune.tools import tpu_compiler
 from ptune.training import privacy as privacy_lib
 from ptune.training import state as state_lib
 
-# Instead of a mesh's memory: the TPU's compiler makes no program that needs
-# more than a device has.
-TOO_LARGE = 'no, says the compiler'
+# Replaces a mesh's memory if the TPU's compiler refuses a program because it
+# needs more memory than a device has.
+TOO_LARGE = 'no (by the compiler)'
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """What decides the memory of a training run; see `train`."""
+  """The settings that decide the memory of a training run; see `train`."""
 
   config: Config
   method: Method
@@ -70,13 +70,14 @@ class Memory:
   """Bytes on one device. Only `temporary` and `decoding` are estimates.
 
   Attributes:
-    frozen: Of frozen parameters.
-    trainable: Of trained ones.
-    optimizer: Of the optimizer's state.
-    temporary: Of what a step needs beside them.
-    decoding: Of what an evaluation that decodes needs beside them; 0 if that
-      was not asked for.
-    seconds: Of a step, as the TPU's compiler estimates; see `tpu_compiler`.
+    frozen: The frozen parameters.
+    trainable: The trained parameters.
+    optimizer: The optimizer's state.
+    temporary: The further memory of a training step.
+    decoding: The further memory of an evaluation that decodes; 0 if it was not
+      estimated.
+    seconds: The time of a step, as the TPU's compiler estimates it; see
+      `tpu_compiler`.
   """
 
   frozen: int
@@ -96,16 +97,16 @@ class Memory:
 
 
 def fake_devices(count: int) -> Sequence[jax.Device]:
-  """CPU devices, as many as asked for."""
+  """Returns `count` CPU devices."""
   try:
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', count)
   except RuntimeError:
-    pass  # JAX has started: it has the devices that it has.
+    pass  # JAX has started, and its number of devices cannot change.
   found = jax.devices('cpu')
   if len(found) < count:
     raise UserError(
-      f'JAX was started with {len(found)} CPU devices, and {count} are needed;'
+      f'JAX was started with {len(found)} CPU devices, but {count} are needed;'
       f' set XLA_FLAGS=--xla_force_host_platform_device_count={count}'
     )
   return found[:count]
@@ -118,20 +119,21 @@ def measure(
   enough: Callable[[Memory], bool] = lambda memory: False,
   accelerator: str | None = None,
 ) -> dict[int, Memory | str]:
-  """Works out the memory of every mesh of the devices.
+  """Computes the memory of every mesh of the devices.
 
   Args:
     run: The training run.
     devices: The devices, which may be fake.
-    extrapolate: Compile shallow networks only, see `depths`.
-    enough: Whether no mesh of more parts than that of this memory is asked for.
-    accelerator: What TPU devices are; with them, a step's time and decoding are
-      asked for too.
+    extrapolate: Whether to compile shallow networks only; see `depths`.
+    enough: Called with the memory of a mesh; if it returns True, meshes that
+      split the weights into more parts are not tried.
+    accelerator: The type of TPU devices. For TPUs, the time of a step and the
+      memory of decoding are estimated too.
 
   Returns:
-    By MODEL_PARALLEL: the memory, or why the mesh is not possible.
+    For each MODEL_PARALLEL, the memory, or why the mesh is not possible.
   """
-  # What is compiled here is not run; a cache of it would be of no use.
+  # These programs never run, so caching them would be of no use.
   jax.config.update('jax_enable_compilation_cache', False)
   one = partitioning.make_mesh(1, devices[:1])
   whole = parameters.plan(run.config, run.method, one)
@@ -180,20 +182,20 @@ def _depth(run: Workload) -> tuple[int, int]:
 
 
 def depths(config, method: Method) -> list[tuple[int, int]]:
-  """The (encoder, decoder) depths that are compiled.
+  """The (encoder, decoder) depths to compile.
 
-  The first and last layers of a network differ from the others in what they
-  keep. From two layers on, each further one adds the same. Encoder and decoder
-  grow together where they are equally deep:
+  The first and last layers of a network keep other arrays than the rest. From
+  two layers on, each further layer adds the same amount. Encoder and decoder
+  grow together if they are equally deep:
 
       (24, 24) -> (2, 2), (3, 3)
       (12, 4)  -> (2, 2), (3, 2), (2, 3)
       (3, 3)   -> (3, 3), itself
 
-  With scan, all of them: it is one program in any case.
+  With scan, it returns the whole depth: the program has the same size.
   """
   encoder, decoder = config.num_encoder_layers, config.num_decoder_layers
-  # A method may name a layer by its number, which must then be there.
+  # A method may name a layer by its number, so this layer must exist.
   named = any(re.search(r'layers_\d', p.site) for p in method.placements)
   if (
     config.scan
@@ -212,7 +214,7 @@ def at_depth(
   sizes: Sequence[tuple[int, int]],
   values: Sequence[float],
 ) -> float:
-  """Continues values, known at `sizes`, linearly to another depth.
+  """Extrapolates values at the depths `sizes` linearly to another depth.
 
   (24, 24), [(2, 2), (3, 3)], [10, 14] -> 10 + 22 * 4
   """
@@ -228,12 +230,12 @@ def at_depth(
 
 
 def state_of(run: Workload, plan: parameters.Plan) -> state_lib.TrainState:
-  """Shapes and shardings of the train state."""
+  """The shapes and shardings of the train state."""
   return state_lib.abstract_state(run.optimizer(initial_step=0), plan)
 
 
 def memory_of(run: Workload, plan: parameters.Plan, temporary: int) -> Memory:
-  """What lies on one device between two steps, and what a step adds."""
+  """The memory of one device between two steps, and what a step adds."""
   abstract = state_of(run, plan)
   return Memory(
     frozen=_bytes_on_one(frozen_weights.shapes(plan)),
@@ -253,10 +255,10 @@ def _bytes_on_one(tree: Any) -> int:
 def _batch(
   run: Workload, plan: parameters.Plan
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of the global batch of a step."""
+  """The shapes of the global batch of a step."""
   lengths = run.feature_lengths
   if run.pack:
-    from ptune.data import packing  # With it comes SeqIO.
+    from ptune.data import packing  # Imports SeqIO.
 
     lengths = packing.room(run.method, lengths, run.pack)
   rows = NamedSharding(plan.mesh, PartitionSpec('data'))
@@ -286,9 +288,10 @@ def compile_step(run: Workload, plan: parameters.Plan) -> jax.stages.Compiled:
 
     model = packing.model_of(run.model, plan)
   private = None
-  if run.privacy is not None:  # The key of the noise is that of a run.
+  if run.privacy is not None:  # Any key will do, because nothing runs.
     private = privacy_lib.Private(run.privacy, np.zeros(2, np.uint32))
-  # Outside of the scope: an optimizer makes arrays, which no TPU is there for.
+  # Outside of the scope, because an optimizer makes arrays, and the TPUs of the
+  # scope do not exist.
   abstract = state_of(run, plan)
   update = state_lib.compile_step(
     model,
@@ -301,9 +304,9 @@ def compile_step(run: Workload, plan: parameters.Plan) -> jax.stages.Compiled:
   frozen = parameters.unflatten(frozen_weights.shapes(plan))
   options = {}
   if plan.mesh.devices.flat[0].platform == 'cpu':
-    # The order that needs the least memory, as on TPU and GPU; by default the
-    # CPU's compiler prefers one with more to do at the same time.
-    # Nor does the machine code matter, which is never run.
+    # Take the order of operations that needs the least memory, as on TPU and
+    # GPU; the CPU's compiler prefers one with more concurrency. Do not optimise
+    # machine code, because it never runs.
     options = {
       'xla_cpu_enable_concurrency_optimized_scheduler': False,
       'xla_backend_optimization_level': 0,
@@ -333,14 +336,14 @@ def compile_decoding(
 def _measured(
   run: Workload, plan: parameters.Plan, accelerator: str | None
 ) -> tuple[int, int, float]:
-  """Bytes on one device beside the state, and a step's time.
+  """The bytes that a step adds to the state on one device, and its time.
 
   Returns:
-    Temporaries of a step and of decoding, and the estimated seconds of a step;
-    of devices that are no TPUs, the last two are 0.
+    The temporaries of a step and of decoding in bytes, and the estimated
+    seconds of a step. For devices other than TPUs, the last two are 0.
   """
   program = compile_step(run, plan)
-  # The batch, too, is there only for the step.
+  # The batch also exists only during the step.
   batch = _bytes_on_one(_batch(run, plan))
   temporary = program.memory_analysis().temp_size_in_bytes + batch
   if plan.mesh.devices.flat[0].platform != 'tpu' or accelerator is None:

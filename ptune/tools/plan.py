@@ -1,21 +1,21 @@
-"""`ptune plan`: what a training run would hold on each device.
+"""`ptune plan`: estimates the memory of each device in a training run.
 
     ptune plan --devices=8 --accelerator=v5e --gin_file=models/mt5_xxl.gin ...
 
-takes the flags of `ptune train`, builds nothing and reads no data. For every
-mesh it prints the bytes on each device, as `memory` finds them, and whether
+It takes the flags of `ptune train`, builds nothing and reads no data. For every
+mesh it prints the bytes on each device, which `memory` estimates, and whether
 they fit.
 
 XLA's CPU compiler needs about twice the temporaries that a TPU's does. So a
-mesh that fits by its estimate fits; one that does not may, if it would with a
-part of the estimate (`CERTAIN`). It counts no evaluation: with beams, decoding
-needs room for its cache.
+mesh that fits by its estimate does fit. The verdict is 'perhaps' for a mesh
+that would fit with a part of the estimate (`CERTAIN`). Evaluation is not
+counted: with beams, decoding needs room for its cache.
 
 If libtpu is installed (`pip install 'jax[tpu]'`; no TPU is needed) and
---accelerator is a TPU, the TPU's own compiler is asked instead. It takes
-minutes a mesh, so the first mesh that fits ends the search. It counts decoding
-too, and estimates the time of a step; see `tpu_compiler` for what that leaves
-out. --compiler=cpu asks XLA's CPU compiler all the same.
+--accelerator is a TPU, plan uses the TPU's own compiler instead. This takes
+minutes for each mesh, so plan stops at the first mesh that fits. It then counts
+decoding too, and estimates the time of a step; `tpu_compiler` says what this
+estimate leaves out. --compiler=cpu uses XLA's CPU compiler even then.
 """
 
 import copy
@@ -40,8 +40,8 @@ from ptune.tools.memory import (
 
 GIB = 2**30
 
-# Memory of one device in bytes: of a chip, of half a v7x (to JAX, a chip of it
-# is two devices), or of a GPU as CUDA counts it.
+# The memory of one device in bytes. For a v7x it is half a chip, because JAX
+# sees each chip as two devices. For GPUs it is the memory that CUDA reports.
 ACCELERATORS: Mapping[str, int] = {
   'v4': 32 * GIB,
   'v5e': 16 * GIB,
@@ -53,13 +53,15 @@ ACCELERATORS: Mapping[str, int] = {
   'h100': int(79.2 * GIB),
   'h200': int(139.8 * GIB),
 }
-# Left to the runtime, the compiled programs and gaps between arrays.
+# The usable share: the runtime, the compiled programs and gaps between arrays
+# take the rest.
 USABLE = 0.92
-# The part of the estimated temporaries that is surely needed; see above.
+# The share of the estimated temporaries that is certainly needed; see above.
 CERTAIN = 0.3
 
-# What makes room: fields of the configuration, each with a macro of its name.
-# REMAT with SCAN, since the CPU's compiler shows what it saves in a loop only.
+# The options that save memory: fields of the configuration, each with a macro
+# of its name. REMAT comes with SCAN, because the CPU's compiler shows its
+# savings only in a loop.
 _AGAIN = {'remat': True, 'scan': True}
 OPTIONS = (_AGAIN, {'fsdp': True}, {**_AGAIN, 'fsdp': True})
 
@@ -70,14 +72,14 @@ def plan(
   """Prints the table for the run that gin describes.
 
   Args:
-    devices: Devices of the run.
-    accelerator: A name in `ACCELERATORS`; None compares with all.
-    compiler: 'cpu', or 'tpu' for the TPU's own; if not given, the latter for a
-      slice of TPUs if libtpu is installed.
+    devices: The number of devices of the run.
+    accelerator: A name in `ACCELERATORS`; None compares with all of them.
+    compiler: 'cpu', or 'tpu' for the TPU's own compiler. The default is 'tpu'
+      if the devices are a TPU slice and libtpu is installed, else 'cpu'.
 
   Returns:
-    MODEL_PARALLEL of the mesh that fits best, None if there is none. Without
-    an accelerator, of the mesh that needs the least memory.
+    MODEL_PARALLEL of the mesh that fits best; None if no mesh fits. Without an
+    accelerator, it is that of the mesh that needs the least memory.
 
   Raises:
     ValueError: If an argument is unknown, or no mesh is possible.
@@ -104,7 +106,7 @@ def plan(
   else:
     chips = fake_devices(devices)
   run = _run_of_gin()
-  # A mesh takes the TPU's compiler minutes: the first that fits is enough.
+  # The TPU's compiler takes minutes for a mesh, so stop at the first that fits.
   enough = lambda memory: exact and verdict(memory, accelerator, True) == 'yes'
   table = measure(run, chips, enough=enough, accelerator=accelerator)
   text, best = describe(run, table, devices, accelerator, exact)
@@ -119,7 +121,7 @@ def plan(
 def suggest(
   run: Workload, devices: Sequence[Any], accelerator: str, exact: bool = False
 ) -> str:
-  """What each of `OPTIONS` that the run does not have would do: text."""
+  """Text that says what each of `OPTIONS` would save, if the run lacks it."""
   lines, seen = [], {run.config}
   for option in OPTIONS:
     config = dataclasses.replace(run.config, **option)
@@ -143,7 +145,7 @@ def suggest(
 
 
 def _run_of_gin() -> Workload:
-  """The settings of `train.train`: what gin binds, and its own defaults."""
+  """The settings of `train.train`: gin's bindings, and its own defaults."""
   import gin
   from ptune import train  # Imports SeqIO, which a plan does not use.
   from ptune.training import settings
@@ -154,7 +156,7 @@ def _run_of_gin() -> Workload:
     for program in programs
     for name, p in inspect.signature(program).parameters.items()
   }
-  # The schedule of the learning rate reads it; no memory depends on it.
+  # The learning rate's schedule needs a value, but no memory depends on it.
   if 'TRAIN_STEPS =' not in gin.config_str():
     with gin.unlock_config():
       gin.parse_config('TRAIN_STEPS = 1')
@@ -166,11 +168,11 @@ def _run_of_gin() -> Workload:
   values = {}
   for field in dataclasses.fields(Workload):
     value = bound.get(field.name, defaults[field.name])
-    # Gin evaluates a reference when it is copied. The others stay as they
-    # are: a plan needs no MODEL_DIR.
+    # Gin evaluates a reference when it is copied. We copy only these fields,
+    # because a plan needs no MODEL_DIR.
     try:
       values[field.name] = copy.deepcopy(value)
-    except (TypeError, ValueError) as error:  # Of a macro that is not set.
+    except (TypeError, ValueError) as error:  # A macro is not set.
       raise _not_set(field.name) from error
     if value is inspect.Parameter.empty:
       raise _not_set(field.name)
@@ -179,9 +181,9 @@ def _run_of_gin() -> Workload:
 
 def _not_set(name: str) -> ValueError:
   return UserError(
-    f'{name} of the run is not set; a plan needs what `ptune train` does, but'
-    ' no MODEL_DIR, task or checkpoint: a file of models/, one of methods/ or'
-    ' prompts/, --gin_file=runs/train.gin, and'
+    f'{name} of the run is not set; a plan needs the settings of `ptune train`,'
+    ' but no MODEL_DIR, task or checkpoint: a file of models/, one of methods/'
+    ' or prompts/, --gin_file=runs/train.gin, and'
     " --gin.TASK_FEATURE_LENGTHS=\"{'inputs': 512, 'targets': 16}\""
   )
 
@@ -190,7 +192,7 @@ def _not_set(name: str) -> ValueError:
 
 
 def verdict(memory: Memory, accelerator: str, exact: bool = False) -> str:
-  """'yes', 'no', or 'perhaps' where the estimate of temporaries decides."""
+  """'yes', 'no', or 'perhaps' if it depends on the error of the estimate."""
   usable = USABLE * ACCELERATORS[accelerator]
   if memory.total <= usable:
     return 'yes'
@@ -205,10 +207,11 @@ def describe(
   accelerator: str | None,
   exact: bool = False,
 ) -> tuple[str, int | None]:
-  """The table as text, and MODEL_PARALLEL of the mesh that fits best.
+  """Returns the table as text, and MODEL_PARALLEL of the mesh that fits best.
 
-  The best is the one that fits with the fewest parts: prompt tuning has next
-  to nothing to exchange along `data`, but two sums a layer along `model`.
+  The best mesh is the one that fits with the fewest parts, because prompt
+  tuning exchanges almost nothing along `data`, but two sums in each layer along
+  `model`.
 
   Raises:
     ValueError: If no mesh is possible.
@@ -260,7 +263,7 @@ def describe(
     )
   lengths = ', '.join(f'{v} {k}' for k, v in run.feature_lengths.items())
   whole = run.config.num_encoder_layers, run.config.num_decoder_layers
-  # One width, unless encoder and decoder differ.
+  # There is one width, unless encoder and decoder differ.
   widths = dict.fromkeys(run.config.axis_sizes()['embed'])
   parts = f', in {run.microbatches} parts' if run.microbatches > 1 else ''
   parts += f', {run.pack} of the longest a row' if run.pack else ''
@@ -277,19 +280,20 @@ def describe(
   compiled = depths(run.config, run.method)
   if compiled != [whole]:
     text.append(
-      'temporary: continued linearly from networks of '
+      'temporary: extrapolated linearly from networks of '
       + ', '.join(f'{e} + {d}' for e, d in compiled)
       + ' layers.'
     )
   if not exact:
     text.append(
-      "temporary: by XLA's CPU compiler, which needs about twice what the TPU's"
-      ' does (perhaps: would fit with less); the rest is exact.'
+      "temporary: estimated by XLA's CPU compiler, which needs about twice as"
+      " much as the TPU's (perhaps: it fits if less is needed); the rest is"
+      ' exact.'
     )
   if accelerator and accelerator[0] in 'ah':
     text.append(
       'JAX takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says'
-      f' otherwise; the table counts with {USABLE}.'
+      f' otherwise; the table assumes {USABLE}.'
     )
   return '\n'.join(text), best
 
@@ -311,9 +315,9 @@ def describe_time(
     f'a step: {step} ms,'
     f' {tokens / memory.seconds:,.0f} tokens a second;'
     f' {run.train_steps:,} steps: {hours:,.2f} chip-hours of {accelerator}.\n'
-    "This is the compiler's estimate, not a measurement: waits for memory and"
-    ' collectives are not in it, nor are evaluations. Every row is counted with'
-    ' the longest inputs and targets.'
+    "This is the compiler's estimate, not a measurement. It leaves out waits"
+    ' for memory and collectives, and evaluations. It counts every row with the'
+    ' longest inputs and targets.'
     + f' The clock of {accelerator} is assumed.'
     * chip.assumed_clock
   )
@@ -322,12 +326,12 @@ def describe_time(
 def _best(
   possible: Mapping[int, Memory], accelerator: str | None, exact: bool
 ) -> tuple[int | None, str]:
-  """The mesh to take, and a line that says so."""
+  """The best mesh, and a line of text that says so."""
   if accelerator is None:
     least = min(possible, key=lambda m: possible[m].total)
     return least, (
       f'MODEL_PARALLEL = {least} needs the least memory; name an --accelerator'
-      ' for the mesh that fits it best.'
+      ' to get the best mesh for it.'
     )
   size = model_info.format_bytes(ACCELERATORS[accelerator])
   for wanted in ('yes', 'perhaps'):
@@ -336,7 +340,7 @@ def _best(
         word = {'yes': 'fits', 'perhaps': 'may fit'}[wanted]
         needed = model_info.format_bytes(memory.total)
         return parts, (
-          f'best: --gin.MODEL_PARALLEL={parts}, the least split mesh that'
-          f' {word} {accelerator} ({needed} of {size}).'
+          f'best: --gin.MODEL_PARALLEL={parts}, the mesh with the fewest parts'
+          f' that {word} {accelerator} ({needed} of {size}).'
         )
   return None, f'no mesh fits {accelerator} ({size}).'

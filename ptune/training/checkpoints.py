@@ -256,7 +256,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, error, traceback) -> None:
-    # After an error that is on its way, another tells nothing new.
+    # If an error is being raised already, another one would add nothing.
     with contextlib.suppress(*([Exception] if kind else [])):
       if self._manager is not None:
         self._manager.close()

@@ -116,7 +116,8 @@ def _locked(path: epath.Path) -> Iterator[os.stat_result]:
         raise _refusal(
           path,
           file.read(),
-          'if it is dead, so is its lock, but if it hangs, kill -9 it',
+          'a dead run holds no lock, but a hanging one does: stop it with kill'
+          ' -9',
         ) from None
     except OSError:
       file.close()

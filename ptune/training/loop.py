@@ -179,7 +179,7 @@ class Loop:
           raise
         if better or run.lost_best(member):
           run.save_best(member, state, scores)
-        # Recorded last, because a restart does not repeat what is recorded.
+        # Record last, because a restart does not repeat recorded evaluations.
         records.evaluate(step, evaluate.split, scores)
       no_better.append(
         selection.patience_is_over(

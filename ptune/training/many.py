@@ -41,7 +41,7 @@ class Trial:
 
   Attributes:
     task: The SeqIO task or mixture; None for `Data.task`.
-    method: What is added to the network and trained.
+    method: The method, which adds trained parameters to the network.
     learning_rate: A number, or a function of the step.
     seed: For the initialisation, the data order and dropout.
   """

@@ -1,4 +1,4 @@
-"""What the loop trains: one or several prompts, and how each is evaluated."""
+"""The members of a run: the prompts that the loop trains and evaluates."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ class Member:
   Attributes:
     name: Its directory below MODEL_DIR; '' if the run trains only this one.
     plan: The parameters.
-    facts: What run.json says of it.
+    facts: Its entry in run.json.
     trainable: Takes its trained parameters from the state of the run.
   """
 

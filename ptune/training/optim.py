@@ -201,7 +201,7 @@ def grouped(
   """
   rates = {'': learning_rate, **(learning_rates or {})}
 
-  def key(pattern):  # Of the group in the state. In T5X, `/` is between keys.
+  def key(pattern):  # Names the group in the state; in T5X, `/` separates keys.
     return pattern.replace('/', '.')
 
   def labels(params):

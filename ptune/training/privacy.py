@@ -1,29 +1,30 @@
-"""Private prompts: a prompt that says little about any one training row.
+"""Private prompts: a prompt that reveals little about any one training row.
 
-Abadi et al. 2016, "Deep Learning with Differential Privacy" (arXiv 1607.00133),
-of a prompt: Duan, Dziedzic, Papernot and Boenisch 2023, "Flocks of Stochastic
-Parrots" (arXiv 2305.15594). A step takes the gradient g_r of each row r of a
-batch, and gives the optimizer
+The method is Abadi et al. 2016, "Deep Learning with Differential Privacy"
+(arXiv 1607.00133), applied to a prompt as in Duan, Dziedzic, Papernot and
+Boenisch 2023, "Flocks of Stochastic Parrots" (arXiv 2305.15594). A step
+computes the gradient g_r of each row r of a batch, and gives the optimizer
 
     sum over r of g_r * min(1, clip / |g_r|)  +  N(0, (noise * clip)^2)
 
-Every row reads a copy of the prompt of its own, [batch, prompt, embed], so that
-one backward pass has all g_r, at the cost of the ordinary one.
+Every row reads its own copy of the prompt, [batch, prompt, embed]. So one
+backward pass computes all g_r, at the cost of an ordinary one.
 
-What holds, for a row that is left out of the loss or not, at the given delta:
+The guarantee bounds, at the given delta, how much one row's loss can change the
+trained prompt:
 
 - Shuffled batches: an epoch visits each row once. The reported epsilon is that
-  of as many Gaussian mechanisms as there were epochs, without any gain from
-  sampling. What Poisson-sampled batches of this size would have had is reported
-  beside it, because papers report that; it does not hold here.
-- Poisson-sampled batches (see `data.poisson`): each step draws each row by
-  itself, by a key that stays secret. The reported epsilon is that of as many
-  Poisson-sampled Gaussian mechanisms as there were steps.
+  of one Gaussian mechanism for each epoch, without any gain from sampling.
+  Beside it we report the epsilon that Poisson-sampled batches of this size
+  would have had, because papers report it; it does not hold here.
+- Poisson-sampled batches (see `data.poisson`): each step draws each row
+  independently, by a key that stays secret. The reported epsilon is that of one
+  Poisson-sampled Gaussian mechanism for each step.
 
-What it is about: the prompt, and what is computed of it. The log of a run is
-not private: it has the loss on training rows. Nor are labels that were read
-from the training set to initialise the prompt (give CLASS_LABELS), or settings
-that were chosen by many runs.
+The guarantee covers the prompt and everything computed from it. It does not
+cover the log of a run, which has the loss on training rows. It does not cover
+labels that were read from the training set to initialise the prompt (set
+CLASS_LABELS instead), or settings that were chosen by many runs.
 """
 
 import dataclasses
@@ -45,20 +46,20 @@ from ptune.model import parameters
 from ptune.model.adapters import Method
 from ptune.model.models import Batch, EncoderDecoderModel
 
-# In MODEL_DIR. Whoever knows it can take the noise away.
+# A file in MODEL_DIR. Anyone who knows its content can remove the noise.
 SECRET = 'noise.key'
 SAMPLING = ('shuffle', 'poisson')
 
 
 @dataclasses.dataclass(frozen=True)
 class Privacy:
-  """How private a run is to be.
+  """The privacy settings of a run.
 
   Attributes:
-    clip: CLIP_NORM, the longest gradient of a row.
+    clip: CLIP_NORM, the largest norm of a row's gradient.
     noise: NOISE_MULTIPLIER, the standard deviation of the noise over `clip`.
     delta: DELTA; below 1 over the number of training rows.
-    epsilon: EPSILON, at which the run stops; never if None.
+    epsilon: EPSILON, at which the run stops; None for no limit.
     sampling: SAMPLING, how batches are drawn: 'shuffle' or 'poisson'.
   """
 
@@ -94,29 +95,29 @@ class Privacy:
       raise UserError('\n'.join(wrong))
 
   def facts(self) -> dict[str, Any]:
-    """What a run is known by; it may be started again with another EPSILON."""
+    """The facts that a restart may not change; EPSILON may change."""
     facts = {'clip': self.clip, 'noise': self.noise, 'delta': self.delta}
-    if self.sampling != 'shuffle':  # Runs of before have no such fact.
+    if self.sampling != 'shuffle':  # Runs of earlier versions lack this fact.
       facts['sampling'] = self.sampling
     return facts
 
 
 def check(method: Method, model: EncoderDecoderModel, pack: int) -> None:
-  """Refuses what has no gradient of each row.
+  """Refuses methods and losses that give no gradient for each row.
 
   Raises:
-    ValueError: If the method is no plain prompt, rows are packed, or the loss
-      is divided by what depends on all rows.
+    ValueError: If the method is not a plain prompt, rows are packed, or the
+      loss is divided by a number that depends on all rows.
   """
   if method.name != 'prompt':
     raise UserError(
-      f'METHOD is {method.name!r}; only a prompt at the start of the input is'
-      ' trained privately: choose methods/prompt.gin or a file of prompts/'
+      f'METHOD is {method.name!r}; only a prompt at the start of the input can'
+      ' be trained privately: choose methods/prompt.gin or a file of prompts/'
     )
   if pack:
     raise UserError(
-      'packed rows hold several examples, and each needs a gradient of its own;'
-      ' turn packing off (PACK)'
+      'packed rows hold several examples, but each example needs its own'
+      ' gradient; turn packing off (PACK)'
     )
   if isinstance(model.loss_normalizing_factor, str):
     raise UserError(
@@ -126,23 +127,23 @@ def check(method: Method, model: EncoderDecoderModel, pack: int) -> None:
 
 
 def check_same(present: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-  """Refuses to go on with privacy where there was none, or the reverse.
+  """Refuses to resume a private run without privacy, or the reverse.
 
   Args:
-    present: What run.json says of an earlier start; {} without one.
-    facts: Those of the run at hand.
+    present: The run.json of an earlier start; {} if there is none.
+    facts: The facts of this run.
 
   Raises:
-    ValueError: If one of the two is private.
+    ValueError: If only one of the two is private.
   """
   if present and ('privacy' in present) != ('privacy' in facts):
     was, now = (
       'private' if 'privacy' in x else 'not private' for x in (present, facts)
     )
     raise UserError(
-      f'MODEL_DIR holds a run that was {was}, and this one is {now}; privacy'
-      ' cannot begin or end on the way. Choose another MODEL_DIR, or add or'
-      ' leave out losses/private.gin'
+      f'MODEL_DIR holds a run that was {was}, and this one is {now}; a run is'
+      ' private from start to end, or not at all. Choose another MODEL_DIR, or'
+      f' {"add" if was == "private" else "remove"} losses/private.gin'
     )
 
 
@@ -151,11 +152,11 @@ def check_same(present: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Private:
-  """The gradient of a private run, in place of the ordinary one.
+  """Computes the gradient of a private run; replaces the ordinary gradient.
 
   Attributes:
-    privacy: How private.
-    key: Of the noise, uint32 [2]; see `of_run`.
+    privacy: The privacy settings.
+    key: The key of the noise, uint32 [2]; see `of_run`.
   """
 
   privacy: Privacy
@@ -169,10 +170,10 @@ class Private:
     batch: Batch,
     dropout_rng: jax.Array | None,
   ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """The sum of the rows' gradients, none longer than the clip.
+    """The sum of the rows' gradients, each clipped to the norm `clip`.
 
     Returns:
-      A tree as `trainable`, and the sums of `EncoderDecoderModel.loss`.
+      A tree like `trainable`, and the sums of `EncoderDecoderModel.loss`.
     """
     [value] = parameters.flatten(trainable).values()
     rows = batch['encoder_input_tokens'].shape[0]
@@ -194,13 +195,13 @@ class Private:
     return parameters.unflatten({prompt.PATH: total}), sums
 
   def noised(self, step: jax.Array, grads: Any) -> Any:
-    """Adds the noise of a step to the sum of all its rows' gradients."""
+    """Adds the noise of a step to the sum of its rows' gradients."""
     scale = self.privacy.noise * self.privacy.clip
     if not scale:
       return grads
     rng = jax.random.wrap_key_data(jnp.asarray(self.key))
     rng = jax.random.fold_in(rng, step)
-    return jax.tree.map(  # One leaf, the prompt.
+    return jax.tree.map(  # The prompt is the only leaf.
       lambda x: x + scale * jax.random.normal(rng, x.shape, x.dtype), grads
     )
 
@@ -208,11 +209,11 @@ class Private:
 def drawn(private: Private | None, multiple: int) -> dict[str, int]:
   """The settings of `PoissonBatches`; {} if batches are shuffled.
 
-  The key of the rows says nothing about that of the noise.
+  The key of the rows does not reveal the key of the noise.
 
   Args:
-    private: The gradient of a private run; None of others.
-    multiple: The rows of a batch's arrays are a multiple of this.
+    private: The gradient of a private run; None for other runs.
+    multiple: The number of rows in a batch's arrays is a multiple of this.
   """
   if private is None or private.privacy.sampling != 'poisson':
     return {}
@@ -221,9 +222,9 @@ def drawn(private: Private | None, multiple: int) -> dict[str, int]:
 
 
 def of_run(privacy: Privacy, directory: epath.Path) -> Private:
-  """The gradient of a run, whose key is drawn once and kept in MODEL_DIR.
+  """Makes the gradient of a run; its key is drawn once and kept in MODEL_DIR.
 
-  A run that is started again goes on with it, and so ends with the same bits.
+  A restarted run uses the same key, so it ends with the same bits.
   """
   file, key = directory / SECRET, np.zeros(2, np.uint32)
   if jax.process_index() == 0:
@@ -237,15 +238,15 @@ def of_run(privacy: Privacy, directory: epath.Path) -> Private:
 
 
 def visits(steps: int, batch_size: int, examples: int) -> int:
-  """How often the row that was used most can have been, in epochs of one visit.
+  """The most visits of any row; an epoch visits each row once.
 
-  A batch across the border of two epochs can hold a row twice, which its
-  gradients then move twice as far: this counts as four visits, not two.
+  A batch that spans two epochs can hold a row twice. The sum of its gradients
+  then changes twice as much, so we count four visits, not two.
 
   Args:
-    steps: Steps taken.
-    batch_size: Rows a step.
-    examples: Rows in all; not fewer than a batch.
+    steps: The number of steps.
+    batch_size: The rows in a step.
+    examples: The number of training rows; at least a batch.
   """
   epochs = -(-steps * batch_size // examples)
   if examples % batch_size == 0:
@@ -254,13 +255,13 @@ def visits(steps: int, batch_size: int, examples: int) -> int:
 
 
 def epsilon(privacy: Privacy, visits: int) -> float:
-  """What so many visits of a row cost."""
+  """The epsilon after this many visits of a row."""
   accounting = _accounting()
   if not visits:
     return 0.0
   if not privacy.noise:
     return float('inf')
-  # Gaussian mechanisms one after the other are a single one with less noise.
+  # Several Gaussian mechanisms are equal to a single one with less noise.
   event = accounting.GaussianDpEvent(privacy.noise / np.sqrt(visits))
   return _cost(event, privacy.delta)
 
@@ -268,7 +269,7 @@ def epsilon(privacy: Privacy, visits: int) -> float:
 def epsilon_if_poisson(
   privacy: Privacy, steps: int, batch_size: int, examples: int
 ) -> float:
-  """What the steps would have cost if each had drawn its rows independently."""
+  """The epsilon if each step had drawn its rows independently."""
   accounting = _accounting()
   if not steps:
     return 0.0
@@ -288,7 +289,7 @@ def _cost(event: Any, delta: float) -> float:
 
 
 def cost(privacy: Privacy, steps: int, batch_size: int, examples: int) -> float:
-  """The epsilon that holds after some steps."""
+  """The epsilon that holds after this many steps."""
   if privacy.sampling == 'poisson':
     return epsilon_if_poisson(privacy, steps, batch_size, examples)
   return epsilon(privacy, visits(steps, batch_size, examples))
@@ -297,22 +298,22 @@ def cost(privacy: Privacy, steps: int, batch_size: int, examples: int) -> float:
 def last_step(
   privacy: Privacy, steps: int, batch_size: int, examples: int | None
 ) -> int:
-  """The last of `steps` steps that keeps within EPSILON.
+  """The last of `steps` steps that does not exceed EPSILON.
 
   Raises:
-    ValueError: If the rows are not counted or fewer than a batch, DELTA is too
-      large for them, or EPSILON allows no step.
+    ValueError: If the number of rows is unknown or less than a batch, DELTA is
+      too large for it, or EPSILON allows no step.
   """
   if examples is None or examples < batch_size:
     raise UserError(
-      f'the privacy of {examples or "a stream of"} rows in batches of'
-      f' {batch_size} cannot be accounted for; train on a task in memory, with'
-      ' at least BATCH_SIZE rows'
+      f'epsilon cannot be computed for {examples or "a stream of"} rows in'
+      f' batches of {batch_size}; train on a task in memory, with at least'
+      ' BATCH_SIZE rows'
     )
   if privacy.delta >= 1 / examples:
     raise UserError(
-      f'DELTA is {privacy.delta}, not below 1 / {examples} training rows: that'
-      ' allows to publish one of them; lower it'
+      f'DELTA is {privacy.delta}, not below 1 / {examples} training rows, so'
+      ' publishing one of the rows would be allowed; lower DELTA'
     )
   if privacy.epsilon is None:
     return steps
@@ -320,14 +321,14 @@ def last_step(
   def within(step):
     return cost(privacy, step, batch_size, examples) <= privacy.epsilon
 
-  low, high = 0, steps  # The first is within, the second may not be.
+  low, high = 0, steps  # `low` is within EPSILON, `high` may not be.
   while low < high:
     middle = (low + high + 1) // 2
     low, high = (middle, high) if within(middle) else (low, middle - 1)
   if not low:
     raise UserError(
       f'EPSILON {privacy.epsilon} allows no step with NOISE_MULTIPLIER'
-      f' {privacy.noise}: the first costs'
+      f' {privacy.noise}: the first step has epsilon'
       f' {cost(privacy, 1, batch_size, examples):.3g}; raise one of them'
     )
   return low
@@ -336,7 +337,7 @@ def last_step(
 def spent(
   privacy: Privacy, steps: int, batch_size: int, examples: int
 ) -> dict[str, Any]:
-  """What is said of a prompt: its epsilon after some steps, and its grounds."""
+  """The privacy facts of a prompt after some steps: epsilon and settings."""
   found = {
     **privacy.facts(),
     'examples': examples,
@@ -350,13 +351,13 @@ def spent(
 
 
 def describe(spent: Mapping[str, Any]) -> str:
-  """What `spent` found, in a line."""
+  """The result of `spent` as a line of text."""
   said = f'epsilon {spent["epsilon"]:.3g} at delta {spent["delta"]:g}, for'
   if 'epsilon_if_poisson' not in spent:
     return f'{said} Poisson-sampled batches of {spent["examples"]} rows'
   return (
     f'{said} shuffled batches of {spent["examples"]} rows (Poisson-sampled'
-    f' ones, which these are not, would have {spent["epsilon_if_poisson"]:.3g})'
+    f' batches would have {spent["epsilon_if_poisson"]:.3g}, but these are not)'
   )
 
 
@@ -365,6 +366,6 @@ def _accounting() -> Any:
     import dp_accounting
   except ImportError as error:
     raise UserError(
-      "epsilon is computed by dp-accounting: pip install 'ptune[privacy]'"
+      "epsilon needs the package dp-accounting: pip install 'ptune[privacy]'"
     ) from error
   return dp_accounting

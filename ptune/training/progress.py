@@ -21,7 +21,7 @@ class Bar(Protocol):
 
 
 def bar(total: int, start: int) -> Bar | None:
-  """The bar of a run with `total` steps; None if stderr is no terminal."""
+  """The bar of a run with `total` steps; None if stderr is not a terminal."""
   console = rich.console.Console(stderr=True)
   if console.is_jupyter:
     return _Notebook(total, start)

@@ -167,7 +167,7 @@ class Report:
     if self._bar is not None:
       self._bar.stop()
     for writer in self._writers.values():
-      # After an error that is on its way, another tells nothing new.
+      # If an error is being raised already, another one would add nothing.
       with contextlib.suppress(*([Exception] if kind else [])):
         writer.close()
     drawn = self._write and self._curves and kind is None

@@ -283,7 +283,7 @@ class Run(contextlib.AbstractContextManager['Run']):
     )
 
   def lost_best(self, member: Member) -> bool:
-    """Whether there is no best prompt on disk, whatever the records say."""
+    """Whether the best prompt is missing on disk, despite recorded scores."""
     return member.name in self._without_best
 
   def save_best(

@@ -22,7 +22,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """What to read, and how to form batches.
+  """The data to read, and the batches to form.
 
   Attributes:
     task: MIXTURE_OR_TASK_NAME: the name of a SeqIO task or mixture, or a task
@@ -86,7 +86,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-  """What a training run writes while it trains.
+  """The output of a training run while it trains.
 
   Attributes:
     checkpoint_period: The steps between two checkpoints.

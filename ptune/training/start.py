@@ -1,4 +1,4 @@
-"""What a run starts from: its task, its rows and its first parameters.
+"""The start of a run: its task, its rows and its first parameters.
 
 `train` and `train_many` call these functions in this order. Each one that
 checks something raises a UserError before the run writes to MODEL_DIR.
@@ -54,7 +54,7 @@ def check_evaluation(
 
   Returns:
     Whether the task has that split. If it lacks the default split, training
-    only warns and goes on without evaluations.
+    only warns, and continues without evaluations.
 
   Raises:
     UserError: If the task lacks another split than the default one, or if
@@ -158,7 +158,7 @@ def is_finished(
     )
   ended = scored and (early or run.start == train_steps)
   if run.start <= train_steps and not ended:
-    logging.info('going on from step %d of %s', run.start, run.directory)
+    logging.info('resuming from step %d of %s', run.start, run.directory)
     return False
   # run.json has the facts, so we need not read the base.
   member = Member('', plan, run.present[''], lambda state: state.trainable)

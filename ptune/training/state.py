@@ -38,7 +38,7 @@ Update = Callable[..., tuple[TrainState, Mapping[str, jax.Array]]]
 
 
 def is_masked(leaf: Any) -> bool:
-  """Whether a leaf stands for parameters that another optimizer has."""
+  """Whether a leaf is a placeholder for parameters of another optimizer."""
   return isinstance(leaf, optax.MaskedNode)
 
 
