@@ -104,7 +104,7 @@ def test_a_run_keeps_the_rows_from_python(base, run, tmp_path):
   again = {'base': base, 'steps': 4, 'model_dir': moved, **SMALL}
   other = [*TRAIN[:2], ('good', 'no'), *TRAIN[3:]]
   for split, rows, message in (
-    ('train', other, r'train\[2\] is {"inputs": "good", "targets": "no"}, and'),
+    ('train', other, r'train\[2\] is {"inputs": "good", "targets": "no"}, but'),
     ('train', TRAIN[:3], r'train\[3\] is missing, and the run in .*moved was'),
     (
       'validation',
@@ -283,7 +283,7 @@ def test_what_is_written_is_read_back(base, run, tmp_path):
   told, ours = loaded.evaluate(DEV), run.evaluate(DEV)
   for metric in ('loss', 'token_accuracy'):
     assert told[metric] == pytest.approx(ours[metric], rel=1e-5)
-  with pytest.raises(UserError, match='does not say what its base is'):
+  with pytest.raises(UserError, match='does not name its base'):
     ptune.load(tmp_path / 'prompt.npy')
 
 
@@ -438,7 +438,7 @@ NAN = float('nan')
       lambda _: ptune.load('wide.npy', 'ptune://tiny'),
       '2, 97.* is 96 wide; give',
     ),
-    (lambda _: ptune.load('wide.npy'), 'not say what its base is; give it'),
+    (lambda _: ptune.load('wide.npy'), 'does not name its base; give the base'),
     (lambda _: ptune.load('broken'), 'run.json is damaged'),
     (
       lambda _: ptune.load('moved'),
