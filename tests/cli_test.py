@@ -170,7 +170,7 @@ def test_a_wrong_command_is_answered_in_a_line(says, arguments, message):
     ('Decoding.temperature=-1', 'temperature'),
     (
       "MIXTURE_OR_TASK_NAME='tinny'",
-      'none of the .* registered names; did you mean tiny',
+      'not among the .* registered names; did you mean tiny',
     ),
     ("INITIAL_CHECKPOINT_PATH='/no'", 'Nothing is at /no'),
   ],

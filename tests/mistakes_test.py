@@ -207,7 +207,7 @@ MISTAKES = [
   ('host', evaluate(PROMPT_FILE='pipe.tsv'), 'a pipe'),
   ('methods', evaluate(PROMPT_FILE='nosuch.npy'), 'nosuch.npy'),
   ('serving', evaluate(PROMPT_FILE=None), 'set MODEL_DIR .* or PROMPT_FILE'),
-  ('analysis', ['similarity', 'good.npy'], 'has nothing to be compared'),
+  ('analysis', ['similarity', 'good.npy'], 'cannot be compared with itself'),
   (
     'studies',
     ['study', 'sweep', '--gin.MODEL_DIR="run"', '--gin.MODELS=["x"]'],

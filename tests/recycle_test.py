@@ -144,7 +144,7 @@ def test_tokens_are_matched_by_their_text(monkeypatch):
     (['--target={other}', '--skip=-1'], '--skip=-1'),
     (['--target=/nowhere'], 'Nothing is at /nowhere'),
     (['--target={other}', '--source={other}'], 'embed is 32'),
-    (['--target={short}'], 'only the vocabularies tell'),
+    (['--target={short}'], 'only the vocabularies say'),
   ],
 )
 def test_bad_input_is_told(flags, message, other, prompt, tmp_path, capsys):

@@ -157,7 +157,11 @@ WRONG = [
   ({'content': b'{}', 'headers': FORM}, 422, 'Content-Type: application/json'),
   ({'content': b'[' * 90_000}, 400, 'parsing'),
   ({'content': b'x' * 100_001}, 413, 'at most 100000 bytes'),
-  ({'content': b'{"prompt": "short", "inputs": "\\ud800"}'}, 422, 'not valid text'),
+  (
+    {'content': b'{"prompt": "short", "inputs": "\\ud800"}'},
+    422,
+    'not valid text',
+  ),
 ]
 
 

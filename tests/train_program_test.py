@@ -394,7 +394,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path):
     ({'microbatches': 3}, '1 devices .* times 3 MICROBATCHES. Use 6 or 9'),
     (
       {'mixture_or_task_name': 'tinny'},
-      'none of the .*; did you mean tiny',
+      'not among the .*; did you mean tiny',
     ),
     ({'mixture_or_task_module': 'no.such'}, "no module 'no'"),
     ({'task_feature_lengths': {'inputs': 8}}, "no length for 'targets'"),
