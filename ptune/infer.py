@@ -74,10 +74,9 @@ def infer(
 
   Returns:
     The path of the file. It has a line for each input, with `inputs`, `score`,
-    `targets` if there are any, and `prompt` if there are several. In predict
-    and classify mode a line also has the `prediction`. In classify mode this is
-    the most likely label, and the line has the `probabilities` by label, which
-    sum to 1.
+    `targets` if there are any, and `prompt` if there are several. Predict and
+    classify mode add the `prediction`. Classify mode predicts the most likely
+    label, and adds the `probabilities` by label, which sum to 1.
   """
   if mode not in MODES:
     raise UserError(f'INFER_MODE is {mode!r}; it must be one of {MODES}')

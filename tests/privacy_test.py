@@ -188,7 +188,7 @@ def test_a_run_stops_at_epsilon_and_says_what_it_spent(tmp_path):
   mine = jax.tree.leaves(state.trainable)[0]
   assert np.abs(mine - other).max() > 0.01
   # A private run does not resume without privacy.
-  with pytest.raises(ValueError, match='privacy'):
+  with pytest.raises(ValueError, match='private from start to end'):
     tiny.run(tmp_path / 'run', eval_split=None)
 
 
