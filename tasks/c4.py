@@ -30,7 +30,7 @@ SPAN_CORRUPTION = {
 NO_SENTINEL = {'c4_v220_span_corruption_no_sentinel': 'c4/en:2.2.0'}
 PREFIX_LM = {'c4_v220_prefix_lm': 'c4/en:2.2.0'}
 
-# mT5's vocabulary does not tell SeqIO which pieces are sentinels.
+# mT5's vocabulary does not mark its sentinels for SeqIO.
 WITH_SENTINELS = ('', 'byt5_')
 
 for _table, _add, _vocabularies in (

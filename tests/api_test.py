@@ -105,7 +105,7 @@ def test_a_run_keeps_the_rows_from_python(base, run, tmp_path):
   other = [*TRAIN[:2], ('good', 'no'), *TRAIN[3:]]
   for split, rows, message in (
     ('train', other, r'train\[2\] is {"inputs": "good", "targets": "no"}, but'),
-    ('train', TRAIN[:3], r'train\[3\] is missing, and the run in .*moved was'),
+    ('train', TRAIN[:3], r'train\[3\] is missing, but the run in .*moved was'),
     (
       'validation',
       [*DEV, DEV[0]],

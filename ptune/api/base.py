@@ -80,7 +80,7 @@ def as_base(
   vocabulary: str | os.PathLike[str] | None = None,
   dtype: str = 'float32',
 ) -> Base:
-  """Opens a base that is given by its path; see `ptune.load`.
+  """Opens a base given by its path; see `ptune.load`.
 
   Raises:
     UserError: If it is something else.

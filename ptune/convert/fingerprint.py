@@ -12,8 +12,8 @@ import numpy as np
 
 from ptune.convert.identity import checksum, spread
 
-# Values up to which NumPy is done before XLA has compiled the sums. Beyond, XLA
-# is three times as fast.
+# Up to this many values, NumPy ends before XLA has compiled the sums. Beyond,
+# XLA is three times as fast.
 FEW = 2**24
 
 

@@ -12,7 +12,7 @@ from ptune.convert import torch_files
 from ptune.errors import UserError
 from ptune.host import paths
 
-# If there are safetensors, other weights are not downloaded: `_with_weights`.
+# If there are safetensors, `_with_weights` downloads no other weights.
 FILES = ('*.json', '*.safetensors', '*.model', 'merges.txt')
 TORCH_FILES = ('pytorch_model*.bin',)
 # This account's pull requests add safetensors that it makes from a repository's

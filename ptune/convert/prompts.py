@@ -86,7 +86,9 @@ def read_prompt(path: epath.PathLike, task: int | None = None) -> Prompt:
   elif is_multitask(place):
     kind, (array, facts) = 'safetensors', _of_task(place, task)
   elif task is not None:
-    raise UserError(f'{place} is one prompt: there is no task to choose')
+    raise UserError(
+      f'{place} is one prompt, not one for each task; leave out --task'
+    )
   elif place.is_dir():
     kind, array, facts = _of_checkpoint(place)
   elif place.suffix == '.safetensors':

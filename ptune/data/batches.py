@@ -38,7 +38,7 @@ from ptune.model.sizes import TokenIds
 
 PathLike = str | os.PathLike[str]
 
-_TRIMMED = '_trimmed'  # suffix of the marks that count trimming
+_TRIMMED = '_trimmed'  # suffix of the features that mark trimming
 
 
 class Batches:

@@ -26,7 +26,7 @@ import tensorflow as tf  # isort: skip
 # a source does not tell its size, we read up to the second limit to find out.
 MAX_ROWS = 2_000_000
 MAX_UNCOUNTED_ROWS = 100_000
-_TRIMMED = '_trimmed'  # suffix of the marks that count trimming
+_TRIMMED = '_trimmed'  # suffix of the features that mark trimming
 
 
 def _mark_trimmed(dataset, sequence_length, output_features, before_eos):

@@ -181,7 +181,7 @@ class _Watch:
         other.settimeout(max(deadline - time.monotonic(), 0.01))
         while other.recv(4096):
           pass
-      except OSError:  # The time is up, or the process is gone.
+      except OSError:  # The time is over, or the process has ended.
         continue
 
   def _tell(self, word: str, but: socket.socket | None = None) -> None:
@@ -189,7 +189,7 @@ class _Watch:
       if other is not but:
         try:
           other.sendall(word.encode() + b'\n')
-        except OSError:  # This process is gone, too.
+        except OSError:  # This process has ended, too.
           continue
 
   def _accept(self, server: socket.socket, token: str, count: int) -> None:

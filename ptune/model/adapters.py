@@ -48,8 +48,8 @@ class Placement:
   site: str
   name: str
   adapter: Callable[..., nn.Module] = dataclasses.field(compare=False)
-  # Two placements are equal if they make the same: a network is then traced
-  # once, although each program makes a method of its own.
+  # Two placements are equal if they make equal adapters. So a network is traced
+  # once, although each program makes its own method.
   made: Any = dataclasses.field(init=False, repr=False)
 
   def __post_init__(self):
@@ -57,7 +57,7 @@ class Placement:
 
 
 def _content(value: Any) -> Any:
-  """A partial as a tuple, since two of them are never equal."""
+  """A partial as a tuple, because two partials are never equal."""
   if not isinstance(value, functools.partial):
     return value
   keywords = sorted(value.keywords.items())
@@ -68,7 +68,7 @@ def _content(value: Any) -> Any:
   )
   try:
     hash(content)
-  except TypeError:  # An array, say.
+  except TypeError:  # For example, an array.
     return value
   return content
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from ptune.model import tpu_attention, tpu_cross_attention
 from ptune.model.tpu_attention import MASKED
 
-# A kernel is worth it from this many queries and keys.
+# The smallest numbers of queries and keys for which kernels are used.
 LEAST = 128
 # The kernels that FUSED_ATTENTION = None uses. cuDNN's is not among them,
 # because it was never run on a GPU.

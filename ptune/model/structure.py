@@ -46,7 +46,7 @@ def parameters(network: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
   """
   known = sites(network)
   if network.config.with_all_sites != network.config:
-    # A method for encoder and decoder uses those sites that there are.
+    # A method for encoder and decoder uses the sites that exist.
     known += sites(Transformer(network.config.with_all_sites))
   stray = [
     p.site

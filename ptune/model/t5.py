@@ -56,7 +56,7 @@ def encoder_layers(
   Returns:
     [batch, length, embed].
   """
-  del encoder  # Flax knows it.
+  del encoder  # Flax finds it by itself.
   bias = None
   if config.local_radius:
     bias = long_attention.bias(config, mask)

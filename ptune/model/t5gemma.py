@@ -146,7 +146,7 @@ def encoder_layers(
   enable_dropout: bool,
 ) -> jax.Array:
   """All layers of the encoder; see `t5.encoder_layers`."""
-  del encoder  # Flax knows it.
+  del encoder  # Flax finds it by itself.
   stack = config.encoder
   positions = jnp.arange(x.shape[1])
   near = near_both_ways(config, positions)

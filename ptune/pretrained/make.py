@@ -2,9 +2,9 @@
 
     python -m ptune.pretrained.make --model=tiny --output=models/tiny
 
-trains with runs/pretrain_generated.gin. If you interrupt it, start it again and
-it continues. It then removes the embedding rows of pre-training tasks, and
-writes config.json and model.safetensors in bfloat16.
+trains with runs/pretrain_generated.gin. If you interrupt it, the same command
+resumes it. It then removes the embedding rows of pre-training tasks, and writes
+config.json and model.safetensors in bfloat16.
 """
 
 import argparse

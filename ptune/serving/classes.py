@@ -121,7 +121,7 @@ def table(names: Sequence[str], counts: np.ndarray) -> list[Class]:
     answered = counts[:, i].sum()
     if not support:
       continue
-    # 0 for a class that was never predicted, as scikit-learn has it.
+    # 0 for a class that was never predicted, as in scikit-learn.
     precision = 100 * right / answered if answered else 0.0
     f1 = 200 * right / (answered + support)
     recall = 100 * right / support

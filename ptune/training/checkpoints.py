@@ -27,7 +27,7 @@ from ptune.training.state import TrainState
 # reaching a bucket again may take a moment.
 PAUSES = (1.0, 5.0, 25.0)
 
-# By member of a run: the sums over the steps since the last record of the log.
+# The sums over the steps since the last record of the log, by member of a run.
 Sums = Mapping[str, Mapping[str, float]]
 
 

@@ -136,7 +136,7 @@ def _locked(path: epath.Path) -> Iterator[os.stat_result]:
     try:
       yield ours
     finally:
-      if _is_same(path, ours):  # And not the file of a later run.
+      if _is_same(path, ours):  # It may be a later run's.
         path.unlink()
 
 

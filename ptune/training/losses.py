@@ -90,9 +90,10 @@ def distill(
   """Context distillation: the trained prompt replaces a long text.
 
   The teacher is the frozen model, which reads the context before each input.
-  The student is the same model with a prompt (or whatever the method adds)
-  instead of the context. With the teacher's distribution T over the vocabulary
-  and the student's distribution S, the loss of each token of an answer is
+  The student is the same model with a prompt (or other parameters of the
+  method) instead of the context. With the teacher's distribution T over the
+  vocabulary and the student's distribution S, the loss of each token of an
+  answer is
 
       KL(T || S) = sum of T (log T - log S)
 

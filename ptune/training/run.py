@@ -36,7 +36,7 @@ from ptune.training.member import Member
 from ptune.training.state import TrainState
 
 Scores = Mapping[str, Mapping[str, float]]
-# By the name of a member: the sums over the steps since the last record.
+# The sums over the steps since the last record, by the name of a member.
 Sums = dict[str, dict[str, float]]
 
 

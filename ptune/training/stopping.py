@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from ptune.training import checkpoints
 
-# Seconds between two times that the processes of a run ask each other.
+# Seconds between two times at which the processes of a run ask each other.
 ASK_EVERY = 5.0
 
 
