@@ -328,7 +328,7 @@ def test_a_prompt_goes_to_the_hub(run, monkeypatch):
     ({'train': [('a', 'yes'), ('b',)]}, r'train\[1\].* is not a row; expected'),
     ({'train': [('a', 'yes'), ('b', 'good')]}, r"train\[1\]: .*'good'"),
     ({'train': [('a', 'yes'), (float('nan'), 'no')]}, r'train\[1\].* is nan'),
-    ({'inputs': '{text}'}, r"train\[0\]: no column 'text', it has: inputs"),
+    ({'inputs': '{text}'}, r"train\[0\].*: no column 'text', it has: inputs"),
     ({'validation': 'dev.csv'}, "'train'] are rows, and .'validation'] files"),
     ({'train': 'no.csv', 'validation': None}, 'no.csv'),
     ({'base': 'no/model'}, 'base: Nothing is at no/model'),

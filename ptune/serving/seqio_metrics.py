@@ -113,7 +113,7 @@ class SeqioMetrics:
 
 
 def _count(dataset: Any, pad: int) -> tuple[int, bool]:
-  """Counts the rows of a data set, and says whether any row fills its length."""
+  """Counts the rows of a data set, and whether any row fills its length."""
   names = ('encoder_input_tokens', 'decoder_target_tokens')
   rows, full = 0, False
   for _, example in dataset.as_numpy_iterator():
