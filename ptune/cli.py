@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from ptune.config import flags, gin_files
+from ptune.config import flags, gin_files, words
 from ptune.errors import UserError
 from ptune.host import paths, processes, terminal
 from ptune.host.quiet import quiet_stderr
@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal.set_up_logging()
     return list_tasks.main(given[1:])
   args = _parse(given)
+  names = _words(args)  # Before `_read` adds gin files.
   if argv is None:
     terminal.leave_on_signals(args.program)
   terminal.set_up_logging()
@@ -132,10 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with paths.nothing_left():
       status = _use(args) if settings is None else _run(args, settings)
   except Exception as error:
+    error = _in_words(error)
     if _is_for_users(error):
-      print(
-        f'ptune {args.program}: {gin_files.message(error)}', file=sys.stderr
-      )
+      said = words.renamed(gin_files.message(error), names)
+      print(f'ptune {args.program}: {said}', file=sys.stderr)
       status = 2 if isinstance(error, ValueError | FileNotFoundError) else 1
     else:
       processes.wait_for_news()
@@ -255,6 +256,19 @@ def _run(args: argparse.Namespace, settings: gin_files.Settings) -> int:
   return 0
 
 
+def _words(args: argparse.Namespace) -> dict[str, str]:
+  """Returns what the command line calls the macros of one of PROGRAMS."""
+  given = flags.given_by(args)
+  asks = getattr(args, 'run', None) is not None
+  if args.program in TOOLS or not (given or asks):
+    return {}
+  alone = not (args.gin_file or args.gin_bindings)
+  found = words.of_flags(args.program, given, alone)
+  if getattr(args, 'file', None) is not None:
+    found['INFER_FILE'] = 'FILE'
+  return found
+
+
 # -------------------------------------------------------------------- process
 
 
@@ -276,6 +290,21 @@ def _initialize_processes(args: argparse.Namespace) -> None:
       from absl import logging
 
       logging.set_verbosity(logging.WARNING)
+
+
+def _in_words(error: Exception) -> Exception:
+  """Returns an error that users can mend for one of JAX or TensorFlow."""
+  names = {kind.__name__ for kind in type(error).__mro__}
+  first = str(error).split('\n')[0]
+  if 'JaxRuntimeError' in names and 'RESOURCE_EXHAUSTED' in first:
+    return OSError(
+      f'{first}\nThe memory of the device is too small. Lower BATCH_SIZE,'
+      ' PROMPT_LENGTH or TASK_FEATURE_LENGTHS, or raise MICROBATCHES; ptune'
+      ' plan estimates what fits'
+    )
+  if 'OpError' in names:  # TensorFlow's, for files in buckets.
+    return OSError(first)
+  return error
 
 
 def _is_for_users(error: Exception) -> bool:

@@ -108,6 +108,7 @@ def train(
     drawn = privacy.drawn(private, mesh.shape['data'] * data.microbatches)
     place = run.directory / 'stream'
     rows = start.rows_of(task, data, config, method, seed, place, **drawn)
+    facts |= start.fact_of_rows(task)
     if data.privacy is not None:
       facts['examples'] = rows.num_examples
       train_steps = privacy.last_step(

@@ -131,8 +131,9 @@ def train_many(
     plan = next(iter(groups.values())).plan
     base = start.initial_base(plan, source, plan.base, False, 0)
     fingerprint = of_params(base)
-    for name in runs:
-      facts[name]['base'] = fingerprint
+    for name, one in runs.items():
+      facts[name] |= {'base': fingerprint}
+      facts[name] |= start.fact_of_rows(tasks[one.task])
     run.compare(facts)
     if state is None:
       trainable = {}

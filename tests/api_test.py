@@ -301,6 +301,20 @@ def test_a_bank_answers_each_text_by_its_own_prompt(base, run, tmp_path):
   assert bank.names == ['one', 'two']
 
 
+def test_names_in_a_bank_are_texts(base):
+  bank = ptune.bank(base)
+  for act in (bank.remove, lambda name: bank.add(name, np.ones((2, 96)))):
+    for name in ([], None, '\ud800'):
+      with pytest.raises(UserError, match=r'name\[0\] is'):
+        act(name)
+
+
+@pytest.mark.parametrize('path', ['', 5, [], '\0'])
+def test_a_vocabulary_is_a_path(path):
+  with pytest.raises(UserError, match=r'vocabulary is .*; expected a path'):
+    ptune.load('ptune://tiny', vocabulary=path)
+
+
 def test_history_is_drawn(run):
   figure = run.plot()
   assert [axes.get_xlabel() for axes in figure.axes] == ['step', 'step']
@@ -317,6 +331,75 @@ def test_a_prompt_goes_to_the_hub(run, monkeypatch):
 
 
 # ------------------------------------------------------------------ bad input
+
+
+def test_a_run_resumes_only_with_the_same_texts(base, tmp_path):
+  rows = tmp_path / 'train.csv'
+  rows.write_text('inputs,targets\nso good,1\nso dull,0\n')
+
+  def tune(**changes):
+    given = {**SMALL, 'steps': 1, 'batch_size': 2, **changes}
+    return ptune.tune(base, str(rows), model_dir=tmp_path / 'run', **given)
+
+  tune()
+  for changes in ({'labels': LABELS[::-1]}, {'inputs': 'it is {inputs}'}):
+    with pytest.raises(UserError, match='training texts') as error:
+      tune(steps=2, **changes)
+    assert 'Nothing was changed' in str(error.value)
+  with rows.open('a') as f:
+    f.write('fine,1\n')
+  with pytest.raises(UserError, match='training texts'):
+    tune(steps=2)
+  rows.write_text('inputs,targets\nso good,yes\nso dull,no\n')
+  assert tune(steps=2).step == 2  # The texts are the same.
+
+
+class DataSet(list):
+  """Rows with the names of their labels, as a Hugging Face Dataset has them."""
+
+  def __init__(self, names):
+    super().__init__([{'t': 'so good', 'l': 1}, {'t': 'so bad', 'l': 0}])
+    self.features = {'t': None, 'l': types.SimpleNamespace(names=names)}
+
+
+def test_numbers_of_a_data_set_keep_their_meaning(base, tmp_path):
+  ours, swapped = DataSet(LABELS), DataSet(LABELS[::-1])
+  own = {k: v for k, v in SMALL.items() if k != 'labels'}
+
+  def tune(train=ours, validation=None, targets='{l}', **more):
+    columns = {'inputs': '{t}', 'targets': targets, 'steps': 1}
+    return ptune.tune(
+      base, train, validation=validation, **columns, **own, **more
+    )
+
+  with pytest.raises(
+    UserError, match=r'^validation has the labels .* one order'
+  ):
+    tune(validation=swapped)
+  with pytest.raises(UserError, match=r'^train has the labels .* one order'):
+    tune(labels=LABELS[::-1])
+  with pytest.raises(UserError, match=r'^test has the labels .* one order'):
+    tune().evaluate(swapped)
+  told = tune(targets='it is {l}', labels=['bad', 'good']).classify('a')
+  assert list(told) == ['it is bad', 'it is good']
+  assert list(tune(targets='it is {l}').classify('a')) == [
+    'it is no',
+    'it is yes',
+  ]
+
+
+def test_a_dict_of_splits_is_told_from_rows(base):
+  with pytest.raises(UserError, match=r"such as train=data\['train'\]"):
+    ptune.tune(base, {'train': DataSet(LABELS), 'test': DataSet(LABELS)})
+
+
+def test_the_columns_of_a_frame_are_texts(base):
+  pandas = pytest.importorskip('pandas')
+  frame = pandas.DataFrame([['so good', 'yes'], ['so bad', 'no']])
+  assert rows_lib.Rows('train', frame)[0] == {'0': 'so good', '1': 'yes'}
+  frame.columns = ['text', 'text']
+  with pytest.raises(UserError, match='train has columns of the same name'):
+    rows_lib.Rows('train', frame)
 
 
 @pytest.mark.parametrize(
@@ -346,6 +429,11 @@ def test_a_prompt_goes_to_the_hub(run, monkeypatch):
     ({'model_dir': 'hf://me/x'}, 'which cannot be written; choose a local dir'),
     ({'train': 'dev.cvs', 'validation': None}, "'dev.cvs', .* its own labels;"),
     ({'train': 'empty.csv', 'validation': None}, 'with no rows'),
+    ({'bindings': {}}, 'bindings is dict {}; expected a list of texts'),
+    ({'bindings': 0}, 'bindings is int 0; expected a list of texts'),
+    ({'initial_checkpoint_path': 'x'}, 'initial_checkpoint_path exclude each'),
+    ({'mixture_or_task_name': 'x'}, 'mixture_or_task_name exclude each other'),
+    ({'train_steps': 3}, 'steps and train_steps exclude each other'),
   ],
 )
 def test_bad_input_is_named_and_nothing_is_written(
@@ -417,6 +505,11 @@ NAN = float('nan')
       "test is 'x'; .* ends in .tsv",
     ),
     (lambda run: run.save(None), 'path is None; expected that of a local file'),
+    (lambda run: run.save('\ud800'), 'expected that of a local file'),
+    (
+      lambda run: run.export('x', overwrite='no'),
+      "overwrite is 'no'; expected",
+    ),
     (lambda run: run.save(''), "path is ''; expected that of a local file"),
     (lambda run: run.save('x.txt'), "path is 'x.txt'; .* ends in .npy"),
     (lambda run: run.save('d.npy'), 'd.npy is a directory with nothing in it'),

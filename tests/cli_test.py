@@ -246,6 +246,28 @@ def test_a_failure_is_told_from_a_wrong_command(says, monkeypatch):
     assert says('train') == (status, f'ptune train: {error}\n')
 
 
+def test_errors_of_jax_and_tensorflow_that_users_can_mend(says, monkeypatch):
+  class OpError(Exception):
+    """As TensorFlow's, for a bucket."""
+
+  full = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory\nmore')
+  for error, answer in (
+    (
+      full,
+      'RESOURCE_EXHAUSTED: Out of memory\nThe memory of the device is too',
+    ),
+    (OpError('no such bucket\nmore'), 'no such bucket\n'),
+  ):
+
+    def fail(*args, error=error):
+      raise error
+
+    monkeypatch.setattr(cli, '_read', fail)
+    status, said = says('train')
+    assert status == 1
+    assert said.startswith(f'ptune train: {answer}')
+
+
 # ------------------------------------------------------------------ processes
 
 

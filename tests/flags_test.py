@@ -100,6 +100,10 @@ def test_rows_may_be_those_of_a_seqio_task():
     ({'model': 't5_1_1_bas'}, 'did you mean t5_1_1_base'),
     ({'loss': 'privat'}, "there is no loss 'privat'; did you mean private"),
     ({'split': 'test'}, '--split is only a flag of ablate, eval, infer'),
+    ({'steps': 5, 'train_steps': 6}, 'steps and train_steps exclude each'),
+    ({'base': 'b', 'initial_checkpoint_path': 'c'}, 'exclude each other'),
+    ({'train': 'a.csv', 'task_files': {}}, 'train and task_files exclude'),
+    ({'train': 'a.csv', 'mixture_or_task_name': 'x'}, 'exclude each other'),
   ],
 )
 def test_a_wrong_setting_is_named(given, message):
@@ -191,6 +195,32 @@ def test_rows_of_another_file_are_asked_of_a_run(files, tmp_path):
   assert f'TASK_FILES = {{{"test"!r}: {files["train"]!r}}}' in bindings
   assert "EVAL_SPLIT = 'test'" in bindings
   assert "CHECKPOINT_PATH = 'c'" in bindings
+
+
+def test_a_run_keeps_its_own_method(tmp_path):
+  with pytest.raises(UserError, match='has its own method and model; leave'):
+    flags.expand('eval', {'method': 'lora', 'model': 'x'}, run=str(tmp_path))
+
+
+@pytest.mark.parametrize('record', [None, '{', '[1]', '{}'])
+def test_a_run_without_its_record_is_said(record, tmp_path):
+  (tmp_path / 'config.gin').touch()
+  if record is not None:
+    (tmp_path / 'run.json').write_text(record)
+  with pytest.raises(UserError, match=r'run.json is missing or damaged'):
+    flags.expand('eval', {}, run=str(tmp_path))
+
+
+def test_a_moved_run_finds_the_rows_that_it_kept(tmp_path):
+  (tmp_path / 'rows').mkdir()
+  for name in ('config.gin', 'rows/train.jsonl'):
+    (tmp_path / name).touch()
+  config = str(tmp_path / 'config.gin')
+  names, bindings = flags.expand('train', {}, [config])
+  assert names == [config]
+  kept = {'train': str(tmp_path / 'rows/train.jsonl')}
+  assert bindings == [f'TASK_FILES = {kept!r}']
+  assert flags.expand('train', {}, ['mine.gin']) == (['mine.gin'], [])
 
 
 def test_what_is_no_run_is_said(tmp_path, capsys):

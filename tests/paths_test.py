@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+from etils import epath
 
 from ptune.convert import open_checkpoint, storage
 from ptune.convert.hub import locate
@@ -13,7 +14,7 @@ from ptune.convert.storage import read_json
 from ptune.convert.trained import facts_beside
 from ptune.errors import UserError
 from ptune.host import paths
-from ptune.host.files import absolute
+from ptune.host.files import absolute, check_writable
 from ptune.methods import prompt_array
 from ptune.serving import serve
 from ptune.training import run_file
@@ -39,6 +40,25 @@ def test_what_is_no_path_is_said_by_whoever_opens_it(path, message):
   ):
     with pytest.raises(UserError, match=message):
       opens(path)
+
+
+def test_a_directory_that_cannot_be_made_is_named_and_leaves_nothing(
+  tmp_path, monkeypatch
+):
+  long = epath.Path(tmp_path, 'a', 'b', 'c' * 300)
+  with pytest.raises(UserError, match=r'MODEL_DIR .* cannot be written'):
+    with paths.nothing_left():
+      check_writable('MODEL_DIR', long)
+  assert not list(tmp_path.iterdir())
+
+  def unreachable(directory):
+    raise KeyError(f'as TensorFlow raises for {directory}')
+
+  monkeypatch.setattr(paths, 'make_directory', unreachable)
+  with pytest.raises(UserError, match=r'gs://x/y cannot be written: .*as Tens'):
+    check_writable('MODEL_DIR', epath.Path('gs://x/y'))
+  with pytest.raises(KeyError):
+    check_writable('MODEL_DIR', long)
 
 
 def test_file_urls_are_local_files(tmp_path):

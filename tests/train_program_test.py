@@ -183,6 +183,8 @@ def test_the_best_metric_can_be_named_and_less_can_be_better():
   )
   with pytest.raises(ValueError, match=r"'acc' is not among .*'f1', 'loss'"):
     selection.score('acc', scores)
+  with pytest.raises(ValueError, match=r"highest value is the worst.*'-loss'"):
+    selection.score('loss', scores)
 
 
 @pytest.mark.slow

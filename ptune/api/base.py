@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -11,7 +12,7 @@ from ptune.convert.fingerprint import of_params
 from ptune.convert.pieces import Vocabulary
 from ptune.convert.vocabulary import open_vocabulary
 from ptune.errors import UserError
-from ptune.host import jax_setup
+from ptune.host import jax_setup, paths
 from ptune.model.sizes import Config
 from ptune.serving import trained_model
 
@@ -36,7 +37,9 @@ class Base:
     jax_setup.configure_cpu()
     self.path = str(path)
     self.config: Config = identity.config(open_checkpoint(path), dtype=dtype)
-    self.vocabulary_path = str(vocabulary or path)
+    self.vocabulary_path = str(path)
+    if vocabulary is not None:
+      self.vocabulary_path = checked_path('vocabulary', vocabulary)
 
   def __repr__(self) -> str:
     names = identity.names(identity.facts(open_checkpoint(self.path)))
@@ -73,6 +76,20 @@ class Base:
   def fingerprint(self) -> str:
     """16 hexadecimal digits that identify the base in runs and prompts."""
     return of_params(self.weights)
+
+
+def checked_path(name: str, path: Any) -> str:
+  """Returns a path as a string; raises UserError if it is none.
+
+  Args:
+    name: The name of the argument.
+    path: The argument.
+  """
+  text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+  expected = 'a path' if text is None else paths.fault(text)
+  if text is None or expected:
+    raise UserError(f'{name} is {path!r:.80}; expected {expected}')
+  return text
 
 
 def as_base(

@@ -10,7 +10,7 @@ from typing import Any
 from ptune.api import rows as rows_lib
 from ptune.api.base import Base, as_base
 from ptune.api.tuned import Tuned
-from ptune.config import flags, gin_files, macros
+from ptune.config import flags, gin_files, macros, words
 from ptune.convert import peft
 from ptune.convert.export import recorded_base
 from ptune.convert.hub import SCHEME, locate
@@ -24,6 +24,7 @@ from ptune.training import run_file
 SUFFIXES = ('.npy', '.safetensors')
 
 
+@words.in_python()
 def load(
   path: str | os.PathLike[str],
   base: Base | str | None = None,
@@ -59,6 +60,8 @@ def load(
       f'path is {type(path).__name__} {str(path)[:60]!r}; expected that of a'
       " base model, a run or a prompt, such as 'ptune://tiny'"
     )
+  if not isinstance(base, Base | str | os.PathLike | None):
+    as_base(base)  # Raises.
   place = locate(path)
   if record := run_file.read(place):
     base = base or record.get('initial_checkpoint_path')
@@ -96,6 +99,7 @@ def load(
   return Base(path, vocabulary, dtype)
 
 
+@words.in_python()
 def tune(
   base: Base | str,
   train: Any,
@@ -179,11 +183,13 @@ def tune(
     given['model_dir'] = model_dir
   if isinstance(bindings, str):
     bindings = [bindings]
-  bindings = rows_lib.texts('bindings', bindings) if bindings else []
+  if not isinstance(bindings, tuple | list) or bindings:
+    bindings = rows_lib.texts('bindings', bindings)
   _check({**given, **settings})
   if base.config.dtype != 'float32':
     given['dtype'] = base.config.dtype
-  given |= settings
+  # Without a vocabulary, tasks have that of the base.
+  given |= {k: v for k, v in settings.items() if (k, v) != ('vocabulary', None)}
   if model_dir is not None:
     _train(given, rows, os.fspath(model_dir), bindings)
     return Tuned(base, model_dir)

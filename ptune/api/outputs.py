@@ -7,6 +7,7 @@ from typing import Any
 from ptune.convert import export as export_lib
 from ptune.convert import merged, output, prompts
 from ptune.errors import UserError
+from ptune.host import paths
 from ptune.host.files import write_atomically
 
 FORMATS = tuple(dict.fromkeys((*export_lib.FORMATS, *merged.MARKS)))
@@ -46,7 +47,9 @@ def export(
     overwrite: Whether to replace an earlier output.
   """
   path = _checked(path)
-  if layout not in FORMATS:
+  if not isinstance(overwrite, bool):
+    raise UserError(f'overwrite is {overwrite!r:.80}; expected True or False')
+  if not isinstance(layout, str) or layout not in FORMATS:
     raise UserError(
       f'format is {layout!r}; expected one of {", ".join(FORMATS)}'
     )
@@ -60,7 +63,7 @@ def export(
 def _checked(path: Any) -> pathlib.Path:
   """The path of an output; raises UserError if it is none."""
   text = os.fspath(path) if isinstance(path, str | os.PathLike) else ''
-  if not text.strip() or '://' in text or '\0' in text:
+  if paths.fault(text) or '://' in text:
     raise UserError(
       f'path is {path!r}; expected that of a local file or directory to write'
     )

@@ -10,6 +10,7 @@ from ptune.api import rows as rows_lib
 from ptune.api.base import Base, as_base
 from ptune.api.recorded import BATCH_SIZE, LENGTHS
 from ptune.api.tuned import Tuned, batch_size
+from ptune.config import words
 from ptune.data import bucketing, device_feed, padding, seqio_task
 from ptune.errors import UserError, check_counts
 from ptune.serving import ensemble, predictor
@@ -19,6 +20,7 @@ from ptune.serving.bank import PromptBank
 Prompt = np.ndarray | str | os.PathLike[str] | Tuned
 
 
+@words.in_python()
 def bank(
   base: Base | str,
   *,
@@ -76,12 +78,14 @@ class Bank:
     """The names of all prompts, sorted."""
     return self._bank.names
 
+  @words.in_python()
   def add(self, name: str, prompt: Prompt) -> None:
     """Adds a prompt, or replaces the one with this name.
 
     Raises:
       UserError: If it is not a prompt, or not for this base.
     """
+    rows_lib.texts('name', [name])
     if isinstance(prompt, Tuned):
       prompt = prompt.source
     elif not isinstance(prompt, str | os.PathLike | np.ndarray | jax.Array):
@@ -94,8 +98,10 @@ class Bank:
 
   def remove(self, name: str) -> None:
     """Removes a prompt; raises UserError if no prompt has this name."""
+    rows_lib.texts('name', [name])
     self._bank.remove(name)
 
+  @words.in_python()
   def predict(
     self, inputs: Sequence[str], prompts: str | Sequence[str]
   ) -> list[str]:
@@ -123,6 +129,7 @@ class Bank:
       )
     return [self._decode(tokens) for tokens, _ in self._asked(texts, names)]
 
+  @words.in_python()
   def vote(
     self, inputs: Sequence[str], prompts: Sequence[str] | None = None
   ) -> list[str]:

@@ -74,6 +74,9 @@ def of_run(
       rows_lib.bind(rows)
     value = lambda name: gin.get_configurable(f'{name}/macro')()
     task = value('MIXTURE_OR_TASK_NAME')
+    labels = task.templates.labels if isinstance(task, TextTask) else None
+    for split, some in (rows or {}).items() if labels else ():
+      rows_lib.check_order(split, some, labels.column, labels.names)
     return Recorded(
       config=value('MODEL'),
       method=value('METHOD'),

@@ -12,6 +12,8 @@ from ptune.convert.pieces import Vocabulary
 from ptune.errors import UserError
 from ptune.tasks import files
 from ptune.tasks.labels import cut
+from ptune.tasks.rows import listed as listed_columns
+from ptune.tasks.templates import columns_of
 from ptune.tasks.texts import TextTask
 from ptune.training import run_file
 
@@ -81,6 +83,13 @@ def listed(name: str, data: Any, expected: str = EXPECTED) -> Sequence[Any]:
   Raises:
     UserError: If it has no rows, or is something else.
   """
+  if isinstance(data, Mapping) and any(
+    isinstance(x, Iterable) and not isinstance(x, str) for x in data.values()
+  ):
+    raise UserError(
+      f'{name} is {type(data).__name__} with {listed_columns(data)}; give one'
+      f' of them, such as {name}=data[{next(iter(data))!r}]'
+    )
   single = isinstance(data, str | bytes | os.PathLike | Mapping)
   if single or not isinstance(data, Iterable) or getattr(data, 'ndim', 1) == 0:
     raise UserError(
@@ -88,6 +97,11 @@ def listed(name: str, data: Any, expected: str = EXPECTED) -> Sequence[Any]:
     )
   # A pandas DataFrame, without importing pandas.
   if hasattr(data, 'to_dict') and hasattr(data, 'columns'):
+    data = data.rename(columns=str)
+    if not data.columns.is_unique:
+      raise UserError(
+        f'{name} has columns of the same name: {listed_columns(data.columns)}'
+      )
     data = data.to_dict('records')
   rows = data if isinstance(data, Sequence) else list(data)
   if not len(rows):
@@ -284,7 +298,35 @@ def prepared(
     return given
   given.setdefault('inputs', '{inputs}')
   given.setdefault('targets', '{targets}')
-  column = given['targets'].strip('{}')
-  if isinstance(train, Rows) and column in train.label_names:
-    given.setdefault('labels', train.label_names[column])
+  column = columns_of(given['targets'], 'TARGETS')[0]
+  names = [
+    some.label_names[column]
+    for some in rows.values()
+    if isinstance(some, Rows) and column in some.label_names
+  ]
+  if names and 'label_names' not in given:
+    given.setdefault('labels', names[0])
+  for split, some in rows.items():
+    check_order(split, some, column, given.get('labels'))
   return given
+
+
+def check_order(split: str, rows: Any, column: str, labels: Any) -> None:
+  """Refuses a data set whose numbers mean other labels.
+
+  Args:
+    split: The name of the argument with the rows.
+    rows: The rows, from `taken`.
+    column: The column of the labels.
+    labels: The labels 0, 1, ... of the task. A data set may call them by other
+      names, but not by the same names in another order.
+  """
+  names = rows.label_names.get(column) if isinstance(rows, Rows) else None
+  if not names or not isinstance(labels, list | tuple):
+    return
+  if list(labels) != names and sorted(map(str, labels)) == sorted(names):
+    raise UserError(
+      f'{split} has the labels {names} in column {column!r}, and labels are'
+      f' {list(labels)}, so the numbers in the column would mean other labels.'
+      f' Use one order'
+    )

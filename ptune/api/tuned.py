@@ -15,7 +15,7 @@ from ptune.api import outputs, recorded
 from ptune.api import rows as rows_lib
 from ptune.api.base import Base
 from ptune.api.recorded import Recorded
-from ptune.config import flags
+from ptune.config import flags, words
 from ptune.convert import prompts, publish
 from ptune.data import batches, bucketing, device_feed, padding, seqio_task
 from ptune.errors import UserError
@@ -68,6 +68,7 @@ class Tuned:
   @overload
   def predict(self, inputs: Sequence[Row]) -> list[str]: ...
 
+  @words.in_python()
   def predict(self, inputs: Row | Sequence[Row]) -> str | list[str]:
     """Answers texts.
 
@@ -102,6 +103,7 @@ class Tuned:
     self, inputs: Sequence[Row], labels: Sequence[str] | None = None
   ) -> list[dict[str, float]]: ...
 
+  @words.in_python()
   def classify(
     self, inputs: Row | Sequence[Row], labels: Sequence[str] | None = None
   ) -> dict[str, float] | list[dict[str, float]]:
@@ -142,6 +144,7 @@ class Tuned:
     told = [dict(zip(labels, map(float, row), strict=True)) for row in found]
     return told[0] if one else told
 
+  @words.in_python()
   def evaluate(self, test: Any = 'validation') -> dict[str, float]:
     """Measures the model.
 
@@ -210,6 +213,7 @@ class Tuned:
     """
     return report.draw(self.history)
 
+  @words.in_python()
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes the prompt, and a .json beside it that says how it was trained.
 
@@ -224,6 +228,7 @@ class Tuned:
     """
     outputs.save(self.source, path, self.base.path)
 
+  @words.in_python()
   def export(
     self,
     path: str | os.PathLike[str],
@@ -240,6 +245,7 @@ class Tuned:
     """
     outputs.export(self.source, path, self.base.path, format, overwrite)
 
+  @words.in_python()
   def push_to_hub(self, name: str, private: bool = False) -> str:
     """Uploads the prompt and a model card to the Hugging Face Hub, for PEFT.
 

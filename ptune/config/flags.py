@@ -61,6 +61,14 @@ USAGES = {
   'infer': 'ptune infer RUN FILE [FLAGS]\n'
   '       ptune infer --gin_file=FILE --gin_file=FILE ... [FLAGS]',
 }
+# Pairs of settings that are the same, or exclude each other.
+CLASHES = (
+  *SHORT.items(),
+  *(('base', name) for name in ('initial_checkpoint_path', 'checkpoint_path')),
+  *((split, 'task_files') for split in SPLITS),
+  *((split, 'mixture_or_task_name') for split in SPLITS),
+  ('split', 'infer_file'),
+)
 # Prefix of the attributes in which argparse keeps the flags of macros.
 _DEST = 'macro_'
 # The flags that `ptune PROGRAM --help` explains; few programs use the others.
@@ -256,6 +264,15 @@ def unknown_flags(program: str, unknown: Sequence[str]) -> str:
   return ' '.join(map(str.__add__, unknown, near))
 
 
+def given_by(args: argparse.Namespace) -> dict[str, str]:
+  """Returns the short settings of a command line, as texts."""
+  return {
+    name.removeprefix(_DEST): text
+    for name, text in vars(args).items()
+    if name.startswith(_DEST)
+  }
+
+
 def resolve(args: argparse.Namespace) -> None:
   """Turns the short settings of a command line into gin files and bindings.
 
@@ -267,13 +284,8 @@ def resolve(args: argparse.Namespace) -> None:
     args.gin_file.append(args.study if own else f'studies/{args.study}.gin')
     return
   given = {
-    name.removeprefix(_DEST): text
-    for name, text in vars(args).items()
-    if name.startswith(_DEST)
-  }
-  given = {
     flag: text if flag in NAMED else value_of(flag, text)
-    for flag, text in given.items()
+    for flag, text in given_by(args).items()
   }
   if getattr(args, 'file', None) is not None:
     given['infer_file'] = args.file
@@ -334,15 +346,22 @@ def expand(
   Raises:
     UserError: If the settings contradict each other, or there is no such run.
   """
-  if not given and run is None:
-    return list(files), []
   given, files, trains = dict(given), list(files), program in TRAINING
   bound: dict[str, Any] = {}
   if run is not None:
+    _check_of_run(run, given)
     files.append(os.fspath(_config(run)))
     bound['MODEL_DIR'] = run
-    if kept := kept_rows(run):
+  for file in map(pathlib.Path, files):  # Also of a run that was moved.
+    if file.name == CONFIG and (kept := kept_rows(file.parent)):
       bound['TASK_FILES'] = kept
+  if not given and run is None:
+    return files, [f'{name} = {value!r}' for name, value in bound.items()]
+  for one, other in CLASHES:
+    if one in given and (other := other.lower()) in given:
+      raise UserError(
+        f'{one} and {other} exclude each other, and both are given; give one'
+      )
   bound |= _base(given.pop('base', None), run, trains)
   rows = {split: given.pop(split) for split in SPLITS if split in given}
   if not _has(files, 'runs'):
@@ -391,13 +410,34 @@ def _base(base: str | None, run: str | None, trains: bool) -> dict[str, str]:
   bound = {}
   if run is not None:
     # Absolute, so that a later command finds it from any working directory.
-    record = json.loads(pathlib.Path(run, RUN_FILE).read_text())
-    bound['INITIAL_CHECKPOINT_PATH'] = record['initial_checkpoint_path']
+    bound['INITIAL_CHECKPOINT_PATH'] = _recorded_base(run)
   if base is not None and (trains or run is not None):
     bound['INITIAL_CHECKPOINT_PATH'] = base
   if base is not None and not trains:
     bound['CHECKPOINT_PATH'] = base
   return bound
+
+
+def _recorded_base(run: str) -> str | None:
+  """Returns the base model that a run started from."""
+  file = pathlib.Path(run, RUN_FILE)
+  try:
+    return json.loads(file.read_text())['initial_checkpoint_path']
+  except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    raise UserError(
+      f'{file} is missing or damaged ({type(error).__name__}), so ptune cannot'
+      f' tell what the run {run} started from; restore the file'
+    ) from error
+
+
+def _check_of_run(run: str, given: Mapping[str, Any]) -> None:
+  """Refuses settings that a trained run has already."""
+  own = [name for name in ('method', 'model', 'loss') if name in given]
+  if own:
+    raise UserError(
+      f'the run {run} has its own {" and ".join(own)}; leave out'
+      f' {", ".join(own)}'
+    )
 
 
 def _rows(rows: Mapping[str, str]) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def read_bytes(path: PathLike, name: str) -> bytes:
     where = f'A relative path starts at {os.getcwd()}'
     if isinstance(error, FileNotFoundError):
       raise UserError(
-        f'{name} names {os.fspath(path)!r}, which does not exist. {where}'
+        f'{name} names {os.fspath(path)!r}, which does not exist. {where}; if'
+        f' the file has moved, set {name} to its new path'
       ) from error
     raise UserError(
       f'{name} has {os.fspath(path)!r}, which cannot be read: '
@@ -71,7 +72,10 @@ def glob(pattern: str) -> list[str]:
   with quiet_stderr():
     import tensorflow as tf
 
-    return sorted(tf.io.gfile.glob(pattern))
+    try:
+      return sorted(tf.io.gfile.glob(pattern))
+    except tf.errors.OpError as error:
+      raise OSError(f'{pattern}: {error.message}') from error
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:

@@ -124,7 +124,9 @@ def look(path: epath.PathLike) -> Found:
   """
   path = locate(path)
   if not path.exists():
-    raise FileNotFoundError(f'Nothing is at {path}, to read a vocabulary from.')
+    raise FileNotFoundError(
+      f'Nothing is at {path}, which VOCABULARY or the base model names'
+    )
   if not path.is_dir():
     return Found(path, None, None)
   names = sorted(child.name for child in path.iterdir())

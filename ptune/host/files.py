@@ -31,10 +31,14 @@ def check_writable(name: str, directory: epath.Path) -> None:
     # A full disk may still have room for a few bytes, so write more.
     probe.write_bytes(bytes(65536))
     probe.unlink()
-  except OSError as error:
+  except Exception as error:
+    # For a bucket, TensorFlow raises errors of its own.
+    if not isinstance(error, OSError) and '://' not in os.fspath(directory):
+      raise
+    reason = getattr(error, 'strerror', None) or error
     raise UserError(
-      f'{name} {directory} cannot be written: {error.strerror or error}. Choose'
-      ' another directory, or free space'
+      f'{name} {directory} cannot be written: {reason}. Choose another'
+      ' directory, or free space'
     ) from error
 
 

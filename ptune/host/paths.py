@@ -98,8 +98,8 @@ def make_directory(directory: Any) -> None:
     if place.exists():
       break
     missing.append(place)
+  _made.extend(missing)  # First, because mkdir may fail halfway.
   directory.mkdir(parents=True, exist_ok=True)
-  _made.extend(missing)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ FILE = 'run.json'
 # The names of facts in messages, if their keys are not clear enough.
 _FACTS = {
   'base': 'frozen weights, from INITIAL_CHECKPOINT_PATH (their fingerprint)',
+  'rows': 'training texts, of TASK_FILES, INPUTS, TARGETS and LABEL_NAMES'
+  ' (their fingerprint)',
   'initial_step': 'step of INITIAL_CHECKPOINT_PATH',
 }
 

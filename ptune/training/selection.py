@@ -7,6 +7,9 @@ import numpy as np
 from ptune.errors import UserError
 from ptune.training import report
 
+# Metrics of ptune's own; with a minus in front, the lowest is chosen.
+LOWER_IS_BETTER = ('loss', 'invalid')
+
 
 def score(
   best_metric: str | None, scores: Mapping[str, Mapping[str, float]]
@@ -16,6 +19,11 @@ def score(
   Raises:
     UserError: If `best_metric` is not one of the metrics.
   """
+  if best_metric in LOWER_IS_BETTER:
+    raise UserError(
+      f'BEST_METRIC is {best_metric!r}, and its highest value is the worst;'
+      f" write '-{best_metric}'"
+    )
   if best_metric is not None:
     name, sign = best_metric.removeprefix('-'), 1.0
     if name != best_metric:

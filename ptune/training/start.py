@@ -5,6 +5,8 @@ checks something raises a UserError before the run writes to MODEL_DIR.
 """
 
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +23,7 @@ from ptune.methods import prompt_init
 from ptune.model import parameters
 from ptune.model.adapters import Method
 from ptune.model.sizes import Config
+from ptune.tasks.texts import TextTask
 from ptune.training import report, selection, settings
 from ptune.training.member import Member
 from ptune.training.run import Run
@@ -127,6 +130,22 @@ def facts_of(
     'optimizer': getattr(optimizer, '__name__', type(optimizer).__name__),
     **({'privacy': data.privacy.facts()} if data.privacy else {}),
   }
+
+
+def fact_of_rows(task: seqio_task.Provider) -> dict[str, str]:
+  """The fact that a restart must train on the same texts.
+
+  Args:
+    task: The task. SeqIO's tasks have only their name, which is a fact too.
+
+  Returns:
+    {'rows': 16 hexadecimal digits}, or {}.
+  """
+  if not isinstance(task, TextTask):
+    return {}
+  inputs, targets, _ = task.training('train')
+  digest = hashlib.sha256(json.dumps([inputs, targets]).encode())
+  return {'rows': digest.hexdigest()[:16]}
 
 
 def is_finished(

@@ -1,0 +1,89 @@
+"""Calls settings in messages as the user wrote them.
+
+ptune's errors call a setting by its macro. A user may have written --steps=5
+for TRAIN_STEPS, or steps=5 in Python.
+"""
+
+import contextlib
+import re
+from collections.abc import Collection, Iterator, Mapping
+
+from ptune.config import flags, gin_files
+from ptune.errors import UserError
+
+# A macro, or its flag with an example: --gin.MODEL_DIR="'/runs/sst2'".
+_MACRO = re.compile(
+  r"""(?P<flag>--gin\.)?(?<![\w%@/'"])(?P<name>[A-Z][A-Z_]+)(?![\w/]|\.\w)"""
+  r"""(?P<value>="'(?P<text>[^'"]*)'"|\ =\ (?=\S))?""",
+  re.VERBOSE,
+)
+
+
+def of_flags(
+  program: str, given: Collection[str], alone: bool
+) -> dict[str, str]:
+  """The flags of macros.
+
+  Args:
+    program: The program.
+    given: The settings that are given as flags.
+    alone: Whether the command line has no gin files and no --gin.NAME. If so,
+      flags are suggested for the other settings too.
+
+  Returns:
+    {'TRAIN_STEPS': '--steps', ...}
+  """
+  found = {
+    macro: f'--{flag}'
+    for flag, macro in reversed(flags.names().items())
+    if alone or flag in given
+  }
+  if program in flags.ASKING and 'split' in given:
+    found[flags.ASKING[program]] = '--split'
+  if 'base' in given:
+    found['INITIAL_CHECKPOINT_PATH'] = found['CHECKPOINT_PATH'] = '--base'
+  if splits := [f'--{split}' for split in flags.SPLITS if split in given]:
+    found['TASK_FILES'] = ' or '.join(splits)
+  return found
+
+
+def of_arguments() -> dict[str, str]:
+  """The arguments of macros in Python: {'TRAIN_STEPS': 'steps', ...}."""
+  found = {macro: name for name, macro in reversed(flags.names().items())}
+  found['INITIAL_CHECKPOINT_PATH'] = found['CHECKPOINT_PATH'] = 'base'
+  return found | {'TASK_FILES': ' or '.join(flags.SPLITS)}
+
+
+def renamed(message: str, words: Mapping[str, str]) -> str:
+  """Replaces the macros in a message by the words of the user.
+
+    set SKIP_BAD_ROWS = True  ->  set --skip_bad_rows=True
+
+  Args:
+    message: The message.
+    words: The words for some macros.
+  """
+
+  def replaced(match: re.Match[str]) -> str:
+    if match['name'] not in words:
+      return match[0]
+    text = match['text']
+    value = '=' if match['value'] else ''
+    return words[match['name']] + (value if text is None else f"='{text}'")
+
+  return _MACRO.sub(replaced, message)
+
+
+@contextlib.contextmanager
+def in_python() -> Iterator[None]:
+  """Calls settings by the names of arguments, in errors from inside."""
+  try:
+    yield
+  except (UserError, FileNotFoundError) as error:
+    said = renamed(gin_files.message(error), of_arguments())
+    if said == str(error):
+      raise
+    # Gin raises a subclass of its own, which cannot be made again.
+    missing = isinstance(error, FileNotFoundError)
+    kind = FileNotFoundError if missing else UserError
+    raise kind(said.replace('--gin.', '')) from None
