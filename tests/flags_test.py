@@ -200,6 +200,13 @@ def test_rows_of_another_file_are_asked_of_a_run(files, tmp_path):
 def test_a_run_keeps_its_own_method(tmp_path):
   with pytest.raises(UserError, match='has its own method and model; leave'):
     flags.expand('eval', {'method': 'lora', 'model': 'x'}, run=str(tmp_path))
+  (tmp_path / 'config.gin').write_text("LABEL_NAMES = ['no', 'yes']\n")
+  (tmp_path / 'run.json').write_text('{"initial_checkpoint_path": "b"}')
+  with pytest.raises(UserError, match=r"trained with \['no', 'yes'\]: the num"):
+    flags.expand('eval', {'labels': ['yes', 'no']}, run=str(tmp_path))
+  more = {'labels': ['no', 'yes', 'maybe']}
+  _, bindings = flags.expand('eval', more, run=str(tmp_path))
+  assert "LABEL_NAMES = ['no', 'yes', 'maybe']" in bindings
 
 
 @pytest.mark.parametrize('record', [None, '{', '[1]', '{}'])

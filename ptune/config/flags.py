@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ptune.config import gin_source
 from ptune.config.gin_files import own_directory, own_files
 from ptune.config.macros import MACROS
 from ptune.errors import UserError, nearest
@@ -437,6 +438,17 @@ def _check_of_run(run: str, given: Mapping[str, Any]) -> None:
     raise UserError(
       f'the run {run} has its own {" and ".join(own)}; leave out'
       f' {", ".join(own)}'
+    )
+  labels = given.get('labels', given.get('label_names'))
+  if not isinstance(labels, list | tuple):
+    return
+  trained = gin_source.read_file(_config(run)).macros.get('LABEL_NAMES')
+  other = isinstance(trained, list | tuple) and list(trained) != list(labels)
+  if other and sorted(trained) == sorted(map(str, labels)):
+    raise UserError(
+      f'labels are {labels!r}, and the run {run} was trained with {trained!r}:'
+      ' the numbers of labels would change their meaning. Use its order, or'
+      ' leave labels out'
     )
 
 
