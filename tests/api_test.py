@@ -305,7 +305,7 @@ def test_names_in_a_bank_are_texts(base):
   bank = ptune.bank(base)
   for act in (bank.remove, lambda name: bank.add(name, np.ones((2, 96)))):
     for name in ([], None, '\ud800'):
-      with pytest.raises(UserError, match=r'name\[0\] is'):
+      with pytest.raises(UserError, match='the name of a prompt is'):
         act(name)
 
 
@@ -490,7 +490,7 @@ NAN = float('nan')
     (lambda run: run.classify('a', ['a', '']), 'cannot write .*choose other'),
     (
       lambda run: run.classify('a', ['a', 'b ' * 40]),
-      'do not fit TASK_FEATURE',
+      'do not fit task_feature',
     ),
     (lambda run: run.evaluate([('a', 'maybe')]), r"test\[0\]: .*'maybe'"),
     (

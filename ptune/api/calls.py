@@ -60,11 +60,9 @@ def load(
       f'path is {type(path).__name__} {str(path)[:60]!r}; expected that of a'
       " base model, a run or a prompt, such as 'ptune://tiny'"
     )
-  if not isinstance(base, Base | str | os.PathLike | None):
-    as_base(base)  # Raises.
   place = locate(path)
   if record := run_file.read(place):
-    base = base or record.get('initial_checkpoint_path')
+    base = record.get('initial_checkpoint_path') if base is None else base
     if base is None:
       raise UserError(
         f'{path} trained a whole model, which starts from no base; use ptune'
@@ -84,7 +82,7 @@ def load(
       known = '://' in named or pathlib.Path(named).exists()
       base = named if known else f'{SCHEME}{named}'
   if adapter or place.suffix in SUFFIXES:
-    base = base or recorded_base(place)
+    base = recorded_base(place) if base is None else base
     if base is None:
       raise UserError(
         f'{path} is a prompt that does not name its base; give the base, as in'

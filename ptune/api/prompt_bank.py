@@ -85,7 +85,6 @@ class Bank:
     Raises:
       UserError: If it is not a prompt, or not for this base.
     """
-    rows_lib.texts('name', [name])
     if isinstance(prompt, Tuned):
       prompt = prompt.source
     elif not isinstance(prompt, str | os.PathLike | np.ndarray | jax.Array):
@@ -98,7 +97,6 @@ class Bank:
 
   def remove(self, name: str) -> None:
     """Removes a prompt; raises UserError if no prompt has this name."""
-    rows_lib.texts('name', [name])
     self._bank.remove(name)
 
   @words.in_python()

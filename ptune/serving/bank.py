@@ -56,6 +56,11 @@ class UnknownPrompt(UserError):
   """No prompt has this name."""
 
 
+def _check_name(name: Any) -> None:
+  if not isinstance(name, str) or not name.strip() or not name.isprintable():
+    raise UserError(f'the name of a prompt is {name!r:.80}; expected a text')
+
+
 class PromptBank:
   """Prompts by name, and the model that uses them.
 
@@ -164,8 +169,7 @@ class PromptBank:
       ValueError: If it is not a prompt for this model, or if its run was
         trained on another base. For a file from another base, ptune only warns.
     """
-    if not isinstance(name, str) or not name:
-      raise UserError(f'the name of a prompt is {name!r}; expected a text')
+    _check_name(name)
     if isinstance(prompt, str | os.PathLike):
       prompt = self._read(name, prompt)
     routed = None
@@ -246,6 +250,7 @@ class PromptBank:
     return found
 
   def _slot(self, name: str) -> int:
+    _check_name(name)
     if name not in self._slots:
       raise UnknownPrompt(unknown(name, self._slots))
     return self._slots[name]
