@@ -166,7 +166,7 @@ MISTAKES = [
   ('tasks', train(**files('latin1.tsv')), 'latin1.tsv:2: .*not UTF-8'),
   ('tasks', train(**files('deep.jsonl')), 'deep.jsonl:1: '),
   ('tasks', train(**files('int.jsonl')), 'int.jsonl:1: '),
-  ('tasks', train(**files('scalar.jsonl')), 'scalar.jsonl:1: .*JSON object'),
+  ('tasks', train(**files('scalar.jsonl')), 'scalar.jsonl:1, .*JSON object'),
   ('host', train(**files('pipe.tsv')), 'a pipe'),
   ('tasks', train(INPUTS='{a{b}}'), 'INPUTS'),
   ('tasks', train(TARGETS='{nosuch}'), 'nosuch'),
