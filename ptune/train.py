@@ -140,8 +140,7 @@ def train(
       trained, tx, plan, abstract, data.microbatches, seed, private
     )
     member = Member('', plan, facts, lambda state: state.trainable)
-    # `packing` has already checked each example.
-    check = None if data.pack else method.check
+    check = None if data.pack else method.check  # `packing` has checked them.
     # For packed rows this reads the first rows, so it comes before the others.
     examples_per_step = rows.examples_per_step
     with contextlib.closing(
