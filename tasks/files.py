@@ -227,7 +227,8 @@ def _numbered(
       yield where, dict(zip(('inputs', 'targets'), row, strict=True))
     else:
       expected = 'is not a row; expected a dict, or (inputs, targets)'
-      yield where, BadRow(f'{row!r:.80} {expected}')
+      shown = ' '.join(repr(row).split())
+      yield where, BadRow(f'{shown:.80} {expected}')
 
 
 def as_jsonl(rows: Iterable[Any], templates: Templates) -> str:

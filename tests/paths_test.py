@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from ptune.convert import open_checkpoint, storage
+from ptune.convert import open_checkpoint, output, storage
 from ptune.convert.hub import locate
 from ptune.convert.prompts import read_prompt
 from ptune.convert.storage import read_json
@@ -59,6 +59,14 @@ def test_a_directory_that_cannot_be_made_is_named_and_leaves_nothing(
     check_writable('MODEL_DIR', epath.Path('gs://x/y'))
   with pytest.raises(KeyError):
     check_writable('MODEL_DIR', long)
+
+
+@pytest.mark.parametrize('make', [output.new_directory, output.new_file])
+def test_an_output_that_cannot_be_made_is_named(make, tmp_path):
+  (tmp_path / 'file').touch()
+  with pytest.raises(UserError, match='file/x cannot be written: '):
+    with make(epath.Path(tmp_path, 'file', 'x')):
+      pass
 
 
 def test_file_urls_are_local_files(tmp_path):

@@ -358,6 +358,16 @@ def test_files_that_are_no_data_are_errors(tmp_path, name, content, message):
     texts(file)
 
 
+def test_an_object_that_is_no_row_is_told_in_one_line():
+  class Table:
+    def __repr__(self):
+      return '  text  label\n0    a      1'
+
+  task = files.from_rows({'train': [Table()]})
+  with pytest.raises(ValueError, match=r': text label 0 a 1 is not a row'):
+    task.texts('train')
+
+
 def test_files_without_rows_are_named(tmp_path):
   file = write(tmp_path / 'a.tsv', 'text\tlabel\n')
   task = files.from_files({'train': file}, '{text}', '{label}')

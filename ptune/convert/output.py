@@ -7,7 +7,7 @@ when it is complete. An existing output is replaced only on request.
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
@@ -72,8 +72,7 @@ def new_directory(path: epath.Path) -> Iterator[epath.Path]:
   If the body raises an error, nothing changes.
   """
   temporary = _beside(path, 'tmp')
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary.mkdir()
+  _make(path, temporary.mkdir)
   try:
     yield temporary
     if path.exists():
@@ -91,12 +90,24 @@ def new_directory(path: epath.Path) -> Iterator[epath.Path]:
 def new_file(path: epath.Path) -> Iterator[epath.Path]:
   """Yields a temporary file that replaces `path` at the end."""
   temporary = _beside(path, 'tmp')
-  path.parent.mkdir(parents=True, exist_ok=True)
+  _make(path, temporary.touch)
   try:
     yield temporary
     temporary.replace(path)
   finally:
     _remove(temporary)
+
+
+def _make(path: epath.Path, make: Callable[[], None]) -> None:
+  """Makes the parent of an output, and its temporary file or directory."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make()
+  except OSError as error:
+    raise UserError(
+      f'{path} cannot be written: {error.strerror or error}. Choose another'
+      ' --output'
+    ) from error
 
 
 def _beside(path: epath.Path, what: str) -> epath.Path:
