@@ -33,14 +33,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import ptune
 from benchmarks import peers
-from ptune import pretrained
 from ptune.methods import prompt
-from ptune.model import parameters
+from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.tasks import files
 from ptune.tasks.texts import TextTask
-from ptune.tools import miniature
 from ptune.training import optim
 from ptune.training import state as state_lib
 
@@ -62,12 +61,13 @@ def ours_of(args) -> peers.Ours:
   """Returns a model with random weights or of a checkpoint."""
   if not args.checkpoint:
     return peers.ours(args)
-  config, base = miniature.load(pretrained.directory(args.checkpoint))
+  base = ptune.load(args.checkpoint)
   method = prompt.prompt(args.prompt_length)
-  plan = parameters.plan(config, method, miniature.one_device())
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  plan = parameters.plan(base.config, method, mesh)
   added = parameters.initialize(plan, plan.adapters, seed=0)
   return peers.Ours(
-    plan, parameters.unflatten(added), parameters.unflatten(base)
+    plan, parameters.unflatten(added), parameters.unflatten(base.weights)
   )
 
 

@@ -22,10 +22,9 @@ import sys
 import tempfile
 import time
 
+import ptune
 from benchmarks import peers
-from ptune import pretrained
 from ptune.model import sizes
-from ptune.tools import miniature
 
 IMPORTS = ('jax', 'seqio', 'ptune.train')
 STARTS = ('cold', 'filled', 'warm')
@@ -123,7 +122,7 @@ def measure(args):
     result.pop('filled', None)
     if args.versus == 'peft':
       if tiny:
-        config, _ = miniature.load(pretrained.directory(base))
+        config = ptune.load(base).config
       else:
         config = sizes.t5(args.model)
       fields = peers.hugging_face_fields(config)

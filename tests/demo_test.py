@@ -3,26 +3,34 @@
 import contextlib
 import io
 import json
-import os
 import re
-import subprocess
-import sys
+import signal
 
 import numpy as np
 import pytest
 import rich.console
 
+import ptune
 from ptune import pretrained
 from ptune.convert import open_checkpoint, restore
 from ptune.convert.fingerprint import of_params
 from ptune.methods import full
-from ptune.model import parameters
+from ptune.model import parameters, partitioning
 from ptune.tasks import generated_text
 from ptune.tasks.rows import read_rows
-from ptune.tools import demo, miniature
+from ptune.tools import demo
+from ptune.training import loop
+from tests import tiny
+from tests.imports_test import loaded_by
 
 # Enough rows for tests that do not check the accuracy.
 FEW = {'TRAIN_ROWS': 200, 'VALIDATION_ROWS': 200, 'TEST_ROWS': 200}
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_device():
+  with tiny.one_device():
+    yield
 
 
 @contextlib.contextmanager
@@ -113,11 +121,14 @@ def test_a_second_demo_replaces_the_first_by_the_same(run):
 
 
 def test_an_interrupted_demo_writes_nothing(tmp_path, monkeypatch, capsys):
-  def interrupted(*_):
-    raise KeyboardInterrupt
-    yield
+  step = loop.Loop._read_metrics
 
-  monkeypatch.setattr(miniature, 'batches', interrupted)
+  def interrupted(self, done, ahead):
+    if done == 1:
+      signal.raise_signal(signal.SIGINT)
+    step(self, done, ahead)
+
+  monkeypatch.setattr(loop.Loop, '_read_metrics', interrupted)
   assert demo.main([f'--output_dir={tmp_path}', '--steps=2']) == 130
   assert 'nothing was written' in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
@@ -133,29 +144,17 @@ def test_a_wrong_flag_is_one_line(flags, tmp_path, capsys):
 
 
 def test_nearest_words_of_an_embedding_are_its_own_piece():
-  pieces = miniature.Pieces()
-  _, base = miniature.load(pretrained.directory('tiny'))
-  ids = [pieces.encode(word)[0] for word in ('kitchen', 'not', 'guitar')]
-  rows = np.asarray(base['token_embedder/embedding'])[ids]
-  nearest = demo.nearest_words(base, pieces, rows)
+  base = ptune.load('ptune://tiny')
+  encode = base.vocabulary.encode
+  ids = [encode(word)[0] for word in ('kitchen', 'not', 'guitar')]
+  rows = np.asarray(base.weights['token_embedder/embedding'])[ids]
+  nearest = demo.nearest_words(rows)
   assert [row[0] for row in nearest] == ['kitchen', 'not', 'guitar']
 
 
-def test_the_demo_loads_no_tensorflow_and_jax_after_its_first_line():
-  code = (
-    'import sys, ptune.tools.demo;'
-    ' print([m for m in ("jax", "optax") if m in sys.modules]);'
-    ' import ptune.tools.miniature;'
-    ' print([m for m in ("tensorflow", "seqio", "orbax") if m in sys.modules])'
-  )
-  done = subprocess.run(
-    [sys.executable, '-c', code],
-    capture_output=True,
-    text=True,
-    check=True,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-  )
-  assert done.stdout.split() == ['[]', '[]']
+def test_the_demo_loads_jax_after_its_first_line():
+  loaded, _ = loaded_by('import ptune.tools.demo')
+  assert 'jax' not in loaded
 
 
 @pytest.fixture(scope='module')
@@ -180,13 +179,9 @@ def test_a_prompt_reaches_85_percent(whole):
 @pytest.mark.slow
 def test_what_is_counted_right_is_what_is_decoded(whole):
   directory, summary = whole
-  config, base = miniature.load(pretrained.directory('tiny'))
-  test = demo.splits(generated_text.reviews, 0)[2]
-  bank = miniature.bank(config, base)
-  bank.add('sentiment', directory / 'sentiment.npy')
-  names = ['sentiment'] * len(test)
-  said = miniature.answer(bank, miniature.Pieces(), test, names)
-  correct = [a == label for a, (_, label) in zip(said, test, strict=True)]
+  tuned = ptune.load(directory / 'sentiment.npy')
+  texts, labels = zip(*demo.splits(generated_text.reviews, 0)[2], strict=True)
+  correct = [a == b for a, b in zip(tuned.predict(texts), labels, strict=True)]
   # The frozen model and the saved prompt reproduce the score.
   assert abs(np.mean(correct) - summary['prompt']) <= 0.002
 
@@ -197,8 +192,8 @@ def test_what_is_counted_right_is_what_is_decoded(whole):
 @pytest.mark.parametrize('name', pretrained.names())
 def test_a_shipped_model_loads_strictly_and_is_what_its_card_says(name):
   source = open_checkpoint(pretrained.directory(name))
-  config, _ = miniature.load(pretrained.directory(name))
-  plan = parameters.plan(config, full.full(), miniature.one_device())
+  config = ptune.load(f'ptune://{name}').config
+  plan = parameters.plan(config, full.full(), partitioning.make_mesh())
   values = restore(source, plan.select(plan.base))
   assert set(values) == set(plan.base) == set(source.leaves)
   card = (pretrained.DIRECTORY / 'README.md').read_text()
@@ -221,7 +216,7 @@ def test_a_shipped_model_is_the_one_of_its_gin_file():
       )
       configured = gin.query_parameter('%MODEL').scoped_configurable_fn()
       gin.clear_config()
-    assert configured == miniature.load(pretrained.directory(name))[0]
+    assert configured == ptune.load(f'ptune://{name}').config
 
 
 def test_what_is_shipped_has_at_most_6_megabytes():

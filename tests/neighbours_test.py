@@ -10,9 +10,9 @@ import rich.console
 from ptune import cli, pretrained
 from ptune.analysis import neighbours
 from ptune.convert import open_checkpoint
+from ptune.convert.pieces import load_sentencepiece
 from ptune.convert.prompts import Prompt
 from ptune.convert.source import EMBEDDING, Leaf
-from ptune.tools import miniature
 
 BASE = 'ptune://tiny'
 
@@ -103,7 +103,7 @@ def test_what_is_no_text_is_never_a_neighbour(words, embedding):
   texts = words[0]
   hidden = [i for i, text in enumerate(texts) if text is None]
   assert {0, 1, 2} < set(hidden)
-  processor = miniature.Pieces().processor
+  processor = load_sentencepiece(pretrained.VOCABULARY)
   assert any(processor.is_byte(i) for i in hidden)
   ids, _ = neighbours.nearest(embedding[hidden], [embedding], texts, 5)
   assert not set(ids.flat) & set(hidden)

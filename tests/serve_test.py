@@ -20,15 +20,14 @@ import numpy as np
 import pytest
 import uvicorn
 
-from ptune import pretrained
+import ptune
 from ptune.convert.vocabulary import vocabulary_of
 from ptune.data import bucketing, seqio_task
 from ptune.methods import prompt
-from ptune.model import parameters
+from ptune.model import parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.serving import batching, hosts, serve, web
 from ptune.serving.predictor import Predictor
-from ptune.tools import miniature
 from tests import tiny
 
 TOKEN = 'secret'
@@ -54,13 +53,13 @@ def npy(array):
 def prompts(tmp_path_factory):
   """Writes prompts that all make the model answer with some text."""
   folder = tmp_path_factory.mktemp('prompts')
-  config, base = miniature.load(pretrained.directory('tiny'))
-  table = np.asarray(base['token_embedder/embedding'])
+  base = ptune.load('ptune://tiny')
+  table = np.asarray(base.weights['token_embedder/embedding'])
   draw = np.random.default_rng(0)
   for name, length in LENGTHS.items():
     rows = table[draw.integers(300, len(table) - 100, length)]
     np.save(folder / f'{name}.npy', 3 * rows)
-  assert rows.shape[1] == config.emb_dim
+  assert rows.shape[1] == base.config.emb_dim
   return folder
 
 
@@ -103,12 +102,14 @@ def service(prompts, tmp_path_factory):
 
 def alone_with(prompts, name):
   """Returns a model with only one of the prompts, and its parameters."""
-  config, base = miniature.load(pretrained.directory('tiny'))
   method = prompt.prompt(LENGTHS[name])
-  plan = parameters.plan(config, method, miniature.one_device())
+  with tiny.one_device():
+    base = ptune.load('ptune://tiny')
+    plan = parameters.plan(base.config, method, partitioning.make_mesh())
+    weights = base.weights
   alone = Predictor(plan, EncoderDecoderModel(plan.network), OUTPUT)
   own = {prompt.PATH: np.load(prompts / f'{name}.npy')}
-  return alone, parameters.unflatten({**base, **own})
+  return alone, parameters.unflatten({**weights, **own})
 
 
 @pytest.fixture(scope='module')
@@ -472,9 +473,9 @@ class Bank:
 
   def __init__(self):
     self.names = ['a', 'b']
-    self.plan = parameters.plan(
-      tiny.CONFIG, prompt.prompt(1), miniature.one_device()
-    )
+    with tiny.one_device():
+      mesh = partitioning.make_mesh()
+    self.plan = parameters.plan(tiny.CONFIG, prompt.prompt(1), mesh)
     self.go, self.asked = threading.Event(), []
     self.fail = False
 

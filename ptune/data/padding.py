@@ -77,9 +77,11 @@ def filled_up(
     pad: The token that rows are padded with.
   """
   value = pad if name.endswith('_tokens') else 0
-  return np.stack(
-    [np.pad(row, (0, length - len(row)), constant_values=value) for row in rows]
-  )
+  rows = list(rows)
+  filled = np.full((len(rows), length), value, rows[0].dtype)
+  for to, row in zip(filled, rows, strict=True):
+    to[: len(row)] = row
+  return filled
 
 
 def eval_batches(

@@ -77,7 +77,7 @@ class Batcher:
 
   def warm_up(self) -> None:
     """Compiles the programs for batches of every shape."""
-    name = ' '  # No user's prompt can have this name.
+    name = '(warm-up)'  # No user's prompt can have this name: see NAME.
     never: Any = (None, 0.0, None)
     self._bank.add(name, np.zeros((1, self._bank.embed), np.float32))
     step, eos = (

@@ -71,12 +71,41 @@ def probabilities(scores: np.ndarray) -> np.ndarray:
   return likely / likely.sum(axis=1, keepdims=True)
 
 
+@functools.lru_cache(maxsize=8)  # Tracing them takes seconds.
+def _programs(
+  model: EncoderDecoderModel,
+  mesh: jax.sharding.Mesh,
+  rules: partitioning.Rules,
+  max_decode_length: int,
+  decoding: Decoding,
+  seed: int,
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+  """Returns the programs of equal predictors; see `Predictor`."""
+  del rules  # The programs are traced under them.
+  merge = parameters.merge
+
+  def predict(trees, tokens, rows):
+    base = jax.random.key(seed)
+    # A row's sample depends on its number, not on its batch.
+    keys = jax.vmap(lambda row: jax.random.fold_in(base, row))(rows)
+    params = merge(*trees)
+    return model.predict(params, tokens, max_decode_length, decoding, keys)
+
+  jit = functools.partial(jax.jit, out_shardings=partitioning.replicated(mesh))
+  return (
+    jit(predict),
+    jit(lambda trees, batch: model.score(merge(*trees), batch)),
+    jit(lambda trees, batch: model.loss(merge(*trees), batch)[1]),
+  )
+
+
 class Predictor:
   """Computes predictions, scores and losses of a batch.
 
   Each method takes the parameters as one or several trees, which it merges. The
   rows of a batch are split over the devices, and every device gets the whole
-  result. A program compiles at its first use. The methods return before the
+  result. A program compiles at its first use;
+  equal predictors share it. The methods return before the
   result is computed; `fetched` and jax.device_get wait for it.
   """
 
@@ -98,21 +127,9 @@ class Predictor:
       seed: For sampling.
     """
     self._plan = plan
-    merge = parameters.merge
-
-    def predict(trees, tokens, rows):
-      base = jax.random.key(seed)
-      # A row's sample depends on its number, not on its batch.
-      keys = jax.vmap(lambda row: jax.random.fold_in(base, row))(rows)
-      params = merge(*trees)
-      return model.predict(params, tokens, max_decode_length, decoding, keys)
-
-    jit = functools.partial(
-      jax.jit, out_shardings=partitioning.replicated(plan.mesh)
+    self._predict, self._score, self._sums = _programs(
+      model, plan.mesh, plan.rules, max_decode_length, decoding, seed
     )
-    self._predict = jit(predict)
-    self._score = jit(lambda trees, batch: model.score(merge(*trees), batch))
-    self._sums = jit(lambda trees, batch: model.loss(merge(*trees), batch)[1])
 
   def predict(
     self, trees: Trees, batch: Mapping[str, jax.Array], rows: np.ndarray

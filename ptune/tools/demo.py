@@ -17,7 +17,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import rich.box
@@ -26,20 +26,55 @@ import rich.table
 import rich.text
 from etils import epath
 
+import ptune
 from ptune import pretrained
 from ptune.errors import UserError
 from ptune.host.files import write_atomically
 from ptune.tasks import generated_text
 
-# The others take seconds to import, when something can be read already.
-if TYPE_CHECKING:
-  from ptune.tools import miniature
-  from ptune.tools.miniature import Row
-
 MODEL = 'tiny'
 PROMPT_LENGTH = 20
-STEPS = 300
-TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS, SHOWN = 2000, 200, 1000, 10
+STEPS = 200
+EVALUATIONS = 4  # Points of a curve.
+LENGTHS = {'inputs': 32, 'targets': 8}
+TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS, SHOWN = 2000, 100, 500, 10
+# The paper's recipe; here the rate decays to 0.
+PROMPT = {
+  'method': 'from_class_labels',
+  'prompt_length': PROMPT_LENGTH,
+  'bindings': ["optim.schedule.decay = 'linear'"],
+}
+# The optimizer of the model's pre-training, at a fifth of the rate.
+FULL = {
+  'method': 'full',
+  'learning_rate': 0.003,
+  'bindings': [
+    'OPTIMIZER = @optim.relative_adam',
+    "optim.schedule.decay = 'linear'",
+  ],
+}
+
+Row = tuple[str, str]  # A text and its label.
+Splits = tuple[Sequence[Row], Sequence[Row], Sequence[Row]]
+
+
+class Learned(NamedTuple):
+  """A trained model and its results.
+
+  Attributes:
+    tuned: The trained model.
+    accuracy: The share of the test rows that it answers correctly.
+    seconds: Time of the training, with compilation and validation.
+  """
+
+  tuned: 'ptune.Tuned'
+  accuracy: float
+  seconds: float
+
+  def curve(self) -> list[tuple[int, float]]:
+    """Returns (step, accuracy on the validation rows in percent)."""
+    records = self.tuned.history
+    return [(r['step'], r['accuracy']) for r in records if 'accuracy' in r]
 
 
 def demo(
@@ -53,7 +88,7 @@ def demo(
   Args:
     output_dir: Where files go; they replace those of an earlier demo.
     seed: Seed of the reviews, the prompts' first values and the order of rows.
-    steps: Training steps of each prompt. Full tuning takes a third of them.
+    steps: Training steps of each prompt. Full tuning takes half of them.
     console: Where to print; the terminal if not given.
 
   Returns:
@@ -65,27 +100,17 @@ def demo(
   start = time.monotonic()
   if steps < 1:
     raise UserError(f'--steps is {steps}; it must be at least 1')
-  directory = pathlib.Path(output_dir)
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f'--output_dir {directory} cannot be written: {error}. Choose another'
-    ) from error
+  directory = made(pathlib.Path(output_dir))
   out = console or rich.console.Console(highlight=False)
   out.rule('[bold]one frozen T5')
   out.print('Loading JAX and the model ...')
-  from ptune.methods import full, prompt
   from ptune.model import model_info
-  from ptune.tools import miniature
 
   # ------------------------------------------------------- one frozen model
-  pieces = miniature.Pieces()
-  config, base = miniature.load(pretrained.directory(MODEL))
+  base = ptune.load(f'ptune://{MODEL}')
   weights = pretrained.directory(MODEL) / 'model.safetensors'
   model_bytes = weights.stat().st_size
-  count = sum(x.size for x in base.values())
-  bank = miniature.bank(config, base)
+  count = sum(x.size for x in base.weights.values())
   out.print(
     f'ptune://{MODEL}: {count:,} parameters,'
     f' {model_info.format_bytes(model_bytes)}. It was pre-trained on generated'
@@ -97,50 +122,56 @@ def demo(
   out.rule(f'[bold]a prompt of {PROMPT_LENGTH} vectors learns their sentiment')
   reviews = splits(generated_text.reviews, seed)
   train, _, test = reviews
-  method = miniature.prompt_method(PROMPT_LENGTH)
-  made = miniature.programs(config, method, miniature.prompt_optimizer(steps))
-  sentiment = miniature.tune(
-    'prompt', made, base, pieces, reviews, steps, seed, out, test_untrained=True
+  sentiment = learn(base, reviews, seed, steps, out, **PROMPT)
+  bank = ptune.bank(
+    base,
+    lengths=LENGTHS,
+    untrained=random_prompt(base, seed),
+    sentiment=sentiment.tuned,
   )
-  shown = test[:SHOWN]
-  bank.add('untrained', sentiment.first[prompt.PATH])
-  bank.add('sentiment', sentiment.prompt)
-  before, after = (
-    miniature.answer(bank, pieces, shown, [name] * SHOWN)
-    for name in ('untrained', 'sentiment')
-  )
-  out.print(before_and_after(shown, before, after))
+  texts, labels = zip(*test, strict=True)
+  before = bank.predict(texts, 'untrained')
+  after = bank.predict(texts[:SHOWN], 'sentiment')
+  out.print(before_and_after(test[:SHOWN], before[:SHOWN], after))
 
   # ------------------------------------------------- against tuning it all
-  few = max(steps // 3, 1)
-  whole = miniature.programs(config, full.full(), miniature.full_optimizer(few))
-  everything = miniature.tune(
-    'full tuning', whole, base, pieces, reviews, few, seed, out
-  )
+  out.rule('[bold]the same, by training all parameters')
+  few = max(steps // 2, 1)
+  everything = learn(base, reviews, seed, few, out, **FULL)
   majority = majority_share(train, test)
-  out.print(comparison(rows_of(majority, sentiment, everything)))
+  untrained = sum(map(str.__eq__, before, labels)) / len(labels)
+  prompt_bytes = sentiment.tuned.prompt.nbytes
+  others = {
+    'the most common label': majority,
+    'the frozen model, untrained prompt': untrained,
+  }
+  trained = {
+    'the frozen model, tuned prompt': (prompt_bytes, sentiment),
+    'the whole model tuned': (4 * count, everything),
+  }
+  out.print(comparison(others, trained))
 
   # ---------------------------------------- a second task, the same weights
   out.rule('[bold]the same frozen weights, a second prompt: topics of reports')
-  rows = splits(generated_text.topics, seed)
-  topics = miniature.tune('prompt', made, base, pieces, rows, steps, seed, out)
+  two_topics = splits(reports, seed)
+  topics = learn(base, two_topics, seed, steps, out, **PROMPT)
+  bank.add('topics', topics.tuned)
   half = SHOWN // 2
-  mixed = [*test[:half], *rows[2][:half]]
-  bank.add('topics', topics.prompt)
+  mixed = [*test[:half], *two_topics[2][:half]]
   names = ['sentiment'] * half + ['topics'] * half
-  told = miniature.answer(bank, pieces, mixed, names)
+  told = bank.predict([text for text, _ in mixed], names)
   out.print(mixed_table(mixed, names, told))
 
   # ---------------------------------------------------------------- results
-  prompts = {'sentiment': sentiment.prompt, 'topics': topics.prompt}
-  words = {k: nearest_words(base, pieces, v) for k, v in prompts.items()}
+  prompts = {'sentiment': sentiment.tuned, 'topics': topics.tuned}
+  words = {name: nearest_words(x.prompt) for name, x in prompts.items()}
   summary = {
-    'untrained': sentiment.untrained,
+    'untrained': untrained,
     'prompt': sentiment.accuracy,
     'full': everything.accuracy,
     'majority': majority,
     'topics': topics.accuracy,
-    'prompt_bytes': sentiment.nbytes,
+    'prompt_bytes': prompt_bytes,
     'model_bytes': model_bytes,
     'seconds': round(time.monotonic() - start, 2),
     'seconds_prompt': round(sentiment.seconds, 2),
@@ -149,11 +180,11 @@ def demo(
     'steps': steps,
     'seed': seed,
   }
-  curves = {'prompt': sentiment.curve, 'full tuning': everything.curve}
+  curves = {'prompt': sentiment.curve(), 'full tuning': everything.curve()}
   write(directory, reviews, prompts, words, curves, summary)
   out.rule('[bold]the costs')
   out.print(
-    f'Each prompt has {sentiment.nbytes:,} bytes, the model {model_bytes:,}.'
+    f'Each prompt has {prompt_bytes:,} bytes, the model {model_bytes:,}.'
     f' {summary["seconds"]:.0f} seconds in all.'
   )
   nearest = ', '.join(row[0] for row in words['sentiment'])
@@ -163,11 +194,76 @@ def demo(
   return summary
 
 
+def made(directory: pathlib.Path) -> pathlib.Path:
+  """Makes the directory that the files go to."""
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(
+      f'--output_dir {directory} cannot be written: {error}. Choose another'
+    ) from error
+  return directory
+
+
+def learn(
+  base: 'ptune.Base',
+  rows: Splits,
+  seed: int,
+  steps: int,
+  out: rich.console.Console,
+  **settings: Any,
+) -> Learned:
+  """Trains on the rows of the first split, and tests on those of the last.
+
+  Args:
+    base: The model.
+    rows: Rows for training, validation and test.
+    seed: Seed of the first values and of the order of rows.
+    steps: Training steps.
+    out: Where to print the accuracy.
+    **settings: Other arguments of `ptune.tune`.
+
+  Raises:
+    KeyboardInterrupt: Ctrl-C stopped the training.
+  """
+  train, validation, test = rows
+  start = time.monotonic()
+  tuned = ptune.tune(
+    base,
+    train,
+    validation=validation,
+    labels=sorted({label for _, label in train}),
+    steps=steps,
+    seed=seed,
+    eval_period=max(steps // EVALUATIONS, 1),
+    task_feature_lengths=LENGTHS,
+    dropout_rate=0.0,
+    **settings,
+  )
+  seconds = time.monotonic() - start
+  if tuned.history[-1]['step'] < steps:
+    raise KeyboardInterrupt
+  accuracy = tuned.evaluate(test)['accuracy'] / 100
+  out.print(
+    f'{steps} steps in {seconds:.0f} seconds;'
+    f' {accuracy:.1%} of {len(test)} test rows are correct.'
+  )
+  return Learned(tuned, accuracy, seconds)
+
+
+def random_prompt(base: 'ptune.Base', seed: int) -> np.ndarray:
+  """Returns the embeddings of random tokens: [prompt, embed] float32."""
+  table = np.asarray(base.weights['token_embedder/embedding'])
+  return np.random.default_rng(seed).choice(table, PROMPT_LENGTH)
+
+
 FILES = (
   'summary.json',
   'curves.png',
   'sentiment.npy',
+  'sentiment.json',
   'topics.npy',
+  'topics.json',
   'words.txt',
   'train.tsv',
   'dev.tsv',
@@ -185,7 +281,7 @@ With a published T5, name it: --base=hf://google/flan-t5-base
 """  # noqa: E501
 
 
-def splits(make, seed: int) -> 'tuple[list[Row], list[Row], list[Row]]':
+def splits(make, seed: int) -> Splits:
   """Returns training, validation and test rows, each from a different seed."""
   return (
     make(f'demo {seed} train', TRAIN_ROWS),
@@ -194,40 +290,44 @@ def splits(make, seed: int) -> 'tuple[list[Row], list[Row], list[Row]]':
   )
 
 
-def majority_share(train: 'Sequence[Row]', test: 'Sequence[Row]') -> float:
+def reports(seed: str, count: int) -> list[Row]:
+  """Returns reports of two topics, because four take twice as many steps."""
+  rows = generated_text.topics(seed, 2 * count)
+  return [row for row in rows if row[1] in ('audio', 'cuisine')]
+
+
+def majority_share(train: Sequence[Row], test: Sequence[Row]) -> float:
   """Returns the accuracy of always answering the most common training label."""
   labels = [label for _, label in train]
   common = max(sorted(set(labels)), key=labels.count)
   return sum(label == common for _, label in test) / len(test)
 
 
-def nearest_words(
-  base: Mapping[str, Any], pieces: 'miniature.Pieces', vectors: np.ndarray
-) -> list[list[str]]:
+def nearest_words(vectors: np.ndarray) -> list[list[str]]:
   """Returns the three vocabulary pieces nearest in direction to each vector.
 
   Args:
-    base: The frozen parameters.
-    pieces: The vocabulary.
     vectors: [prompt, embed].
 
   Returns:
     For each vector of the prompt, its pieces, the nearest first.
   """
   from ptune.analysis import neighbours
+  from ptune.convert.prompts import Prompt
 
-  texts = neighbours.piece_texts(pieces.processor)
-  table = np.asarray(base['token_embedder/embedding'])
-  best, _ = neighbours.nearest(vectors, [table], texts, 3)
-  words = [(text or '').strip(neighbours.SPACE) for text in texts]
-  return [[words[i] for i in row] for row in best]
+  prompt = Prompt(vectors, '', 'npy', {})
+  found = neighbours.neighbours(prompt, f'ptune://{MODEL}', top=3)
+  return [
+    [near['piece'].strip(neighbours.SPACE) for near in row['neighbours']]
+    for row in found['rows']
+  ]
 
 
 # ---------------------------------------------------------------------- report
 
 
 def before_and_after(
-  rows: 'Sequence[Row]', before: Sequence[str], after: Sequence[str]
+  rows: Sequence[Row], before: Sequence[str], after: Sequence[str]
 ) -> rich.table.Table:
   """Returns the frozen model's answers without and with the prompt."""
   table = rich.table.Table(box=rich.box.SIMPLE)
@@ -239,7 +339,7 @@ def before_and_after(
 
 
 def mixed_table(
-  rows: 'Sequence[Row]', names: Sequence[str], told: Sequence[str]
+  rows: Sequence[Row], names: Sequence[str], told: Sequence[str]
 ) -> rich.table.Table:
   """Returns a table of one batch with two tasks."""
   table = rich.table.Table(
@@ -260,57 +360,42 @@ def _told(answer: str, label: str) -> rich.text.Text:
   return rich.text.Text(short, style='green' if answer == label else 'red')
 
 
-def rows_of(
-  majority: float, sentiment: 'miniature.Tuned', everything: 'miniature.Tuned'
-) -> list[tuple[str, float, int, float]]:
-  """Returns the rows of `comparison`."""
-  return [
-    ('the most common label', majority, 0, 0.0),
-    ('the frozen model, untrained prompt', sentiment.untrained, 0, 0.0),
-    (
-      'the frozen model, tuned prompt',
-      sentiment.accuracy,
-      sentiment.nbytes,
-      sentiment.seconds,
-    ),
-    (
-      'the whole model tuned',
-      everything.accuracy,
-      everything.nbytes,
-      everything.seconds,
-    ),
-  ]
+def comparison(
+  others: Mapping[str, float], trained: Mapping[str, tuple[int, Learned]]
+) -> rich.table.Table:
+  """Returns a table of accuracies.
 
-
-def comparison(rows: Sequence[tuple[str, float, int, float]]):
-  """Returns a table of (name, accuracy, trained bytes, seconds)."""
+  Args:
+    others: The accuracy of answers that need no training, by their title.
+    trained: The bytes that were trained, and the results.
+  """
   from ptune.model import model_info
 
   table = rich.table.Table(box=rich.box.SIMPLE)
   table.add_column('answers of')
   for title in ('test accuracy', 'trained', 'seconds'):
     table.add_column(title, justify='right')
-  for what, accuracy, size, seconds in rows:
+  for title, accuracy in others.items():
+    table.add_row(title, f'{accuracy:.1%}', '', '')
+  for title, (size, learned) in trained.items():
     table.add_row(
-      what,
-      f'{accuracy:.1%}',
-      model_info.format_bytes(size) if size else '',
-      f'{seconds:.1f}' if seconds else '',
+      title,
+      f'{learned.accuracy:.1%}',
+      model_info.format_bytes(size),
+      f'{learned.seconds:.1f}',
     )
   return table
 
 
 def write(
   directory: pathlib.Path,
-  reviews: 'Sequence[Sequence[Row]]',
-  prompts: Mapping[str, np.ndarray],
+  reviews: Splits,
+  prompts: Mapping[str, 'ptune.Tuned'],
   words: Mapping[str, list[list[str]]],
   curves: Mapping[str, Sequence[tuple[int, float]]],
   summary: Mapping[str, Any],
 ) -> None:
   """Writes all files, each of them whole or not at all; the summary is last."""
-  from ptune.convert.prompts import npy
-
   folder = epath.Path(directory)
   for name, rows in zip(('train', 'dev', 'test'), reviews, strict=True):
     table = [('sentence', 'label'), *rows]
@@ -318,8 +403,8 @@ def write(
     write_atomically(folder / f'{name}.tsv', text)
   sentences = [sentence for sentence, _ in reviews[-1][:SHOWN]]
   write_atomically(folder / 'sentences.txt', '\n'.join([*sentences, '']))
-  for name, values in prompts.items():
-    write_atomically(folder / f'{name}.npy', npy(values))
+  for name, tuned in prompts.items():
+    tuned.save(directory / f'{name}.npy')
   lines = [
     f'{name} {i}: {", ".join(row)}'
     for name, rows in words.items()
@@ -342,7 +427,7 @@ def draw(
   axes = fig.subplots()
   for name, points in curves.items():
     steps, accuracy = zip(*points, strict=True)
-    axes.plot(steps, [100 * a for a in accuracy], marker='.', label=name)
+    axes.plot(steps, accuracy, marker='.', label=name)
   axes.axhline(100 * majority, color='grey', ls=':', label='majority class')
   axes.set(xlabel='step', ylabel='validation rows right, %', ylim=(-2, 102))
   axes.legend(loc='lower right')

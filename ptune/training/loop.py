@@ -6,17 +6,15 @@ One loop trains one prompt or several.
 import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from ptune.training import report, selection, settings
 from ptune.training.member import Evaluate, Member, Stopped
+from ptune.training.run import Run
 from ptune.training.state import TrainState, Update
-
-if TYPE_CHECKING:  # The demo runs this loop, and loads no Orbax.
-  from ptune.training.run import Run
 
 # The host reads metrics this many steps late, so the device never waits for it.
 AHEAD = 2
@@ -35,7 +33,7 @@ class Loop:
     evaluation: When to evaluate, and which scores are the best.
   """
 
-  run: 'Run'
+  run: Run
   update: Update
   frozen: Any
   evaluate: Mapping[str, Evaluate | None]
