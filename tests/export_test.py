@@ -222,7 +222,7 @@ def test_pickled_and_damaged_adapters_are_refused(tmp_path):
 
 def test_one_prompt_has_no_tasks(numerics, run):
   for path in (run, numerics / 'hf' / 'peft_p5'):
-    with pytest.raises(ValueError, match='not one for each task'):
+    with pytest.raises(ValueError, match=r'not one for each task|no tasks'):
       read_prompt(path, 0)
 
 
