@@ -68,6 +68,25 @@ def test_a_demo_leaves_its_files_and_nothing_else(run):
   assert (directory / 'curves.png').read_bytes()[:4] == b'\x89PNG'
 
 
+def test_a_curve_has_the_scores_of_the_validation_rows_alone():
+  tuned = ptune.tune(
+    'ptune://tiny',
+    [('so good', 'yes'), ('so bad', 'no')] * 4,
+    validation=[('good', 'yes'), ('bad', 'no')],
+    labels=['no', 'yes'],
+    prompt_length=2,
+    batch_size=8,
+    steps=2,
+    eval_period=1,
+  )
+  assert {record['split'] for record in tuned.history} == {
+    'train',
+    'validation',
+  }
+  curve = demo.Learned(tuned, accuracy=0.0, seconds=0.0).curve()
+  assert [step for step, _ in curve] == [1, 2]
+
+
 def test_the_summary_has_what_is_compared(run):
   _, summary, _ = run
   for name in ('untrained', 'prompt', 'full', 'majority'):
