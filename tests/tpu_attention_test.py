@@ -90,6 +90,15 @@ def test_values_and_derivatives_are_those_of_the_formula(case, monkeypatch):
     np.testing.assert_allclose(one, expected, atol=1e-5)
 
 
+def assert_as_exact_as_bfloat16(got, want):
+  for one, expected in zip(got, want, strict=True):
+    assert one.dtype == jnp.bfloat16
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(
+      one.astype(np.float32), expected, atol=1e-2 * scale
+    )
+
+
 def test_in_bfloat16_it_is_as_exact_as_bfloat16():
   shape, mask = CASES['encoder']
   q, k, v, bias, dy = draw(*shape)
@@ -98,12 +107,7 @@ def test_in_bfloat16_it_is_as_exact_as_bfloat16():
   want = derivatives(plain, q, k, v, bias, mask, dy)[:4]
   q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
   got = derivatives(tpu_attention.attend, q, k, v, bias, mask, dy)[:4]
-  for one, expected in zip(got, want, strict=True):
-    assert one.dtype == jnp.bfloat16
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(
-      one.astype(np.float32), expected, atol=1e-2 * scale
-    )
+  assert_as_exact_as_bfloat16(got, want)
 
 
 def test_on_a_mesh_each_device_has_its_rows_and_heads():

@@ -324,7 +324,7 @@ def check_order(split: str, rows: Any, column: str, labels: Any) -> None:
   names = rows.label_names.get(column) if isinstance(rows, Rows) else None
   if not names or not isinstance(labels, list | tuple):
     return
-  if list(labels) != names and sorted(map(str, labels)) == sorted(names):
+  if flags.reordered(labels, names):
     raise UserError(
       f'{split} has the labels {names} in column {column!r}, and labels are'
       f' {list(labels)}, so the numbers in the column would mean other labels.'

@@ -431,6 +431,12 @@ def _recorded_base(run: str) -> str | None:
     ) from error
 
 
+def reordered(labels: Sequence[Any], names: Sequence[str]) -> bool:
+  """Whether some labels are these names in another order."""
+  same = sorted(map(str, labels)) == sorted(names)
+  return same and list(labels) != list(names)
+
+
 def _check_of_run(run: str, given: Mapping[str, Any]) -> None:
   """Refuses settings that a trained run has already."""
   own = [name for name in ('method', 'model', 'loss') if name in given]
@@ -443,8 +449,7 @@ def _check_of_run(run: str, given: Mapping[str, Any]) -> None:
   if not isinstance(labels, list | tuple):
     return
   trained = gin_source.read_file(_config(run)).macros.get('LABEL_NAMES')
-  other = isinstance(trained, list | tuple) and list(trained) != list(labels)
-  if other and sorted(trained) == sorted(map(str, labels)):
+  if isinstance(trained, list | tuple) and reordered(labels, trained):
     raise UserError(
       f'labels are {labels!r}, and the run {run} was trained with {trained!r}:'
       ' the numbers of labels would change their meaning. Use its order, or'

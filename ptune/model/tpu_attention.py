@@ -22,6 +22,8 @@ would move the values to another layout and back.
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,14 +130,15 @@ def attend(
   return _forward(q, k, v, bias, mask, kept, axes)[0]
 
 
+def values(*arguments: Any) -> tuple[jax.Array | None, ...]:
+  """The arrays of a forward rule's arguments, under `symbolic_zeros`."""
+  return tuple(None if x is None else x.value for x in arguments)
+
+
 def _attend_forward(q, k, v, bias, mask, kept, axes):
   # Each argument has a value, and says whether it is differentiated.
   wants_bias = bias is not None and bias.perturbed
-  arrays = jax.tree.map(
-    lambda x: x.value,
-    (q, k, v, bias, mask, kept),
-    is_leaf=lambda x: hasattr(x, 'perturbed'),
-  )
+  arrays = values(q, k, v, bias, mask, kept)
   y, log_sum = _forward(*arrays, axes)
   # Only arrays can be passed to the backward pass.
   asked = jnp.zeros(()) if wants_bias else None
@@ -404,7 +407,6 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, products):
   """
   q, k, _, _, mask, _ = inputs
   from jax.experimental import pallas as pl
-  from jax.experimental.pallas import tpu as pltpu
 
   heads = q.shape[2] // head_dim
   size = block_size(q.shape[1], k.shape[1], heads, head_dim, mask.shape[1] > 1)
@@ -422,23 +424,52 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, products):
     out_specs=out_specs,
     out_shape=shapes,
     name=name,
-    # Tests compute it on other devices, slowly.
-    interpret=platform() != 'tpu',
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'arbitrary'),
-      # XLA may use the rest for other arrays.
-      vmem_limit_bytes=int(min(0.9 * vmem(), max(1.25 * taken, 16 * 2**20))),
-    ),
-    cost_estimate=pl.CostEstimate(
-      flops=2 * products * weights * head_dim,
-      transcendentals=weights,
-      bytes_accessed=sum(
-        math.prod(x.shape) * x.dtype.itemsize
-        for x in (*inputs, *more, *shapes)
-        if x is not None
-      ),
+    **call_settings(
+      ('parallel', 'arbitrary'),
+      max(1.25 * taken, 16 * 2**20),
+      (*inputs, *more, *shapes),
+      weights,
+      2 * products * weights * head_dim,
     ),
   )(*inputs, *more)
+
+
+def call_settings(
+  semantics: tuple[str, ...],
+  needed: float,
+  arrays: Sequence[Any],
+  weights: int,
+  flops: int,
+) -> dict[str, Any]:
+  """Settings of `pl.pallas_call` that both kinds of attention share.
+
+  Args:
+    semantics: The axes of the grid: 'parallel' or 'arbitrary'.
+    needed: Bytes of VMEM.
+    arrays: All inputs and outputs, or None.
+    weights: Number of attention weights.
+    flops: Operations of all products.
+  """
+  # Imported here because they are slow to import.
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import tpu as pltpu
+
+  return {
+    # Tests compute it on other devices, slowly.
+    'interpret': platform() != 'tpu',
+    'compiler_params': pltpu.CompilerParams(
+      dimension_semantics=semantics,
+      # XLA may use the rest for other arrays.
+      vmem_limit_bytes=int(min(0.9 * vmem(), needed)),
+    ),
+    'cost_estimate': pl.CostEstimate(
+      flops=flops,
+      transcendentals=weights,
+      bytes_accessed=sum(
+        math.prod(x.shape) * x.dtype.itemsize for x in arrays if x is not None
+      ),
+    ),
+  }
 
 
 def _call_forward(*inputs, head_dim):

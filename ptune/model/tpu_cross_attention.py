@@ -18,7 +18,6 @@ what it gets as values before it writes the sum.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -97,11 +96,7 @@ def _attend_forward(asked, x, mask, kept, axes):
   # Each argument has a value, and says whether it is differentiated. Only
   # arrays can be passed to the backward pass.
   wants_x = jnp.zeros(()) if x.perturbed else None
-  arrays = jax.tree.map(
-    lambda argument: argument.value,
-    (asked, x, mask, kept),
-    is_leaf=lambda leaf: hasattr(leaf, 'perturbed'),
-  )
+  arrays = tpu_attention.values(asked, x, mask, kept)
   return _forward(*arrays, axes), (*arrays, wants_x)
 
 
@@ -221,7 +216,6 @@ def _call(name, kernel, inputs, more, outputs, products: int):
   """
   # Imported here because it is slow to import.
   from jax.experimental import pallas as pl
-  from jax.experimental.pallas import tpu as pltpu
 
   asked, x, _, kept = inputs
   heads, rows, queries, width = asked.shape
@@ -234,7 +228,6 @@ def _call(name, kernel, inputs, more, outputs, products: int):
   specs = [of_heads, of_row[0], of_row[1], None if kept is None else of_row[2]]
   weights = rows * heads * queries * keys
   shapes = [jax.ShapeDtypeStruct(inputs[i].shape, x.dtype) for i in outputs]
-  taken = int(1.25 * _vmem_bytes(heads * queries, keys, width))
   return pl.pallas_call(
     kernel,
     grid=(rows,),
@@ -242,21 +235,12 @@ def _call(name, kernel, inputs, more, outputs, products: int):
     out_specs=[specs[i] for i in outputs],
     out_shape=shapes,
     name=name,
-    # Tests compute it on other devices, slowly.
-    interpret=tpu_attention.platform() != 'tpu',
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel',),
-      # XLA may use the rest for other arrays.
-      vmem_limit_bytes=min(int(0.9 * tpu_attention.vmem()), taken),
-    ),
-    cost_estimate=pl.CostEstimate(
-      flops=2 * products * weights * width,
-      transcendentals=weights,
-      bytes_accessed=sum(
-        math.prod(a.shape) * a.dtype.itemsize
-        for a in (*inputs, *more, *shapes)
-        if a is not None
-      ),
+    **tpu_attention.call_settings(
+      ('parallel',),
+      1.25 * _vmem_bytes(heads * queries, keys, width),
+      (*inputs, *more, *shapes),
+      weights,
+      2 * products * weights * width,
     ),
   )(*inputs, *more)
 

@@ -29,7 +29,7 @@ from etils import epath
 import ptune
 from ptune import pretrained
 from ptune.errors import UserError
-from ptune.host.files import write_atomically
+from ptune.host.files import check_writable, write_atomically
 from ptune.tasks import generated_text
 
 MODEL = 'tiny'
@@ -105,7 +105,8 @@ def demo(
   start = time.monotonic()
   if steps < 1:
     raise UserError(f'--steps is {steps}; it must be at least 1')
-  directory = made(pathlib.Path(output_dir))
+  directory = pathlib.Path(output_dir)
+  check_writable('--output_dir', epath.Path(directory))
   out = console or rich.console.Console(highlight=False)
   out.rule('[bold]one frozen T5')
   out.print('Loading JAX and the model ...')
@@ -197,17 +198,6 @@ def demo(
   out.print(f'Written to {directory}: {", ".join(FILES)}.', markup=False)
   out.print(NEXT.format(directory=directory), markup=False, soft_wrap=True)
   return summary
-
-
-def made(directory: pathlib.Path) -> pathlib.Path:
-  """Makes the directory that the files go to."""
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f'--output_dir {directory} cannot be written: {error}. Choose another'
-    ) from error
-  return directory
 
 
 def learn(
