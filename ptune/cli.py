@@ -9,6 +9,7 @@ It imports nothing heavy before it has read the command line.
 """
 
 import argparse
+import functools
 import importlib
 import os
 import pathlib
@@ -122,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal.set_up_logging()
     return list_tasks.main(given[1:])
   args = _parse(given)
-  names = _words(args)  # Before `_read` adds gin files.
+  # Before `_read` adds gin files.
+  rename = functools.partial(words.renamed, words=_words(args))
   if argv is None:
     terminal.leave_on_signals(args.program)
   terminal.set_up_logging()
@@ -130,12 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read the settings before the imports, which take seconds.
     settings = None if args.program in TOOLS else _read(args)
     _initialize_processes(args)
-    with paths.nothing_left():
+    with paths.nothing_left(), words.in_log(rename):
       status = _use(args) if settings is None else _run(args, settings)
   except Exception as error:
     error = _in_words(error)
     if _is_for_users(error):
-      said = words.renamed(gin_files.message(error), names)
+      said = rename(gin_files.message(error))
       print(f'ptune {args.program}: {said}', file=sys.stderr)
       status = 2 if isinstance(error, ValueError | FileNotFoundError) else 1
     else:

@@ -84,7 +84,8 @@ def train(
   trained = packing.model_of(model, plan) if data.pack else evaluated
   if data.privacy is not None:
     privacy.check(method, evaluated, data.pack)
-  facts = start.facts_of(plan, task.name, data, seed, optimizer)
+  scored = evaluation if evaluates else None
+  facts = start.facts_of(plan, task, data, evaluated, scored, seed, optimizer)
   with run:
     run.compare({'': facts})
     privacy.check_same(run.present[''], facts)
@@ -99,7 +100,8 @@ def train(
     tx = optimizer(initial_step=facts['initial_step'])
     abstract = state_lib.abstract_state(tx, plan)
     state = run.restore(abstract)
-    scored = evaluation if evaluates else None
+    if state is not None:
+      run.say_what_changed(gin.operative_config_str())
     if start.is_finished(run, plan, state, train_steps, scored):
       return state
 
@@ -108,7 +110,6 @@ def train(
     drawn = privacy.drawn(private, mesh.shape['data'] * data.microbatches)
     place = run.directory / 'stream'
     rows = start.rows_of(task, data, config, method, seed, place, **drawn)
-    facts |= start.fact_of_rows(task)
     if data.privacy is not None:
       facts['examples'] = rows.num_examples
       train_steps = privacy.last_step(

@@ -27,7 +27,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -98,8 +97,21 @@ def train_many(
     facts = {}
     for name, one in runs.items():
       (_, plan), step = places[name], source.step or 0
-      task = tasks[one.task].name
-      facts[name] = facts_of(one, plan, task, data, optimizer, step)
+      rate = one.learning_rate
+      scored = evaluation if evaluated[one.task] else None
+      facts[name] = {
+        **start.facts_of(
+          plan,
+          tasks[one.task],
+          data,
+          model(plan.network),
+          scored,
+          one.seed,
+          optimizer,
+        ),
+        'learning_rate': 'schedule' if callable(rate) else rate,
+        'initial_step': step,
+      }
     run.compare(facts)
     tx = optimizer(initial_step=source.step or 0, learning_rate=0.0)
     state = run.restore(many.abstract_state(tx, groups))
@@ -131,9 +143,8 @@ def train_many(
     plan = next(iter(groups.values())).plan
     base = start.initial_base(plan, source, plan.base, False, 0)
     fingerprint = of_params(base)
-    for name, one in runs.items():
-      facts[name] |= {'base': fingerprint}
-      facts[name] |= start.fact_of_rows(tasks[one.task])
+    for own in facts.values():
+      own['base'] = fingerprint
     run.compare(facts)
     if state is None:
       trainable = {}
@@ -163,23 +174,6 @@ def train_many(
       steps = loop.Loop(run, update, frozen, evaluate, evaluation)
       state = steps(state, following)
     return {member.name: member.trained(state) for member in members}
-
-
-def facts_of(
-  run: many.Trial,
-  plan: parameters.Plan,
-  task: str,
-  data: settings.Data,
-  optimizer: many.Optimizer,
-  initial_step: int,
-) -> dict[str, Any]:
-  """The facts of one of the runs; see `start.facts_of`."""
-  rate = run.learning_rate
-  return {
-    **start.facts_of(plan, task, data, run.seed, optimizer),
-    'learning_rate': 'schedule' if callable(rate) else rate,
-    'initial_step': initial_step,
-  }
 
 
 def _check_rows(groups: Mapping[str, many.Group], size: int, tokens) -> None:

@@ -76,6 +76,7 @@ class TextTask:
     rank: Whether an evaluation scores every label of a row. If False, the model
       generates one.
     postprocess_fn: Converts a decoded text for the metrics, as in seqio.Task.
+    metrics: The names in METRICS.
     metric_fns: Functions of (targets, predictions), or of (targets, scores).
     templates: The templates that made the texts; None if rows were texts.
   """
@@ -113,6 +114,8 @@ class TextTask:
         f'TASK_NAME is {name!r:.220}; expected up to 200 letters, digits and'
         ' any of _.:#-, because files are named after it'
       )
+    if metrics is None:
+      metrics = ['accuracy' if labels else 'exact_match']
     postprocess, functions = _scoring(metrics, labels)
     if rank and not labels:
       raise UserError('RANK is True, but there are no LABEL_NAMES to score')
@@ -129,6 +132,7 @@ class TextTask:
     self.vocabulary = vocabulary or default_vocabulary()
     self.labels, self.rank = tuple(labels) if labels else None, rank
     self.postprocess_fn, self.metric_fns = postprocess, functions
+    self.metrics = tuple(metrics)
     self.templates = templates
     self._read, self._texts = dict(read), {}
 
@@ -176,11 +180,9 @@ class TextTask:
 
 
 def _scoring(
-  metrics: Sequence[str] | None, labels: Sequence[str] | None
+  metrics: Sequence[str], labels: Sequence[str] | None
 ) -> tuple[Callable[..., Any] | None, list[metrics_lib.Metric]]:
   """Returns the postprocessor and the functions of METRICS."""
-  if metrics is None:
-    metrics = ['accuracy' if labels else 'exact_match']
   if isinstance(metrics, str) or not all(isinstance(m, str) for m in metrics):
     raise UserError(
       f"METRICS is {metrics!r}, expected a list of names, such as ['accuracy']"

@@ -348,10 +348,50 @@ def test_a_run_resumes_only_with_the_same_texts(base, tmp_path):
     assert 'Nothing was changed' in str(error.value)
   with rows.open('a') as f:
     f.write('fine,1\n')
-  with pytest.raises(UserError, match='training texts'):
-    tune(steps=2)
+  for steps in (1, 2):  # A run that is finished does not hide the change.
+    with pytest.raises(UserError, match='training texts'):
+      tune(steps=steps)
   rows.write_text('inputs,targets\nso good,yes\nso dull,no\n')
   assert tune(steps=2).step == 2  # The texts are the same.
+
+
+def test_a_run_resumes_only_with_comparable_scores(base, tmp_path, caplog):
+  rows = tmp_path / 'train.csv'
+  rows.write_text('inputs,targets\nso good,yes\nso dull,no\n')
+  dev, other = tmp_path / 'dev.csv', tmp_path / 'other.csv'
+  dev.write_text('inputs,targets\nso good,yes\n')
+  other.write_text('inputs,targets\nso dull,no\n')
+
+  def tune(**changes):
+    given = {**SMALL, 'validation': dev, 'steps': 1, 'batch_size': 2}
+    given |= changes
+    return ptune.tune(base, rows, model_dir=tmp_path / 'run', **given)
+
+  tune()
+  for changes, message in (
+    ({'rank': True}, 'rank: False there, True here'),
+    ({'metrics': ['macro_f1']}, r"metrics: \['accuracy'\] there"),
+    ({'best_metric': 'accuracy'}, "best_metric: None there, 'accuracy' here"),
+    ({'validation': other}, 'texts that are evaluated'),
+    ({'loss': 'perceptron', 'class_labels': LABELS}, 'loss: .*perceptron'),
+  ):
+    with pytest.raises(UserError, match=message):
+      tune(**changes)
+  caplog.clear()
+  tune(learning_rate=0.1, bindings=["optim.schedule.decay = 'linear'"])
+  tune(steps=2, learning_rate=0.1)
+  first, second = (
+    record.getMessage()
+    for record in caplog.records
+    if 'not those of the last start' in record.getMessage()
+  )
+  assert first.endswith(
+    ": learning_rate 0.3 before, 0.1 now; optim.schedule.decay 'constant'"
+    " before, 'linear' now"
+  )
+  assert second.endswith(
+    ': learning_rate 0.3 before, 0.1 now; steps 1 before, 2 now'
+  )
 
 
 class DataSet(list):

@@ -16,10 +16,12 @@ import pytest
 from ptune import convert, train
 from ptune.data import batches
 from ptune.methods import full, prompt, prompt_init
+from ptune.model.models import Decoding, EncoderDecoderModel
 from ptune.serving import evaluation, predictor
 from ptune.training import (
   checkpoints,
   loop,
+  losses,
   optim,
   report,
   selection,
@@ -356,6 +358,7 @@ def test_training_ends_when_scores_get_no_better(tmp_path, caplog):
 
 
 def test_a_directory_with_another_run_is_refused_untouched(started, tmp_path):
+  perceptron = losses.perceptron([[3], [4]])
   other_base = tiny.make_base(tmp_path / 'base', seed=1)
   # As after a hard stop: the records go beyond the last checkpoint.
   shutil.rmtree(started / 'checkpoints' / '12')
@@ -373,6 +376,17 @@ def test_a_directory_with_another_run_is_refused_untouched(started, tmp_path):
     ({'seed': 5}, 'seed: 1 there, 5 here'),
     ({'task_feature_lengths': {'inputs': 16, 'targets': 4}}, "'inputs': 32"),
     ({'optimizer': optax.sgd}, "optimizer: 'adafactor' there, 'sgd' here"),
+    (
+      {'model': functools.partial(EncoderDecoderModel, objective=perceptron)},
+      "loss: 'cross_entropy' there, 'perceptron' here",
+    ),
+    ({'best_metric': '-loss'}, "BEST_METRIC: None there, '-loss' here"),
+    ({'eval_split': 'test'}, "EVAL_SPLIT: 'validation' there, 'test' here"),
+    ({'eval_steps': 1}, 'EVAL_STEPS and the batch size: None there, 8 here'),
+    (
+      {'decoding': Decoding(num_beams=2)},
+      "decoding: {} there, {'num_beams': 2} here",
+    ),
   ):
     with pytest.raises(ValueError, match=message) as error:
       tiny.run(started, **changes)

@@ -7,6 +7,7 @@ import ptune
 from ptune import cli
 from ptune.config import words
 from ptune.errors import UserError
+from tests import tiny
 
 ROWS = [('so good', 'yes'), ('so bad', 'no')]
 
@@ -65,6 +66,29 @@ def test_the_command_line_gets_its_own_words(says, tmp_path):
   assert 'set --skip_bad_rows=True to leave' in says(*train, model_dir)
   said = says(*train, '--seed=-1', '--gin.BATCH_SIZE=0')
   assert '--seed (' in said and '\nBATCH_SIZE (' in f'\n{said[13:]}'
+
+
+def test_the_log_has_the_words_of_the_user(tmp_path, capsys, caplog):
+  (tmp_path / 'rows.csv').write_text('a,b\nso good so good,yes\n')
+  train = (
+    *('train', '--base=ptune://tiny', '--inputs={a}', '--targets={b}'),
+    *(f'--train={tmp_path}/rows.csv', f'--model_dir={tmp_path}/run'),
+    *('--batch_size=1', '--prompt_length=2', '--steps=1'),
+    "--task_feature_lengths={'inputs': 2, 'targets': 2}",
+  )
+  with tiny.one_device():
+    assert cli.main(train) == 0
+  gin.clear_config()
+  said = capsys.readouterr().err
+  assert "trimmed to --task_feature_lengths {'inputs': 2" in said
+  assert '--eval_split is' in said
+  assert 'TASK_FEATURE' not in said
+  caplog.clear()
+  lengths = {'inputs': 2, 'targets': 2}
+  small = {'batch_size': 1, 'prompt_length': 2, 'steps': 1}
+  with tiny.one_device():
+    ptune.tune('ptune://tiny', ROWS[:1], task_feature_lengths=lengths, **small)
+  assert 'trimmed to task_feature_lengths {' in caplog.text
 
 
 def test_a_word_of_gin_stays_without_flags(says):

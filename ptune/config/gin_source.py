@@ -17,6 +17,9 @@ class Reference(NamedTuple):
 
   name: str
 
+  def __repr__(self) -> str:
+    return self.name
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -42,13 +45,13 @@ class Source:
     }
 
   @property
-  def sets(self) -> list[str]:
+  def sets(self) -> dict[str, Any]:
     """All that it sets: macros, and parameters as `configurable.name`."""
-    return [
-      f'{s.scope}/{s.selector}.{s.arg_name}'.strip('/.')
+    return {
+      f'{s.scope}/{s.selector}.{s.arg_name}'.strip('/.'): s.value
       for s in self.statements
       if isinstance(s, config_parser.BindingStatement)
-    ]
+    }
 
   @property
   def includes(self) -> list[str]:

@@ -1,12 +1,14 @@
 """Calls settings in messages as the user wrote them.
 
-ptune's errors call a setting by its macro. A user may have written --steps=5
-for TRAIN_STEPS, or steps=5 in Python.
+ptune's errors and its log call a setting by its macro. A user may have written
+--steps=5 for TRAIN_STEPS, or steps=5 in Python.
 """
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+from absl import logging
 
 from ptune.config import flags, gin_files
 from ptune.errors import UserError
@@ -75,15 +77,38 @@ def renamed(message: str, words: Mapping[str, str]) -> str:
 
 
 @contextlib.contextmanager
-def in_python() -> Iterator[None]:
-  """Calls settings by the names of arguments, in errors from inside."""
+def in_log(rename: Callable[[str], str]) -> Iterator[None]:
+  """Renames settings in what is logged inside."""
+
+  def replace(record):
+    said = record.getMessage()
+    if (new := rename(said)) != said:
+      record.msg, record.args = new, ()
+    return True
+
+  logger = logging.get_absl_logger()
+  logger.addFilter(replace)
   try:
     yield
+  finally:
+    logger.removeFilter(replace)
+
+
+@contextlib.contextmanager
+def in_python() -> Iterator[None]:
+  """Calls settings by the names of arguments, in errors and the log."""
+
+  def rename(message: str) -> str:
+    return renamed(message, of_arguments()).replace('--gin.', '')
+
+  try:
+    with in_log(rename):
+      yield
   except (UserError, FileNotFoundError) as error:
-    said = renamed(gin_files.message(error), of_arguments())
-    if said == str(error):
+    said = gin_files.message(error)
+    if renamed(said, of_arguments()) == str(error):
       raise
     # Gin raises a subclass of its own, which cannot be made again.
     missing = isinstance(error, FileNotFoundError)
     kind = FileNotFoundError if missing else UserError
-    raise kind(said.replace('--gin.', '')) from None
+    raise kind(rename(said)) from None

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
+from ptune.config.flags import CONFIG
 from ptune.convert import open_checkpoint
 from ptune.host.files import check_writable, write_atomically
 from ptune.training import (
@@ -111,6 +112,22 @@ class Run(contextlib.AbstractContextManager['Run']):
     """
     for name, own in {**self._shared, **facts}.items():
       run_file.compare(self.place(name), self.present[name], own)
+
+  def say_what_changed(self, config: str) -> None:
+    """Warns of settings that may change, and differ from the last start's.
+
+    Args:
+      config: The settings of this start, as `describe` writes them.
+    """
+    file = self.directory / CONFIG
+    if not file.exists():
+      return
+    if found := run_file.changed(file.read_text(), config):
+      logging.warning(
+        'the settings are not those of the last start in %s: %s',
+        self.directory,
+        '; '.join(found),
+      )
 
   def restore(self, abstract: TrainState) -> TrainState | None:
     """Restores the state that an earlier start saved; None if there is none.
@@ -206,7 +223,7 @@ class Run(contextlib.AbstractContextManager['Run']):
     """Writes model-info.txt and config.gin, which can repeat the run."""
     if jax.process_index() == 0:
       write_atomically(self.directory / 'model-info.txt', model_info)
-      write_atomically(self.directory / 'config.gin', config)
+      write_atomically(self.directory / CONFIG, config)
 
   def discard(self, member: Member) -> None:
     """Deletes records and a best prompt from steps after the restored one.

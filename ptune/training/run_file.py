@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from ptune.config import gin_source
 from ptune.errors import UserError
 from ptune.host import paths
 from ptune.host.files import absolute, write_atomically
@@ -19,7 +20,16 @@ _FACTS = {
   'rows': 'training texts, of TASK_FILES, INPUTS, TARGETS and LABEL_NAMES'
   ' (their fingerprint)',
   'initial_step': 'step of INITIAL_CHECKPOINT_PATH',
+  'best_metric': 'BEST_METRIC',
+  'metrics': 'METRICS',
+  'rank': 'RANK',
+  'eval_split': 'EVAL_SPLIT',
+  'eval_examples': 'evaluated examples, of EVAL_STEPS and the batch size',
+  'eval_rows': 'texts that are evaluated (their fingerprint)',
 }
+# Settings that a restart may change without a word: what they change is in
+# sight, or their content is compared.
+_FREE = {'MODEL_DIR', 'TASK_FILES'}
 
 
 def run_directory(model_dir: os.PathLike[str] | str | None) -> epath.Path:
@@ -61,16 +71,20 @@ def claim(
   run: Mapping[str, Any],
   notes: Mapping[str, Any],
 ) -> None:
-  """Writes the facts of a run to its MODEL_DIR, unless they are there.
+  """Writes those facts of a run to its MODEL_DIR that are not there yet.
 
   Args:
     model_dir: The directory.
     run: The facts that a restart may not change; anything that JSON can hold.
     notes: Further facts, which a restart may change.
   """
-  path = epath.Path(model_dir) / FILE
-  if jax.process_index() == 0 and not path.exists():
-    write_atomically(path, json.dumps({**run, **notes}, indent=2) + '\n')
+  if jax.process_index() != 0:
+    return
+  present = read(model_dir)
+  facts = {**run, **notes, **present}
+  if facts.keys() != present.keys():
+    path = epath.Path(model_dir) / FILE
+    write_atomically(path, json.dumps(facts, indent=2) + '\n')
 
 
 def compare(
@@ -100,6 +114,24 @@ def compare(
       + '\nNothing was changed. Use the settings of that run, or choose'
       ' another MODEL_DIR'
     )
+
+
+def changed(before: str, now: str) -> list[str]:
+  """The settings that differ between two configs of gin and may change.
+
+  Args:
+    before: The text of config.gin, from the last start.
+    now: The text of this start. It need not be complete.
+
+  Returns:
+    Such as ['LEARNING_RATE 0.3 before, 0.1 now'].
+  """
+  old, new = gin_source.parse(before).sets, gin_source.parse(now).sets
+  return [
+    f'{name} {old[name]!r} before, {new[name]!r} now'
+    for name in sorted(old.keys() & new.keys() - _FREE)
+    if old[name] != new[name]
+  ]
 
 
 def from_where(checkpoint: str | None) -> dict[str, str | None]:

@@ -4,6 +4,7 @@
 checks something raises a UserError before the run writes to MODEL_DIR.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -22,6 +23,7 @@ from ptune.errors import UserError
 from ptune.methods import prompt_init
 from ptune.model import parameters
 from ptune.model.adapters import Method
+from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import Config
 from ptune.tasks.texts import TextTask
 from ptune.training import report, selection, settings
@@ -113,39 +115,84 @@ def check_base(
 
 def facts_of(
   plan: parameters.Plan,
-  task: str,
+  task: seqio_task.Provider,
   data: settings.Data,
+  model: EncoderDecoderModel,
+  evaluation: settings.Evaluation | None,
   seed: int,
   optimizer: Any,
 ) -> dict[str, Any]:
-  """The facts of a run: the settings that a restart may not change."""
-  return {
+  """The facts of a run: the settings that a restart may not change.
+
+  Args:
+    plan: The parameters.
+    task: The task. If it is a user's rows, their texts are facts. SeqIO's tasks
+      have only their name.
+    data: Its lengths and batches.
+    model: Makes the loss.
+    evaluation: How the best prompt is chosen; None if nothing is evaluated.
+    seed: For the order of the rows and random values.
+    optimizer: Makes the optimizer.
+  """
+  objective = model.objective or type(model).cross_entropy
+  found = {
     **parameters.identity(plan),
-    'task': task,
+    'task': task.name,
     'task_feature_lengths': dict(data.feature_lengths),
     'batch_size': data.batch_size,
     'pack': int(data.pack),
     'bucket_multiple': None if data.pack else data.bucket_multiple,
     'seed': seed,
-    'optimizer': getattr(optimizer, '__name__', type(optimizer).__name__),
+    'optimizer': _name(optimizer),
+    'loss': _name(objective),
     **({'privacy': data.privacy.facts()} if data.privacy else {}),
   }
+  if isinstance(task, TextTask):
+    found['rows'] = _digest(task.training('train')[:2])
+  if evaluation is not None:
+    found |= _facts_of_choice(task, evaluation, data.batch_size)
+  return found
 
 
-def fact_of_rows(task: seqio_task.Provider) -> dict[str, str]:
-  """The fact that a restart must train on the same texts.
+def _facts_of_choice(
+  task: seqio_task.Provider, evaluation: settings.Evaluation, batch_size: int
+) -> dict[str, Any]:
+  """The facts without which the scores of two starts cannot be compared."""
+  rows = evaluation.steps and (evaluation.batch_size or batch_size)
+  found = {
+    'best_metric': evaluation.best_metric,
+    'eval_split': evaluation.split,
+    'eval_examples': rows and rows * (evaluation.steps or 0),
+    'decoding': _not_default(evaluation.decoding),
+  }
+  if isinstance(task, TextTask):
+    texts = task.texts(evaluation.split or '')
+    found['rank'] = task.rank
+    found['eval_rows'] = _digest([texts['inputs'], texts['targets']])
+    if evaluation.best_metric is None:  # The mean of these is the score.
+      found['metrics'] = sorted(task.metrics)
+  return found
 
-  Args:
-    task: The task. SeqIO's tasks have only their name, which is a fact too.
 
-  Returns:
-    {'rows': 16 hexadecimal digits}, or {}.
-  """
-  if not isinstance(task, TextTask):
-    return {}
-  inputs, targets, _ = task.training('train')
-  digest = hashlib.sha256(json.dumps([inputs, targets]).encode())
-  return {'rows': digest.hexdigest()[:16]}
+def _not_default(of: Any) -> dict[str, Any]:
+  """The fields of a dataclass that do not have their default."""
+  fields = {field.name: field.default for field in dataclasses.fields(of)}
+  given = dataclasses.asdict(of)
+  return {name: x for name, x in given.items() if x != fields[name]}
+
+
+def _name(function: Any) -> str:
+  """'wayward', also for a function that `wayward` returned."""
+  return (
+    getattr(function, '__qualname__', type(function).__name__)
+    .split('.<locals>')[0]
+    .rpartition('.')[2]
+  )
+
+
+def _digest(texts: Any) -> str:
+  """16 hexadecimal digits that are the same for the same texts."""
+  return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def is_finished(
