@@ -95,7 +95,7 @@ class Loop:
       self._pending.append(metrics)
       step += 1
       following = next(batches, None)
-    run.log_end(step, ended and (not evaluate or self._all_scored(step)))
+    run.end(step, ended, scored=not evaluate or self._all_scored(step))
     return state
 
   def _due(self, step: int, stop: bool) -> tuple[bool, bool, bool]:

@@ -151,6 +151,8 @@ class Report:
     self._writers: dict[str, Any] = {}
     if write:
       write_records(self._dir, self.records)
+    for record in self.records:  # The tracker may not have all of them.
+      self._track(record)
     self._time, self._step = time.monotonic(), start_step
     self._shown = ''
     # Several runs at once have no bar.
@@ -184,7 +186,7 @@ class Report:
     """
     values = self._values(step, sums)
     self._step, self._time = step, time.monotonic()
-    self._add([{'step': step, 'split': 'train', **values}], 'train')
+    self._add([{'step': step, 'split': 'train', **values}])
     if self._bar is None:
       logging.info('%sstep %d  %s', self._name, step, _shown(values))
     else:
@@ -227,8 +229,7 @@ class Report:
       [
         {'step': step, 'split': split, 'task': task, **values}
         for task, values in scores.items()
-      ],
-      'eval',
+      ]
     )
     for task, values in scores.items():
       shown = format_scores(values)
@@ -245,7 +246,7 @@ class Report:
       self._time += time.monotonic() - start
       self._show(before)
 
-  def _add(self, records: Sequence[Record], directory: str) -> None:
+  def _add(self, records: Sequence[Record]) -> None:
     self.records.extend(records)
     if not self._write:
       return
@@ -253,17 +254,28 @@ class Report:
       f.write(''.join(to_json(r) + '\n' for r in records))
       to_disk(f)
     for record in records:
-      name = '/'.join(
-        [directory, *([record['task']] if 'task' in record else [])]
-      )
+      name = _directory(record)
       if name not in self._writers:
         self._writers[name] = events.open_events(self._dir / name)
-      scalars = numbers({k: v for k, v in record.items() if k != 'step'})
-      self._writers[name].write_scalars(record['step'], scalars)
+      self._writers[name].write_scalars(record['step'], _scalars(record))
       self._writers[name].flush()
-      if self._tracker is not None:
-        named = {f'{name}/{k}': v for k, v in scalars.items()}
-        self._tracker.log(record['step'], named)
+      self._track(record)
+
+  def _track(self, record: Record) -> None:
+    """Sends a record to the tracker, if there is one."""
+    if self._tracker is not None:
+      place = _directory(record)
+      named = {f'{place}/{k}': v for k, v in _scalars(record).items()}
+      self._tracker.log(record['step'], named)
+
+
+def _directory(record: Record) -> str:
+  """The directory of a record's events: 'train' or 'eval/<task>'."""
+  return f'eval/{record["task"]}' if 'task' in record else 'train'
+
+
+def _scalars(record: Record) -> dict[str, float]:
+  return numbers({k: v for k, v in record.items() if k != 'step'})
 
 
 def _shown(values: Mapping[str, float]) -> str:

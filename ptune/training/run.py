@@ -80,6 +80,7 @@ class Run(contextlib.AbstractContextManager['Run']):
     self.directory = run_file.run_directory(model_dir)
     self.start, self.sums = 0, dict[str, Any]()
     self.members: Sequence[Member] = ()
+    self._trackers: list[trackers.Tracker] = []
     self._base = initial_checkpoint_path
     # Several members share MODEL_DIR, which then has its own run.json.
     self._shared = {} if '' in names else {'': {'runs': list(names)}}
@@ -217,6 +218,7 @@ class Run(contextlib.AbstractContextManager['Run']):
       return None
     place = self.place(member.name)
     tracker = trackers.Tracker(self.saving.tracker, place, member.facts)
+    self._trackers.append(tracker)
     return self._stack.enter_context(contextlib.closing(tracker))
 
   def describe(self, model_info: str, config: str) -> None:
@@ -332,9 +334,18 @@ class Run(contextlib.AbstractContextManager['Run']):
         member.facts,
       )
 
-  def log_end(self, step: int, finished: bool) -> None:
-    """Logs how the run ended."""
-    if finished:
+  def end(self, step: int, ended: bool, scored: bool) -> None:
+    """Logs how the run ended, and sends the last numbers to its trackers.
+
+    Args:
+      step: The last step of this start.
+      ended: Whether the run is at its end.
+      scored: Whether no evaluation of that step is missing.
+    """
+    if scored:
+      for tracker in self._trackers:
+        tracker.send()
+    if ended and scored:
       logging.info('finished at step %d: %s', step, self.directory)
     else:
       logging.info(

@@ -5,9 +5,10 @@
               `trackio show` opens its page
 
 A tracker gets the numbers of metrics.jsonl, named `train/loss` or
-`eval/<task>/accuracy`. The file MODEL_DIR/tracker.json holds the tracker's id
-of the run and the last step that was sent, so a restarted run continues the
-same run in the tracker.
+`eval/<task>/accuracy`, in one row a step. MODEL_DIR/tracker.json holds the
+tracker's name of the run, so a restarted run continues the same run in the
+tracker. A tracker may have lost the last rows of a start that was killed, so a
+restart sends all rows that the tracker does not have.
 """
 
 import contextlib
@@ -15,7 +16,9 @@ import importlib
 import importlib.util
 import json
 import os
+import pathlib
 import secrets
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -61,15 +64,25 @@ class Tracker:
     check(name)
     directory = epath.Path(model_dir)
     self._file, self._name = directory / FILE, name
-    known = {'id': secrets.token_hex(4), 'step': 0}
+    self._step, self._row = 0, dict[str, float]()
+    self._known = {}
     if self._file.exists():
-      known |= json.loads(self._file.read_text()).get(name, {})
-    self._id, self._sent = known['id'], known['step']
-    self._note(self._sent)
+      self._known = json.loads(self._file.read_text())
+    new = secrets.token_hex(4)
+    known = self._known.setdefault(
+      name, {'id': new, 'name': f'{directory.name}-{new}', 'step': 0}
+    )
+    self._write()
     module = importlib.import_module(name)
     settings: dict[str, Any] = {}
     if name == 'wandb':
-      settings['id'] = self._id
+      # A start that was killed leaves a part of its rows in a file of its own,
+      # which would be uploaded beside ours.
+      if left := known.get('unfinished'):
+        place = directory / 'wandb' / left
+        if not any(place.glob('*.synced')):  # Nobody has uploaded it.
+          shutil.rmtree(place, ignore_errors=True)
+      settings['id'] = known['id']
       settings['dir'] = os.fspath(directory)
       settings['reinit'] = 'create_new'  # Several runs may share a process.
       settings['settings'] = module.Settings(silent=True)
@@ -81,7 +94,7 @@ class Tracker:
       with contextlib.redirect_stdout(sys.stderr):
         self._run = module.init(
           project=os.environ.get(f'{name.upper()}_PROJECT', 'ptune'),
-          name=f'{directory.name}-{self._id}',
+          name=known['name'],
           config=dict(config),
           resume='allow',
           **settings,
@@ -91,18 +104,43 @@ class Tracker:
         f'TRACKER {name!r} cannot start a run: {error}. Log in as its'
         ' documentation says, or leave TRACKER out'
       ) from error
+    # Both trackers tell the step after the last one that they have. Offline,
+    # Weights & Biases does not know it.
+    if name == 'wandb':
+      following = self._run.starting_step
+      place = pathlib.Path(self._run.dir).parent
+      offline = place.name.startswith('offline-run-')
+      known['unfinished'] = place.name if offline else None
+      self._write()
+    else:
+      following = self._run._next_step
+    self._sent = max(known['step'], following - 1)
 
   def log(self, step: int, values: Mapping[str, float]) -> None:
-    """Sends the numbers of a step, unless an earlier start has sent them."""
-    if step > self._sent:
-      self._run.log(dict(values), step=step)
-      self._note(step)
+    """Adds numbers to the row of a step, unless the tracker has that row.
+
+    The row is sent when the next step begins: a run that stops during an
+    evaluation repeats it, and a tracker takes no second row of a step.
+    """
+    if step <= self._sent:
+      return
+    if step != self._step:
+      self.send()
+    self._step = step
+    self._row |= values
+
+  def send(self) -> None:
+    """Sends the row of the last step, to which nothing will be added."""
+    if self._row:
+      self._run.log(self._row, step=self._step)
+      self._sent, self._row = self._step, {}
 
   def close(self) -> None:
     """Waits until everything is sent."""
     with contextlib.redirect_stdout(sys.stderr):
       self._run.finish()
+    self._known[self._name] |= {'step': self._sent, 'unfinished': None}
+    self._write()
 
-  def _note(self, step: int) -> None:
-    known = {self._name: {'id': self._id, 'step': step}}
-    write_atomically(self._file, json.dumps(known) + '\n')
+  def _write(self) -> None:
+    write_atomically(self._file, json.dumps(self._known) + '\n')
