@@ -74,7 +74,7 @@ def train(
   settings.check(data, evaluation, saving, TRAIN_STEPS=train_steps)
   run = Run(model_dir, initial_checkpoint_path)
   task = start.open_task(data.task, data, config, initial_checkpoint_path)
-  evaluates = start.check_evaluation(task, evaluation)
+  scored = start.check_evaluation(task, evaluation)
   mesh = partitioning.make_mesh(model_parallel)
   start.check_batch_sizes(data, evaluation, mesh)
   plan = parameters.plan(config, method, mesh)
@@ -84,7 +84,6 @@ def train(
   trained = packing.model_of(model, plan) if data.pack else evaluated
   if data.privacy is not None:
     privacy.check(method, evaluated, data.pack)
-  scored = evaluation if evaluates else None
   facts = start.facts_of(plan, task, data, evaluated, scored, seed, optimizer)
   with run:
     run.compare({'': facts})
@@ -100,8 +99,6 @@ def train(
     tx = optimizer(initial_step=facts['initial_step'])
     abstract = state_lib.abstract_state(tx, plan)
     state = run.restore(abstract)
-    if state is not None:
-      run.say_what_changed(gin.operative_config_str())
     if start.is_finished(run, plan, state, train_steps, scored):
       return state
 
@@ -116,7 +113,7 @@ def train(
         data.privacy, train_steps, data.batch_size, rows.num_examples
       )
     evaluate = None
-    if evaluates:
+    if scored is not None:
       evaluate = evaluation_of(
         task, plan, evaluated, data, evaluation, seed, run.directory / 'eval'
       )

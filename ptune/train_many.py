@@ -27,12 +27,13 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from ptune.convert import check_config, open_checkpoint, with_rows
 from ptune.convert.fingerprint import of_params
-from ptune.data import device_feed
+from ptune.data import device_feed, seqio_task
 from ptune.errors import UserError
 from ptune.model import frozen_weights, parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
@@ -96,22 +97,9 @@ def train_many(
     }
     facts = {}
     for name, one in runs.items():
-      (_, plan), step = places[name], source.step or 0
-      rate = one.learning_rate
-      scored = evaluation if evaluated[one.task] else None
-      facts[name] = {
-        **start.facts_of(
-          plan,
-          tasks[one.task],
-          data,
-          model(plan.network),
-          scored,
-          one.seed,
-          optimizer,
-        ),
-        'learning_rate': 'schedule' if callable(rate) else rate,
-        'initial_step': step,
-      }
+      (_, plan), scored = places[name], evaluated[one.task]
+      facts[name] = facts_of(one, plan, tasks, data, model, scored, optimizer)
+      facts[name]['initial_step'] = source.step or 0
     run.compare(facts)
     tx = optimizer(initial_step=source.step or 0, learning_rate=0.0)
     state = run.restore(many.abstract_state(tx, groups))
@@ -127,7 +115,7 @@ def train_many(
 
     @functools.cache  # Runs with the same task and group share a program.
     def evaluation_for(task, key):
-      if not evaluated[task]:
+      if evaluated[task] is None:
         return None
       plan = groups[key].plan
       return evaluation_of(
@@ -174,6 +162,23 @@ def train_many(
       steps = loop.Loop(run, update, frozen, evaluate, evaluation)
       state = steps(state, following)
     return {member.name: member.trained(state) for member in members}
+
+
+def facts_of(
+  run: many.Trial,
+  plan: parameters.Plan,
+  tasks: Mapping[str | None, seqio_task.Provider],
+  data: settings.Data,
+  model: Callable[..., EncoderDecoderModel],
+  evaluation: settings.Evaluation | None,
+  optimizer: many.Optimizer,
+) -> dict[str, Any]:
+  """The facts of one of the runs; see `start.facts_of`."""
+  rate, task, made = run.learning_rate, tasks[run.task], model(plan.network)
+  return {
+    **start.facts_of(plan, task, data, made, evaluation, run.seed, optimizer),
+    'learning_rate': 'schedule' if callable(rate) else rate,
+  }
 
 
 def _check_rows(groups: Mapping[str, many.Group], size: int, tokens) -> None:

@@ -15,6 +15,7 @@ import jax
 from absl import logging
 from etils import epath
 
+import gin
 from ptune.convert import restore, restore_table
 from ptune.convert.prompts import read_rows
 from ptune.convert.source import Source
@@ -54,12 +55,12 @@ def open_task(
 
 def check_evaluation(
   task: seqio_task.Provider, evaluation: settings.Evaluation
-) -> bool:
+) -> settings.Evaluation | None:
   """Checks EVAL_SPLIT.
 
   Returns:
-    Whether the task has that split. If it lacks the default split, training
-    only warns, and continues without evaluations.
+    The evaluation. If the task lacks the default split, training only warns,
+    and continues without evaluations: None.
 
   Raises:
     UserError: If the task lacks another split than the default one, or if
@@ -67,7 +68,7 @@ def check_evaluation(
   """
   split = evaluation.split
   if split is not None and split in task.splits:
-    return True
+    return evaluation
   splits = ', '.join(sorted(task.splits))
   if split not in (None, 'validation'):
     raise UserError(
@@ -90,7 +91,7 @@ def check_evaluation(
     split,
     splits,
   )
-  return False
+  return None
 
 
 def check_batch_sizes(
@@ -216,6 +217,7 @@ def is_finished(
   """
   if state is None:
     return False
+  run.say_what_changed(gin.operative_config_str())
   records, early, scored = run.records(), False, True
   if evaluation is not None:
     scored = bool(report.scores_at(records, run.start))
