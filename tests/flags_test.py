@@ -230,6 +230,21 @@ def test_a_moved_run_finds_the_rows_that_it_kept(tmp_path):
   assert flags.expand('train', {}, ['mine.gin']) == (['mine.gin'], [])
 
 
+def test_a_moved_run_never_names_the_directory_where_it_was(tmp_path):
+  config = tmp_path / 'config.gin'
+  config.write_text("MODEL_DIR = 'the/directory/of/another/run'\n")
+  mine = f'MODEL_DIR = {str(tmp_path)!r}'
+  # Without run.json it is a copy of the settings, for a run elsewhere.
+  assert flags.expand('train', {}, [str(config)])[1] == []
+  (tmp_path / 'run.json').write_text('{"initial_checkpoint_path": null}')
+  assert flags.expand('train', {}, [str(config)])[1] == [mine]
+  assert mine in flags.expand('eval', {}, [str(config), 'runs/eval.gin'])[1]
+  assert mine in flags.expand('eval', {}, run=str(tmp_path))[1]
+  for macro in ({'model_dir': 'new'}, {'model_dir': 'new', 'steps': 3}):
+    bindings = flags.expand('train', macro, [str(config)])[1]
+    assert "MODEL_DIR = 'new'" in bindings and mine not in bindings
+
+
 def test_what_is_no_run_is_said(tmp_path, capsys):
   assert cli.main(['eval', str(tmp_path)]) == 2
   assert 'is not a run of ptune train: it has no config.gin' in (

@@ -344,6 +344,10 @@ def expand(
     files: Additional gin files.
     run: The MODEL_DIR of a trained run, which provides all other settings.
 
+  Returns:
+    Files and bindings. The MODEL_DIR of a run's config.gin is the directory
+    that holds this file now.
+
   Raises:
     UserError: If the settings contradict each other, or there is no such run.
   """
@@ -352,10 +356,13 @@ def expand(
   if run is not None:
     _check_of_run(run, given)
     files.append(os.fspath(_config(run)))
-    bound['MODEL_DIR'] = run
-  for file in map(pathlib.Path, files):  # Also of a run that was moved.
-    if file.name == CONFIG and (kept := kept_rows(file.parent)):
-      bound['TASK_FILES'] = kept
+  for config in map(pathlib.Path, files):
+    if config.name == CONFIG:
+      # A run that was moved: the paths that it noted may be another run's.
+      if (config.parent / RUN_FILE).is_file():
+        bound['MODEL_DIR'] = str(config.parent)
+      if kept := kept_rows(config.parent):
+        bound['TASK_FILES'] = kept
   if not given and run is None:
     return files, [f'{name} = {value!r}' for name, value in bound.items()]
   for one, other in CLASHES:
