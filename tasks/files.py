@@ -146,12 +146,15 @@ def from_files(
   paths = _paths(files)
 
   def in_files(split):
-    found = _matching(paths[split])
-    rows = itertools.chain.from_iterable(map(read_rows, found))
+    setting = f'TASK_FILES[{split!r}]'
+    found = _matching(paths[split], setting)
+    rows = itertools.chain.from_iterable(
+      read_rows(file, setting) for file in found
+    )
     if (first := next(rows, None)) is None:
       raise UserError(
-        f'TASK_FILES has {", ".join(map(repr, found))} for {split!r}, with no'
-        ' rows below the names of the columns'
+        f'{setting} has {", ".join(map(repr, found))}, with no rows below the'
+        ' names of the columns'
       )
     yield first
     yield from rows
@@ -267,14 +270,14 @@ def _paths(files: Any) -> dict[str, list[str]]:
   return paths
 
 
-def _matching(paths: Sequence[str]) -> list[str]:
+def _matching(paths: Sequence[str], setting: str) -> list[str]:
   found = []
   for path in paths:
-    matches = storage.glob(path) if '*' in path else [path]
+    matches = storage.glob(path, setting) if '*' in path else [path]
     if not matches:
       raise UserError(
-        f'No file matches {path!r} in TASK_FILES. A relative path starts at '
-        f'{os.getcwd()}'
+        f'{setting} is {path!r}, and no file matches. A relative path starts'
+        f' at {os.getcwd()}'
       )
     found += matches
   return found

@@ -24,7 +24,7 @@ class BadRow(UserError):
 
 
 def read_rows(
-  file: str, name: str = 'TASK_FILES', may_be_empty: bool = False
+  file: str, name: str, may_be_empty: bool = False
 ) -> Iterator[tuple[str, Row | BadRow]]:
   """Yields the location of each row of a file, 'dev.tsv:7', and the row.
 

@@ -113,7 +113,7 @@ def test_a_demo_leaves_the_reviews_as_files_to_train_on(run):
   with few_rows():
     made = demo.splits(generated_text.reviews, 0)
   for name, rows in zip(('train', 'dev', 'test'), made, strict=True):
-    read = [row for _, row in read_rows(f'{directory}/{name}.tsv')]
+    read = [row for _, row in read_rows(f'{directory}/{name}.tsv', '')]
     assert len(read) == 200
     assert read == [{'sentence': s, 'label': label} for s, label in rows]
   sentences = (directory / 'sentences.txt').read_text().splitlines()

@@ -119,6 +119,10 @@ def test_a_wrong_setting_is_named(given, message):
     ('eval_split', 'None', None),
     ('labels', 'no,yes', ['no', 'yes']),
     ('labels', "['no', 'yes']", ['no', 'yes']),
+    ('labels', '0,1', ['0', '1']),
+    ('labels', 'True, False', ['True', 'False']),
+    ('labels', "{'0': 'no', '1': 'yes'}", {'0': 'no', '1': 'yes'}),
+    ('factors', '0.3,1.0', (0.3, 1.0)),
     ('task_feature_lengths', "{'inputs': 8}", {'inputs': 8}),
   ],
 )

@@ -128,8 +128,8 @@ def line(program, *more, **macros):
 train, evaluate = (functools.partial(line, p) for p in ('train', 'eval'))
 
 
-def files(name):
-  return {'TASK_FILES': {'train': name, 'validation': 'good.tsv'}}
+def files(name, **more):
+  return {'TASK_FILES': {'train': name, 'validation': 'good.tsv', **more}}
 
 
 # The package that raises the error, the command, and the message.
@@ -168,6 +168,11 @@ MISTAKES = [
   ('tasks', train(**files('int.jsonl')), 'int.jsonl:1: '),
   ('tasks', train(**files('scalar.jsonl')), 'scalar.jsonl:1, .*JSON object'),
   ('host', train(**files('pipe.tsv')), 'a pipe'),
+  # A split that training does not read is wrong before training.
+  ('convert', train(**files('good.tsv', test='none.tsv')), r"'test'\] names"),
+  ('tasks', train(**files('good.tsv', test='column.tsv')), 'no column'),
+  ('convert', train(**files('hf://me/a.csv')), 'from_hugging_face.gin'),
+  ('convert', train(**files('hf://me/*.csv')), 'from_hugging_face.gin'),
   ('tasks', train(INPUTS='{a{b}}'), 'INPUTS'),
   ('tasks', train(TARGETS='{nosuch}'), 'nosuch'),
   ('tasks', train(METRICS=['acuracy']), 'did you mean accuracy'),

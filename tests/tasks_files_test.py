@@ -26,7 +26,7 @@ def write(path, text):
 
 
 def texts(file, inputs='{text}', targets='{label}', names=None, skip=False):
-  rows = files.read_rows(file)
+  rows = files.read_rows(file, 'TASK_FILES')
   found = files.to_texts('train', rows, inputs, targets, names, skip)
   return list(zip(found['inputs'], found['targets'], strict=True))
 
@@ -371,7 +371,9 @@ def test_an_object_that_is_no_row_is_told_in_one_line():
 def test_files_without_rows_are_named(tmp_path):
   file = write(tmp_path / 'a.tsv', 'text\tlabel\n')
   task = files.from_files({'train': file}, '{text}', '{label}')
-  with pytest.raises(ValueError, match=r"a.tsv' for 'train', with no rows"):
+  with pytest.raises(
+    ValueError, match=r"'train'\] has '.*a.tsv', with no rows"
+  ):
     task.texts('train')
 
 

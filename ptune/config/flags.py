@@ -315,11 +315,15 @@ def value_of(flag: str, text: str) -> Any:
     return None
   if isinstance(expected, str):
     return text
+  parts = [part.strip() for part in text.split(',')]
+  of_texts = isinstance(expected, list) and isinstance(expected[0], str)
+  if of_texts and not text.lstrip().startswith(('[', '(', '{', '"', "'")):
+    return parts  # Also for 0,1 or True,False, which are names here.
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):
     if isinstance(expected, list):
-      return [part.strip() for part in text.split(',')]
+      return parts
     raise UserError(
       f'--{flag} is {text!r}; expected a value such as {example}'
     ) from None

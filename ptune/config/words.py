@@ -16,6 +16,7 @@ from ptune.errors import UserError
 # A macro, or its flag with an example: --gin.MODEL_DIR="'/runs/sst2'".
 _MACRO = re.compile(
   r"""(?P<flag>--gin\.)?(?<![\w%@/'"])(?P<name>[A-Z][A-Z_]+)(?![\w/]|\.\w)"""
+  r"""(?P<item>\['\w+'\])?"""
   r"""(?P<value>="'(?P<text>[^'"]*)'"|\ =\ (?=\S))?""",
   re.VERBOSE,
 )
@@ -44,8 +45,9 @@ def of_flags(
     found[flags.ASKING[program]] = '--split'
   if 'base' in given:
     found['INITIAL_CHECKPOINT_PATH'] = found['CHECKPOINT_PATH'] = '--base'
-  if splits := [f'--{split}' for split in flags.SPLITS if split in given]:
-    found['TASK_FILES'] = ' or '.join(splits)
+  splits = [split for split in flags.SPLITS if split in given]
+  if splits:
+    found |= _of_files({split: f'--{split}' for split in splits})
   return found
 
 
@@ -53,7 +55,13 @@ def of_arguments() -> dict[str, str]:
   """The arguments of macros in Python: {'TRAIN_STEPS': 'steps', ...}."""
   found = {macro: name for name, macro in reversed(flags.names().items())}
   found['INITIAL_CHECKPOINT_PATH'] = found['CHECKPOINT_PATH'] = 'base'
-  return found | {'TASK_FILES': ' or '.join(flags.SPLITS)}
+  return found | _of_files({split: split for split in flags.SPLITS})
+
+
+def _of_files(words: Mapping[str, str]) -> dict[str, str]:
+  """The words for TASK_FILES as a whole, and for the files of each split."""
+  each = {f"TASK_FILES['{split}']": word for split, word in words.items()}
+  return {'TASK_FILES': ' or '.join(words.values()), **each}
 
 
 def renamed(message: str, words: Mapping[str, str]) -> str:
@@ -67,11 +75,14 @@ def renamed(message: str, words: Mapping[str, str]) -> str:
   """
 
   def replaced(match: re.Match[str]) -> str:
-    if match['name'] not in words:
+    name, item = match['name'], match['item'] or ''
+    if name + item in words:
+      name, item = name + item, ''
+    if name not in words:
       return match[0]
     text = match['text']
     value = '=' if match['value'] else ''
-    return words[match['name']] + (value if text is None else f"='{text}'")
+    return words[name] + item + (value if text is None else f"='{text}'")
 
   return _MACRO.sub(replaced, message)
 

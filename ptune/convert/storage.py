@@ -11,6 +11,7 @@ from ptune.errors import UserError
 from ptune.host import paths
 from ptune.host.quiet import quiet_stderr
 
+BUCKETS = ('gs://', 's3://', 'az://')
 PathLike = str | os.PathLike[str]
 
 
@@ -34,6 +35,7 @@ def read_bytes(path: PathLike, name: str) -> bytes:
   try:
     place = local(path)
     if place is None:
+      _check_bucket(os.fspath(path), name)
       return _read_remote(os.fspath(path))
     paths.check_file(place, name)
     with open(place, 'rb') as f:
@@ -64,11 +66,28 @@ def _read_remote(path: str) -> bytes:
       raise OSError(error.message) from error
 
 
-def glob(pattern: str) -> list[str]:
-  """Returns the files that match a pattern with `*`, sorted."""
+def _check_bucket(path: str, name: str) -> None:
+  """Refuses a path that is neither local nor in a bucket."""
+  if path.startswith(BUCKETS):
+    return
+  hub = '. A data set of the Hub can be a task: tasks/from_hugging_face.gin'
+  raise UserError(
+    f'{name} has {path!r}; expected a local file, or one on gs://. Download the'
+    f' file and give its path{hub if path.startswith("hf://") else ""}'
+  )
+
+
+def glob(pattern: str, name: str) -> list[str]:
+  """Returns the files that match a pattern with `*`, sorted.
+
+  Args:
+    pattern: The pattern.
+    name: The setting that has it, for messages.
+  """
   place = local(pattern)
   if place is not None:
     return sorted(glob_lib.glob(place))
+  _check_bucket(pattern, name)
   with quiet_stderr():
     import tensorflow as tf
 

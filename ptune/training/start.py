@@ -262,6 +262,9 @@ def rows_of(
     positions: The directory where the positions of a stream are kept.
     **drawn: Settings of `PoissonBatches`. Without any, rows are shuffled.
   """
+  if isinstance(task, TextTask):
+    for split in task.splits:  # A bad file stops the run now, not at its end.
+      task.texts(split)
   kind = poisson.PoissonBatches if drawn else batches.Batches
   read = functools.partial(
     packing.PackedBatches if data.pack else kind,
