@@ -59,10 +59,10 @@ def distill(
   """
   split = evaluation.split
   task = seqio_task.load(data.task, data.module)
-  if split is None or split not in task.splits:
+  if split is None or split not in seqio_task.splits(task):
     raise UserError(
       f'EVAL_SPLIT is {split!r}, and task {task.name!r} has the splits'
-      f' {sorted(task.splits)}; name one of them, on whose inputs the models'
+      f' {seqio_task.splits(task)}; name one of them. On its inputs, the models'
       ' with and without the text are compared'
     )
   if made_up is not None:

@@ -9,7 +9,10 @@ import itertools
 import json
 import pathlib
 import re
+import socket
 import threading
+import time
+import urllib.request
 
 import jax
 import numpy as np
@@ -17,13 +20,22 @@ import pytest
 
 from ptune.convert.pieces import Bytes
 from ptune.data import batches as data
-from ptune.data import device_feed, padding, positions, seqio_rows, seqio_task
+from ptune.data import (
+  device_feed,
+  padding,
+  positions,
+  seqio_registry,
+  seqio_rows,
+  seqio_task,
+)
 from ptune.data.device_feed import device_put
+from ptune.errors import UserError
 from ptune.tasks import files
 from tests import new_name
 
 import seqio  # isort: skip  (after seqio_rows, which quiets TensorFlow)
 import tensorflow as tf  # isort: skip
+import tensorflow_datasets as tfds  # isort: skip
 
 LENGTHS = {'inputs': 48, 'targets': 8}
 FEATURES = {
@@ -876,3 +888,29 @@ def test_a_vocabulary_that_cannot_be_read_is_one_line():
 
 def test_tensorflow_leaves_the_accelerators_to_jax():
   assert tf.config.get_visible_devices('GPU') == []
+
+
+def test_data_that_cannot_be_downloaded_are_told_soon(tmp_path, monkeypatch):
+  task = seqio.TaskRegistry.add(
+    new_name('data_test'),
+    source=seqio.TfdsDataSource(
+      'glue/sst2:2.0.0', tfds_data_dir=str(tmp_path), splits=['train']
+    ),
+    preprocessors=[seqio.preprocessors.tokenize],
+    output_features={
+      name: seqio.Feature(seqio.ByteVocabulary()) for name in FEATURES
+    },
+  )
+
+  def offline(*args, **kwargs):
+    raise socket.gaierror('no network')
+
+  monkeypatch.setattr(socket, 'getaddrinfo', offline)
+  monkeypatch.setattr(tfds.core.utils.gcs_utils, '_is_gcs_disabled', True)
+  monkeypatch.setattr(urllib.request, 'getproxies', dict)
+  seqio_registry._is_online.cache_clear()
+  begin = time.monotonic()
+  with pytest.raises(UserError, match=r'cannot be downloaded: .*tfds_data_dir'):
+    seqio_task.check(task, {'inputs': 8, 'targets': 8}, 'train')
+  assert time.monotonic() - begin < 20
+  seqio_registry._is_online.cache_clear()

@@ -151,7 +151,7 @@ def test_what_must_not_know_of_each_other(below, above):
   {
     'tensorflow': 'convert.storage convert.seqio_tokenizer'
     ' data.seqio_registry data.seqio_rows',
-    'tensorflow_datasets': 'serving.seqio_metrics',
+    'tensorflow_datasets': 'data.seqio_registry serving.seqio_metrics',
     'orbax': 'training.checkpoints',
     'clu': 'training.events',
     'safetensors': 'convert.safetensors_files',

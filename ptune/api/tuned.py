@@ -164,10 +164,10 @@ class Tuned:
     if isinstance(test, str) and not flags.is_file(test):
       self._run('rows of its own')
       split, task = test, self._task
-      if split not in task.splits:
+      if split not in (splits := seqio_task.splits(task)):
         raise UserError(
           f'test is {test!r}; expected {rows_lib.EXPECTED_FILE}, or a split of'
-          f' the task: {", ".join(task.splits)}'
+          f' the task: {", ".join(splits)}'
         )
     else:
       task = self._read(rows_lib.taken('test', test)).task

@@ -4,10 +4,14 @@
 is used.
 """
 
+import contextlib
+import functools
 import importlib
 import os
 import re
+import socket
 import traceback
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +23,8 @@ if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 import seqio
 import tensorflow as tf
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import downloader
 
 from ptune.errors import UserError, nearest
 
@@ -120,6 +126,58 @@ def problems(task: Provider, split: str | None, use_cached: bool) -> list[str]:
         ' seqio_cache_tasks, or set USE_CACHED_TASKS = False'
       )
   return wrong
+
+
+def splits(task: Provider, split: str | None, use_cached: bool) -> list[str]:
+  """See `seqio_task.splits`."""
+  for part in seqio.get_subtasks(task):
+    loader = getattr(part.source, 'tfds_dataset', None)
+    cached = use_cached and part.supports_caching
+    if loader is None or cached:
+      continue
+    try:
+      with _few_retries_offline():
+        if split in part.splits:
+          loader.load(split, shuffle_files=False)
+    except (OSError, tf.errors.OpError) as error:
+      reason = ' '.join(str(error).split())
+      raise UserError(
+        f'Task {part.name!r} reads {loader.name} of TFDS, which is not in'
+        f' {loader.data_dir or tfds.core.constants.DATA_DIR} and cannot be'
+        f' downloaded: {reason:.300}. Without a network, load it on another'
+        ' machine by python -c "import tensorflow_datasets as tfds;'
+        f" tfds.load('{loader.name}')\", copy its ~/tensorflow_datasets here,"
+        ' and give that directory as --tfds_data_dir'
+      ) from error
+  return sorted(task.splits)
+
+
+@contextlib.contextmanager
+def _few_retries_offline() -> Iterator[None]:
+  """Lets TFDS give up soon if there is no network.
+
+  It tries a download 11 times, for 200 s. If there is a network, we leave that
+  as it is.
+  """
+  before = downloader.MAX_RETRIES
+  if not _is_online():
+    downloader.MAX_RETRIES = 2
+  try:
+    yield
+  finally:
+    downloader.MAX_RETRIES = before
+
+
+@functools.cache
+def _is_online() -> bool:
+  """Whether there is a network: a proxy, or a host that TFDS uses."""
+  if urllib.request.getproxies():
+    return True
+  try:
+    socket.create_connection(('storage.googleapis.com', 443), timeout=5).close()
+  except OSError:
+    return False
+  return True
 
 
 def postprocessors(task: Provider) -> list[Any]:

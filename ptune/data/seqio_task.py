@@ -85,6 +85,24 @@ def rows_of(
   return seqio_rows.SeqioRows(task, feature_lengths, split, use_cached, seed)
 
 
+def splits(
+  task: Provider, split: str | None = None, use_cached: bool = False
+) -> list[str]:
+  """The splits of a task, sorted.
+
+  Args:
+    task: The task. If it reads TFDS, its data may have to be downloaded.
+    split: If it is among them, its rows are downloaded too.
+    use_cached: USE_CACHED_TASKS.
+
+  Raises:
+    UserError: If the data cannot be reached.
+  """
+  if isinstance(task, TextTask):
+    return sorted(task.splits)
+  return _seqio().splits(task, split, use_cached)
+
+
 def check(
   task: Provider,
   feature_lengths: Mapping[str, int],
@@ -93,6 +111,7 @@ def check(
 ) -> None:
   """Raises a UserError that lists every reason why T5 cannot read a task.
 
+  Downloads the data of a task that reads TFDS, if it is not on this machine.
   If `split` is None, only checks that the task can encode other texts.
   """
   if not isinstance(feature_lengths, Mapping):
@@ -116,13 +135,14 @@ def check(
       )
     elif not isinstance(length, int) or length < 1:
       wrong.append(f'{entry} is {length!r}, expected at least 1 token')
-  if split is not None and split not in task.splits:
-    splits = ', '.join(sorted(task.splits))
+  if split is not None:
+    there = splits(task, split, use_cached)
     own = isinstance(task, TextTask) and split in flags.SPLITS
-    wrong.append(
-      f'no split {split!r}; its splits: {splits}'
-      + (f'. Give its rows as a file: --{split}=FILE' if own else '')
-    )
+    if split not in there:
+      wrong.append(
+        f'no split {split!r}; its splits: {", ".join(there)}'
+        + (f'. Give its rows as a file: --{split}=FILE' if own else '')
+      )
   if not wrong:
     wrong = _labels_that_are_cut(task, feature_lengths['targets'])
   if wrong:

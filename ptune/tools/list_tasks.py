@@ -223,7 +223,7 @@ def examples(
   """
   from ptune.data import seqio_task
 
-  splits = list(task.splits)
+  splits = seqio_task.splits(task)
   split = split or ('train' if 'train' in splits else splits[0])
   source, features, metrics = _about(task)
   yield f'{task.name}: {source}'
