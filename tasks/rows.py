@@ -120,8 +120,13 @@ def decoded(line: bytes) -> str:
       'line, is not UTF-8'
     ) from None
   if '\0' in text:
-    raise BadRow(f'character {text.index(chr(0)) + 1} is NUL; this is not text')
+    raise BadRow(nul(text))
   return text
+
+
+def nul(text: str) -> str:
+  """Returns the error of a text that contains NUL."""
+  return f'character {text.index(chr(0)) + 1} is NUL; this is not text'
 
 
 def _checked(read: Callable[..., Row], *args: Any) -> Row | BadRow:

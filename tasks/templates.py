@@ -11,7 +11,7 @@ from absl import logging
 
 from ptune.errors import UserError, counted, nearest
 from ptune.tasks.metrics import UNLABELLED
-from ptune.tasks.rows import BadRow, Row
+from ptune.tasks.rows import BadRow, Row, nul
 from ptune.tasks.rows import listed as listed_columns
 
 SHOWN = 20  # Errors of bad rows that a message lists; it counts all.
@@ -99,6 +99,8 @@ def _value(row: Row, column: str) -> str:
       raise BadRow(f'column {column!r} is not Unicode: {error}') from None
     except ValueError as error:  # An integer of thousands of digits.
       raise BadRow(f'column {column!r}: {error}') from None
+    if '\0' in str(value):
+      raise BadRow(f'column {column!r}: {nul(str(value))}')
     return str(value)
   raise BadRow(f'column {column!r} is {kind}, expected a text or number')
 
@@ -106,6 +108,48 @@ def _value(row: Row, column: str) -> str:
 def _plain(value: Any) -> Any:
   """Converts a NumPy value, as in a DataFrame, to a Python value."""
   return value.item() if getattr(value, 'ndim', None) == 0 else value
+
+
+class Odd:
+  """Counts texts that are allowed and seldom meant, and warns of them.
+
+  These are texts without anything in the columns of their template, and texts
+  with control characters or the mark of characters that were lost.
+  """
+
+  def __init__(self, what: str, template: str):
+    """Starts with no texts.
+
+    Args:
+      what: 'inputs' or 'targets'.
+      template: The template that made the texts.
+    """
+    blank = dict.fromkeys(columns_of(template, what.upper()), '')
+    words = map(re.escape, fill(template, blank).split())
+    self._blank = re.compile(r'\s*'.join(['', *words, '']))
+    self._what, self._seen = what, 0
+    self._found: dict[str, list[str]] = {}
+
+  def see(self, where: str, text: str) -> None:
+    """Looks at a text; `where` is its row."""
+    self._seen += 1
+    if self._blank.fullmatch(text):
+      kind = f'{self._what} without any text'
+      self._found.setdefault(kind, []).append(where)
+    if found := _ODD.search(text):
+      kind = f'characters in the {self._what} that are no text'
+      self._found.setdefault(kind, []).append(f'{where}, {found[0]!a}')
+
+  def warn(self, name: str) -> None:
+    """Warns of what was found in the rows that are called `name`."""
+    for kind, places in self._found.items():
+      of = f'{len(places)} of {counted(self._seen, "row")}'
+      have = 'has' if len(places) == 1 else 'have'
+      logging.warning('%s: %s %s %s: %s', name, of, have, kind, some(places))
+
+
+# Control characters except blanks and line ends, and the mark of lost ones.
+_ODD = re.compile(r'[\x01-\x08\x0e-\x1f\x7f\ufffd]')
 
 
 # ---------------------------------------------------------------------- labels
@@ -309,6 +353,9 @@ def to_texts(
   """
   templates = templates_of(inputs, targets, label_names)
   texts: dict[str, list[str]] = {'inputs': [], 'targets': []}
+  odd = [Odd('inputs', inputs)]
+  if not label_names:
+    odd.append(Odd('targets', targets))
   bad = []
   for where, row in rows:
     try:
@@ -320,6 +367,8 @@ def to_texts(
       continue
     texts['inputs'].append(text)
     texts['targets'].append(target)
+    for one, written in zip(odd, (text, target), strict=False):
+      one.see(where, written)
   if bad and not skip_bad_rows:
     raise UserError(
       f'{counted(len(bad), "bad row")}; set SKIP_BAD_ROWS = True to leave out'
@@ -330,7 +379,17 @@ def to_texts(
   if not texts['inputs']:
     without = f', and {counted(len(bad), "bad one")}' if bad else ''
     raise UserError(f'{split} has no good rows{without}; expected at least one')
+  for one in odd:
+    one.warn(split)
   return texts
+
+
+def some(places: Sequence[str]) -> str:
+  """Returns the first places of rows, and how many others there are."""
+  first, others = list(places[:SHOWN_PLACES]), len(places) - SHOWN_PLACES
+  if others > 0:
+    first[-1] += f' and {counted(others, "other row")}'
+  return ', '.join(first)
 
 
 def listed(bad: Sequence[tuple[str, str]]) -> str:
@@ -344,10 +403,7 @@ def listed(bad: Sequence[tuple[str, str]]) -> str:
     places.setdefault(error, []).append(where)
   lines = []
   for error, found in places.items():
-    some, others = found[:SHOWN_PLACES], len(found) - SHOWN_PLACES
-    if others > 0:
-      some[-1] += f' and {counted(others, "other row")}'
-    lines.append(f'{", ".join(some)}: {error}')
+    lines.append(f'{some(found)}: {error}')
   if len(lines) > SHOWN:
     lines[SHOWN:] = [f'and {counted(len(lines) - SHOWN, "other error")}']
   return ''.join(f'\n  {line}' for line in lines)

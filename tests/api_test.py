@@ -521,6 +521,7 @@ NAN = float('nan')
       lambda run: run.predict(['a', 5]),
       r'inputs\[1\] is 5; expected a text, or',
     ),
+    (lambda run: run.predict(['a', 'b\0']), r'inputs\[1\]: .* 2 is NUL'),
     (lambda run: run.predict([{'x': 1}]), r"inputs\[0\]: no column 'inputs'"),
     (lambda run: run.predict({'inputs': NAN}), r'inputs\[0\]: .* is nan'),
     (lambda run: run.classify('a', ['yes']), 'expected a list of two texts'),
@@ -609,6 +610,7 @@ def test_a_bad_bank_is_named(base, run):
     (lambda: bank.add('two', np.zeros((2, 97))), r'must be \[prompt, 96\]'),
     (lambda: bank.remove('two'), "there is no prompt 'two'; there are one"),
     (lambda: bank.predict('a', 'one'), "inputs is str 'a'; expected a list of"),
+    (lambda: bank.predict(['\0'], 'one'), r'inputs\[0\]: .* 1 is NUL'),
     (lambda: bank.predict([5], 'one'), r'inputs\[0\] is 5; expected a text'),
     (lambda: bank.predict(['a'], None), 'prompts is NoneType None; expected a'),
     (

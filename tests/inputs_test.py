@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from ptune.data.inputs import read_inputs
+from ptune.errors import UserError
 from ptune.tasks import files
 from ptune.tasks.texts import TextTask
 
@@ -97,3 +98,18 @@ def test_all_bad_rows_are_named(tmp_path):
     texts('-', score=True)
   with pytest.raises(FileNotFoundError, match='no INFER_FILE'):
     texts(str(tmp_path / 'none.csv'))
+
+
+def test_inputs_that_are_seldom_meant_are_counted(tmp_path, caplog):
+  file = tmp_path / 'a.txt'
+  file.write_text('one\n\n \ntwo\x07\n')
+  assert len(read_inputs(str(file), PLAIN, score=False)) == 2
+  blank, odd = (r.getMessage().replace(str(file), 'F') for r in caplog.records)
+  assert blank == 'F: 2 blank lines without an answer: F:2, F:3'
+  assert odd == (
+    "F: 1 of 2 rows has characters in the inputs that are no text: F:4, '\\x07'"
+  )
+  file = tmp_path / 'a.jsonl'
+  file.write_text('{"inputs": "\\u0000"}\n')
+  with pytest.raises(UserError, match='is NUL; this is not text'):
+    read_inputs(str(file), PLAIN, score=False)

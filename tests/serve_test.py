@@ -151,6 +151,7 @@ WRONG = [
   ({'json': {'prompt': 'short', 'inputs': []}}, 422, 'inputs'),
   ({'json': {'prompt': 'short', 'inputs': ['a', 3]}}, 422, 'inputs'),
   ({'json': {'prompt': 'short'}}, 422, 'inputs: Field required'),
+  ({'json': {'prompt': 'short', 'inputs': 'a\0'}}, 422, 'is NUL'),
   ({'json': {'prompt': 'short', 'inputs': 'a', 'x': 1}}, 422, 'x: Extra'),
   ({'json': {'prompt': 'short', 'inputs': ['a'] * 1001}}, 413, 'at most 1000'),
   ({'content': b'{"prompt": '}, 422, 'JSON'),

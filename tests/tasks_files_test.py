@@ -12,6 +12,7 @@ import pytest
 
 from ptune.data import batches as data
 from ptune.data import seqio_task
+from ptune.errors import UserError
 from ptune.tasks import files
 
 LENGTHS = {'inputs': 32, 'targets': 8}
@@ -246,7 +247,7 @@ def test_an_open_quote_takes_no_other_row_with_it(tmp_path, caplog):
     ('{"text": 1e999, "label": 1}', "column 'text' is inf"),
     ('{"text": "a", "label": %s}' % ('9' * 5000), 'is not JSON: Exceeds'),
     ('[' * 100_000, 'is nested too deeply'),
-    ('{"text": "a\\u0000", "label": 7}', "unknown label '7'"),
+    ('{"text": "a\\u0000", "label": 7}', 'character 2 is NUL'),
   ],
 )
 def test_what_json_has_that_is_no_text_is_named(tmp_path, record, message):
@@ -694,3 +695,32 @@ def test_gin_files_and_flags_alone_make_a_task(sentiment, capsys):
   assert out.startswith('mine: your rows')
   assert 'accuracy, f1, invalid' in out
   assert "'text: 0 good film'" in out
+
+
+def test_rows_that_are_seldom_meant_are_counted(tmp_path, caplog):
+  rows = tmp_path / 'rows.tsv'
+  rows.write_text('a\tb\nso good\tyes\n \tno\nso\x1b bad\tno\n\tyes\n')
+
+  def texts(given, targets='{b}', labels=None):
+    caplog.clear()
+    if isinstance(given, list):
+      task = files.from_rows({'train': given}, 'x: {a}', targets, labels)
+    else:
+      task = files.from_files({'train': given}, 'x: {a}', targets, labels)
+    task.texts('train')
+    return [r.getMessage().replace(str(rows), 'F') for r in caplog.records]
+
+  assert texts(str(rows)) == [
+    'train: 2 of 4 rows have inputs without any text: F:3, F:5',
+    'train: 1 of 4 rows has characters in the inputs that are no text: F:4,'
+    " '\\x1b'",
+  ]
+  blank = [{'a': 'a', 'b': ' '}, {'a': 'x:', 'b': 'yes'}]
+  assert texts(blank) == [
+    'train: 1 of 2 rows has targets without any text: train[0]'
+  ]
+  blank[0]['b'] = ''  # The row has no label, which is said elsewhere.
+  assert texts(blank, labels=['no', 'yes']) == []
+  for row in ({'a': 'a\0', 'b': 'b'}, {'a': 'a', 'b': '\0'}):
+    with pytest.raises(UserError, match=r'train\[0\]: column .* is NUL; this'):
+      texts([row])

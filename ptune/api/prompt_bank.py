@@ -15,6 +15,8 @@ from ptune.data import bucketing, device_feed, padding, seqio_task
 from ptune.errors import UserError, check_counts
 from ptune.serving import ensemble, predictor
 from ptune.serving.bank import PromptBank
+from ptune.tasks.rows import nul
+from ptune.tasks.templates import Odd
 
 # A prompt: [prompt, embed], a file, a run, an adapter, or what `tune` returns.
 Prompt = np.ndarray | str | os.PathLike[str] | Tuned
@@ -115,7 +117,7 @@ class Bank:
     Raises:
       UserError: If a name is unknown, or there are not as many names as texts.
     """
-    texts = rows_lib.texts('inputs', inputs)
+    texts = _texts(inputs)
     if isinstance(prompts, str):
       names = [prompts] * len(texts)
     else:
@@ -141,7 +143,7 @@ class Bank:
       A text for each input. If answers have equally many votes, the one with
       the highest score wins (Lester et al. 2021, section 6).
     """
-    texts, names = rows_lib.texts('inputs', inputs), self.names
+    texts, names = _texts(inputs), self.names
     if prompts is not None:
       names = rows_lib.texts('prompts', prompts, 'a list of names')
     if not names:
@@ -181,6 +183,17 @@ class Bank:
     )
     by_row = dict(found)
     return [by_row[row] for row in range(len(examples))]
+
+
+def _texts(inputs: Sequence[str]) -> list[str]:
+  """The inputs as a list; refuses or warns of what is seldom meant."""
+  texts, odd = rows_lib.texts('inputs', inputs), Odd('inputs', '{inputs}')
+  for i, text in enumerate(texts):
+    if '\0' in text:
+      raise UserError(f'inputs[{i}]: {nul(text)}')
+    odd.see(f'inputs[{i}]', text)
+  odd.warn('inputs')
+  return texts
 
 
 def _checked(lengths: Mapping[str, int]) -> dict[str, int]:

@@ -23,7 +23,7 @@ from ptune.model import frozen_weights, parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.serving import predictor, trained_model
 from ptune.serving.evaluation import Evaluation
-from ptune.tasks.templates import columns_of, fill
+from ptune.tasks.templates import Odd, columns_of, fill
 from ptune.training import report
 from ptune.training.settings import Trained
 
@@ -356,7 +356,12 @@ class Tuned:
     rows = [inputs]
     if not one:
       rows = rows_lib.listed('inputs', inputs, rows_lib.QUESTIONS)
-    return [self._text(i, row) for i, row in enumerate(rows)], one
+    texts = [self._text(i, row) for i, row in enumerate(rows)]
+    odd = Odd('inputs', self._settings.template)
+    for i, text in enumerate(texts):
+      odd.see(f'inputs[{i}]', text)
+    odd.warn('inputs')
+    return texts, one
 
   def _text(self, number: int, row: Any) -> str:
     template = self._settings.template

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from absl import logging
 
 from ptune.convert import storage
 from ptune.data import seqio_task
@@ -13,7 +14,7 @@ from ptune.errors import UserError, counted
 from ptune.tasks import rows as rows_lib
 from ptune.tasks.metrics import UNLABELLED
 from ptune.tasks.rows import BadRow, Row
-from ptune.tasks.templates import columns_of, fill, listed
+from ptune.tasks.templates import Odd, columns_of, fill, listed, some
 from ptune.tasks.texts import TextTask
 
 NAME = 'INFER_FILE'
@@ -58,16 +59,19 @@ def read_inputs(
     rows = rows_lib.read_rows(file, NAME, may_be_empty=True)
   else:
     rows = _lines(file)
-  found, bad = [], []
+  found, bad, odd = [], [], Odd('inputs', _template(task) or '{inputs}')
   for where, row in rows:
     try:
       if isinstance(row, BadRow):
         raise row
-      found.append((where, _texts(row, task, score), row))
+      texts = _texts(row, task, score)
+      found.append((where, texts, row))
+      odd.see(where, texts['inputs'])
     except BadRow as error:
       bad.append((where, str(error)))
   if bad:
     raise UserError(f'{counted(len(bad), "bad row")}:{listed(bad)}')
+  odd.warn('stdin' if file == STDIN else file)
   return found
 
 
@@ -78,13 +82,26 @@ def _lines(file: str) -> Iterator[tuple[str, Row | BadRow]]:
     name, lines = 'stdin', rows_lib.split_lines(sys.stdin.buffer.read())
   else:
     name, lines = file, rows_lib.read_lines(file, NAME)
+  blank = []
   for number, line in enumerate(lines, start=1):
-    if line.strip():
+    if not line.strip():
+      blank.append(f'{name}:{number}')
+    else:
       where = f'{name}:{number}'
       try:
         yield where, {'inputs': rows_lib.decoded(line)}
       except BadRow as error:
         yield where, error
+  if lines and not lines[-1]:
+    del blank[-1]  # The end of the last line.
+  if blank:
+    skipped = f'{counted(len(blank), "blank line")} without an answer'
+    logging.warning('%s: %s: %s', name, skipped, some(blank))
+
+
+def _template(task: seqio_task.Provider) -> str | None:
+  own = task.templates if isinstance(task, TextTask) else None
+  return own and own.inputs
 
 
 def _texts(row: Row, task: seqio_task.Provider, score: bool) -> dict[str, str]:

@@ -26,6 +26,7 @@ from ptune.serving.bank import NAME, PromptBank, UnknownPrompt
 from ptune.serving.batching import Answer, Batcher, Full
 from ptune.serving.guard import Guard, Limits, Metrics, problem
 from ptune.serving.hosts import LOCAL, Hosts
+from ptune.tasks.rows import nul
 
 # The page loads nothing from elsewhere and talks to this server only.
 POLICY = (
@@ -199,7 +200,7 @@ class Service:
     """The tokens of each text, EOS included.
 
     Raises:
-      HTTPException: If a text is too long or is not valid Unicode.
+      HTTPException: If a text is too long, or is not valid text.
     """
     rows = []
     for i, text in enumerate(texts):
@@ -209,6 +210,8 @@ class Service:
         raise fastapi.HTTPException(
           422, f'{what} {i} is not valid text: it has lone surrogates'
         ) from None
+      if '\0' in text:
+        raise fastapi.HTTPException(422, f'{what} {i}: {nul(text)}')
       rows.append(np.asarray(self.encode(text), np.int32))
       if len(rows[-1]) > most:
         raise fastapi.HTTPException(
