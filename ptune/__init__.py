@@ -30,6 +30,7 @@ def __getattr__(name: str) -> Any:
   """Loads a name of `ptune.api` when it is first used."""
   if name not in __all__:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  importlib.import_module('ptune.host.collector').collect_rarely()
   found = getattr(importlib.import_module('ptune.api'), name)
   globals()[name] = found
   return found

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 from ptune.config import flags, gin_files, words
 from ptune.errors import UserError
-from ptune.host import paths, processes, terminal
+from ptune.host import collector, paths, processes, terminal
 from ptune.host.quiet import quiet_stderr
 
 # Programs that gin configures: module, function, help.
@@ -116,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   Raises:
     Exception: A bug in ptune or in a task, which users cannot fix.
   """
+  collector.collect_rarely()  # Before the imports.
   given = sys.argv[1:] if argv is None else list(argv)
   if given[:1] == ['tasks']:  # It has subcommands and its own gin flags.
     from ptune.tools import list_tasks
