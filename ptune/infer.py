@@ -15,6 +15,7 @@ from etils import epath
 from ptune.data import device_feed, padding, seqio_task
 from ptune.data.inputs import STDIN, read_inputs
 from ptune.errors import UserError
+from ptune.host.files import writing
 from ptune.model import parameters, partitioning
 from ptune.model.adapters import Method
 from ptune.model.models import Decoding, EncoderDecoderModel
@@ -273,15 +274,21 @@ def _write(
   partial = path.parent / f'.{path.name}.tmp'
   writes = jax.process_index() == 0
   count = 0
-  with partial.open('w') if writes else contextlib.nullcontext() as f:
-    for chunk in chunks:
-      records = answer(chunk, count)
-      count += len(records)
-      if f is not None:
-        f.writelines(to_json(record) + '\n' for record in records)
-        if shown is not None:
-          print(*(record[shown] for record in records), sep='\n')
-      logging.info('%d examples done', count)
+  try:
+    with writing(path):
+      with partial.open('w') if writes else contextlib.nullcontext() as f:
+        for chunk in chunks:
+          records = answer(chunk, count)
+          count += len(records)
+          if f is not None:
+            f.writelines(to_json(record) + '\n' for record in records)
+            if shown is not None:
+              print(*(record[shown] for record in records), sep='\n')
+          logging.info('%d examples done', count)
+  except OSError:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+    raise
   if writes and not count:
     partial.unlink()
   elif writes:

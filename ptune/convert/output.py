@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from etils import epath
 
 from ptune.errors import UserError
+from ptune.host.files import writing
+from ptune.host.paths import make_directory
 
 
 def check(
@@ -74,14 +76,15 @@ def new_directory(path: epath.Path) -> Iterator[epath.Path]:
   temporary = _beside(path, 'tmp')
   _make(path, temporary.mkdir)
   try:
-    yield temporary
-    if path.exists():
-      old = _beside(path, 'old')
-      path.rename(old)
-      temporary.rename(path)
-      _remove(old)
-    else:
-      temporary.rename(path)
+    with writing(path):
+      yield temporary
+      if path.exists():
+        old = _beside(path, 'old')
+        path.rename(old)
+        temporary.rename(path)
+        _remove(old)
+      else:
+        temporary.rename(path)
   finally:
     _remove(temporary)
 
@@ -92,8 +95,9 @@ def new_file(path: epath.Path) -> Iterator[epath.Path]:
   temporary = _beside(path, 'tmp')
   _make(path, temporary.touch)
   try:
-    yield temporary
-    temporary.replace(path)
+    with writing(path):
+      yield temporary
+      temporary.replace(path)
   finally:
     _remove(temporary)
 
@@ -101,7 +105,7 @@ def new_file(path: epath.Path) -> Iterator[epath.Path]:
 def _make(path: epath.Path, make: Callable[[], None]) -> None:
   """Makes the parent of an output, and its temporary file or directory."""
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     make()
   except OSError as error:
     raise UserError(

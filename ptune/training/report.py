@@ -1,6 +1,7 @@
 """The records of a run: a bar, metrics.jsonl, TensorBoard and curves.png."""
 
 import contextlib
+import io
 import json
 import os
 import time
@@ -287,9 +288,9 @@ def _shown(values: Mapping[str, float]) -> str:
 
 def plot(records: Sequence[Record], path: epath.Path) -> None:
   """Writes the figure of `draw` as a PNG."""
-  fig = draw(records)
-  with path.open('wb') as f:
-    fig.savefig(f, format='png', dpi=120)
+  drawn = io.BytesIO()
+  draw(records).savefig(drawn, format='png', dpi=120)
+  write_atomically(path, drawn.getvalue())
 
 
 def draw(records: Sequence[Record]) -> Any:

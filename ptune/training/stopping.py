@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from ptune.host.files import is_full
 from ptune.training import checkpoints
 
 # Seconds between two times at which the processes of a run ask each other.
@@ -92,9 +93,7 @@ def explained(directory: epath.Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    # Orbax, TensorStore and TensorFlow each have an exception of their own.
-    full = ('No space left on device', 'Disk quota exceeded')
-    if not any(text in f'{error} {error.__cause__}' for text in full):
+    if not is_full(error):
       raise
     steps = checkpoints.finished_steps(directory / 'checkpoints')
     raise OSError(
