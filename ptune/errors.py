@@ -29,9 +29,19 @@ def nearest(
   by_lower = {k.lower(): k for k in sorted(set(known))}
   near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=cutoff)
   if near:
-    return f'; did you mean {" or ".join(by_lower[k] for k in near)}?'
+    return f'; did you mean {" or ".join(_shown(by_lower[k]) for k in near)}?'
   listed = list(by_lower.values())
-  return f'; there are {", ".join(listed)}' if 0 < len(listed) <= most else ''
+  return (
+    f'; there are {", ".join(map(_shown, listed))}'
+    if 0 < len(listed) <= most
+    else ''
+  )
+
+
+def _shown(name: str) -> str:
+  """A name, in quotes if it has blanks at its ends or invisible characters."""
+  plain = name == name.strip() and name.isprintable() and name
+  return name if plain else repr(name)
 
 
 def counted(number: int, noun: str) -> str:

@@ -353,6 +353,9 @@ def to_texts(
   """
   templates = templates_of(inputs, targets, label_names)
   texts: dict[str, list[str]] = {'inputs': [], 'targets': []}
+  # Large files have few labels, so we read each value once.
+  known: dict[Any, str] = {}
+  column = templates.labels.column if templates.labels else None
   odd = [Odd('inputs', inputs)]
   if not label_names:
     odd.append(Odd('targets', targets))
@@ -361,7 +364,11 @@ def to_texts(
     try:
       if isinstance(row, BadRow):
         raise row
-      text, target = templates.of_inputs(row), templates.of_targets(row)
+      text, value = templates.of_inputs(row), row.get(column)
+      if not isinstance(value, str) or column is None:
+        target = templates.of_targets(row)
+      elif (target := known.get(value)) is None:
+        target = known[value] = templates.of_targets(row)
     except BadRow as error:
       bad.append((where, str(error)))
       continue

@@ -13,7 +13,7 @@ import pytest
 from ptune.data import batches as data
 from ptune.data import seqio_task
 from ptune.errors import UserError
-from ptune.tasks import files
+from ptune.tasks import files, templates
 
 LENGTHS = {'inputs': 32, 'targets': 8}
 NAMES = ['negative', 'positive']
@@ -724,3 +724,23 @@ def test_rows_that_are_seldom_meant_are_counted(tmp_path, caplog):
   for row in ({'a': 'a\0', 'b': 'b'}, {'a': 'a', 'b': '\0'}):
     with pytest.raises(UserError, match=r'train\[0\]: column .* is NUL; this'):
       texts([row])
+
+
+def test_a_column_with_invisible_characters_is_shown_in_quotes():
+  for name in (' s', 's\r', '\ufeffs'):
+    task = files.from_rows({'train': [{name: 'a', 'b': 'b'}]}, '{s}', '{b}')
+    with pytest.raises(UserError, match='did you mean') as error:
+      task.texts('train')
+    assert str(error.value).endswith(f'did you mean {name!r}?')
+
+
+def test_a_label_is_read_once(monkeypatch):
+  read = []
+  original = templates._label
+  monkeypatch.setattr(
+    templates, '_label', lambda *args: read.append(0) or original(*args)
+  )
+  rows = [{'a': 'a', 'b': str(i % 2)} for i in range(9)]
+  task = files.from_rows({'train': rows}, '{a}', '{b}', ['no', 'yes'])
+  assert task.texts('train')['targets'] == ['no', 'yes'] * 4 + ['no']
+  assert len(read) == 2

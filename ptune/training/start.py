@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -149,7 +149,8 @@ def facts_of(
     **({'privacy': data.privacy.facts()} if data.privacy else {}),
   }
   if isinstance(task, TextTask):
-    found['rows'] = _digest(task.training('train')[:2])
+    inputs, targets, _ = task.training('train')
+    found['rows'] = _digest(inputs, targets)
   if evaluation is not None:
     found |= _facts_of_choice(task, evaluation, data.batch_size)
   return found
@@ -169,7 +170,7 @@ def _facts_of_choice(
   if isinstance(task, TextTask):
     texts = task.texts(evaluation.split or '')
     found['rank'] = task.rank
-    found['eval_rows'] = _digest([texts['inputs'], texts['targets']])
+    found['eval_rows'] = _digest(texts['inputs'], texts['targets'])
     if evaluation.best_metric is None:  # The mean of these is the score.
       found['metrics'] = sorted(task.metrics)
   return found
@@ -191,9 +192,12 @@ def _name(function: Any) -> str:
   )
 
 
-def _digest(texts: Any) -> str:
+def _digest(inputs: Sequence[str], targets: Sequence[str]) -> str:
   """16 hexadecimal digits that are the same for the same texts."""
-  return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+  digest = hashlib.sha256()
+  for row in zip(inputs, targets, strict=True):  # No copy of all texts.
+    digest.update(json.dumps(row).encode())
+  return digest.hexdigest()[:16]
 
 
 def is_finished(
