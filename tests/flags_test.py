@@ -96,6 +96,10 @@ def test_rows_may_be_those_of_a_seqio_task():
   ('given', 'message'),
   [
     ({'train': 'a.csv', 'test': 'b.txt'}, "--test is 'b.txt'; expected a file"),
+    (
+      {'train': 'a.txt', 'inputs': '{t}', 'targets': '{l}'},
+      "--train is 'a.txt', which .* A task has its own inputs, targets; leave",
+    ),
     ({'method': 'lor'}, "there is no method 'lor'; did you mean lora"),
     ({'model': 't5_1_1_bas'}, 'did you mean t5_1_1_base'),
     ({'loss': 'privat'}, "there is no loss 'privat'; did you mean private"),

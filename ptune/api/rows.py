@@ -288,13 +288,7 @@ def prepared(
   given = {**flag_values, **settings(rows, directory)}
   train = rows['train']
   if isinstance(train, str) and not flags.is_file(train):
-    own = [name for name in ('inputs', 'targets', 'labels') if name in given]
-    if own:
-      raise UserError(
-        f'train is {train!r}, which does not end in'
-        f' {", ".join(flags.SUFFIXES)}, so it names a SeqIO task. A task has'
-        f' its own {", ".join(own)}; leave them out, or give a file'
-      )
+    flags.check_task(train, given)
     return given
   given.setdefault('inputs', '{inputs}')
   given.setdefault('targets', '{targets}')

@@ -380,7 +380,7 @@ def expand(
     run_file = 'tune' if rows and trains else 'train' if trains else program
     files.append(f'runs/{run_file}.gin')
   if rows:
-    bound |= _rows(rows)
+    bound |= _rows(rows, given)
     if 'TASK_FILES' in bound and run is None:
       files.append('tasks/from_files.gin')
     if not trains:
@@ -468,9 +468,27 @@ def _check_of_run(run: str, given: Mapping[str, Any]) -> None:
     )
 
 
-def _rows(rows: Mapping[str, str]) -> dict[str, Any]:
+def check_task(name: str, given: Mapping[str, Any], dashes: str = '') -> None:
+  """Refuses templates for rows that have theirs.
+
+  Args:
+    name: The setting `train`, which is not a file.
+    given: The other settings.
+    dashes: What settings begin with, for the message.
+  """
+  own = [name for name in ('inputs', 'targets', 'labels') if name in given]
+  if own:
+    raise UserError(
+      f'{dashes}train is {name!r}, which does not end in {", ".join(SUFFIXES)},'
+      f' so it names a SeqIO task. A task has its own {", ".join(own)}; leave'
+      ' them out, or give a file'
+    )
+
+
+def _rows(rows: Mapping[str, str], given: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the macros of the rows of some splits."""
   if list(rows) == ['train'] and not is_file(rows['train']):
+    check_task(rows['train'], given, '--')
     return {'MIXTURE_OR_TASK_NAME': rows['train']}
   if wrong := [split for split in rows if not is_file(rows[split])]:
     raise UserError(
