@@ -377,10 +377,12 @@ def to_texts(
     for one, written in zip(odd, (text, target), strict=False):
       one.see(where, written)
   if bad and not skip_bad_rows:
-    raise UserError(
-      f'{counted(len(bad), "bad row")}; set SKIP_BAD_ROWS = True to leave out'
-      f' bad rows:{listed(bad)}'
-    )
+    fix = '; set SKIP_BAD_ROWS = True to leave out bad rows'
+    if not texts['inputs']:  # Then nothing would be left.
+      fix = f', and {split} has no good one'
+      if any(why.startswith('no column') for _, why in bad):
+        fix += "; name its columns in INPUTS and TARGETS, as '{column}'"
+    raise UserError(f'{counted(len(bad), "bad row")}{fix}:{listed(bad)}')
   if bad:
     logging.warning('left out %s:%s', counted(len(bad), 'bad row'), listed(bad))
   if not texts['inputs']:

@@ -458,6 +458,11 @@ def test_the_columns_of_a_frame_are_texts(base):
     ({'base': None}, "base is NoneType 'None'; expected a base model"),
     ({'method': 'promt'}, "no method 'promt'; did you mean prompt"),
     ({'promt_length': 5}, "no setting 'promt_length'; did you mean prompt_len"),
+    ({'num_virtual_tokens': 5}, 'did you mean prompt_length'),
+    (
+      {'inputs': '{a}', 'targets': '{b}'},
+      'rows, and train has no good one; na',
+    ),
     ({'steps': 'many'}, "^steps .* is 'many'; expected a whole number"),
     ({'labels': ['yes']}, '^labels .*; expected a list with at least 2'),
     ({'learning_rate': float('nan')}, '^learning_rate .* is nan; expected a'),

@@ -81,6 +81,7 @@ def train_with(*more, without=(), **macros):
       ['train'],
       'no settings were given; usage:\n       ptune train --base=BASE',
     ),
+    (['train', '--lr', '0.3'], '--lr; did you mean --learning_rate'),
     (['train', '--modl_dir=/x'], '--modl_dir=/x; did you mean --model_dir'),
     (['train', '--process_count=2'], 'together, or none of them'),
     (

@@ -271,3 +271,9 @@ def test_a_run_in_a_directory_called_runs_is_no_gin_file(tmp_path, monkeypatch):
   (run / 'run.json').write_text('{"initial_checkpoint_path": "ptune://tiny"}')
   files, _ = flags.expand('eval', {}, (), 'runs/mine')
   assert files == ['runs/mine/config.gin', 'runs/eval.gin']
+
+
+def test_the_names_of_other_programs_are_not_ours():
+  known = {*flags.names(), *flags.NAMED}
+  assert {*flags.ELSEWHERE.values()} <= known
+  assert known.isdisjoint(flags.ELSEWHERE)

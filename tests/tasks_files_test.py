@@ -181,7 +181,9 @@ def test_bad_rows_are_all_named_by_file_and_line(tmp_path, name):
 def test_an_error_of_many_rows_is_told_once(tmp_path):
   rows = ''.join(f'row {i}\tnosuch\n' for i in range(30))
   file = write(tmp_path / 'a.tsv', f'text\tlabel\n{rows}last\t7\n')
-  with pytest.raises(ValueError, match=r'^31 bad rows;') as error:
+  with pytest.raises(
+    ValueError, match=r'^31 bad rows, and train has no good'
+  ) as error:
     texts(file, names=NAMES)
   first, second = str(error.value).splitlines()[1:]
   assert first.startswith(f'  {file}:2, {file}:3, ')

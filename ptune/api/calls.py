@@ -15,7 +15,7 @@ from ptune.convert import peft
 from ptune.convert.export import recorded_base
 from ptune.convert.hub import SCHEME, locate
 from ptune.convert.storage import read_json
-from ptune.errors import UserError, nearest
+from ptune.errors import UserError
 from ptune.host import paths
 from ptune.tasks.texts import TextTask
 from ptune.training import run_file
@@ -159,8 +159,7 @@ def tune(
   known = (*flags.names(), 'loss')
   if unknown := [name for name in settings if name not in known]:
     raise UserError(
-      f'tune() has no setting {unknown[0]!r}'
-      + nearest(unknown[0], [*known, *flags.NAMED], most=0)
+      f'tune() has no setting {unknown[0]!r}' + flags.suggested(unknown[0])
     )
   rows = rows_lib.taken('train', train)
   if validation is not None:

@@ -28,6 +28,24 @@ SHORT = {
   'seed': 'RANDOM_SEED',
   'steps': 'TRAIN_STEPS',
 }
+# What other programs call settings, for suggestions.
+ELSEWHERE = {
+  'batch': 'batch_size',
+  'dev': 'validation',
+  'epochs': 'steps',
+  'eval_file': 'validation',
+  'lr': 'learning_rate',
+  'max_length': 'task_feature_lengths',
+  'max_steps': 'steps',
+  'model_name_or_path': 'base',
+  'num_epochs': 'steps',
+  'num_train_epochs': 'steps',
+  'num_virtual_tokens': 'prompt_length',
+  'output_dir': 'model_dir',
+  'per_device_train_batch_size': 'batch_size',
+  'train_file': 'train',
+  'validation_file': 'validation',
+}
 SPLITS = ('train', 'validation', 'test')
 # Settings that are not macros: help, and an example.
 NAMED = {
@@ -256,12 +274,27 @@ def usage(program: str) -> str:
   return USAGES.get(program, f'ptune {program} --gin_file=FILE ... [FLAGS]')
 
 
+def suggested(name: str, dashes: str = '') -> str:
+  """Returns '; did you mean ...?' for a setting that does not exist.
+
+  Args:
+    name: The name that was given.
+    dashes: What settings begin with.
+  """
+  if name in ELSEWHERE:
+    return f'; did you mean {dashes}{ELSEWHERE[name]}?'
+  known = [dashes + flag for flag in (*names(), *NAMED)]
+  return nearest(dashes + name, known, most=0)
+
+
 def unknown_flags(program: str, unknown: Sequence[str]) -> str:
   """Returns unknown flags, each with the known flags most like it."""
-  known = [f'--{flag}' for flag in (*names(), *NAMED)]
   if program not in (*TRAINING, *ASKING):
     return ' '.join(unknown)
-  near = (nearest(flag.partition('=')[0], known, most=0) for flag in unknown)
+  near = (
+    suggested(flag[2:].partition('=')[0], '--') if flag[:2] == '--' else ''
+    for flag in unknown
+  )
   return ' '.join(map(str.__add__, unknown, near))
 
 
