@@ -68,6 +68,16 @@ def test_a_text_is_an_input_a_line_wherever_it_comes_from(
   assert [where for where, _, _ in found] == ['stdin:1', 'stdin:3']
 
 
+def test_a_line_fills_the_only_column_of_the_template(tmp_path):
+  rows = {'train': [{'title': 'a', 'stars': 1}]}
+  how = {'inputs': 'review: {title}!', 'targets': '{stars}'}
+  task = files.from_rows(rows, **how)
+  file = write(tmp_path / 'a.txt', 'so good\n')
+  assert texts(file, task) == [{'inputs': 'review: so good!'}]
+  finished = write(tmp_path / 'a.jsonl', '{"inputs": "review: so good!"}')
+  assert texts(finished, task) == texts(file, task)
+
+
 def test_all_bad_rows_are_named(tmp_path):
   file = write(
     tmp_path / 'a.jsonl',

@@ -26,11 +26,13 @@ def read_inputs(
 ) -> list[tuple[str, dict[str, str], Row]]:
   """Reads inputs, and targets if there are any.
 
-  In a text file, each line is an input; blank lines are skipped. A row of a
-  .tsv, .csv or .jsonl file has the columns in the template INPUTS. If the row
-  lacks them, or the task has no template, it has a column `inputs` with the
-  text after preprocessing. The same holds for TARGETS and `targets`. Without
-  `score`, only a column `targets` is read.
+  In a text file, each line is an input; blank lines are skipped. If INPUTS has
+  one column, a line is a text for this column, as in `Tuned.predict`; otherwise
+  it is the text after preprocessing. A row of a .tsv, .csv or .jsonl file has
+  the columns in the template INPUTS. If the row lacks them, or the task has no
+  template, it has a column `inputs` with the text after preprocessing. The same
+  holds for TARGETS and `targets`. Without `score`, only a column `targets` is
+  read.
 
   Args:
     file: The file, or '-' for the lines of standard input.
@@ -58,7 +60,7 @@ def read_inputs(
   if table:
     rows = rows_lib.read_rows(file, NAME, may_be_empty=True)
   else:
-    rows = _lines(file)
+    rows = _lines(file, _column(task))
   found, bad, odd = [], [], Odd('inputs', _template(task) or '{inputs}')
   for where, row in rows:
     try:
@@ -75,7 +77,7 @@ def read_inputs(
   return found
 
 
-def _lines(file: str) -> Iterator[tuple[str, Row | BadRow]]:
+def _lines(file: str, column: str) -> Iterator[tuple[str, Row | BadRow]]:
   if file == STDIN:
     if jax.process_count() > 1:
       raise UserError(f'{NAME} is -, which several processes cannot share')
@@ -89,7 +91,7 @@ def _lines(file: str) -> Iterator[tuple[str, Row | BadRow]]:
     else:
       where = f'{name}:{number}'
       try:
-        yield where, {'inputs': rows_lib.decoded(line)}
+        yield where, {column: rows_lib.decoded(line)}
       except BadRow as error:
         yield where, error
   if lines and not lines[-1]:
@@ -97,6 +99,12 @@ def _lines(file: str) -> Iterator[tuple[str, Row | BadRow]]:
   if blank:
     skipped = f'{counted(len(blank), "blank line")} without an answer'
     logging.warning('%s: %s: %s', name, skipped, some(blank))
+
+
+def _column(task: seqio_task.Provider) -> str:
+  """The column that a line of a text file fills."""
+  columns = columns_of(_template(task) or '{inputs}', 'INPUTS')
+  return columns[0] if len(columns) == 1 else 'inputs'
 
 
 def _template(task: seqio_task.Provider) -> str | None:
