@@ -119,7 +119,7 @@ def test_a_run_keeps_the_rows_from_python(base, run, tmp_path):
 
 def test_rows_are_kept_as_the_same_texts(tmp_path):
   numpy_row = {
-    't': np.str_('é\0\u2028"'),
+    't': np.str_('é\x01\u2028"'),
     'n': np.float32(0.1),
     'l': np.int64(1),
   }
