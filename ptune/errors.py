@@ -2,7 +2,7 @@
 
 import difflib
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -42,6 +42,13 @@ def _shown(name: str) -> str:
   """A name, in quotes if it has blanks at its ends or invisible characters."""
   plain = name == name.strip() and name.isprintable() and name
   return name if plain else repr(name)
+
+
+def some(names: Sequence[str], most: int = 10) -> str:
+  """Returns the first names, and how many others there are."""
+  others = len(names) - most
+  listed = ', '.join(map(repr, names[:most]))
+  return f'{listed} and {counted(others, "other")}' if others > 0 else listed
 
 
 def counted(number: int, noun: str) -> str:

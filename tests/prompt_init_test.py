@@ -181,7 +181,7 @@ def test_class_labels_beyond_the_prompt_are_left_out(vocabulary, caplog):
   (message,) = warnings_of(caplog)
   assert message == (
     'the prompt has 2 rows for 4 class labels;'
-    " these get no row: ['bad', 'good']"
+    " these get no row: 'bad', 'good'"
   )
 
 

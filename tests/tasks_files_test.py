@@ -746,3 +746,15 @@ def test_a_label_is_read_once(monkeypatch):
   task = files.from_rows({'train': rows}, '{a}', '{b}', ['no', 'yes'])
   assert task.texts('train')['targets'] == ['no', 'yes'] * 4 + ['no']
   assert len(read) == 2
+
+
+def test_labels_that_no_row_has_are_told(caplog):
+  rows = [{'a': 'a', 'b': 'yes'}, {'a': 'b', 'b': 'yes'}]
+  names = ['yes', *(f'no{i}' for i in range(12))]
+  task = files.from_rows({'train': rows, 'dev': rows}, '{a}', '{b}', names)
+  data.Batches(task, LENGTHS, 2)
+  said = [r.getMessage() for r in caplog.records if 'no row has' in r.msg]
+  assert said == [
+    "from_rows:train: no row has the label 'no0', 'no1', 'no2', 'no3', 'no4',"
+    " 'no5', 'no6', 'no7', 'no8', 'no9' and 2 others."
+  ]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from absl import logging
 
-from ptune.errors import UserError
+from ptune.errors import UserError, some
 from ptune.tasks.texts import TextTask
 
 
@@ -46,6 +46,11 @@ class TextRows:
       raise UserError(
         f'{task.name}:{self._split}: none of the {unlabelled} rows has a label,'
         ' expected one to train on'
+      )
+    found = set(targets)
+    if absent := [x for x in task.labels or () if x not in found]:
+      logging.warning(
+        '%s:%s: no row has the label %s.', task.name, self._split, some(absent)
       )
     for start in range(0, len(inputs), rows):
       stop = start + rows

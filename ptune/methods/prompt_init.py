@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from ptune.errors import UserError
+from ptune.errors import UserError, some
 from ptune.methods import prompt_array
 from ptune.methods.prompt_array import fit
 from ptune.model import parameters
@@ -160,7 +160,7 @@ def from_class_labels(
         'the prompt has %d rows for %d class labels; these get no row: %s',
         shape[0],
         len(rows),
-        names[shape[0] :],
+        some(names[shape[0] :]),
       )
     rows = rows[: shape[0]]
     prompt[: len(rows)] = fit(np.stack(rows), (len(rows), shape[1]), 'labels')

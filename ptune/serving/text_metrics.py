@@ -13,6 +13,7 @@ from ptune.data.padding import filled_up
 from ptune.errors import UserError
 from ptune.model.sizes import TokenIds
 from ptune.serving import predictions as predictions_lib
+from ptune.tasks.metrics import UNLABELLED
 from ptune.tasks.texts import TextTask
 from ptune.training import report as report_lib
 
@@ -65,6 +66,15 @@ class TextMetrics:
       rows.append((i, features))
       for name in cut:
         trimmed[name] += 1
+    targets = [texts.get('gold', texts['targets']) for texts in self._texts]
+    if task.labels and (unlabelled := targets.count(UNLABELLED)):
+      logging.warning(
+        '%s:%s: %d of %d rows have no label, and no metric counts them.',
+        task.name,
+        split,
+        unlabelled,
+        len(targets),
+      )
     say_trimmed(f'{task.name}:{split}', len(rows), trimmed, lengths)
     self.datasets = {task.name: rows}
     self._targets = [

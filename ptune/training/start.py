@@ -26,6 +26,7 @@ from ptune.model import parameters
 from ptune.model.adapters import Method
 from ptune.model.models import EncoderDecoderModel
 from ptune.model.sizes import Config
+from ptune.tasks.metrics import UNLABELLED
 from ptune.tasks.texts import TextTask
 from ptune.training import report, selection, settings
 from ptune.training.member import Member
@@ -63,11 +64,18 @@ def check_evaluation(
     and continues without evaluations: None.
 
   Raises:
-    UserError: If the task lacks another split than the default one, or if
-      EARLY_STOPPING or BEST_METRIC is set and nothing is evaluated.
+    UserError: If the task lacks another split than the default one, if no row
+      of the split has a label, or if EARLY_STOPPING or BEST_METRIC is set and
+      nothing is evaluated.
   """
   split = evaluation.split
   if split is not None and split in task.splits:
+    labelled = not isinstance(task, TextTask) or not task.labels
+    if not labelled and {*task.texts(split)['targets']} == {UNLABELLED}:
+      raise UserError(
+        f'none of the {split} rows has a label, so they cannot choose the best'
+        ' prompt. Give rows with labels, or none'
+      )
     return evaluation
   splits = ', '.join(sorted(task.splits))
   if split not in (None, 'validation'):
