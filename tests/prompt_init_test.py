@@ -180,8 +180,7 @@ def test_class_labels_beyond_the_prompt_are_left_out(vocabulary, caplog):
   np.testing.assert_allclose(value, want, rtol=1e-6)
   (message,) = warnings_of(caplog)
   assert message == (
-    'the prompt has 2 rows for 4 class labels;'
-    " these get no row: 'bad', 'good'"
+    "the prompt has 2 rows for 4 class labels; these get no row: 'bad', 'good'"
   )
 
 

@@ -67,7 +67,7 @@ def test_the_command_line_gets_its_own_words(says, tmp_path):
   assert f"--train names '{tmp_path}/rows.csv', which" in says(
     *train, model_dir
   )
-  (tmp_path / 'rows.csv').write_text('a,b\nx\n')
+  (tmp_path / 'rows.csv').write_text('a,b\nx,y\nx\n')
   assert 'set --skip_bad_rows=True to leave' in says(*train, model_dir)
   said = says(*train, '--seed=-1', '--gin.BATCH_SIZE=0')
   assert '--seed (' in said and '\nBATCH_SIZE (' in f'\n{said[13:]}'
@@ -111,7 +111,7 @@ def test_a_word_of_gin_stays_without_flags(says):
       {'bindings': ['x']},
       '^x has no value; expected NAME=VALUE, such as steps',
     ),
-    ({'inputs': '{a}'}, 'set skip_bad_rows=True to leave out'),
+    ({'train': [*ROWS, 5]}, 'set skip_bad_rows=True to leave out'),
     ({'train': 'no.csv'}, "^train names '.*/no.csv', which does not"),
   ],
 )
