@@ -145,6 +145,7 @@ def test_a_value_of_another_type_is_refused():
 def test_help_explains_what_the_program_reads(program, capsys):
   explained = flags.explained(program)
   assert next(iter(explained)) == 'most used'
+  assert explained['most used']['labels'].endswith(', such as no,yes')
   with pytest.raises(SystemExit):
     cli.main([program, '--help'])
   told = capsys.readouterr().out

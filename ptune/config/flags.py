@@ -147,7 +147,9 @@ def explained(program: str) -> dict[str, dict[str, str]]:
         what, example, _ = MACROS[macros[flag]]
       else:
         continue
-      example = example.strip("'")
+      example = re.sub(r"^'|'$", '', example)
+      if example.startswith("['"):  # As short as a flag may be: no,yes.
+        example = ','.join(ast.literal_eval(example))
       found.setdefault(title, {})[flag] = f'{what}, such as {example}'
   return found
 
