@@ -54,13 +54,17 @@ backend_config={"estimated_cycles":"100"}
 calls=%fused, backend_config={"estimated_cycles":"10"}
   %t5_attention.7 = (bf16[4,256,1024]{2,1,0:T(8,128)(2,1)}, \
 f32[4,16,1,256]{3,2,1,0:T(1,128)}) custom-call(%q, %q, %q), \
-custom_call_target="tpu_custom_call", operand_layout_constraints={\
-bf16[4,256,1024]{2,1,0}, bf16[4,512,1024]{2,1,0}}, \
-metadata={op_name="jit(step)/T/encoder/layers_0/attention/t5_attention"}
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"steps":"32"
+}}, metadata={op_name="jit(step)/T/encoder/layers_0/attention/t5_attention"}, \
+backend_config={"custom_call_config":{"body":"TUz", \
+"cost_estimate":{"flops":"8589934592","transcendentals":"7"}}}
   %r = f32[8,128]{1,0:T(8,128)} all-reduce-start(%w), to_apply=%fused
   ROOT %d = f32[8,128]{1,0:T(8,128)} all-reduce-done(%r)
 }
 """
+# Of the kernel in it.
+FLOPS = 8589934592
 
 
 def test_cycles_are_added_up_loops_as_often_as_they_run():
@@ -71,19 +75,17 @@ def test_cycles_are_added_up_loops_as_often_as_they_run():
   assert found.parts[tpu_compiler.REST].cycles == 10
   assert found.collectives == {'all-reduce': (1, 8 * 128 * 4)}
   assert found.kernels == {'t5_attention': 1}
-  # Two products of 4 rows, 256 queries, 512 keys and a width of 1024, at half
-  # of the peak.
-  flops = 2 * 2 * 4 * 256 * 512 * 1024
+  # A kernel for heads of 64 computes at half of the peak.
   chip = tpu_compiler.CHIPS['v5e']
   kernel = found.parts['encoder attention'].kernel_cycles
-  assert kernel == pytest.approx(2 * flops / chip.flops * chip.clock)
+  assert kernel == pytest.approx(2 * FLOPS / chip.flops * chip.clock)
   assert found.seconds('v5e') == pytest.approx((3110 + kernel) / chip.clock)
   assert not found.scheduled
   # A head of 64 fills less of a v6e's matrix units.
   chip = tpu_compiler.CHIPS['v6e']
   other = tpu_compiler.estimate(PROGRAM, 'v6e').parts['encoder attention']
   assert other.kernel_cycles == pytest.approx(
-    6 * flops / chip.flops * chip.clock
+    6 * FLOPS / chip.flops * chip.clock
   )
 
 
@@ -111,8 +113,7 @@ def test_products_are_counted_where_they_are_fused():
   found = tpu_compiler.estimate(PROGRAM, 'v5e').parts
   assert found['decoder MLP'].flops == 2 * 32 * 16 * 64 * 256
   assert found['encoder MLP'].flops == 0  # Additions are not products.
-  # Counts only the kernel, which has 4 rows.
-  assert found['encoder attention'].flops == 4 * 4 * 256 * 512 * 1024
+  assert found['encoder attention'].flops == FLOPS  # As the kernel says.
 
 
 @pytest.mark.parametrize(
@@ -152,33 +153,34 @@ def test_a_kernels_schedule_is_counted_where_it_was_written(tmp_path):
     tmp_path / '12-t5_attention.7-71-schedule-analysis_final_bundles.txt'
   ).touch()
   found = tpu_compiler.estimate(PROGRAM, 'v5e', str(tmp_path))
-  # Four rows, and pairs of 16 heads.
-  assert found.total.kernel_cycles == 5000 * 4 * 8
+  assert found.total.kernel_cycles == 5000 * 32
   assert found.scheduled
 
 
-def test_no_kernel_is_faster_than_its_products(tmp_path):
+def test_no_kernel_is_faster_than_its_products_or_its_copies(tmp_path):
   # The scheduler lets a matrix unit take more than it can compute.
   file = tmp_path / '12-t5_attention.7-72-final_bundles.txt'
   file.write_text('  0x0   : > { x }')
   found = tpu_compiler.estimate(PROGRAM, 'v5e', str(tmp_path)).total
   chip = tpu_compiler.CHIPS['v5e']
-  flops = 2 * 2 * 4 * 256 * 512 * 1024
-  assert found.kernel_cycles == pytest.approx(flops / chip.flops * chip.clock)
+  assert found.kernel_cycles == pytest.approx(FLOPS / chip.flops * chip.clock)
+  idle = PROGRAM.replace(f'"flops":"{FLOPS}"', '"flops":"1"')
+  found = tpu_compiler.estimate(idle, 'v5e', str(tmp_path)).total
+  # q, k, v and y in bfloat16, and the log-sums.
+  moved = 4 * 4 * 256 * 1024 * 2 + 4 * 16 * 256 * 4
+  assert found.kernel_cycles == pytest.approx(
+    moved / chip.bandwidth * chip.clock
+  )
 
 
-def test_cross_attention_is_counted_by_row():
-  about = 'operand_layout_constraints={bf16[8,4,16,256]{3,2,1,0}, bf16[4,624,'
-  about += '256]{2,1,0}, f32[4,1,624]{2,1,0}}'
-  one, two = 'bf16[8,4,16,256]{3,2,1,0}', 'bf16[4,624,256]{2,1,0}'
-  product = 2 * 8 * 4 * 16 * 256 * 624
-  for kind, name, products in (
-    (one, 't5_cross_attention.3', 2),
-    (one, 't5_cross_attention_backward.4', 3),  # Nobody trains the inputs.
-    (f'({one}, {two})', 't5_cross_attention_backward.4', 5),
-  ):
-    found = tpu_compiler._attention(f'{kind} custom-call(%a), {about}', name)
-    assert found == (4, products * product)
+@pytest.mark.parametrize('name', tpu_compiler.RATES)
+def test_kernels_without_a_schedule_compute_at_their_rate(name):
+  program = PROGRAM.replace('%t5_attention.7', f'%{name}.7')
+  found = tpu_compiler.estimate(program, 'v5e')
+  chip = tpu_compiler.CHIPS['v5e']
+  expected = FLOPS / tpu_compiler.RATES[name] / chip.flops * chip.clock
+  assert found.total.kernel_cycles == pytest.approx(expected)
+  assert found.kernels == {name: 1}
 
 
 def test_a_deeper_network_has_more_of_what_layers_cost():
@@ -375,6 +377,7 @@ OPTIONS = {
     {'network': {'fused_attention': False}},
     {'forward': 0, 'backward': 0},
   ),
+  'FUSED_MLP': ({'network': {'fused_mlp': False}}, {}),
   'length_multiple': ({'network': {'length_multiple': 128}}, {}),
   '16 targets': ({'lengths': {'targets': 16}}, {'cross': 1}),
   'PACK': ({'pack': 2}, {'reduced': 12}),

@@ -119,7 +119,7 @@ GROUPS = {
   ),
   'speed and memory': (
     *('dtype', 'frozen_dtype', 'microbatches', 'model_parallel', 'fsdp'),
-    *('remat', 'scan', 'fused_attention'),
+    *('remat', 'scan', 'fused_attention', 'fused_mlp'),
   ),
 }
 

@@ -62,6 +62,8 @@ class ModelConfig:
       backward pass computes the layer again.
     fused_attention: Whether an accelerator's fused kernel computes attention,
       if `fused` has one that fits; None does so on TPUs.
+    fused_mlp: The same of MLPs with frozen weights, for which only TPUs have
+      one.
     scan: Whether a loop computes the layers of a stack, see `scan`. It compiles
       faster. It needs less memory with remat, and more without, because the
       loop keeps everything that the backward pass may read.
@@ -78,6 +80,7 @@ class ModelConfig:
   fsdp: bool = False
   remat: bool = False
   fused_attention: bool | None = None
+  fused_mlp: bool | None = None
   scan: bool = False
   length_multiple: int | None = None
 

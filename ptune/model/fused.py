@@ -1,7 +1,8 @@
-"""Attention by an accelerator's fused kernel that supports T5's bias.
+"""Attention and MLPs by an accelerator's fused kernels.
 
-    NVIDIA GPU   cuDNN's kernel, through jax.nn.dot_product_attention
-    TPU          our own kernels, `tpu_attention` and `tpu_cross_attention`
+    NVIDIA GPU   cuDNN's attention, through jax.nn.dot_product_attention
+    TPU          our own kernels, `tpu_attention`, `tpu_cross_attention` and
+                 `tpu_mlp`
 
 The kernels keep no weights [batch, heads, q, k] for the backward pass but
 compute them again. Like `Attention`, they sum weights in float32. `Attention`
@@ -9,12 +10,14 @@ itself computes the cases that they do not support or that are too small:
 float32, unusual head sizes, short sequences.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from ptune.model import tpu_attention, tpu_cross_attention
+from ptune.model import tpu_attention, tpu_cross_attention, tpu_mlp
 from ptune.model.tpu_attention import MASKED
 
 # The smallest numbers of queries and keys for which kernels are used.
@@ -56,7 +59,7 @@ def fits(
   """
   kernel = platform()
   (rows, queries, heads, head_dim), keys = q.shape, k.shape[1]
-  here = _heads_here(wanted, q.dtype, rows, heads)
+  here = _on_device(wanted, q.dtype, rows, heads)
   if not here or min(queries, keys) < LEAST:
     return False
   if kernel == 'cuda':
@@ -86,7 +89,7 @@ def fits_absorbed(
     mask: As for `attend_absorbed`.
   """
   (rows, queries, heads, embed), keys = asked.shape, x.shape[1]
-  here = _heads_here(wanted, x.dtype, rows, heads)
+  here = _on_device(wanted, x.dtype, rows, heads)
   return (
     here > 0
     and platform() == 'tpu'
@@ -97,10 +100,36 @@ def fits_absorbed(
   )
 
 
-def _heads_here(
-  wanted: bool | None, dtype: jnp.dtype, rows: int, heads: int
+def fits_mlp(
+  wanted: bool | None,
+  dtype: jnp.dtype,
+  shape: tuple[int, ...],
+  hidden: int,
+  kernels: int,
+) -> bool:
+  """Whether `mlp_sublayer` supports these sizes, and should be used.
+
+  Args:
+    wanted: FUSED_MLP; None follows `DEFAULT`.
+    dtype: Type of the activations.
+    shape: [batch, length, embed].
+    hidden: Number of hidden units.
+    kernels: Number of kernels before the activations.
+  """
+  rows, length, embed = shape
+  here = _on_device(wanted, dtype, rows, hidden, 'mlp')
+  return (
+    here > 0
+    and platform() == 'tpu'
+    and length >= LEAST
+    and tpu_mlp.tile_size(embed, here, kernels + 1) > 0
+  )
+
+
+def _on_device(
+  wanted: bool | None, dtype: jnp.dtype, rows: int, n: int, axis: str = 'heads'
 ) -> int:
-  """How many heads a device has; 0 if no kernel should be used."""
+  """How many heads, or units, a device has; 0 if no kernel should be used."""
   if wanted is None:
     wanted = platform() in DEFAULT
   mesh = jax.sharding.get_abstract_mesh()
@@ -111,8 +140,8 @@ def _heads_here(
     or (mesh.empty and jax.device_count() > 1)
   ):
     return 0
-  split = [mesh.shape[axis] if axis else 1 for axis in _spec()]
-  return 0 if rows % split[0] or heads % split[1] else heads // split[1]
+  split = [mesh.shape[over] if over else 1 for over in _spec(axis)]
+  return 0 if rows % split[0] or n % split[1] else n // split[1]
 
 
 def attend(
@@ -162,6 +191,17 @@ def attend_absorbed(
   return tpu_cross_attention.attend(asked, x, mask, kept, _spec())
 
 
+def mlp_sublayer(
+  x: jax.Array,
+  weights: tpu_mlp.Weights,
+  activations: tuple[Callable[[jax.Array], jax.Array], ...],
+  epsilon: float,
+) -> jax.Array:
+  """`tpu_mlp.sublayer` over the mesh."""
+  settings = tpu_mlp.Settings(activations, epsilon, _spec('mlp'))
+  return tpu_mlp.sublayer(x, weights, settings)
+
+
 def _cudnn(q, k, v, bias) -> jax.Array:
   (rows, queries, heads, _), keys = q.shape, k.shape[1]
   bias = jnp.broadcast_to(bias, (rows, heads, queries, keys)).astype(q.dtype)
@@ -192,9 +232,13 @@ def _cudnn_kernel(q, k, v, bias) -> jax.Array:
   )
 
 
-def _spec() -> tuple[str | None, str | None]:
-  """The mesh axes over which rows and heads are sharded."""
-  if jax.sharding.get_abstract_mesh().empty:
+def _spec(axis: str = 'heads') -> tuple[str | None, str | None]:
+  """The mesh axes over which rows and heads, or another axis, are sharded."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return None, None
-  batch, heads = nn.logical_to_mesh_axes(('batch', 'heads')) or (None, None)
-  return batch, heads
+  axes = nn.logical_to_mesh_axes(('batch', axis)) or (None, None)
+  batch, other = (
+    over if over and mesh.shape[over] > 1 else None for over in axes
+  )
+  return batch, other

@@ -5,7 +5,7 @@ Parameters have the names and logical axes of T5X checkpoints. Layers compute in
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jax import lax
 
-from ptune.model import tpu_attention
-from ptune.model.adapters import Placement, adapt
+from ptune.model import fused, tpu_attention, tpu_mlp
+from ptune.model.adapters import Placement, adapt, matches
 from ptune.model.config import ModelConfig
 
 Initializer = Callable[..., jax.Array]
@@ -36,10 +36,14 @@ def _precisely(activation: Callable[[jax.Array], jax.Array]):
 
 ACTIVATIONS = {
   # The tanh approximation, with which T5 1.1 was trained.
-  'gelu': _precisely(nn.gelu),
+  'gelu': nn.gelu,
   'relu': nn.relu,
-  'silu': _precisely(nn.silu),
-  'linear': lambda x: x,
+  'silu': nn.silu,
+  'linear': tpu_mlp.identity,
+}
+_PRECISE = {
+  name: _precisely(activation) if name in ('gelu', 'silu') else activation
+  for name, activation in ACTIVATIONS.items()
 }
 
 
@@ -269,6 +273,8 @@ class Mlp(nn.Module):
 
   Sites: `wi` or `wi_0`, `wi_1` (before the activation), `hidden` [batch,
   length, mlp], `wo` [batch, length, embed].
+
+  With `fused`, a TPU's kernel computes the sublayer, if it fits; None does so.
   """
 
   hidden: int
@@ -276,27 +282,92 @@ class Mlp(nn.Module):
   dtype: jnp.dtype = jnp.float32
   dropout_rate: float = 0.0
   placements: tuple[Placement, ...] = ()
+  fused: bool | None = None
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, *, enable_dropout: bool = False
+    self,
+    x: jax.Array,
+    *,
+    enable_dropout: bool = False,
+    around: tuple[jax.Array, jax.Array | None] | None = None,
   ) -> jax.Array:
-    """Maps [batch, length, embed] to the same shape."""
+    """Maps [batch, length, embed] to the same shape.
+
+    Args:
+      x: [batch, length, embed].
+      enable_dropout: Whether hidden units are dropped.
+      around: If `fuses`: the scale [embed] of the norm and the dropout [batch,
+        1, embed] of the output or None. Then it computes the whole sublayer: x
+        is the residual stream, and so is the output.
+    """
+    dropout = nn.Dropout(
+      self.dropout_rate, broadcast_dims=(-2,), deterministic=not enable_dropout
+    )
+    if around is not None:
+      *wi, wo = (found['kernel'] for found in self._parameters())
+      weights = tpu_mlp.Weights(
+        scale=around[0],
+        wi=tuple(wi),
+        wo=wo,
+        kept=kept_by(dropout, x.shape[0], self.hidden),
+        kept_out=around[1],
+      )
+      activations = tuple(ACTIVATIONS[name] for name in self.activations)
+      return fused.mlp_sublayer(x, weights, activations, LayerNorm.epsilon)
     h = None
-    for i, activation in enumerate(self.activations):
-      name = 'wi' if len(self.activations) == 1 else f'wi_{i}'
+    for name, activation in zip(self._names, self.activations, strict=True):
       y = Dense(self.hidden, ('embed', 'mlp'), self.dtype, name=name)(x)
       y = constrain(y, 'batch', 'length', 'mlp')
       y = adapt(self, self.placements, name, x, y)
-      y = ACTIVATIONS[activation](y)
+      y = _PRECISE[activation](y)
       h = y if h is None else h * y
     assert h is not None, 'an MLP needs an activation'
-    h = adapt(self, self.placements, 'hidden', x, h)
-    h = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
-      h, deterministic=not enable_dropout
-    )
+    h = dropout(adapt(self, self.placements, 'hidden', x, h))
     out = Dense(x.shape[-1], ('mlp', 'embed'), self.dtype, name='wo')(h)
     return adapt(self, self.placements, 'wo', h, out)
+
+  @property
+  def _names(self) -> list[str]:
+    """The sites before the activations."""
+    n = len(self.activations)
+    return ['wi'] if n == 1 else [f'wi_{i}' for i in range(n)]
+
+  def _parameters(self) -> list[Mapping[str, jax.Array]]:
+    """Those of each of wi, and of wo."""
+    params = self.variables['params']
+    return [params[name] for name in (*self._names, 'wo')]
+
+  def fuses(self, x: jax.Array) -> bool:
+    """Whether a kernel computes the sublayer: nothing reads or changes a site.
+
+    Args:
+      x: [batch, length, embed], the residual stream.
+    """
+    path = '/'.join(self.path)
+    sites = (
+      path,
+      *(f'{path}/{site}' for site in (*self._names, 'hidden', 'wo')),
+    )
+    return (
+      not self.is_initializing()
+      and not self.is_mutable_collection('intermediates')
+      and not any(
+        matches(p.site, site) for p in self.placements for site in sites
+      )
+      and fused.fits_mlp(
+        self.fused, self.dtype, x.shape, self.hidden, len(self._names)
+      )
+      and not any('kernel_scale' in found for found in self._parameters())
+    )
+
+
+def kept_by(dropout: nn.Dropout, rows: int, width: int) -> jax.Array | None:
+  """What a dropout of [rows, length, width] multiplies with, the same for all
+  positions: [rows, 1, width], or None for no dropout."""
+  if dropout.deterministic or not dropout.rate:
+    return None
+  return dropout(jnp.ones((rows, 1, width)))
 
 
 def sublayer(
@@ -304,10 +375,11 @@ def sublayer(
   config: ModelConfig,
   placements: tuple[Placement, ...],
   site: str,
-  compute: Callable[[jax.Array], jax.Array],
+  compute: Callable[..., jax.Array],
   x: jax.Array,
   dropout: nn.Dropout,
   norm: str | None = None,
+  fuses: bool = False,
 ) -> jax.Array:
   """Norm, an attention or MLP, its site, and the residual connection.
 
@@ -322,13 +394,16 @@ def sublayer(
     x: [batch, length, embed] the residual stream.
     dropout: Dropout of that output.
     norm: The name of the norm in `pre_<norm>_layer_norm`; None for `site`.
+    fuses: Whether `compute` does all this, see `around` of `Mlp`.
 
   Returns:
     [batch, length, embed].
   """
-  h = LayerNorm(
-    jnp.dtype(config.dtype),
-    offset=config.norm_offset,
-    name=f'pre_{norm or site}_layer_norm',
-  )(x)
+  name = f'pre_{norm or site}_layer_norm'
+  if fuses:
+    scale = layer.variables['params'][name]['scale'] + config.norm_offset
+    return compute(x, around=(scale, kept_by(dropout, x.shape[0], x.shape[2])))
+  h = LayerNorm(jnp.dtype(config.dtype), offset=config.norm_offset, name=name)(
+    x
+  )
   return x + dropout(adapt(layer, placements, site, h, compute(h)))

@@ -155,12 +155,9 @@ class EncoderLayer(nn.Module):
       module = _attention(cfg, place, 'attention', kind)
       return module(h, h, mask, bias, enable_dropout=enable_dropout)
 
-    def mlp(h):
-      return _mlp(cfg, place)(h, enable_dropout=enable_dropout)
-
     x = adapt(self, place, 'input', x, x)
     x = add('attention', attention, x)
-    x = add('mlp', mlp, x)
+    x = mlp_sublayer(self, cfg, place, x, drop)
     return constrain(x, 'batch', 'length', 'embed')
 
 
@@ -210,16 +207,13 @@ class DecoderLayer(nn.Module):
       module = _attention(cfg, place, 'encoder_decoder_attention')
       return module(h, encoded, encoder_mask, enable_dropout=enable_dropout)
 
-    def mlp(h):
-      return _mlp(cfg, place)(h, enable_dropout=enable_dropout)
-
     x = adapt(self, place, 'input', x, x)
     x = add('self_attention', self_attention, x)
     if encoded is not None:
       x = add(
         'encoder_decoder_attention', cross_attention, x, norm='cross_attention'
       )
-    x = add('mlp', mlp, x)
+    x = mlp_sublayer(self, cfg, place, x, drop)
     return constrain(x, 'batch', 'length', 'embed')
 
 
@@ -240,12 +234,25 @@ def _attention(
   )
 
 
-def _mlp(cfg: T5Config, placements: tuple[Placement, ...]) -> Mlp:
-  return Mlp(
-    cfg.mlp_dim,
-    cfg.mlp_activations,
-    jnp.dtype(cfg.dtype),
-    cfg.dropout_rate,
+def mlp_sublayer(
+  layer: nn.Module,
+  config: T5Config,
+  placements: tuple[Placement, ...],
+  x: jax.Array,
+  dropout: nn.Dropout,
+) -> jax.Array:
+  """The MLP of a layer, as `sublayer`; one kernel computes it if it fits."""
+  mlp = Mlp(
+    config.mlp_dim,
+    config.mlp_activations,
+    jnp.dtype(config.dtype),
+    config.dropout_rate,
     placements,
+    config.fused_mlp,
     name='mlp',
+  )
+  compute = functools.partial(mlp, enable_dropout=not dropout.deterministic)
+  fuses = mlp.fuses(x)
+  return sublayer(
+    layer, config, placements, 'mlp', compute, x, dropout, fuses=fuses
   )

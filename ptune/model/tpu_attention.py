@@ -419,12 +419,12 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, products):
   shapes = [jax.ShapeDtypeStruct(*shape) for _, *shape in out]
   return pl.pallas_call(
     functools.partial(kernel, head_dim=head_dim, size=size),
-    grid=(heads // group(heads, head_dim), q.shape[0]),
     in_specs=in_specs,
     out_specs=out_specs,
     out_shape=shapes,
     name=name,
     **call_settings(
+      (heads // group(heads, head_dim), q.shape[0]),
       ('parallel', 'arbitrary'),
       max(1.25 * taken, 16 * 2**20),
       (*inputs, *more, *shapes),
@@ -435,19 +435,21 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, products):
 
 
 def call_settings(
+  grid: tuple[int, ...],
   semantics: tuple[str, ...],
   needed: float,
   arrays: Sequence[Any],
   weights: int,
   flops: int,
 ) -> dict[str, Any]:
-  """Settings of `pl.pallas_call` that both kinds of attention share.
+  """Settings of `pl.pallas_call` that all our kernels share.
 
   Args:
+    grid: Its steps.
     semantics: The axes of the grid: 'parallel' or 'arbitrary'.
     needed: Bytes of VMEM.
     arrays: All inputs and outputs, or None.
-    weights: Number of attention weights.
+    weights: How many exponentials, or other such functions, are computed.
     flops: Operations of all products.
   """
   # Imported here because they are slow to import.
@@ -455,6 +457,9 @@ def call_settings(
   from jax.experimental.pallas import tpu as pltpu
 
   return {
+    'grid': grid,
+    # `tools.tpu_compiler` reads it in the compiled program.
+    'metadata': {'steps': str(math.prod(grid))},
     # Tests compute it on other devices, slowly.
     'interpret': platform() != 'tpu',
     'compiler_params': pltpu.CompilerParams(

@@ -230,12 +230,12 @@ def _call(name, kernel, inputs, more, outputs, products: int):
   shapes = [jax.ShapeDtypeStruct(inputs[i].shape, x.dtype) for i in outputs]
   return pl.pallas_call(
     kernel,
-    grid=(rows,),
     in_specs=[*specs, *(of_heads for _ in more)],
     out_specs=[specs[i] for i in outputs],
     out_shape=shapes,
     name=name,
     **tpu_attention.call_settings(
+      (x.shape[0],),
       ('parallel',),
       1.25 * _vmem_bytes(heads * queries, keys, width),
       (*inputs, *more, *shapes),

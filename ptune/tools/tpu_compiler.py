@@ -14,9 +14,9 @@ It is an estimate, not a measurement:
 - A Pallas kernel has none either. Where the bundles of its schedule are known
   (`dump_bundles`), they are counted as cycles: a lower bound, because waits for
   copies and for the matrix unit are not in them. No kernel counts less than its
-  products take at the peak. Elsewhere a kernel is taken to compute at
-  `Chip.kernel_rate` of the peak, about what its schedules say for heads of 64,
-  or at `CROSS_RATE`.
+  products take at the peak, or its arrays at the bandwidth. Elsewhere a kernel
+  is taken to compute at a part of the peak, about what its schedules say:
+  `Chip.kernel_rate` for attention with heads of 64, and `RATES`.
 """
 
 import collections
@@ -32,7 +32,7 @@ from typing import Any
 import jax
 
 from ptune.errors import UserError
-from ptune.model import tpu_attention, tpu_cross_attention
+from ptune.model import tpu_cross_attention, tpu_mlp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +89,14 @@ _CUBES = {
 # Both cores of a v4 are one device to JAX; libtpu takes them for two.
 _MEGACORE = {'chip_config_name': 'megacore'}
 
-# The part of the peak at which the kernels of cross-attention compute, by their
-# schedules on a v6e: a head is as wide as the network.
-CROSS_RATE = 0.7
+# The part of the peak at which other kernels compute, by their schedules on a
+# v6e. Their products are as wide as the network.
+RATES = {
+  tpu_cross_attention.FORWARD: 0.7,
+  tpu_cross_attention.BACKWARD: 0.7,
+  tpu_mlp.FORWARD: 0.9,
+  tpu_mlp.BACKWARD: 0.85,
+}
 
 # By the names of `plan.ACCELERATORS`; libtpu calls v7x tpu7x. Peak and
 # bandwidth are from the documentation of Google Cloud. The clock is the peak
@@ -180,7 +185,6 @@ REST = 'loss, optimizer and rest'
 # There are more of them in a deeper network.
 _IN_LAYERS = frozenset(name for name, _ in PARTS[:-2])
 
-_CROSS = (tpu_cross_attention.FORWARD, tpu_cross_attention.BACKWARD)
 _COLLECTIVES = (
   'all-reduce',
   'all-gather',
@@ -208,6 +212,9 @@ _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.<>-]+) = (.*)$')
 _CALLED = re.compile(
   r'(?:to_apply|calls|true_computation|false_computation)=%?([\w.<>-]+)'
 )
+# What a kernel says of itself. The first is printed on a line of its own.
+_STEPS = re.compile(r'\{\s*"steps":"(\d+)"\s*\}')
+_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _BUNDLE = re.compile(r'\s*0x[0-9a-f]+ ')
 # They name what is there already, or are counted where they are called.
 _FREE = {
@@ -439,7 +446,7 @@ def estimate(text: str, chip: str, schedules: str | None = None) -> Estimate:
   """
   computations: dict[str, list[tuple[str, str]]] = {}
   entry, lines = '', []
-  for line in text.splitlines():
+  for line in _STEPS.sub(r'{"steps":"\1"}', text).splitlines():
     if head := _COMPUTATION.match(line):
       lines = computations.setdefault(head[2], [])
       entry = head[2] if head[1] else entry
@@ -490,15 +497,19 @@ def estimate(text: str, chip: str, schedules: str | None = None) -> Estimate:
         cost.bytes += sum(_bytes(kinds.get(o, '')) for o in operands)
       if kernel:
         kernels[_label(name)] += times
-        steps, cost.flops = _attention(rest, name)
-        found = bundles(schedules, name) if schedules else 0
+        told = _STEPS.search(rest), _FLOPS.search(rest)
+        steps, cost.flops = (int(x[1]) if x else 0 for x in told)
+        found = bundles(schedules, name) if schedules and steps else 0
         scheduled &= found > 0
         about = CHIPS[chip]
         rate = about.flops / about.clock
         if not found:
-          crosses = _label(name) in _CROSS
-          rate *= CROSS_RATE if crosses else about.kernel_rate
-        cost.kernel_cycles = max(steps * found, cost.flops / rate)
+          rate *= RATES.get(_label(name), about.kernel_rate)
+        cost.kernel_cycles = max(
+          steps * found,
+          cost.flops / rate,
+          cost.bytes / about.bandwidth * about.clock,
+        )
       base = opcode.removesuffix('-start')
       if base in _COLLECTIVES:
         number, size = collectives.get(base, (0.0, 0.0))
@@ -513,34 +524,6 @@ def estimate(text: str, chip: str, schedules: str | None = None) -> Estimate:
 def _label(name: str) -> str:
   """'t5_attention.12' -> 't5_attention'."""
   return re.sub(r'(\.\d+)+$', '', name)
-
-
-def _attention(rest: str, name: str) -> tuple[int, float]:
-  """Steps of the grid, and FLOP, of a call of one of our kernels."""
-  label = _label(name)
-  constraints = rest.partition('operand_layout_constraints')[2]
-  arrays = [
-    [int(n) for n in shape.split(',')]
-    for shape in re.findall(r'bf16\[([\d,]+)\]', constraints)
-  ]
-  if len(arrays) < 2:
-    return 0, 0.0
-  keys = arrays[1][1]
-  if label in _CROSS:
-    rows = arrays[1][0]  # [rows, keys, embed]
-    products = 2
-    if label == tpu_cross_attention.BACKWARD:  # It has one output or two.
-      products = 1 + 2 * _split(rest)[0].count('bf16[')
-    return rows, products * 2.0 * math.prod(arrays[0]) * keys
-  # The log-sums, which both kernels have: [rows, heads, 1, queries].
-  sums = re.search(r'f32\[(\d+),(\d+),1,(\d+)\]', rest)
-  if not sums:
-    return 0, 0.0
-  rows, heads, queries = map(int, sums.groups())
-  width = arrays[1][2]
-  products = 5 if label == tpu_attention.BACKWARD else 2
-  groups = heads // tpu_attention.group(heads, width // heads)
-  return rows * groups, products * 2.0 * rows * queries * keys * width
 
 
 # ----------------------------------------------------------- Pallas' schedules
