@@ -218,10 +218,7 @@ MACROS = {
   **_each(
     or_none(_boolean),
     FUSED_ATTENTION=('fused attention; None: on TPUs only', 'True'),
-    FUSED_MLP=("fused MLPs, which only TPUs have; None: if they fit", "False"),
-      'fused MLPs; None: on TPUs, the only ones with a kernel',
-      'False',
-    ),
+    FUSED_MLP=('fused MLPs, which only TPUs have; None: there', 'True'),
   ),
   **_each(
     _boolean,
