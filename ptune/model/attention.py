@@ -12,17 +12,22 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
-from ptune.model import cache, fused
+from ptune.model import cache, fused, tpu_sublayer
 from ptune.model.adapters import Placement, adapt, placed
 from ptune.model.fused import MASKED
 from ptune.model.layers import (
   Dense,
   Initializer,
+  LayerNorm,
   constrain,
   kernel_init,
   product,
+  untouched,
 )
 from ptune.model.sizes import T5Config
+
+# The kernels of queries, keys and values, and their sites.
+PROJECTIONS = ('query', 'key', 'value')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -269,6 +274,7 @@ class Attention(nn.Module):
     cache_index: jax.Array | None = None,
     prefill: bool = False,
     enable_dropout: bool = False,
+    around: tuple[jax.Array, jax.Array | None] | None = None,
   ) -> jax.Array:
     """Attends from each query position to the keys that the mask allows.
 
@@ -282,10 +288,15 @@ class Attention(nn.Module):
         position 0, makes the cache for as many positions as its inputs have.
       prefill: Whether the first call writes its own keys and values to it.
       enable_dropout: Whether attention weights are dropped.
+      around: If `fuses`: the scale [embed] of the norm and the dropout [batch,
+        1, embed] of the output or None. Then it computes the whole sublayer:
+        both inputs are the residual stream, and so is the output.
 
     Returns:
       [batch, q, embed].
     """
+    if around is not None:
+      return self._sublayer(inputs_q, mask, bias, enable_dropout, *around)
     q = self._project('query', inputs_q)
     if cache_index is None and self._absorbs(inputs_q, inputs_kv):
       y = self._absorbed(q, inputs_kv, mask, bias, enable_dropout)
@@ -294,6 +305,42 @@ class Attention(nn.Module):
         q, inputs_kv, mask, bias, cache_index, prefill, enable_dropout
       )
     return project_out(self, self.placements, y, inputs_q.shape[-1], self.dtype)
+
+  def fuses(
+    self, x: jax.Array, mask: jax.Array, bias: jax.Array | None
+  ) -> bool:
+    """Whether kernels can compute a sublayer of self-attention.
+
+    Args:
+      x: [batch, length, embed], the residual stream.
+      mask: As in a call.
+      bias: As in a call.
+    """
+    heads = (*x.shape[:2], self.num_heads, self.head_dim)
+    q = jax.ShapeDtypeStruct(heads, self.dtype)
+    sites = (*PROJECTIONS, 'keys', 'values')
+    return (
+      untouched(self, self.placements, PROJECTIONS, sites)
+      and fused.fits(self.fused, q, q, bias, mask)
+      and fused.fits_sublayer(
+        *(self.fused, self.dtype, x.shape, self.num_heads * self.head_dim),
+        *(len(PROJECTIONS), 'joined_kv'),
+      )
+    )
+
+  def _sublayer(self, x, mask, bias, enable_dropout, scale, kept_out):
+    """Norm, self-attention and residual connection: [b, t, embed]."""
+    params = self.variables['params']
+    wi = tuple(params[name]['kernel'] for name in PROJECTIONS)
+    weights = tpu_sublayer.Weights(scale, wi)
+    x, projected = fused.project(x, weights, LayerNorm.epsilon)
+    q, k, v = (
+      y.reshape(*y.shape[:2], self.num_heads, self.head_dim) for y in projected
+    )
+    kept = self._kept(v, enable_dropout)
+    y = fused.attend(q, k, v, bias, mask, kept)
+    y = project_out(self, self.placements, y, x.shape[-1], self.dtype)
+    return x + (y if kept_out is None else (y * kept_out).astype(y.dtype))
 
   def _project(self, site: str, x: jax.Array) -> jax.Array:
     """Makes queries, keys or values: [b, t, embed] -> [b, t, h, d]."""

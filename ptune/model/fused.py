@@ -2,7 +2,7 @@
 
     NVIDIA GPU   cuDNN's attention, through jax.nn.dot_product_attention
     TPU          our own kernels, `tpu_attention`, `tpu_cross_attention` and
-                 `tpu_mlp`
+                 `tpu_sublayer`
 
 The kernels keep no weights [batch, heads, q, k] for the backward pass but
 compute them again. Like `Attention`, they sum weights in float32. `Attention`
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from ptune.model import tpu_attention, tpu_cross_attention, tpu_mlp
+from ptune.model import tpu_attention, tpu_cross_attention, tpu_sublayer
 from ptune.model.tpu_attention import MASKED
 
 # The smallest numbers of queries and keys for which kernels are used.
@@ -100,29 +100,31 @@ def fits_absorbed(
   )
 
 
-def fits_mlp(
+def fits_sublayer(
   wanted: bool | None,
   dtype: jnp.dtype,
   shape: tuple[int, ...],
-  hidden: int,
-  kernels: int,
+  units: int,
+  products: int,
+  axis: str,
 ) -> bool:
-  """Whether `mlp_sublayer` supports these sizes, and should be used.
+  """Whether `mlp` or `project` supports these sizes, and should be used.
 
   Args:
-    wanted: FUSED_MLP; None follows `DEFAULT`.
+    wanted: FUSED_MLP or FUSED_ATTENTION; None follows `DEFAULT`.
     dtype: Type of the activations.
     shape: [batch, length, embed].
-    hidden: Number of hidden units.
-    kernels: Number of kernels before the activations.
+    units: Width of what the kernels after the norm give.
+    products: Number of all kernels.
+    axis: The logical axis of the units.
   """
   rows, length, embed = shape
-  here = _on_device(wanted, dtype, rows, hidden, 'mlp')
+  here = _on_device(wanted, dtype, rows, units, axis)
   return (
     here > 0
     and platform() == 'tpu'
     and length >= LEAST
-    and tpu_mlp.tile_size(embed, here, kernels + 1) > 0
+    and tpu_sublayer.tile_size(embed, here, products) > 0
   )
 
 
@@ -191,15 +193,23 @@ def attend_absorbed(
   return tpu_cross_attention.attend(asked, x, mask, kept, _spec())
 
 
-def mlp_sublayer(
+def mlp(
   x: jax.Array,
-  weights: tpu_mlp.Weights,
+  weights: tpu_sublayer.Weights,
   activations: tuple[Callable[[jax.Array], jax.Array], ...],
   epsilon: float,
 ) -> jax.Array:
-  """`tpu_mlp.sublayer` over the mesh."""
-  settings = tpu_mlp.Settings(activations, epsilon, _spec('mlp'))
-  return tpu_mlp.sublayer(x, weights, settings)
+  """`tpu_sublayer.mlp` over the mesh."""
+  settings = tpu_sublayer.Settings(activations, epsilon, _spec('mlp'))
+  return tpu_sublayer.mlp(x, weights, settings)
+
+
+def project(
+  x: jax.Array, weights: tpu_sublayer.Weights, epsilon: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """`tpu_sublayer.project` over the mesh."""
+  settings = tpu_sublayer.Settings((), epsilon, _spec('joined_kv'))
+  return tpu_sublayer.project(x, weights, settings)
 
 
 def _cudnn(q, k, v, bias) -> jax.Array:

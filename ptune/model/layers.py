@@ -5,7 +5,7 @@ Parameters have the names and logical axes of T5X checkpoints. Layers compute in
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jax import lax
 
-from ptune.model import fused, tpu_attention, tpu_mlp
+from ptune.model import fused, tpu_attention, tpu_sublayer
 from ptune.model.adapters import Placement, adapt, matches
 from ptune.model.config import ModelConfig
 
@@ -39,7 +39,7 @@ ACTIVATIONS = {
   'gelu': nn.gelu,
   'relu': nn.relu,
   'silu': nn.silu,
-  'linear': tpu_mlp.identity,
+  'linear': tpu_sublayer.identity,
 }
 _PRECISE = {
   name: _precisely(activation) if name in ('gelu', 'silu') else activation
@@ -305,8 +305,8 @@ class Mlp(nn.Module):
       self.dropout_rate, broadcast_dims=(-2,), deterministic=not enable_dropout
     )
     if around is not None:
-      *wi, wo = (found['kernel'] for found in self._parameters())
-      weights = tpu_mlp.Weights(
+      *wi, wo = self._kernels()
+      weights = tpu_sublayer.Weights(
         scale=around[0],
         wi=tuple(wi),
         wo=wo,
@@ -314,7 +314,7 @@ class Mlp(nn.Module):
         kept_out=around[1],
       )
       activations = tuple(ACTIVATIONS[name] for name in self.activations)
-      return fused.mlp_sublayer(x, weights, activations, LayerNorm.epsilon)
+      return fused.mlp(x, weights, activations, LayerNorm.epsilon)
     h = None
     for name, activation in zip(self._names, self.activations, strict=True):
       y = Dense(self.hidden, ('embed', 'mlp'), self.dtype, name=name)(x)
@@ -329,42 +329,59 @@ class Mlp(nn.Module):
 
   @property
   def _names(self) -> list[str]:
-    """The sites before the activations."""
+    """The kernels, and sites, before the activations."""
     n = len(self.activations)
     return ['wi'] if n == 1 else [f'wi_{i}' for i in range(n)]
 
-  def _parameters(self) -> list[Mapping[str, jax.Array]]:
-    """Those of each of wi, and of wo."""
+  def _kernels(self) -> list[jax.Array]:
+    """Those before the activations, and wo."""
     params = self.variables['params']
-    return [params[name] for name in (*self._names, 'wo')]
+    return [params[name]['kernel'] for name in (*self._names, 'wo')]
 
   def fuses(self, x: jax.Array) -> bool:
-    """Whether a kernel computes the sublayer: nothing reads or changes a site.
+    """Whether a kernel can compute the sublayer.
 
     Args:
       x: [batch, length, embed], the residual stream.
     """
-    path = '/'.join(self.path)
-    sites = (
-      path,
-      *(f'{path}/{site}' for site in (*self._names, 'hidden', 'wo')),
+    names = (*self._names, 'wo')
+    return untouched(
+      self, self.placements, names, (*names, 'hidden')
+    ) and fused.fits_sublayer(
+      self.fused, self.dtype, x.shape, self.hidden, len(names), 'mlp'
     )
-    return (
-      not self.is_initializing()
-      and not self.is_mutable_collection('intermediates')
-      and not any(
-        matches(p.site, site) for p in self.placements for site in sites
-      )
-      and fused.fits_mlp(
-        self.fused, self.dtype, x.shape, self.hidden, len(self._names)
-      )
-      and not any('kernel_scale' in found for found in self._parameters())
+
+
+def untouched(
+  module: nn.Module,
+  placements: tuple[Placement, ...],
+  kernels: Sequence[str],
+  sites: Sequence[str],
+) -> bool:
+  """Whether a module may be computed without its sites.
+
+  This is so if no adapter is placed at them or at the module itself, nothing
+  reads them, and its kernels are not int8.
+  """
+  path = '/'.join(module.path)
+  paths = (path, *(f'{path}/{site}' for site in sites))
+  return (
+    not module.is_initializing()
+    and not module.is_mutable_collection('intermediates')
+    and not any(matches(p.site, site) for p in placements for site in paths)
+    and not any(
+      'kernel_scale' in module.variables['params'][name] for name in kernels
     )
+  )
 
 
 def kept_by(dropout: nn.Dropout, rows: int, width: int) -> jax.Array | None:
-  """What a dropout of [rows, length, width] multiplies with, the same for all
-  positions: [rows, 1, width], or None for no dropout."""
+  """What a dropout that is the same for all positions of a row multiplies with.
+
+  Returns:
+    [rows, 1, width] with the draws of [rows, length, width]; None for no
+    dropout.
+  """
   if dropout.deterministic or not dropout.rate:
     return None
   return dropout(jnp.ones((rows, 1, width)))

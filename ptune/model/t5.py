@@ -147,16 +147,17 @@ class EncoderLayer(nn.Module):
       bias = relative_bias(cfg, bidirectional=True)(x.shape[1])
     add = functools.partial(sublayer, self, cfg, place, dropout=drop)
 
+    x = adapt(self, place, 'input', x, x)
     kind = Attention
     if cfg.local_radius:
       kind = functools.partial(LongAttention, radius=cfg.local_radius)
+    module = _attention(cfg, place, 'attention', kind)
 
-    def attention(h):
-      module = _attention(cfg, place, 'attention', kind)
-      return module(h, h, mask, bias, enable_dropout=enable_dropout)
+    def attention(h, **around):
+      return module(h, h, mask, bias, enable_dropout=enable_dropout, **around)
 
-    x = adapt(self, place, 'input', x, x)
-    x = add('attention', attention, x)
+    fuses = not cfg.local_radius and module.fuses(x, mask, bias)
+    x = add('attention', attention, x, fuses=fuses)
     x = mlp_sublayer(self, cfg, place, x, drop)
     return constrain(x, 'batch', 'length', 'embed')
 

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 
 from ptune.errors import UserError
-from ptune.model import tpu_cross_attention, tpu_mlp
+from ptune.model import tpu_cross_attention, tpu_sublayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +94,10 @@ _MEGACORE = {'chip_config_name': 'megacore'}
 RATES = {
   tpu_cross_attention.FORWARD: 0.7,
   tpu_cross_attention.BACKWARD: 0.7,
-  tpu_mlp.FORWARD: 0.9,
-  tpu_mlp.BACKWARD: 0.85,
+  tpu_sublayer.MLP: 0.9,
+  tpu_sublayer.MLP_BACKWARD: 0.85,
+  tpu_sublayer.PROJECT: 0.8,
+  tpu_sublayer.PROJECT_BACKWARD: 0.8,
 }
 
 # By the names of `plan.ACCELERATORS`; libtpu calls v7x tpu7x. Peak and

@@ -1,22 +1,23 @@
-"""A frozen MLP sublayer on a TPU: a Pallas kernel forward, and one backward.
+"""What follows a norm on a TPU: a frozen MLP, or attention's projections.
 
-    before = norm(x) wi,   y = x + kept_out (kept activation(before) wo)
+    project   before = norm(x) wi: queries, keys and values
+    mlp       before = norm(x) wi, y = x + kept_out (kept activation(before) wo)
 
-A gated MLP has two `wi`, and multiplies the activations of both. XLA computes
-each product by itself, and writes arrays of [batch, length, mlp] between them.
-Here one step of the grid computes a block of positions and a tile of hidden
-units, and reads nothing twice:
+XLA computes each product by itself, and reads and writes its operands each
+time. Here one step of the grid computes a block of positions and a tile of
+units with all kernels wi, and reads nothing twice:
 
-    grid            (rows, blocks of positions, tiles of hidden units)
+    grid            (rows, blocks of positions, tiles of units)
     x, y            [batch, length, embed]
-    before          [batch, length, mlp] for each wi, for the backward pass
-    kept            [batch, 1, mlp], the dropout of hidden units
-    kept_out        [batch, 1, embed], the dropout of the output
+    before          [batch, length, units] for each wi; an MLP returns it for
+                    the backward pass only
+    kept            [batch, 1, units], the dropout of an MLP's hidden units
+    kept_out        [batch, 1, embed], the dropout of its output
 
 The tiles of a block are summed in float32. If all weights fit into VMEM, they
 are read once. Otherwise, each block reads them again.
 
-If the norm or a kernel is trained, XLA computes the sublayer.
+If the norm or a kernel is trained, XLA computes all of it.
 """
 
 import functools
@@ -35,13 +36,14 @@ from ptune.model.tpu_attention import LANES, dot, on_mesh, up
 # Positions of a block, at most. More of them need larger programs; with fewer,
 # the matrix units wait for weights.
 POSITIONS = 320
-# Positions in a tile of bfloat16.
-SUBLANES = 16
+# Positions in a tile.
+SUBLANES = 8
 # The most cycles that the products of one step of the grid may take. The
 # program of a step has no loops, so it has about as many instructions.
 CYCLES = 40_000
-# Names of the two kernels in a compiled program.
-FORWARD, BACKWARD = 't5_mlp', 't5_mlp_backward'
+# Names of the kernels in a compiled program.
+MLP, MLP_BACKWARD = 't5_mlp', 't5_mlp_backward'
+PROJECT, PROJECT_BACKWARD = 't5_project', 't5_project_backward'
 
 
 def identity(x: jax.Array) -> jax.Array:
@@ -54,15 +56,15 @@ class Weights(NamedTuple):
 
   Attributes:
     scale: [embed], of the norm.
-    wi: The kernels before the activations, one or two of [embed, mlp].
-    wo: [mlp, embed].
-    kept: [batch, 1, mlp], multiplies the hidden units, or None.
+    wi: The kernels after the norm, each [embed, units].
+    wo: [units, embed], of an MLP.
+    kept: [batch, 1, units], multiplies the hidden units, or None.
     kept_out: [batch, 1, embed], multiplies the output, or None.
   """
 
   scale: Any
   wi: tuple[Any, ...]
-  wo: Any
+  wo: Any = None
   kept: Any = None
   kept_out: Any = None
 
@@ -71,32 +73,32 @@ class Settings(NamedTuple):
   """What is known when the program is traced.
 
   Attributes:
-    activations: The functions that follow each of wi, computed in float32.
+    activations: The functions that follow each of an MLP's wi, in float32.
     epsilon: Added to the mean square in the norm.
-    axes: The mesh axes over which rows and hidden units are sharded, if any.
+    axes: The mesh axes over which rows and units are sharded, if any.
   """
 
-  activations: tuple[Callable[[jax.Array], jax.Array], ...]
+  activations: tuple[Callable[[jax.Array], jax.Array], ...] = ()
   epsilon: float = 1e-6
   axes: tuple[str | None, str | None] = (None, None)
 
 
-def tile_size(embed: int, mlp: int, products: int) -> int:
-  """How many hidden units one step of the grid computes; 0 if none fit.
+def tile_size(embed: int, units: int, products: int) -> int:
+  """How many units one step of the grid computes; 0 if none fit.
 
   Args:
     embed: Width of the network.
-    mlp: Hidden units on one device.
-    products: Number of matrix products: 3 if the MLP is gated, else 2.
+    units: Units on one device.
+    products: Number of kernels, 3 for a gated MLP.
   """
-  if embed % LANES or mlp % LANES:
+  if embed % LANES or units % LANES:
     return 0
   usable = tpu_attention.USABLE * tpu_attention.vmem()
   per_unit = products * POSITIONS * embed / _rate()
-  for size in range(mlp, 0, -LANES):
+  for size in range(units, 0, -LANES):
     if (
-      mlp % size == 0
-      and _vmem_bytes(embed, mlp, products, size) <= usable
+      units % size == 0
+      and _vmem_bytes(embed, units, products, size) <= usable
       and (size * per_unit <= CYCLES or size == LANES)
     ):
       return size
@@ -112,29 +114,32 @@ def _rate() -> float:
   return 4 * pltpu.get_tpu_info().mxu_column_size ** 2
 
 
-def _resident(embed: int, mlp: int, products: int) -> bool:
+def _resident(embed: int, units: int, products: int) -> bool:
   """Whether all weights stay in VMEM."""
-  return 2 * products * embed * mlp <= 0.6 * tpu_attention.vmem()
+  return 2 * products * embed * units <= 0.6 * tpu_attention.vmem()
 
 
-def _vmem_bytes(embed: int, mlp: int, products: int, size: int) -> int:
+def _vmem_bytes(embed: int, units: int, products: int, size: int) -> int:
   """Estimates the VMEM of the backward kernel, which needs more."""
   # Of weights that are read again, one tile is copied and one in use.
-  units = mlp if _resident(embed, mlp, products) else 2 * size
-  weights = 2 * products * embed * units
+  here = units if _resident(embed, units, products) else 2 * size
+  weights = 2 * products * embed * here
   # So it is with inputs and outputs.
-  arrays = 2 * 2 * POSITIONS * (3 * embed + (products - 1) * size)
+  arrays = 2 * 2 * POSITIONS * (3 * embed + products * size)
   # The sum over tiles, the input of the products, and hidden units.
   return weights + arrays + POSITIONS * (6 * embed + 16 * size)
 
 
+# ------------------------------------------------------------------- functions
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def sublayer(x: jax.Array, weights: Weights, settings: Settings) -> jax.Array:
+def mlp(x: jax.Array, weights: Weights, settings: Settings) -> jax.Array:
   """x + kept_out ((kept prod(activation(norm(x) wi))) wo).
 
   Args:
     x: [batch, length, embed].
-    weights: The arrays of the sublayer; dropout has no gradient.
+    weights: The arrays; dropout has no gradient.
     settings: How to compute it.
 
   Returns:
@@ -143,83 +148,150 @@ def sublayer(x: jax.Array, weights: Weights, settings: Settings) -> jax.Array:
   return _forward(x, weights, settings, keep=False)[0]
 
 
-def plain(x: jax.Array, weights: Weights, settings: Settings) -> jax.Array:
-  """The same by XLA, which has the gradients of all arrays."""
-  scale, wi, wo, kept, kept_out = weights
-  wide = x.astype(jnp.float32)
-  h = (_unit(wide, settings) * scale[None, None]).astype(x.dtype)
-  hidden = 1.0 if kept is None else kept
-  for activation, kernel in zip(settings.activations, wi, strict=True):
-    before = jnp.einsum('bti,io->bto', h, kernel.astype(x.dtype))
-    hidden *= activation(before.astype(jnp.float32))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(
+  x: jax.Array, weights: Weights, settings: Settings
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """x, and norm(x) wi for each wi.
+
+  It returns x so that the backward pass can add the gradient that x gets from
+  the residual connection.
+
+  Args:
+    x: [batch, length, embed].
+    weights: The arrays, without wo and dropout.
+    settings: How to compute it.
+
+  Returns:
+    x, and arrays [batch, length, units] in the type of x.
+  """
+  return x, _forward(x, weights, settings, keep=True)[1]
+
+
+def _plain_mlp(x, weights, settings) -> jax.Array:
+  """`mlp` by XLA, which has the gradients of all arrays."""
+  _, before = _plain_project(x, weights, settings)
+  hidden = 1.0 if weights.kept is None else weights.kept
+  for activation, given in zip(settings.activations, before, strict=True):
+    hidden *= activation(given.astype(jnp.float32))
   hidden = hidden.astype(x.dtype)
-  y = jnp.einsum('bti,io->bto', hidden, wo.astype(x.dtype))
-  return x + (y if kept_out is None else (y * kept_out).astype(x.dtype))
+  y = jnp.einsum('bti,io->bto', hidden, weights.wo.astype(x.dtype))
+  if weights.kept_out is not None:
+    y = (y * weights.kept_out).astype(x.dtype)
+  return x + y
 
 
-def _unit(x: jax.Array, settings: Settings) -> jax.Array:
-  """Divides by the root mean square of the last axis, in float32."""
-  return x * _inverse(x, settings)
+def _plain_project(x, weights, settings):
+  """`project` by XLA."""
+  wide = x.astype(jnp.float32)
+  h = wide * _inverse(wide, settings) * weights.scale[None, None]
+  h = h.astype(x.dtype)
+  wi = (w.astype(x.dtype) for w in weights.wi)
+  return x, tuple(jnp.einsum('bti,io->bto', h, w) for w in wi)
 
 
 def _inverse(x: jax.Array, settings: Settings) -> jax.Array:
+  """One divided by the root mean square of the last axis."""
   mean = jnp.mean(lax.square(x), axis=-1, keepdims=True)
   return lax.rsqrt(mean + settings.epsilon)
 
 
-def _sublayer_forward(x, weights, settings):
+def _values(x, weights):
+  """The arrays, and whether one of the weights is trained."""
   # Each argument has a value, and says whether it is differentiated.
-  scale, wi, wo, kept, kept_out = weights
-  trained = any(w.perturbed for w in (scale, wo, *wi))
-  x, *arrays = tpu_attention.values(x, scale, wo, kept, kept_out, *wi)
-  scale, wo, kept, kept_out, *wi = arrays
-  weights = Weights(scale, tuple(wi), wo, kept, kept_out)
+  leaves, tree = jax.tree.flatten(
+    (x, weights), is_leaf=lambda a: hasattr(a, 'perturbed')
+  )
+  trained = any(leaf.perturbed for leaf in leaves[1:])
+  return *tree.unflatten([leaf.value for leaf in leaves]), trained
+
+
+def _mlp_forward(x, weights, settings):
+  x, weights, trained = _values(x, weights)
   if trained:
-    call = functools.partial(plain, settings=settings)
-    return jax.vjp(call, x, weights)
+    return jax.vjp(functools.partial(_plain_mlp, settings=settings), x, weights)
   y, before = _forward(x, weights, settings, keep=True)
   return y, (x, before, weights)
 
 
-def _sublayer_backward(settings, saved, dy):
-  if isinstance(dy, jax.custom_derivatives.SymbolicZero):
-    dy = jnp.zeros(dy.shape, dy.dtype)
+def _mlp_backward(settings, saved, dy):
+  dy = _materialized(dy)
   if not isinstance(saved, tuple):
     return saved(dy)
   x, before, weights = saved
-  dx = _backward(x, dy, before, weights, settings)
-  return dx, jax.tree.map(lambda _: None, weights)
+  return _backward(x, dy, before, weights, settings), _nothing(weights)
 
 
-sublayer.defvjp(_sublayer_forward, _sublayer_backward, symbolic_zeros=True)
+def _project_forward(x, weights, settings):
+  x, weights, trained = _values(x, weights)
+  if trained:
+    call = functools.partial(_plain_project, settings=settings)
+    return jax.vjp(call, x, weights)
+  _, before = _forward(x, weights, settings, keep=True)
+  return (x, before), (x, weights)
 
 
-def _specs(settings: Settings):
-  """Shardings of [batch, length, embed], [..., mlp], and the weights."""
+def _project_backward(settings, saved, given):
+  dx, dbefore = given[0], tuple(given[1])
+  dx, *dbefore = map(_materialized, (dx, *dbefore))
+  if not isinstance(saved, tuple):
+    return saved((dx, tuple(dbefore)))
+  x, weights = saved
+  dx = _backward(x, dx, tuple(dbefore), weights, settings)
+  return dx, _nothing(weights)
+
+
+def _materialized(x):
+  if isinstance(x, jax.custom_derivatives.SymbolicZero):
+    return jnp.zeros(x.shape, x.dtype)
+  return x
+
+
+def _nothing(weights: Weights) -> Weights:
+  """No gradients."""
+  return jax.tree.map(lambda _: None, weights)
+
+
+mlp.defvjp(_mlp_forward, _mlp_backward, symbolic_zeros=True)
+project.defvjp(_project_forward, _project_backward, symbolic_zeros=True)
+
+
+def _specs(weights: Weights, settings: Settings):
+  """Shardings of [batch, length, embed], [..., units], and the weights."""
   rows, units = settings.axes
   wide, middle = PartitionSpec(rows), PartitionSpec(rows, None, units)
   first, last = PartitionSpec(None, units), PartitionSpec(units)
-  return wide, middle, Weights(PartitionSpec(), first, last, middle, wide)
+  every = Weights(PartitionSpec(), first, last, middle, wide)
+  return wide, middle, every
 
 
 def _forward(x, weights, settings, keep):
-  """y, and, to `keep`, what comes before the activations."""
-  wide, middle, shardings = _specs(settings)
+  """An MLP's y or None, and, to `keep`, what the kernels wi give."""
+  wide, middle, shardings = _specs(weights, settings)
 
   def call(x, weights):
-    y, before = _call(FORWARD, x, None, None, weights, settings, keep)
-    return _summed(x, y, settings), before
+    y, before = _call(False, x, None, None, weights, settings, keep)
+    return None if y is None else _summed(x, y, settings), before
 
   call = on_mesh(call, (wide, shardings), (wide, middle))
   return call(x, _inputs(x, weights))
 
 
 def _backward(x, dy, before, weights, settings):
-  """The gradient of x."""
-  wide, middle, shardings = _specs(settings)
+  """The gradient of x.
+
+  Args:
+    x: The residual stream.
+    dy: The gradient of the output, which is a sum with x.
+    before: What comes before an MLP's activations, or the gradients of what
+      `project` returned.
+    weights: The arrays.
+    settings: How to compute it.
+  """
+  wide, middle, shardings = _specs(weights, settings)
 
   def call(x, dy, before, weights):
-    dx, _ = _call(BACKWARD, x, dy, before, weights, settings)
+    dx, _ = _call(True, x, dy, before, weights, settings)
     return _summed(dy, dx, settings)
 
   call = on_mesh(call, (wide, wide, middle, shardings), wide)
@@ -227,7 +299,7 @@ def _backward(x, dy, before, weights, settings):
 
 
 def _summed(x: jax.Array, y: jax.Array, settings: Settings) -> jax.Array:
-  """Adds up what devices with some of the hidden units have.
+  """Adds up what devices with some of the units have.
 
   A device that has all of them adds x in the kernel.
   """
@@ -241,7 +313,7 @@ def _inputs(x: jax.Array, weights: Weights) -> Weights:
   return Weights(
     scale.astype(jnp.float32)[None],
     tuple(w.astype(x.dtype) for w in wi),
-    wo.astype(x.dtype),
+    None if wo is None else wo.astype(x.dtype),
     None if kept is None else kept.astype(jnp.float32),
     None if kept_out is None else kept_out.astype(jnp.float32),
   )
@@ -263,20 +335,25 @@ def _forward_kernel(
   settings: Settings,
   size: int,
 ):
-  _, wi_refs, _, kept_ref, kept_out_ref = weights
+  _, wi_refs, wo_ref, kept_ref, kept_out_ref = weights
 
   @_at_first_tile
   def _():
-    h = _unit(x_ref[0].astype(jnp.float32), settings) * weights.scale[...]
+    x = x_ref[0].astype(jnp.float32)
+    h = x * _inverse(x, settings) * weights.scale[...]
     h_ref[...] = h.astype(h_ref.dtype)
 
   h = h_ref[...]
-  hidden = 1.0 if kept_ref is None else kept_ref[0]
+  before = []
   for i, w_ref in enumerate(wi_refs):
-    before = dot(h, _tile(w_ref, 1, size), (1, 0)).astype(h.dtype)
+    before.append(dot(h, _tile(w_ref, 1, size), (1, 0)).astype(h.dtype))
     if before_refs:
-      before_refs[i][0] = before
-    hidden *= settings.activations[i](before.astype(jnp.float32))
+      before_refs[i][0] = before[i]
+  if wo_ref is None:
+    return
+  hidden = 1.0 if kept_ref is None else kept_ref[0]
+  for activation, given in zip(settings.activations, before, strict=True):
+    hidden *= activation(given.astype(jnp.float32))
 
   def finish(y):
     if kept_out_ref is not None:
@@ -285,7 +362,7 @@ def _forward_kernel(
       y = x_ref[0].astype(jnp.float32) + y
     y_ref[0] = y.astype(y_ref.dtype)
 
-  part = dot(hidden.astype(h.dtype), _tile(weights.wo, 0, size), (1, 0))
+  part = dot(hidden.astype(h.dtype), _tile(wo_ref, 0, size), (1, 0))
   _add_up(part, sum_ref, finish)
 
 
@@ -302,31 +379,15 @@ def _backward_kernel(
   settings: Settings,
   size: int,
 ):
-  _, wi_refs, wo_ref, kept_ref, kept_out_ref = weights
-
-  @_at_first_tile
-  def _():
-    dy = dy_ref[0]
-    if kept_out_ref is not None:
-      dy = (dy.astype(jnp.float32) * kept_out_ref[0]).astype(dy.dtype)
-    dy_kept_ref[...] = dy
-
-  dhidden = dot(dy_kept_ref[...], _tile(wo_ref, 0, size), (1, 1))
-  if kept_ref is not None:
-    dhidden *= kept_ref[0]
-  # From here on in the type of x: in bfloat16, a register holds twice as much.
-  dhidden = dhidden.astype(x_ref.dtype)
-  found = [
-    _value_and_slope(activation, ref[0])
-    for activation, ref in zip(settings.activations, before_refs, strict=True)
-  ]
-  part = 0.0
-  for i, w_ref in enumerate(wi_refs):
-    factors = [x[i == j] for j, x in enumerate(found)]
-    dbefore = functools.reduce(
-      jnp.multiply, [x for x in factors if x is not None], dhidden
+  if weights.wo is None:
+    dbefore = [ref[0] for ref in before_refs]
+  else:
+    dbefore = _dbefore(
+      dy_ref, before_refs, weights, dy_kept_ref, settings, size
     )
-    part += dot(dbefore, _tile(w_ref, 1, size), (1, 1))
+  part = 0.0
+  for given, w_ref in zip(dbefore, weights.wi, strict=True):
+    part += dot(given, _tile(w_ref, 1, size), (1, 1))
 
   def finish(dh):
     x, dh = x_ref[0].astype(jnp.float32), dh * weights.scale[...]
@@ -338,6 +399,33 @@ def _backward_kernel(
     dx_ref[0] = dx.astype(dx_ref.dtype)
 
   _add_up(part, sum_ref, finish)
+
+
+def _dbefore(dy_ref, before_refs, weights, dy_kept_ref, settings, size):
+  """The gradients of what comes before an MLP's activations."""
+  _, _, wo_ref, kept_ref, kept_out_ref = weights
+
+  @_at_first_tile
+  def _():
+    dy = dy_ref[0]
+    if kept_out_ref is not None:
+      dy = (dy.astype(jnp.float32) * kept_out_ref[0]).astype(dy.dtype)
+    dy_kept_ref[...] = dy
+
+  dhidden = dot(dy_kept_ref[...], _tile(wo_ref, 0, size), (1, 1))
+  if kept_ref is not None:
+    dhidden *= kept_ref[0]
+  # From here on in the type of dy: in bfloat16, a register holds twice as much.
+  dhidden = dhidden.astype(dy_ref.dtype)
+  found = [
+    _value_and_slope(activation, ref[0])
+    for activation, ref in zip(settings.activations, before_refs, strict=True)
+  ]
+  for i in range(len(found)):
+    factors = [x[i == j] for j, x in enumerate(found)]
+    yield functools.reduce(
+      jnp.multiply, [x for x in factors if x is not None], dhidden
+    )
 
 
 def _value_and_slope(activation, x):
@@ -397,28 +485,30 @@ def _of_given(specs, inputs):
   )
 
 
-def _call(name, x, dy, before, weights, settings, keep=False):
+def _call(backward, x, dy, before, weights, settings, keep=False):
   """Calls a kernel on one device.
 
   Args:
-    name: FORWARD or BACKWARD.
+    backward: Whether it is the backward pass.
     x: The residual stream.
-    dy: The gradient of the output, for the backward pass.
-    before: What comes before the activations, for the backward pass.
+    dy: As for `_backward`, or None.
+    before: As for `_backward`, or None.
     weights: As `_inputs` returns them.
     settings: How to compute it.
-    keep: Whether to return what comes before the activations.
+    keep: Whether to return what the kernels wi give.
 
   Returns:
-    An array like x, and what comes before the activations or ().
+    An array like x, or None for projections forward; and what the kernels wi
+    give, or ().
   """
   # Imported here because they are slow to import.
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import tpu as pltpu
 
-  rows, length, embed = x.shape
-  units, kernels = weights.wo.shape[0], len(weights.wi)
-  sizes = embed, units, kernels + 1
+  is_mlp = weights.wo is not None
+  (rows, length, embed), kernels = x.shape, len(weights.wi)
+  units = weights.wi[0].shape[1]
+  sizes = embed, units, kernels + is_mlp
   size = tile_size(*sizes)
   tiles = units // size
   # Blocks of about the same size; the last one may end after the row.
@@ -442,30 +532,32 @@ def _call(name, x, dy, before, weights, settings, keep=False):
   )
   inputs = (x, dy, before, weights)
   specs = (wide, wide, (middle,) * kernels, of_weights)
+  sums = is_mlp or backward
   out = (
-    jax.ShapeDtypeStruct(x.shape, x.dtype),
+    jax.ShapeDtypeStruct(x.shape, x.dtype) if sums else None,
     (jax.ShapeDtypeStruct((rows, length, units), x.dtype),) * kernels * keep,
   )
+  name = (MLP, MLP_BACKWARD) if is_mlp else (PROJECT, PROJECT_BACKWARD)
   return pl.pallas_call(
     functools.partial(
-      _forward_kernel if name == FORWARD else _backward_kernel,
+      _backward_kernel if backward else _forward_kernel,
       settings=settings,
       size=size,
     ),
     in_specs=_of_given(specs, inputs),
-    out_specs=(wide, (middle,) * kernels * keep),
+    out_specs=(wide if sums else None, (middle,) * kernels * keep),
     out_shape=out,
     scratch_shapes=(
       pltpu.VMEM((block, embed), x.dtype),
-      pltpu.VMEM((block, embed), jnp.float32) if tiles > 1 else None,
+      pltpu.VMEM((block, embed), jnp.float32) if sums and tiles > 1 else None,
     ),
-    name=name,
+    name=name[backward],
     **tpu_attention.call_settings(
       (rows, blocks, tiles),
       ('parallel', 'parallel', 'arbitrary'),
       1.25 * _vmem_bytes(*sizes, size),
       jax.tree.leaves((inputs, out)),
-      rows * length * units,
+      rows * length * units * is_mlp,
       2 * math.prod(sizes) * rows * length,
     ),
   )(*inputs)

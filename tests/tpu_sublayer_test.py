@@ -13,14 +13,14 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ptune.methods import ia3
-from ptune.model import fused, layers, partitioning, sizes, t5, tpu_mlp
+from ptune.model import fused, layers, partitioning, sizes, t5, tpu_sublayer
 from ptune.model.adapters import Placement
 from tests.tpu_attention_test import assert_as_exact_as_bfloat16
 
 ROWS, LENGTH, EMBED, HIDDEN = 2, 150, 128, 384
 ACTIVATIONS = {
-  'gelu, gated': (nn.gelu, tpu_mlp.identity),
-  'silu, gated': (nn.silu, tpu_mlp.identity),
+  'gelu, gated': (nn.gelu, tpu_sublayer.identity),
+  'silu, gated': (nn.silu, tpu_sublayer.identity),
   'relu': (nn.relu,),
 }
 
@@ -35,7 +35,7 @@ def draw(kind='gelu, gated', dropout=True):
     return kept / np.float32(0.75) if dropout else None
 
   activations = ACTIVATIONS[kind]
-  weights = tpu_mlp.Weights(
+  weights = tpu_sublayer.Weights(
     scale=1 + make(EMBED) / 4,
     wi=tuple(make(EMBED, HIDDEN) / EMBED**0.5 for _ in activations),
     wo=make(HIDDEN, EMBED) / HIDDEN**0.5,
@@ -43,7 +43,7 @@ def draw(kind='gelu, gated', dropout=True):
     kept_out=keep(EMBED),
   )
   x, dy = make(ROWS, LENGTH, EMBED), make(ROWS, LENGTH, EMBED) / 16
-  return 2 * x, weights, tpu_mlp.Settings(activations), dy
+  return 2 * x, weights, tpu_sublayer.Settings(activations), dy
 
 
 def formula(x, weights, settings):
@@ -70,9 +70,9 @@ def derivatives(compute, x, weights, settings, dy, **trained):
 
 def small_tiles(monkeypatch):
   """Two blocks of positions, the second shorter, and three tiles."""
-  monkeypatch.setattr(tpu_mlp, 'POSITIONS', 80)
-  monkeypatch.setattr(tpu_mlp, 'CYCLES', 0)
-  assert tpu_mlp.tile_size(EMBED, HIDDEN, 3) == 128
+  monkeypatch.setattr(tpu_sublayer, 'POSITIONS', 80)
+  monkeypatch.setattr(tpu_sublayer, 'CYCLES', 0)
+  assert tpu_sublayer.tile_size(EMBED, HIDDEN, 3) == 128
 
 
 @pytest.mark.parametrize('dropout', [False, True])
@@ -84,15 +84,15 @@ def test_values_and_derivatives_are_those_of_the_formula(
   if tiles != 'one':
     small_tiles(monkeypatch)
   if tiles == 'many, read again':
-    monkeypatch.setattr(tpu_mlp, '_resident', lambda *_: False)
+    monkeypatch.setattr(tpu_sublayer, '_resident', lambda *_: False)
   x, weights, settings, dy = draw(kind, dropout)
   want = derivatives(formula, x, weights, settings, dy)
-  got = derivatives(tpu_mlp.sublayer, x, weights, settings, dy)
+  got = derivatives(tpu_sublayer.mlp, x, weights, settings, dy)
   assert all(np.abs(expected).max() > 0.1 for expected in want)
   for one, expected in zip(got, want, strict=True):
     np.testing.assert_allclose(one, expected, atol=1e-5)
   # Without a derivative, it keeps nothing.
-  y = tpu_mlp.sublayer(x, weights, settings)
+  y = tpu_sublayer.mlp(x, weights, settings)
   np.testing.assert_allclose(y, want[0], atol=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_in_bfloat16_it_is_as_exact_as_bfloat16():
   narrow = jnp.asarray(x, jnp.bfloat16)
   wide = narrow.astype(jnp.float32)
   want = derivatives(formula, wide, weights, settings, dy)
-  got = derivatives(tpu_mlp.sublayer, narrow, weights, settings, dy)
+  got = derivatives(tpu_sublayer.mlp, narrow, weights, settings, dy)
   assert_as_exact_as_bfloat16(got, want)
 
 
@@ -114,7 +114,7 @@ def test_on_a_mesh_each_device_has_its_rows_and_hidden_units(axes):
   with jax.set_mesh(mesh):
     x = jax.device_put(x, split)
     settings = settings._replace(axes=axes)
-    got = derivatives(tpu_mlp.sublayer, x, weights, settings, dy)
+    got = derivatives(tpu_sublayer.mlp, x, weights, settings, dy)
   assert got[0].sharding.is_equivalent_to(split, 3)
   for one, expected in zip(got, want, strict=True):
     np.testing.assert_allclose(one, expected, atol=1e-5)
@@ -138,13 +138,13 @@ def test_trained_weights_have_their_gradients_without_a_kernel(name):
   x, weights, settings, dy = draw()
   trained = {name: getattr(weights, name)}
   want = derivatives(formula, x, weights, settings, dy, **trained)
-  got = derivatives(tpu_mlp.sublayer, x, weights, settings, dy, **trained)
+  got = derivatives(tpu_sublayer.mlp, x, weights, settings, dy, **trained)
   for one, expected in zip(got, want, strict=True):
     np.testing.assert_allclose(one, expected, atol=1e-4)
 
   def loss(x, trained):
     weights_ = weights._replace(**trained)
-    return jnp.sum(tpu_mlp.sublayer(x, weights_, settings))
+    return jnp.sum(tpu_sublayer.mlp(x, weights_, settings))
 
   assert calls(jax.grad(loss, (0, 1)), x, trained) == []
   assert calls(jax.grad(loss), x, trained) == [3, 1]
@@ -181,11 +181,11 @@ class Layer(nn.Module):
 @contextlib.contextmanager
 def on_tpu():
   """Pretends that the device is a TPU; counts calls of the kernel."""
-  call = mock.Mock(side_effect=tpu_mlp.sublayer)
+  call = mock.Mock(side_effect=tpu_sublayer.mlp)
   with (
     mock.patch.object(fused, 'platform', lambda: 'tpu'),
     mock.patch.object(jax, 'device_count', lambda: 1),
-    mock.patch.object(tpu_mlp, 'sublayer', call),
+    mock.patch.object(tpu_sublayer, 'mlp', call),
   ):
     yield call
 
@@ -244,13 +244,13 @@ def test_it_is_used_where_it_fits():
 
 
 def test_tiles_follow_the_chip(monkeypatch):
-  assert tpu_mlp.tile_size(1024, 2816, 3) == 1408
-  assert tpu_mlp.tile_size(2048, 5120, 3) == 1280
+  assert tpu_sublayer.tile_size(1024, 2816, 3) == 1408
+  assert tpu_sublayer.tile_size(2048, 5120, 3) == 1280
   # XXL's weights do not fit into VMEM, and are read tile by tile.
-  assert tpu_mlp.tile_size(4096, 10240, 3) == 640
-  assert tpu_mlp.tile_size(1024, 2800, 3) == 0
-  assert tpu_mlp.tile_size(1000, 2816, 3) == 0
+  assert tpu_sublayer.tile_size(4096, 10240, 3) == 640
+  assert tpu_sublayer.tile_size(1024, 2800, 3) == 0
+  assert tpu_sublayer.tile_size(1000, 2816, 3) == 0
   # A v6e computes four times as much in a cycle.
-  monkeypatch.setattr(tpu_mlp, '_rate', lambda: 4 * 256**2)
-  assert tpu_mlp.tile_size(1024, 2816, 3) == 2816
-  assert tpu_mlp.tile_size(2048, 5120, 3) == 2560
+  monkeypatch.setattr(tpu_sublayer, '_rate', lambda: 4 * 256**2)
+  assert tpu_sublayer.tile_size(1024, 2816, 3) == 2816
+  assert tpu_sublayer.tile_size(2048, 5120, 3) == 2560
