@@ -1,4 +1,4 @@
-"""The TPU's MLP kernel against the formula; interpreted on the CPU."""
+"""The TPU's kernels after a norm against the formula; on the CPU."""
 
 import contextlib
 import dataclasses
@@ -13,20 +13,21 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ptune.methods import ia3
-from ptune.model import fused, layers, partitioning, sizes, t5, tpu_sublayer
+from ptune.model import fused, partitioning, sizes, t5, tpu_sublayer
 from ptune.model.adapters import Placement
 from tests.tpu_attention_test import assert_as_exact_as_bfloat16
 
-ROWS, LENGTH, EMBED, HIDDEN = 2, 150, 128, 384
+ROWS, LENGTH, EMBED, UNITS = 2, 150, 128, 384
 ACTIVATIONS = {
   'gelu, gated': (nn.gelu, tpu_sublayer.identity),
   'silu, gated': (nn.silu, tpu_sublayer.identity),
   'relu': (nn.relu,),
 }
+PROJECTIONS = 'projections'
 
 
 def draw(kind='gelu, gated', dropout=True):
-  """x, the weights, settings, and what the output is multiplied with."""
+  """x, the weights and settings, and what the output is multiplied with."""
   rng = np.random.default_rng(0)
   make = lambda *shape: rng.standard_normal(shape).astype(np.float32)
 
@@ -34,25 +35,40 @@ def draw(kind='gelu, gated', dropout=True):
     kept = rng.random((ROWS, 1, width)) < 0.75
     return kept / np.float32(0.75) if dropout else None
 
-  activations = ACTIVATIONS[kind]
-  weights = tpu_sublayer.Weights(
-    scale=1 + make(EMBED) / 4,
-    wi=tuple(make(EMBED, HIDDEN) / EMBED**0.5 for _ in activations),
-    wo=make(HIDDEN, EMBED) / HIDDEN**0.5,
-    kept=keep(HIDDEN),
-    kept_out=keep(EMBED),
-  )
-  x, dy = make(ROWS, LENGTH, EMBED), make(ROWS, LENGTH, EMBED) / 16
-  return 2 * x, weights, tpu_sublayer.Settings(activations), dy
+  activations = ACTIVATIONS.get(kind, ())
+  x, scale = 2 * make(ROWS, LENGTH, EMBED), 1 + make(EMBED) / 4
+  kernel = lambda *shape: make(*shape) / shape[0] ** 0.5
+  if kind == PROJECTIONS:
+    wi = tuple(kernel(EMBED, UNITS) for _ in range(3))
+    weights = tpu_sublayer.Weights(scale, wi)
+    width = EMBED + 3 * UNITS
+  else:
+    wi = tuple(kernel(EMBED, UNITS) for _ in activations)
+    wo = kernel(UNITS, EMBED)
+    weights = tpu_sublayer.Weights(scale, wi, wo, keep(UNITS), keep(EMBED))
+    width = EMBED
+  dy = make(ROWS, LENGTH, width) / 16
+  return x, weights, tpu_sublayer.Settings(activations), dy
+
+
+def kernel(x, weights, settings):
+  """The function of the module; what projections return is concatenated."""
+  if weights.wo is not None:
+    return tpu_sublayer.mlp(x, weights, settings)
+  x, y = tpu_sublayer.project(x, weights, settings)
+  return jnp.concatenate([x, *y], axis=-1)
 
 
 def formula(x, weights, settings):
-  """The sublayer, written as in the paper."""
+  """The same, written as in the paper."""
   unit = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
   h = unit * weights.scale[None, None]
+  before = [jnp.einsum('bti,io->bto', h, w) for w in weights.wi]
+  if weights.wo is None:
+    return jnp.concatenate([x, *before], axis=-1)
   hidden = 1.0 if weights.kept is None else weights.kept
-  for kernel, activation in zip(weights.wi, settings.activations, strict=True):
-    hidden = hidden * activation(jnp.einsum('bti,io->bto', h, kernel))
+  for activation, given in zip(settings.activations, before, strict=True):
+    hidden = hidden * activation(given)
   y = jnp.einsum('bti,io->bto', hidden, weights.wo)
   return x + (y if weights.kept_out is None else y * weights.kept_out)
 
@@ -72,12 +88,15 @@ def small_tiles(monkeypatch):
   """Two blocks of positions, the second shorter, and three tiles."""
   monkeypatch.setattr(tpu_sublayer, 'POSITIONS', 80)
   monkeypatch.setattr(tpu_sublayer, 'CYCLES', 0)
-  assert tpu_sublayer.tile_size(EMBED, HIDDEN, 3) == 128
+  assert tpu_sublayer.tile_size(EMBED, UNITS, 3) == 128
 
 
-@pytest.mark.parametrize('dropout', [False, True])
+KINDS = [(kind, dropout) for kind in ACTIVATIONS for dropout in (False, True)]
+KINDS += [(PROJECTIONS, False)]
+
+
+@pytest.mark.parametrize(('kind', 'dropout'), KINDS)
 @pytest.mark.parametrize('tiles', ['one', 'many', 'many, read again'])
-@pytest.mark.parametrize('kind', ACTIVATIONS)
 def test_values_and_derivatives_are_those_of_the_formula(
   kind, tiles, dropout, monkeypatch
 ):
@@ -87,35 +106,38 @@ def test_values_and_derivatives_are_those_of_the_formula(
     monkeypatch.setattr(tpu_sublayer, '_resident', lambda *_: False)
   x, weights, settings, dy = draw(kind, dropout)
   want = derivatives(formula, x, weights, settings, dy)
-  got = derivatives(tpu_sublayer.mlp, x, weights, settings, dy)
+  got = derivatives(kernel, x, weights, settings, dy)
   assert all(np.abs(expected).max() > 0.1 for expected in want)
   for one, expected in zip(got, want, strict=True):
     np.testing.assert_allclose(one, expected, atol=1e-5)
-  # Without a derivative, it keeps nothing.
-  y = tpu_sublayer.mlp(x, weights, settings)
+  # Without a derivative, an MLP keeps nothing.
+  y = kernel(x, weights, settings)
   np.testing.assert_allclose(y, want[0], atol=1e-5)
 
 
-def test_in_bfloat16_it_is_as_exact_as_bfloat16():
-  x, weights, settings, dy = draw()
+@pytest.mark.parametrize('kind', ['gelu, gated', PROJECTIONS])
+def test_in_bfloat16_it_is_as_exact_as_bfloat16(kind):
+  x, weights, settings, dy = draw(kind)
   narrow = jnp.asarray(x, jnp.bfloat16)
   wide = narrow.astype(jnp.float32)
   want = derivatives(formula, wide, weights, settings, dy)
-  got = derivatives(tpu_sublayer.mlp, narrow, weights, settings, dy)
+  got = derivatives(kernel, narrow, weights, settings, dy)
   assert_as_exact_as_bfloat16(got, want)
 
 
+@pytest.mark.parametrize('kind', ['gelu, gated', PROJECTIONS])
 @pytest.mark.parametrize('axes', [('data', 'model'), ('data', None)])
-def test_on_a_mesh_each_device_has_its_rows_and_hidden_units(axes):
+def test_on_a_mesh_each_device_has_its_rows_and_units(axes, kind):
   mesh = partitioning.make_mesh(3, jax.devices()[:6])
-  x, weights, settings, dy = draw()
+  x, weights, settings, dy = draw(kind)
   want = derivatives(formula, x, weights, settings, dy)
   split = NamedSharding(mesh, PartitionSpec('data'))
   with jax.set_mesh(mesh):
     x = jax.device_put(x, split)
     settings = settings._replace(axes=axes)
-    got = derivatives(tpu_sublayer.mlp, x, weights, settings, dy)
-  assert got[0].sharding.is_equivalent_to(split, 3)
+    got = derivatives(kernel, x, weights, settings, dy)
+  if kind != PROJECTIONS:
+    assert got[0].sharding.is_equivalent_to(split, 3)
   for one, expected in zip(got, want, strict=True):
     np.testing.assert_allclose(one, expected, atol=1e-5)
 
@@ -133,22 +155,32 @@ def calls(function, *arguments):
   return list(count(jax.make_jaxpr(function)(*arguments).jaxpr))
 
 
-@pytest.mark.parametrize('name', ['scale', 'wi', 'wo'])
-def test_trained_weights_have_their_gradients_without_a_kernel(name):
-  x, weights, settings, dy = draw()
+@pytest.mark.parametrize(
+  ('kind', 'name', 'kept'),
+  [
+    ('gelu, gated', 'scale', 1),
+    ('gelu, gated', 'wi', 1),
+    ('gelu, gated', 'wo', 1),
+    (PROJECTIONS, 'scale', 3),
+    (PROJECTIONS, 'wi', 3),
+  ],
+)
+def test_trained_weights_have_their_gradients_without_a_kernel(
+  kind, name, kept
+):
+  x, weights, settings, dy = draw(kind)
   trained = {name: getattr(weights, name)}
   want = derivatives(formula, x, weights, settings, dy, **trained)
-  got = derivatives(tpu_sublayer.mlp, x, weights, settings, dy, **trained)
+  got = derivatives(kernel, x, weights, settings, dy, **trained)
   for one, expected in zip(got, want, strict=True):
     np.testing.assert_allclose(one, expected, atol=1e-4)
 
   def loss(x, trained):
-    weights_ = weights._replace(**trained)
-    return jnp.sum(tpu_sublayer.mlp(x, weights_, settings))
+    return jnp.sum(kernel(x, weights._replace(**trained), settings))
 
   assert calls(jax.grad(loss, (0, 1)), x, trained) == []
   assert calls(jax.grad(loss), x, trained) == [3, 1]
-  assert calls(loss, x, trained) == [1]
+  assert calls(loss, x, trained) == [kept]
 
 
 # ---------------------------------------------------------------- the network
@@ -158,7 +190,7 @@ CONFIG = sizes.T5Config(
   emb_dim=EMBED,
   num_heads=2,
   head_dim=64,
-  mlp_dim=HIDDEN,
+  mlp_dim=UNITS,
   num_encoder_layers=1,
   num_decoder_layers=1,
   dtype='bfloat16',
@@ -166,81 +198,121 @@ CONFIG = sizes.T5Config(
 )
 
 
-class Layer(nn.Module):
-  """The second half of an encoder layer."""
-
-  config: sizes.T5Config = CONFIG
-  placements: tuple[Placement, ...] = ()
-
-  @nn.compact
-  def __call__(self, x, enable_dropout=False):
-    drop = layers.residual_dropout(self.config, enable_dropout)
-    return t5.mlp_sublayer(self, self.config, self.placements, x, drop)
-
-
 @contextlib.contextmanager
 def on_tpu():
-  """Pretends that the device is a TPU; counts calls of the kernel."""
-  call = mock.Mock(side_effect=tpu_sublayer.mlp)
+  """Pretends that the device is a TPU; tells which kernels are called."""
+  called = set()
+
+  def tell(name):
+    function = getattr(tpu_sublayer, name)
+
+    def call(*arguments):
+      called.add(name)
+      return function(*arguments)
+
+    return mock.patch.object(tpu_sublayer, name, call)
+
   with (
     mock.patch.object(fused, 'platform', lambda: 'tpu'),
     mock.patch.object(jax, 'device_count', lambda: 1),
-    mock.patch.object(tpu_sublayer, 'mlp', call),
+    tell('mlp'),
+    tell('project'),
   ):
-    yield call
+    yield called
+
+
+def inputs(length=LENGTH, embed=EMBED):
+  """x, the mask and the bias of an encoder layer."""
+  x = jnp.asarray(draw()[0], jnp.bfloat16)[:, :length, :embed]
+  mask = jnp.ones((ROWS, 1, 1, length), bool).at[1, :, :, 100:].set(False)
+  bias = np.random.default_rng(1).standard_normal((1, 2, length, length))
+  return x, mask, jnp.asarray(bias, jnp.float32)
 
 
 @pytest.mark.parametrize('activations', [('gelu', 'linear'), ('relu',)])
-def test_a_layer_drops_the_same_units_with_it(activations):
+def test_a_layer_drops_the_same_with_them_and_is_as_exact(activations):
   config = dataclasses.replace(CONFIG, mlp_activations=activations)
-  layer, x = Layer(config), jnp.asarray(draw()[0], jnp.bfloat16)
-  variables = layer.init(jax.random.key(0), x)
+  x, *rest = inputs()
+  variables = t5.EncoderLayer(config).init(jax.random.key(0), x, *rest)
+  dy = jnp.asarray(draw()[-1], jnp.bfloat16)
 
-  def run(x):
+  def run(dtype):
+    """What the layer adds to x, and to the gradient."""
+    layer = t5.EncoderLayer(dataclasses.replace(config, dtype=dtype))
     rngs = {'dropout': jax.random.key(1)}
-    return layer.apply(variables, x, enable_dropout=True, rngs=rngs)
+    apply = functools.partial(layer.apply, enable_dropout=True, rngs=rngs)
+    given = x.astype(dtype)
+    y, pull = jax.vjp(lambda x: apply(variables, x, *rest), given)
+    added = y - given, pull(dy.astype(dtype))[0] - dy.astype(dtype)
+    return [np.asarray(a, np.float32) for a in added]
 
-  def both():
-    y, pull = jax.vjp(run, x)
-    return y - x, pull(jnp.cos(y))[0] - jnp.cos(y)
-
-  want = both()
+  exact, by_xla = run('float32'), run('bfloat16')
   with on_tpu() as called:
-    got = both()
-  assert called.call_count == 1
-  for one, expected in zip(got, want, strict=True):
-    one, expected = (np.asarray(a, np.float32) for a in (one, expected))
-    assert np.abs(one - expected).max() < 2e-2 * np.abs(expected).max()
+    got = run('bfloat16')
+  assert called == {'mlp', 'project'}
+  for one, other, want in zip(got, by_xla, exact, strict=True):
+    error, usual = (np.linalg.norm(a - want) for a in (one, other))
+    assert 0 < error < 1.1 * usual < 0.1 * np.linalg.norm(want)
 
 
-def test_it_is_used_where_it_fits():
-  x = jnp.asarray(draw()[0], jnp.bfloat16)
+def used(placement=None, prepare=lambda params: params, sizes=(), **changes):
+  """The kernels that an encoder layer calls."""
+  placements = (placement,) if placement else ()
+  layer = t5.EncoderLayer(dataclasses.replace(CONFIG, **changes), placements)
+  arrays = inputs(*sizes)
+  params = layer.init(jax.random.key(0), *arrays)['params']
+  with on_tpu() as called:
+    jax.eval_shape(layer.apply, {'params': prepare(params)}, *arrays)
+  return called
 
-  def used(x=x, placements=(), variables=None, **changes):
-    layer = Layer(dataclasses.replace(CONFIG, **changes), placements)
-    if variables is None:
-      variables = layer.init(jax.random.key(0), x)
-    with on_tpu() as called:
-      jax.eval_shape(layer.apply, variables, x)
-    return called.called
 
-  assert used()
-  assert not used(fused_mlp=False)
+def test_they_are_used_where_they_fit():
+  assert used() == {'mlp', 'project'}
+  assert used(fused_mlp=False) == {'project'}
+  assert used(fused_attention=False) == {'mlp'}
   assert not used(dtype='float32')
-  assert not used(x[:, :100])
-  assert not used(x[..., :96], emb_dim=96)
-  for site in ('wi_1', 'hidden', 'wo'):
-    scale = functools.partial(ia3.Scale, axes=('mlp',))
-    assert not used(placements=(Placement(f'mlp/{site}', 'scale', scale),))
-  scale = functools.partial(ia3.Scale, axes=('embed',))
-  assert not used(placements=(Placement('mlp', 'scale', scale),))
-  assert used(placements=(Placement('attention', 'scale', scale),))
-  variables = Layer().init(jax.random.key(0), x)
-  params = variables['params']
-  wo = {'kernel': params['mlp']['wo']['kernel'].astype(jnp.int8)}
-  wo['kernel_scale'] = jnp.ones(EMBED)
-  mlp = {**params['mlp'], 'wo': wo}
-  assert not used(variables={'params': {**params, 'mlp': mlp}})
+  assert not used(sizes=(100, EMBED))
+  assert not used(sizes=(LENGTH, 96), emb_dim=96)
+  assert not used(head_dim=72, mlp_dim=200)
+
+
+@pytest.mark.parametrize(
+  ('site', 'axis', 'others'),
+  [
+    ('mlp/wi_1', 'mlp', {'project'}),
+    ('mlp/hidden', 'mlp', {'project'}),
+    ('mlp/wo', 'embed', {'project'}),
+    ('mlp', 'embed', {'project'}),
+    ('attention', 'embed', {'mlp'}),
+    ('attention/out', 'embed', {'mlp', 'project'}),
+    ('input', 'embed', {'mlp', 'project'}),
+  ],
+)
+def test_an_adapter_has_its_site(site, axis, others):
+  scale = functools.partial(ia3.Scale, axes=(axis,))
+  assert used(Placement(site, 'scale', scale)) == others
+
+
+@pytest.mark.parametrize('site', ['query', 'key', 'value', 'keys', 'values'])
+def test_adapters_of_projections_have_their_sites(site):
+  scale = functools.partial(ia3.Scale, axes=('heads', 'kv'))
+  assert used(Placement(f'attention/{site}', 'scale', scale)) == {'mlp'}
+
+
+@pytest.mark.parametrize(
+  ('module', 'name', 'others'),
+  [('mlp', 'wo', {'project'}), ('attention', 'key', {'mlp'})],
+)
+def test_int8_kernels_are_left_to_xla(module, name, others):
+  def prepare(params):
+    kernel = params[module][name]['kernel']
+    small = {
+      'kernel': kernel.astype(jnp.int8),
+      'kernel_scale': jnp.ones(kernel.shape[1]),
+    }
+    return {**params, module: {**params[module], name: small}}
+
+  assert used(prepare=prepare) == others
 
 
 def test_tiles_follow_the_chip(monkeypatch):
