@@ -13,14 +13,21 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ptune.methods import ia3
-from ptune.model import fused, partitioning, sizes, t5, tpu_sublayer
+from ptune.model import (
+  activations,
+  fused,
+  partitioning,
+  sizes,
+  t5,
+  tpu_sublayer,
+)
 from ptune.model.adapters import Placement
 from tests.tpu_attention_test import assert_as_exact_as_bfloat16
 
 ROWS, LENGTH, EMBED, UNITS = 2, 150, 128, 384
 ACTIVATIONS = {
-  'gelu, gated': (nn.gelu, tpu_sublayer.identity),
-  'silu, gated': (nn.silu, tpu_sublayer.identity),
+  'gelu, gated': (nn.gelu, activations.identity),
+  'silu, gated': (nn.silu, activations.identity),
   'relu': (nn.relu,),
 }
 PROJECTIONS = 'projections'

@@ -14,6 +14,7 @@ from flax.linen import partitioning
 from jax import lax
 
 from ptune.model import fused, tpu_attention, tpu_sublayer
+from ptune.model.activations import ACTIVATIONS, precisely
 from ptune.model.adapters import Placement, adapt, matches
 from ptune.model.config import ModelConfig
 
@@ -21,30 +22,6 @@ Initializer = Callable[..., jax.Array]
 
 # Positions in a tile of bfloat16, by platform.
 TILES = {'tpu': 16}
-
-
-def _precisely(activation: Callable[[jax.Array], jax.Array]):
-  """Computes an activation in float32, and again in the backward pass.
-
-  In bfloat16, XLA would round after each operation, which is slower. Computing
-  it again keeps only the input in memory, not the intermediate results.
-  """
-  return jax.checkpoint(
-    lambda x: activation(x.astype(jnp.float32)).astype(x.dtype)
-  )
-
-
-ACTIVATIONS = {
-  # The tanh approximation, with which T5 1.1 was trained.
-  'gelu': nn.gelu,
-  'relu': nn.relu,
-  'silu': nn.silu,
-  'linear': tpu_sublayer.identity,
-}
-_PRECISE = {
-  name: _precisely(activation) if name in ('gelu', 'silu') else activation
-  for name, activation in ACTIVATIONS.items()
-}
 
 
 def traced_once(init: Initializer) -> Initializer:
@@ -320,7 +297,7 @@ class Mlp(nn.Module):
       y = Dense(self.hidden, ('embed', 'mlp'), self.dtype, name=name)(x)
       y = constrain(y, 'batch', 'length', 'mlp')
       y = adapt(self, self.placements, name, x, y)
-      y = _PRECISE[activation](y)
+      y = precisely(ACTIVATIONS[activation], y)
       h = y if h is None else h * y
     assert h is not None, 'an MLP needs an activation'
     h = dropout(adapt(self, self.placements, 'hidden', x, h))

@@ -9,8 +9,8 @@ from typing import Any
 
 from ptune.errors import UserError, check_counts, nearest
 from ptune.model import t5gemma_sizes
+from ptune.model.activations import ACTIVATIONS
 from ptune.model.config import ModelConfig, TokenIds
-from ptune.model.layers import ACTIVATIONS
 from ptune.model.t5gemma_sizes import T5GemmaConfig
 
 

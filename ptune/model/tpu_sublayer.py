@@ -31,6 +31,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from ptune.model import tpu_attention
+from ptune.model.activations import identity, precisely
 from ptune.model.tpu_attention import LANES, dot, on_mesh, up
 
 # Positions of a block, at most. More of them need larger programs; with fewer,
@@ -44,11 +45,6 @@ CYCLES = 40_000
 # Names of the kernels in a compiled program.
 MLP, MLP_BACKWARD = 't5_mlp', 't5_mlp_backward'
 PROJECT, PROJECT_BACKWARD = 't5_project', 't5_project_backward'
-
-
-def identity(x: jax.Array) -> jax.Array:
-  """The second activation of most gated MLPs."""
-  return x
 
 
 class Weights(NamedTuple):
@@ -171,10 +167,11 @@ def project(
 def _plain_mlp(x, weights, settings) -> jax.Array:
   """`mlp` by XLA, which has the gradients of all arrays."""
   _, before = _plain_project(x, weights, settings)
-  hidden = 1.0 if weights.kept is None else weights.kept
-  for activation, given in zip(settings.activations, before, strict=True):
-    hidden *= activation(given.astype(jnp.float32))
-  hidden = hidden.astype(x.dtype)
+  hidden = functools.reduce(
+    jnp.multiply, map(precisely, settings.activations, before)
+  )
+  if weights.kept is not None:
+    hidden = (hidden * weights.kept).astype(x.dtype)
   y = jnp.einsum('bti,io->bto', hidden, weights.wo.astype(x.dtype))
   if weights.kept_out is not None:
     y = (y * weights.kept_out).astype(x.dtype)
@@ -186,8 +183,11 @@ def _plain_project(x, weights, settings):
   wide = x.astype(jnp.float32)
   h = wide * _inverse(wide, settings) * weights.scale[None, None]
   h = h.astype(x.dtype)
-  wi = (w.astype(x.dtype) for w in weights.wi)
-  return x, tuple(jnp.einsum('bti,io->bto', h, w) for w in wi)
+  before = (jnp.einsum('bti,io->bto', h, w.astype(x.dtype)) for w in weights.wi)
+  if not jax.sharding.get_abstract_mesh().empty:
+    middle = _specs(settings)[1]
+    before = (lax.with_sharding_constraint(y, middle) for y in before)
+  return x, tuple(before)
 
 
 def _inverse(x: jax.Array, settings: Settings) -> jax.Array:
@@ -256,7 +256,7 @@ mlp.defvjp(_mlp_forward, _mlp_backward, symbolic_zeros=True)
 project.defvjp(_project_forward, _project_backward, symbolic_zeros=True)
 
 
-def _specs(weights: Weights, settings: Settings):
+def _specs(settings: Settings):
   """Shardings of [batch, length, embed], [..., units], and the weights."""
   rows, units = settings.axes
   wide, middle = PartitionSpec(rows), PartitionSpec(rows, None, units)
@@ -267,7 +267,7 @@ def _specs(weights: Weights, settings: Settings):
 
 def _forward(x, weights, settings, keep):
   """An MLP's y or None, and, to `keep`, what the kernels wi give."""
-  wide, middle, shardings = _specs(weights, settings)
+  wide, middle, shardings = _specs(settings)
 
   def call(x, weights):
     y, before = _call(False, x, None, None, weights, settings, keep)
@@ -288,7 +288,7 @@ def _backward(x, dy, before, weights, settings):
     weights: The arrays.
     settings: How to compute it.
   """
-  wide, middle, shardings = _specs(weights, settings)
+  wide, middle, shardings = _specs(settings)
 
   def call(x, dy, before, weights):
     dx, _ = _call(True, x, dy, before, weights, settings)

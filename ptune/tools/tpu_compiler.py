@@ -48,6 +48,7 @@ class Chip:
     clock: Cycles a second.
     topologies: By the number of devices.
     per_chip: Devices in a chip.
+    cores: Cores of a device, which share the steps of a kernel's grid.
     options: What libtpu is to know besides the topology.
     assumed_clock: Whether the clock is not known but assumed.
     kernel_rate: The part of the peak at which our kernels compute: a head of 64
@@ -59,6 +60,7 @@ class Chip:
   clock: float
   topologies: Mapping[int, str]
   per_chip: int = 1
+  cores: int = 1
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   assumed_clock: bool = False
   kernel_rate: float = 0.5
@@ -107,9 +109,9 @@ RATES = {
 # clocks, the compiler expects a product of two 4096 x 4096 matrices at 88, 97,
 # 96, 87 and 83 % of the peak.
 CHIPS: Mapping[str, Chip] = {
-  'v4': Chip(275e12, 1.228e12, 1.05e9, _CUBES, options=_MEGACORE),
+  'v4': Chip(275e12, 1.228e12, 1.05e9, _CUBES, cores=2, options=_MEGACORE),
   'v5e': Chip(197e12, 0.819e12, 1.503e9, _FLAT),
-  'v5p': Chip(459e12, 2.765e12, 1.75e9, _CUBES),
+  'v5p': Chip(459e12, 2.765e12, 1.75e9, _CUBES, cores=2),
   'v6e': Chip(918e12, 1.64e12, 1.75e9, _FLAT, kernel_rate=1 / 6),
   'v7x': Chip(
     *(2307e12 / 2, 7.38e12 / 2, 2.2e9),
@@ -508,7 +510,7 @@ def estimate(text: str, chip: str, schedules: str | None = None) -> Estimate:
         if not found:
           rate *= RATES.get(_label(name), about.kernel_rate)
         cost.kernel_cycles = max(
-          steps * found,
+          steps * found / about.cores,
           cost.flops / rate,
           cost.bytes / about.bandwidth * about.clock,
         )
