@@ -332,4 +332,4 @@ def test_tiles_follow_the_chip(monkeypatch):
   # A v6e computes four times as much in a cycle.
   monkeypatch.setattr(tpu_sublayer, '_rate', lambda: 4 * 256**2)
   assert tpu_sublayer.tile_size(1024, 2816, 3) == 2816
-  assert tpu_sublayer.tile_size(2048, 5120, 3) == 2560
+  assert tpu_sublayer.tile_size(2048, 5120, 3) == 5120

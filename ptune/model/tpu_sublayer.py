@@ -42,6 +42,8 @@ SUBLANES = 8
 # The most cycles that the products of one step of the grid may take. The
 # program of a step has no loops, so it has about as many instructions.
 CYCLES = 40_000
+# The part of VMEM that a kernel may use; XLA keeps arrays there too.
+USABLE = 0.85
 # Names of the kernels in a compiled program.
 MLP, MLP_BACKWARD = 't5_mlp', 't5_mlp_backward'
 PROJECT, PROJECT_BACKWARD = 't5_project', 't5_project_backward'
@@ -89,7 +91,7 @@ def tile_size(embed: int, units: int, products: int) -> int:
   """
   if embed % LANES or units % LANES:
     return 0
-  usable = tpu_attention.USABLE * tpu_attention.vmem()
+  usable = USABLE * tpu_attention.vmem()
   per_unit = products * POSITIONS * embed / _rate()
   for size in range(units, 0, -LANES):
     if (
@@ -122,8 +124,8 @@ def _vmem_bytes(embed: int, units: int, products: int, size: int) -> int:
   weights = 2 * products * embed * here
   # So it is with inputs and outputs.
   arrays = 2 * 2 * POSITIONS * (3 * embed + products * size)
-  # The sum over tiles, the input of the products, and hidden units.
-  return weights + arrays + POSITIONS * (6 * embed + 16 * size)
+  # The rest, as the TPU's compiler counts it for several sizes.
+  return weights + arrays + POSITIONS * (16 * embed + 2 * size)
 
 
 # ------------------------------------------------------------------- functions
@@ -334,6 +336,7 @@ def _forward_kernel(
   *,
   settings: Settings,
   size: int,
+  tiles: int,
 ):
   _, wi_refs, wo_ref, kept_ref, kept_out_ref = weights
 
@@ -363,7 +366,7 @@ def _forward_kernel(
     y_ref[0] = y.astype(y_ref.dtype)
 
   part = dot(hidden.astype(h.dtype), _tile(wo_ref, 0, size), (1, 0))
-  _add_up(part, sum_ref, finish)
+  _add_up(part, sum_ref, tiles, finish)
 
 
 def _backward_kernel(
@@ -378,6 +381,7 @@ def _backward_kernel(
   *,
   settings: Settings,
   size: int,
+  tiles: int,
 ):
   if weights.wo is None:
     dbefore = [ref[0] for ref in before_refs]
@@ -398,7 +402,7 @@ def _backward_kernel(
       dx = dy_ref[0].astype(jnp.float32) + dx
     dx_ref[0] = dx.astype(dx_ref.dtype)
 
-  _add_up(part, sum_ref, finish)
+  _add_up(part, sum_ref, tiles, finish)
 
 
 def _dbefore(dy_ref, before_refs, weights, dy_kept_ref, settings, size):
@@ -453,24 +457,26 @@ def _at_first_tile(function: Callable[[], None]) -> None:
   pl.when(pl.program_id(2) == 0)(function)
 
 
-def _add_up(part, sum_ref, finish: Callable[[jax.Array], None]) -> None:
+def _add_up(part, sum_ref, tiles: int, finish: Callable[[jax.Array], None]):
   """Sums the parts of all tiles; calls `finish` with the sum."""
   from jax.experimental import pallas as pl
 
-  if sum_ref is None:
+  if tiles == 1:
     finish(part)
     return
-  tile, last = pl.program_id(2), pl.num_programs(2) - 1
+  tile = pl.program_id(2)
 
   @_at_first_tile
   def _():
     sum_ref[...] = part
 
-  @pl.when((tile > 0) & (tile < last))
-  def _():
-    sum_ref[...] += part
+  if tiles > 2:
 
-  @pl.when(tile == last)
+    @pl.when((tile > 0) & (tile < tiles - 1))
+    def _():
+      sum_ref[...] += part
+
+  @pl.when(tile == tiles - 1)
   def _():
     finish(sum_ref[...] + part)
 
@@ -543,6 +549,7 @@ def _call(backward, x, dy, before, weights, settings, keep=False):
       _backward_kernel if backward else _forward_kernel,
       settings=settings,
       size=size,
+      tiles=tiles,
     ),
     in_specs=_of_given(specs, inputs),
     out_specs=(wide if sums else None, (middle,) * kernels * keep),
