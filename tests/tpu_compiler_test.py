@@ -253,8 +253,8 @@ def test_a_step_of_t5_1_1_large_stays_within_its_bounds():
     for way in ('', '_backward')
   }
   assert found['kernels_scheduled'] and not found['collectives']
-  assert found['estimated_ms'] < 254
-  assert whole['hbm_gigabytes'] < 69
+  assert found['estimated_ms'] < 204
+  assert whole['hbm_gigabytes'] < 45
   assert whole['gflops'] < 31_800
 
 
@@ -339,11 +339,11 @@ EVERY = ('t5_attention', *SUBLAYERS)
 OF_METHODS = {
   'bottleneck': {'reduced': 11, 'backward': 0, 'without': SUBLAYERS},
   'decoder_prompt': {'reduced': 12, 'backward': 0},
-  'full': {'reduced': 15, 'gathered': 22, 'without': SUBLAYERS},
+  'full': {'reduced': 17, 'gathered': 22, 'without': SUBLAYERS},
   'ia3': {'reduced': 12, 'gathered': 10, 'without': SUBLAYERS},
   'lora': {'reduced': 12, 'gathered': 8, 'without': ('t5_project',)},
   'multitask': {'reduced': 12},
-  'norms': {'reduced': 12, 'without': SUBLAYERS},
+  'norms': {'without': SUBLAYERS},
   'prefix': {'reduced': 12, 'gathered': 8, 'without': ('t5_project',)},
   'smop': {'reduced': 12},
 }
@@ -422,7 +422,7 @@ OPTIONS = {
   # The kernel also returns the gradient of the bias.
   'norms, relative_bias': (
     {'method': 'norms', 'settings': {'relative_bias': True}},
-    {'without': SUBLAYERS},
+    {'reduced': 14, 'without': SUBLAYERS},
   ),
 }
 NETWORKS = {
