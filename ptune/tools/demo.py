@@ -37,7 +37,7 @@ PROMPT_LENGTH = 20
 STEPS = 200
 EVALUATIONS = 4  # Points of a curve.
 LENGTHS = {'inputs': 32, 'targets': 8}
-TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS, SHOWN = 2000, 100, 500, 10
+TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS, SHOWN = 2000, 100, 300, 10
 # The paper's recipe; here the rate decays to 0.
 PROMPT = {
   'method': 'from_class_labels',
