@@ -34,7 +34,7 @@ from ptune.tasks import generated_text
 
 MODEL = 'tiny'
 PROMPT_LENGTH = 20
-STEPS = 200
+STEPS = 160  # Of the first prompt.
 EVALUATIONS = 4  # Points of a curve.
 LENGTHS = {'inputs': 32, 'targets': 8}
 TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS, SHOWN = 2000, 100, 300, 10
@@ -93,7 +93,8 @@ def demo(
   Args:
     output_dir: Where files go; they replace those of an earlier demo.
     seed: Seed of the reviews, the prompts' first values and the order of rows.
-    steps: Training steps of each prompt. Full tuning takes half of them.
+    steps: Training steps of the first prompt. The second takes a quarter more,
+      and full tuning half of them.
     console: Where to print; the terminal if not given.
 
   Returns:
@@ -160,7 +161,8 @@ def demo(
   # ---------------------------------------- a second task, the same weights
   out.rule('[bold]the same frozen weights, a second prompt: topics of reports')
   two_topics = splits(reports, seed)
-  topics = learn(base, two_topics, seed, steps, out, curve=False, **PROMPT)
+  more = steps * 5 // 4
+  topics = learn(base, two_topics, seed, more, out, curve=False, **PROMPT)
   bank.add('topics', topics.tuned)
   half = SHOWN // 2
   mixed = [*test[:half], *two_topics[2][:half]]
@@ -454,7 +456,7 @@ def add_arguments(command: str, parser: argparse.ArgumentParser) -> None:
     '--steps',
     type=int,
     default=STEPS,
-    help='training steps of each prompt (%(default)s)',
+    help='training steps of the first prompt (%(default)s)',
   )
 
 
