@@ -198,7 +198,7 @@ def test_a_prompt_reaches_85_percent(whole):
 @pytest.mark.slow
 def test_what_is_counted_right_is_what_is_decoded(whole):
   directory, summary = whole
-  tuned = ptune.load(directory / 'sentiment.npy')
+  tuned = ptune.load(directory / 'sentiment.npy', base='ptune://tiny')
   texts, labels = zip(*demo.splits(generated_text.reviews, 0)[2], strict=True)
   correct = [a == b for a, b in zip(tuned.predict(texts), labels, strict=True)]
   # The frozen model and the saved prompt reproduce the score.
