@@ -163,6 +163,8 @@ def killed(net, after):
     if next(count, None) is None:
       raise RuntimeError('killed')
 
+  # A restart must have the same loss, by its name.
+  @functools.wraps(EncoderDecoderModel.cross_entropy)
   def objective(model, params, batch, rng):
     jax.debug.callback(fail, batch['decoder_target_tokens'][0, 0])
     return EncoderDecoderModel.cross_entropy(model, params, batch, rng)

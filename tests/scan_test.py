@@ -295,7 +295,7 @@ def test_single_layers_are_refused_before_anything_is_made():
   some = adapters.Method('some', (), ('encoder/layers_0/*',))
   config = dataclasses.replace(CONFIG, scan=True)
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-  with pytest.raises(ValueError, match=r"only: \['encoder/layers_1/mlp'\]"):
+  with pytest.raises(ValueError, match=r"lack: \['encoder/layers_1/mlp'\]"):
     parameters.plan(config, single, mesh)
   with pytest.raises(ValueError, match="'some' trains some of them only"):
     parameters.plan(config, some, mesh)
