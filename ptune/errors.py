@@ -44,11 +44,10 @@ def _shown(name: str) -> str:
   return name if plain else repr(name)
 
 
-def some(names: Sequence[str], most: int = 10) -> str:
+def some(names: Sequence[str], most: int = 10, noun: str = 'other') -> str:
   """Returns the first names, and how many others there are."""
-  others = len(names) - most
-  listed = ', '.join(map(repr, names[:most]))
-  return f'{listed} and {counted(others, "other")}' if others > 0 else listed
+  others, listed = len(names) - most, ', '.join(names[:most])
+  return f'{listed} and {counted(others, noun)}' if others > 0 else listed
 
 
 def counted(number: int, noun: str) -> str:

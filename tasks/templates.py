@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from ptune.errors import UserError, counted, nearest
+from ptune.errors import UserError, counted, nearest, some
 from ptune.tasks.metrics import UNLABELLED
 from ptune.tasks.rows import BadRow, Row, nul
 from ptune.tasks.rows import listed as listed_columns
@@ -145,7 +145,9 @@ class Odd:
     for kind, places in self._found.items():
       of = f'{len(places)} of {counted(self._seen, "row")}'
       have = 'has' if len(places) == 1 else 'have'
-      logging.warning('%s: %s %s %s: %s', name, of, have, kind, some(places))
+      logging.warning(
+        '%s: %s %s %s: %s', name, of, have, kind, some_rows(places)
+      )
 
 
 # Control characters except blanks and line ends, and the mark of lost ones.
@@ -393,12 +395,9 @@ def to_texts(
   return texts
 
 
-def some(places: Sequence[str]) -> str:
+def some_rows(places: Sequence[str]) -> str:
   """Returns the first places of rows, and how many others there are."""
-  first, others = list(places[:SHOWN_PLACES]), len(places) - SHOWN_PLACES
-  if others > 0:
-    first[-1] += f' and {counted(others, "other row")}'
-  return ', '.join(first)
+  return some(places, SHOWN_PLACES, 'other row')
 
 
 def listed(bad: Sequence[tuple[str, str]]) -> str:
@@ -412,7 +411,7 @@ def listed(bad: Sequence[tuple[str, str]]) -> str:
     places.setdefault(error, []).append(where)
   lines = []
   for error, found in places.items():
-    lines.append(f'{some(found)}: {error}')
+    lines.append(f'{some_rows(found)}: {error}')
   if len(lines) > SHOWN:
     lines[SHOWN:] = [f'and {counted(len(lines) - SHOWN, "other error")}']
   return ''.join(f'\n  {line}' for line in lines)

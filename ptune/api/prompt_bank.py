@@ -16,7 +16,6 @@ from ptune.errors import UserError, check_counts
 from ptune.serving import ensemble, predictor
 from ptune.serving.bank import PromptBank
 from ptune.tasks.rows import nul
-from ptune.tasks.templates import Odd
 
 # A prompt: [prompt, embed], a file, a run, an adapter, or what `tune` returns.
 Prompt = np.ndarray | str | os.PathLike[str] | Tuned
@@ -187,12 +186,11 @@ class Bank:
 
 def _texts(inputs: Sequence[str]) -> list[str]:
   """The inputs as a list; refuses or warns of what is seldom meant."""
-  texts, odd = rows_lib.texts('inputs', inputs), Odd('inputs', '{inputs}')
+  texts = rows_lib.texts('inputs', inputs)
   for i, text in enumerate(texts):
     if '\0' in text:
       raise UserError(f'inputs[{i}]: {nul(text)}')
-    odd.see(f'inputs[{i}]', text)
-  odd.warn('inputs')
+  rows_lib.warn_of_odd(texts, '{inputs}')
   return texts
 
 

@@ -13,7 +13,7 @@ from ptune.errors import UserError
 from ptune.tasks import files
 from ptune.tasks.labels import cut
 from ptune.tasks.rows import listed as listed_columns
-from ptune.tasks.templates import columns_of
+from ptune.tasks.templates import Odd, columns_of
 from ptune.tasks.texts import TextTask
 from ptune.training import run_file
 
@@ -129,6 +129,14 @@ def texts(name: str, data: Any, expected: str = 'a list of texts') -> list[str]:
     except UnicodeEncodeError as error:
       raise UserError(f'{name}[{i}] is not Unicode: {error}') from None
   return list(map(str, found))  # NumPy's texts become Python's.
+
+
+def warn_of_odd(texts: Sequence[str], template: str) -> None:
+  """Warns of inputs that are allowed and seldom meant; see `Odd`."""
+  odd = Odd('inputs', template)
+  for i, text in enumerate(texts):
+    odd.see(f'inputs[{i}]', text)
+  odd.warn('inputs')
 
 
 def _label_names(data: Any) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ from ptune.model import frozen_weights, parameters, partitioning
 from ptune.model.models import EncoderDecoderModel
 from ptune.serving import predictor, trained_model
 from ptune.serving.evaluation import Evaluation
-from ptune.tasks.templates import Odd, columns_of, fill
+from ptune.tasks.templates import columns_of, fill
 from ptune.training import report
 from ptune.training.settings import Trained
 
@@ -357,10 +357,7 @@ class Tuned:
     if not one:
       rows = rows_lib.listed('inputs', inputs, rows_lib.QUESTIONS)
     texts = [self._text(i, row) for i, row in enumerate(rows)]
-    odd = Odd('inputs', self._settings.template)
-    for i, text in enumerate(texts):
-      odd.see(f'inputs[{i}]', text)
-    odd.warn('inputs')
+    rows_lib.warn_of_odd(texts, self._settings.template)
     return texts, one
 
   def _text(self, number: int, row: Any) -> str:

@@ -14,7 +14,7 @@ from ptune.errors import UserError, counted
 from ptune.tasks import rows as rows_lib
 from ptune.tasks.metrics import UNLABELLED
 from ptune.tasks.rows import BadRow, Row
-from ptune.tasks.templates import Odd, columns_of, fill, listed, some
+from ptune.tasks.templates import Odd, columns_of, fill, listed, some_rows
 from ptune.tasks.texts import TextTask
 
 NAME = 'INFER_FILE'
@@ -98,7 +98,7 @@ def _lines(file: str, column: str) -> Iterator[tuple[str, Row | BadRow]]:
     del blank[-1]  # The end of the last line.
   if blank:
     skipped = f'{counted(len(blank), "blank line")} without an answer'
-    logging.warning('%s: %s: %s', name, skipped, some(blank))
+    logging.warning('%s: %s: %s', name, skipped, some_rows(blank))
 
 
 def _column(task: seqio_task.Provider) -> str:

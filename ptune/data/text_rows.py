@@ -48,7 +48,7 @@ class TextRows:
         ' expected one to train on'
       )
     found = set(targets)
-    if absent := [x for x in task.labels or () if x not in found]:
+    if absent := [repr(x) for x in task.labels or () if x not in found]:
       logging.warning(
         '%s:%s: no row has the label %s.', task.name, self._split, some(absent)
       )

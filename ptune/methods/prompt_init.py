@@ -160,7 +160,7 @@ def from_class_labels(
         'the prompt has %d rows for %d class labels; these get no row: %s',
         shape[0],
         len(rows),
-        some(names[shape[0] :]),
+        some([*map(repr, names[shape[0] :])]),
       )
     rows = rows[: shape[0]]
     prompt[: len(rows)] = fit(np.stack(rows), (len(rows), shape[1]), 'labels')

@@ -135,6 +135,13 @@ def values(*arguments: Any) -> tuple[jax.Array | None, ...]:
   return tuple(None if x is None else x.value for x in arguments)
 
 
+def materialized(cotangent: Any) -> jax.Array:
+  """The cotangent of an output, zeros if nothing reads the output."""
+  if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+    return jnp.zeros(cotangent.shape, cotangent.dtype)
+  return cotangent
+
+
 def _attend_forward(q, k, v, bias, mask, kept, axes):
   # Each argument has a value, and says whether it is differentiated.
   wants_bias = bias is not None and bias.perturbed
@@ -147,8 +154,7 @@ def _attend_forward(q, k, v, bias, mask, kept, axes):
 
 def _attend_backward(axes, saved, dy):
   *arrays, log_sum, asked = saved
-  if isinstance(dy, jax.custom_derivatives.SymbolicZero):
-    dy = jnp.zeros(dy.shape, dy.dtype)
+  dy = materialized(dy)
   return *_backward(*arrays, log_sum, dy, axes, asked is not None), None, None
 
 

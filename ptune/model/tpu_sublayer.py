@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec
 
 from ptune.model import tpu_attention
 from ptune.model.activations import identity, precisely
-from ptune.model.tpu_attention import LANES, dot, on_mesh, up
+from ptune.model.tpu_attention import LANES, dot, materialized, on_mesh, up
 
 # Positions of a block, at most. More of them need larger programs; with fewer,
 # the matrix units wait for weights.
@@ -217,7 +217,7 @@ def _mlp_forward(x, weights, settings):
 
 
 def _mlp_backward(settings, saved, dy):
-  dy = _materialized(dy)
+  dy = materialized(dy)
   if not isinstance(saved, tuple):
     return saved(dy)
   x, before, weights = saved
@@ -235,18 +235,12 @@ def _project_forward(x, weights, settings):
 
 def _project_backward(settings, saved, given):
   dx, dbefore = given[0], tuple(given[1])
-  dx, *dbefore = map(_materialized, (dx, *dbefore))
+  dx, *dbefore = map(materialized, (dx, *dbefore))
   if not isinstance(saved, tuple):
     return saved((dx, tuple(dbefore)))
   x, weights = saved
   dx = _backward(x, dx, tuple(dbefore), weights, settings)
   return dx, _nothing(weights)
-
-
-def _materialized(x):
-  if isinstance(x, jax.custom_derivatives.SymbolicZero):
-    return jnp.zeros(x.shape, x.dtype)
-  return x
 
 
 def _nothing(weights: Weights) -> Weights:
