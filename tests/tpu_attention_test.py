@@ -71,12 +71,27 @@ CASES = {
   'decoder': ((2, 150, 150, 1, 256), causal(150) & padding(2, 150)),
   'causal': ((2, 130, 130, 2, 64), causal(130)),
   'cross, three heads': ((2, 130, 70, 3, 64), padding(2, 70)),
+  'four heads': ((2, 140, 140, 4, 64), padding(2, 140)),
 }
 
 
+@pytest.fixture
+def unit(request, monkeypatch):
+  """Rows of a matrix unit: 128, or 256 with room for summands of logits."""
+  monkeypatch.setattr(tpu_attention, 'matrix_unit', lambda: request.param)
+
+
+units = pytest.mark.parametrize('unit', [128, 256], indirect=True)
+
+
+@units
 @pytest.mark.parametrize('case', CASES)
-def test_values_and_derivatives_are_those_of_the_formula(case, monkeypatch):
-  monkeypatch.setattr(tpu_attention, 'BLOCKS', (128,))  # Two blocks of queries.
+def test_values_and_derivatives_are_those_of_the_formula(
+  case, unit, monkeypatch
+):
+  # Two blocks of queries, and two chunks of keys.
+  monkeypatch.setattr(tpu_attention, 'BLOCKS', (128,))
+  monkeypatch.setattr(tpu_attention, 'CHUNK', 64)
   shape, mask = CASES[case]
   q, k, v, bias, dy = draw(*shape)
   bias = None if 'cross' in case else bias
@@ -99,7 +114,8 @@ def assert_as_exact_as_bfloat16(got, want):
     )
 
 
-def test_in_bfloat16_it_is_as_exact_as_bfloat16():
+@units
+def test_in_bfloat16_it_is_as_exact_as_bfloat16(unit):
   shape, mask = CASES['encoder']
   q, k, v, bias, dy = draw(*shape)
   dy *= mask.any(axis=(1, 3))[..., None, None]
@@ -153,17 +169,18 @@ def test_only_a_trained_bias_has_a_gradient():
   ('heads', 'head_dim', 'expected'),
   [(16, 64, 2), (6, 64, 2), (3, 64, 3), (8, 128, 1), (4, 256, 1), (8, 32, 4)],
 )
-def test_a_step_takes_the_heads_that_fill_registers(heads, head_dim, expected):
+def test_heads_that_fill_registers_are_a_group(heads, head_dim, expected):
   assert tpu_attention.group(heads, head_dim) == expected
 
 
-def test_long_rows_are_taken_in_smaller_blocks_and_then_not_at_all(monkeypatch):
-  def size(length, megabytes):
+def test_a_step_takes_as_many_heads_and_queries_as_fit(monkeypatch):
+  def tiling(length, megabytes, heads=16):
     monkeypatch.setattr(tpu_attention, 'vmem', lambda: megabytes * 2**20)
-    return tpu_attention.block_size(length, length, 16, 64, False)
+    return tpu_attention.tiling(length, length, heads, 64, False)
 
-  assert size(612, 128) == 640  # v5e and v6e.
-  assert size(1124, 128) == 640
-  assert size(612, 16) == 128  # v4.
-  assert size(1124, 16) == 0
-  assert size(4096, 128) == 0
+  assert tiling(612, 128) == (4, 640)  # v5e and v6e.
+  assert tiling(612, 128, heads=6) == (2, 640)
+  assert tiling(1124, 128) == (2, 640)
+  assert tiling(612, 16) == (2, 128)  # v4.
+  assert tiling(1124, 16) is None
+  assert tiling(4096, 128) is None

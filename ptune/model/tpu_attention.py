@@ -15,15 +15,24 @@ registers, and matrix products transpose only arrays [length, kv]. The backward
 pass computes the weights again from the logarithm of their sum. It returns the
 gradients of q, k and v, and of the bias if that is differentiated.
 
+The compiler schedules instructions only a little earlier or later than they are
+written. So the second pass over a head's weights is written in turns with the
+first pass over those of the next head (`_pipelined`): the matrix unit works
+for one while the other's exponentials are computed.
+
+A matrix unit of 256 has room beside the depth of one register. There the mask of
+padding and the logarithm of the sum are further columns of the keys and rows of
+the queries, so that adding them to the logits takes no instruction.
+
 T5 drops a key for all queries of a head. The kernel does so by multiplying the
-key's value in VMEM, where values are transposed anyway. Outside the kernel, XLA
-would move the values to another layout and back.
+key's value in VMEM. Outside the kernel, XLA would move the values to another
+layout and back.
 """
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +42,14 @@ LANES = 128
 # Queries whose weights are computed at a time: the first number that fits.
 # Larger blocks let the compiler do more in parallel.
 BLOCKS = (640, 384, 256, 128)
+# How many groups of heads that share registers one step computes, if the weights
+# of a head have at most so many elements: the start and end of a step, which
+# nothing overlaps, are then a smaller part of it.
+GROUPS, FEW = 2, 2**20
+# Rows of the depth of a product that summands of the logits take.
+SUMMANDS = 16
+# Keys of a chunk, after which the passes over two heads take turns.
+CHUNK = 256
 # The part of VMEM that the kernel may use; XLA keeps arrays there too.
 USABLE = 0.75
 # Names of the two kernels in a compiled program.
@@ -43,7 +60,7 @@ MASKED = -1e10
 
 
 def group(heads: int, head_dim: int) -> int:
-  """How many heads one step of the grid computes.
+  """How many heads share registers.
 
   The fewest that fill whole registers, or all if no such number divides them.
   """
@@ -53,10 +70,22 @@ def group(heads: int, head_dim: int) -> int:
   return heads
 
 
-def block_size(
+class Tiling(NamedTuple):
+  """What one step of the grid computes.
+
+  Attributes:
+    heads: How many heads.
+    block: Queries whose weights are computed at a time.
+  """
+
+  heads: int
+  block: int
+
+
+def tiling(
   queries: int, keys: int, heads: int, head_dim: int, whole_mask: bool
-) -> int:
-  """How many queries to compute at a time; 0 if none fit into VMEM.
+) -> Tiling | None:
+  """Chooses what one step of the grid computes; None if nothing fits into VMEM.
 
   Args:
     queries: Length of the queries.
@@ -65,24 +94,30 @@ def block_size(
     head_dim: Size of a head.
     whole_mask: Whether the mask is [batch, k, q].
   """
-  for size in BLOCKS:
-    size = min(size, up(queries, LANES))
-    taken = _vmem_bytes(queries, keys, heads, head_dim, whole_mask, size)
-    if taken <= USABLE * vmem():
-      # Blocks of about the same size, unlike [0, 640) and [640, 768).
-      return up(math.ceil(queries / math.ceil(queries / size)), LANES)
-  return 0
-
-
-def _vmem_bytes(queries, keys, heads, head_dim, whole_mask, size) -> int:
-  """Estimates the VMEM of the backward kernel, which needs more."""
   n = group(heads, head_dim)
-  width = up(n * head_dim, LANES)
+  several = queries * keys <= FEW and heads % (GROUPS * n) == 0
+  for size in BLOCKS:
+    for at_once in (GROUPS * n, n) if several else (n,):
+      size = min(size, up(queries, LANES))
+      taken = _vmem_bytes(
+        queries, keys, at_once * head_dim, at_once, whole_mask, size
+      )
+      if taken <= USABLE * vmem():
+        # Blocks of about the same size, unlike [0, 640) and [640, 768).
+        block = math.ceil(queries / math.ceil(queries / size))
+        return Tiling(at_once, up(block, LANES))
+  return None
+
+
+def _vmem_bytes(queries, keys, width, heads, whole_mask, size) -> int:
+  """Estimates the VMEM of the backward kernel, which needs more."""
+  width = up(width, LANES)
   keys, queries = up(keys, LANES), up(queries, LANES)
   # Inputs and outputs are there twice: one copied, one in use.
   rows = 2 * 2 * (3 * queries + 4 * keys) * width
-  plane = 2 * keys * queries * (4 * n + 2 * whole_mask)
-  # Gradients of keys and values, and the weights of a block in several states.
+  plane = 2 * keys * queries * (4 * heads + 2 * whole_mask)
+  # Gradients of keys and values, and the weights of two blocks in several
+  # states.
   return rows + plane + 2 * 4 * keys * width + 8 * 4 * keys * size
 
 
@@ -93,6 +128,24 @@ def vmem() -> int:
   from jax.experimental.pallas import tpu as pltpu
 
   return pltpu.get_tpu_info().vmem_capacity_bytes
+
+
+def matrix_unit() -> int:
+  """Rows and columns of a matrix unit of the traced program's devices."""
+  if platform() != 'tpu':
+    return 128
+  from jax.experimental.pallas import tpu as pltpu
+
+  return pltpu.get_tpu_info().mxu_column_size
+
+
+def narrow(dtype: Any) -> Any:
+  """The type to compute in where the precision of `dtype` is enough.
+
+  The chips with large matrix units also multiply bfloat16 as it is, twice as
+  much in a register. Others widen it first.
+  """
+  return dtype if matrix_unit() > LANES else jnp.float32
 
 
 def up(n: int, multiple: int) -> int:
@@ -249,30 +302,170 @@ def dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
 
 
 def _blocks(length: int, size: int) -> list[slice]:
-  """Splits [0, length) into blocks of queries."""
+  """Splits [0, length) into blocks."""
   return [
     slice(start, min(start + size, length)) for start in range(0, length, size)
   ]
 
 
-def _heads(width: int, head_dim: int) -> list[slice]:
-  """The lanes of each head of a group."""
-  return [slice(i, i + head_dim) for i in range(0, width, head_dim)]
+class _Unit(NamedTuple):
+  """The weights of one head, for one block of queries.
+
+  Attributes:
+    head: The head's number in this step of the grid.
+    queries: The block.
+    lanes: The lanes that hold the head and those that share registers with it.
+    own: The head's lanes among them.
+    last: Whether it is the last of these heads.
+  """
+
+  head: int
+  queries: slice
+  lanes: slice
+  own: slice
+  last: bool
 
 
-def _hidden(mask_ref, queries: slice) -> jax.Array:
-  """The mask of a block as a summand of its logits, [k, q] or [k, 1]."""
-  if mask_ref.shape[1] == 1:
-    return mask_ref[0].T  # [1, k] -> [k, 1]
-  return mask_ref[0, :, queries].astype(jnp.float32)
+def _units(queries: int, width: int, head_dim: int, size: int) -> list[_Unit]:
+  n = group(width // head_dim, head_dim)
+  return [
+    _Unit(
+      start // head_dim + i,
+      block,
+      slice(start, start + n * head_dim),
+      slice(i * head_dim, (i + 1) * head_dim),
+      i == n - 1,
+    )
+    for start in range(0, width, n * head_dim)
+    for block in _blocks(queries, size)
+    for i in range(n)
+  ]
 
 
-def _logits(q, k, bias_ref, head: int, queries: slice, hidden):
-  """Logits of one head and one block of queries: [k, q] float32."""
-  logits = dot(k, q, (1, 1))
-  if bias_ref is not None:
-    logits = logits + bias_ref[head, :, queries]
-  return logits + hidden
+_Pass = Generator[None, None, Any]
+
+
+def _pipelined(
+  units: Sequence[_Unit],
+  first: Callable[[_Unit, int], _Pass],
+  second: Callable[[_Unit, int, Any], _Pass],
+) -> None:
+  """Writes two passes over each unit, the second beside the next unit's first.
+
+  Args:
+    units: What to compute.
+    first: Gets a unit, and 0 or 1: where to keep its weights. Yields wherever
+      the other pass may go on.
+    second: Also gets what the first pass returned.
+  """
+  before = None
+  for i, unit in enumerate(units):
+    result = _in_turns(first(unit, i % 2), before)
+    before = second(unit, i % 2, result)
+  _in_turns(before)
+
+
+def _in_turns(one: _Pass | None, other: _Pass | None = None) -> Any:
+  """Runs generators a step at a time; returns what the first one returns."""
+  running, result = [x for x in (one, other) if x], None
+  while running:
+    for x in list(running):
+      try:
+        next(x)
+      except StopIteration as end:
+        running.remove(x)
+        result = end.value if x is one else result
+  return result
+
+
+class _Step:
+  """What both kernels compute of a step's inputs, each piece once.
+
+  Args:
+    q_ref: The queries.
+    k_ref: The keys.
+    bias_ref: The bias, or None.
+    mask_ref: The mask.
+    head_dim: Size of a head.
+  """
+
+  def __init__(self, q_ref, k_ref, bias_ref, mask_ref, head_dim: int):
+    self._q, self._k, self._bias, self._mask = q_ref, k_ref, bias_ref, mask_ref
+    self._found = {}
+    self._padding = mask_ref.shape[1] == 1
+    n = group(k_ref.shape[2] // head_dim, head_dim)
+    # Whether the depth of a product has room for what is added to the logits.
+    self._deep = n * head_dim + SUMMANDS <= matrix_unit()
+    if self._deep:
+      ones = jnp.ones((1, k_ref.shape[1]), jnp.float32)
+      hidden = mask_ref[0] if self._padding else 0.0 * ones
+      self._columns = _summands([hidden, ones, ones, ones], k_ref.dtype).T
+    elif self._padding:
+      self._hidden = mask_ref[0].T  # [1, k] -> [k, 1]
+
+  def turned(self, ref, rows: slice, lanes: slice) -> jax.Array:
+    """[length, heads * kv] -> [heads * kv, length]."""
+    key = id(ref), rows.start, lanes.start
+    if key not in self._found:
+      self._found[key] = ref[0, rows, lanes].T
+    return self._found[key]
+
+  def alone(self, ref, unit: _Unit) -> jax.Array:
+    """The head's queries, or dy, turned; zeros for those that share its lanes.
+
+    A product of it and all lanes of keys is that of the head's lanes alone.
+    """
+    x = self.turned(ref, unit.queries, unit.lanes)
+    before = jnp.zeros((unit.own.start, x.shape[1]), x.dtype)
+    after = jnp.zeros((x.shape[0] - unit.own.stop, x.shape[1]), x.dtype)
+    parts = (before, x[unit.own], after)
+    return jnp.concatenate([x for x in parts if x.size], axis=0)
+
+  def _keys(self, lanes: slice) -> jax.Array:
+    """Keys, and columns that are multiplied with summands of the logits."""
+    if lanes.start not in self._found:
+      k = self._k[0, :, lanes]
+      k = jnp.concatenate([k, self._columns], axis=1) if self._deep else k
+      self._found[lanes.start] = k
+    return self._found[lanes.start]
+
+  def logits(
+    self, unit: _Unit, less: jax.Array | None = None
+  ) -> Callable[[slice], jax.Array]:
+    """The masked logits less a row [1, q]: a function of a chunk of keys."""
+    q = self.alone(self._q, unit)
+    if self._deep:
+      rows = [jnp.ones((1, q.shape[1]), jnp.float32)]
+      rows += [] if less is None else _split(-less)
+      q = jnp.concatenate([q, _summands(rows, q.dtype)], axis=0)
+    product = dot(self._keys(unit.lanes), q, (1, 0))
+
+    def of(chunk: slice) -> jax.Array:
+      logits = product[chunk]
+      if self._bias is not None:
+        logits += self._bias[unit.head, chunk, unit.queries]
+      if not self._padding:
+        logits += self._mask[0, chunk, unit.queries].astype(jnp.float32)
+      elif not self._deep:
+        logits += self._hidden[chunk]
+      return logits if less is None or self._deep else logits - less
+
+    return of
+
+
+def _summands(rows: Sequence[jax.Array], dtype: Any) -> jax.Array:
+  """Rows [1, n] and zeros, which fill a register of bfloat16."""
+  zeros = jnp.zeros((SUMMANDS - len(rows), rows[0].shape[1]), jnp.float32)
+  return jnp.concatenate([*rows, zeros], axis=0).astype(dtype)
+
+
+def _split(x: jax.Array) -> list[jax.Array]:
+  """Three numbers of bfloat16 whose sum is one of float32."""
+  parts = []
+  for _ in range(3):
+    parts.append(x.astype(jnp.bfloat16).astype(jnp.float32))
+    x = x - parts[-1]
+  return parts
 
 
 def _forward_kernel(
@@ -284,38 +477,45 @@ def _forward_kernel(
   kept_ref,
   y_ref,
   log_sum_ref,
+  logits_ref,
   *,
   head_dim: int,
   size: int,
 ):
-  values = v_ref[0].T  # [k, heads * kv] -> [heads * kv, k]
-  heads = list(enumerate(_heads(q_ref.shape[2], head_dim)))
-  of_head = [values[lanes] for _, lanes in heads]
-  if kept_ref is not None:
-    of_head = [
-      (x * kept_ref[0, head]).astype(values.dtype)
-      for head, x in enumerate(of_head)
-    ]
-  for queries in _blocks(q_ref.shape[1], size):
-    hidden = _hidden(mask_ref, queries)
-    outputs = []
-    for head, lanes in heads:
-      logits = _logits(
-        q_ref[0, queries, lanes],
-        k_ref[0, :, lanes],
-        bias_ref,
-        head,
-        queries,
-        hidden,
-      )
-      most = jnp.max(logits, axis=0, keepdims=True)
-      weights = jnp.exp(logits - most)
-      total = jnp.sum(weights, axis=0, keepdims=True)  # [1, q]
-      log_sum_ref[0, head, :, queries] = most + jnp.log(total)
-      y = dot(of_head[head], weights.astype(values.dtype), (1, 0))
-      outputs.append(y / total)  # [kv, q]
-    y = jnp.concatenate(outputs, axis=0).T
-    y_ref[0, queries, :] = y.astype(y_ref.dtype)
+  step = _Step(q_ref, k_ref, bias_ref, mask_ref, head_dim)
+  chunks = _blocks(k_ref.shape[1], CHUNK)
+  everything = slice(0, k_ref.shape[1])
+  outputs = []
+
+  def first(unit: _Unit, place: int):
+    logits = step.logits(unit)
+    most = -jnp.inf
+    for chunk in chunks:
+      some = logits(chunk)
+      logits_ref[place, chunk, : some.shape[1]] = some
+      most = jnp.maximum(most, jnp.max(some, axis=0, keepdims=True))
+      yield
+    return most
+
+  def second(unit: _Unit, place: int, most: jax.Array):
+    v = step.turned(v_ref, everything, unit.lanes)[unit.own]
+    if kept_ref is not None:
+      v = (v * kept_ref[0, unit.head]).astype(v.dtype)
+    total, y = 0.0, 0.0
+    for chunk in chunks:
+      weights = jnp.exp(logits_ref[place, chunk, : most.shape[1]] - most)
+      total += jnp.sum(weights, axis=0, keepdims=True)
+      y += dot(v[:, chunk], weights.astype(v.dtype), (1, 0))  # [kv, q]
+      yield
+    log_sum_ref[0, unit.head, :, unit.queries] = most + jnp.log(total)
+    outputs.append(y / total)
+    if unit.last:
+      y = jnp.concatenate(outputs, axis=0).astype(y_ref.dtype)
+      y_ref[0, unit.queries, unit.lanes] = y.T
+      outputs.clear()
+
+  units = _units(q_ref.shape[1], q_ref.shape[2], head_dim, size)
+  _pipelined(units, first, second)
 
 
 def _backward_kernel(
@@ -330,13 +530,14 @@ def _backward_kernel(
   dq_ref,
   dk_ref,
   dv_ref,
-  dbias_ref=None,
-  *,
+  *refs,
   head_dim: int,
   size: int,
 ):
   from jax.experimental import pallas as pl
 
+  dbias_ref = refs[0] if len(refs) > 2 else None
+  weights_ref, dweights_ref = refs[-2:]
   if dbias_ref is not None:
 
     @pl.when(pl.program_id(1) == 0)
@@ -344,35 +545,80 @@ def _backward_kernel(
       dbias_ref[...] = jnp.zeros_like(dbias_ref)
 
   dtype = q_ref.dtype
-  heads = list(enumerate(_heads(q_ref.shape[2], head_dim)))
-  # [length, heads * kv] -> [heads * kv, length]
-  keys, askers, dys = k_ref[0].T, q_ref[0].T, dy_ref[0].T
-  dk, dv = [0.0 for _ in heads], [0.0 for _ in heads]
-  for queries in _blocks(q_ref.shape[1], size):
-    hidden = _hidden(mask_ref, queries)
-    dqs = []
-    for head, lanes in heads:
-      q, dy = q_ref[0, queries, lanes], dy_ref[0, queries, lanes]
-      k, v = k_ref[0, :, lanes], v_ref[0, :, lanes]
-      logits = _logits(q, k, bias_ref, head, queries, hidden)
-      weights = jnp.exp(logits - log_sum_ref[0, head, :, queries])
-      dweights = dot(v, dy, (1, 1))  # [k, q]
-      if kept_ref is not None:
-        dweights *= kept_ref[0, head].T  # [1, k] -> [k, 1]
-      mean = jnp.sum(weights * dweights, axis=0, keepdims=True)
-      dlogits = weights * (dweights - mean)
+  step = _Step(q_ref, k_ref, bias_ref, mask_ref, head_dim)
+  chunks = _blocks(k_ref.shape[1], CHUNK)
+  everything = slice(0, k_ref.shape[1])
+  # By chunk, of each head that shares lanes; and of the queries of a block.
+  dks, dvs, dqs, of_lanes = {}, {}, [], {}
+
+  def values(unit: _Unit) -> jax.Array:
+    """Values times what dropout keeps."""
+    v = v_ref[0, :, unit.lanes]
+    if kept_ref is None:
+      return v
+    if unit.lanes.start not in of_lanes:
+      n = v.shape[1] // head_dim
+      first = unit.lanes.start // head_dim
+      kept = [
+        jnp.broadcast_to(kept_ref[0, first + i], (head_dim, v.shape[0]))
+        for i in range(n)
+      ]
+      kept = jnp.concatenate(kept, axis=0).astype(dtype).T
+      of_lanes[unit.lanes.start] = v * kept
+    return of_lanes[unit.lanes.start]
+
+  def first(unit: _Unit, place: int):
+    logits = step.logits(unit, log_sum_ref[0, unit.head, :, unit.queries])
+    product = dot(values(unit), step.alone(dy_ref, unit), (1, 0))
+    mean = 0.0
+    for chunk in chunks:
+      weights, dweights = jnp.exp(logits(chunk)), product[chunk]
+      mean += jnp.sum(weights * dweights, axis=0, keepdims=True)
+      at = place, chunk, slice(weights.shape[1])
+      weights_ref[at] = weights.astype(weights_ref.dtype)
+      dweights_ref[at] = dweights.astype(dweights_ref.dtype)
+      yield
+    return mean
+
+  def second(unit: _Unit, place: int, mean: jax.Array):
+    q, dy = (
+      step.turned(x, unit.queries, unit.lanes)[unit.own]
+      for x in (q_ref, dy_ref)
+    )
+    k = step.turned(k_ref, everything, unit.lanes)[unit.own]
+    kind = dweights_ref.dtype
+    mean, dq = mean.astype(kind), 0.0
+    for chunk in chunks:
+      at = place, chunk, slice(mean.shape[1])
+      weights = weights_ref[at]
+      dlogits = weights.astype(kind) * (dweights_ref[at] - mean)
       if dbias_ref is not None:
-        dbias_ref[head, :, queries] += dlogits
+        dbias_ref[unit.head, chunk, unit.queries] += dlogits
       dlogits = dlogits.astype(dtype)
-      dv[head] += dot(dys[lanes, queries], weights.astype(dtype), (1, 1))
-      dk[head] += dot(askers[lanes, queries], dlogits, (1, 1))
-      dqs.append(dot(keys[lanes], dlogits, (1, 0)))  # [kv, q]
-    dq = jnp.concatenate(dqs, axis=0).T
-    dq_ref[0, queries, :] = dq.astype(dtype)
-  if kept_ref is not None:
-    dv = [x * kept_ref[0, head] for head, x in enumerate(dv)]
-  dk_ref[0] = jnp.concatenate(dk, axis=0).T.astype(dtype)
-  dv_ref[0] = jnp.concatenate(dv, axis=0).T.astype(dtype)
+      key = unit.own.start, chunk.start
+      dvs[key] = dvs.get(key, 0.0) + dot(dy, weights, (1, 1))  # [kv, k]
+      dks[key] = dks.get(key, 0.0) + dot(q, dlogits, (1, 1))
+      dq += dot(k[:, chunk], dlogits, (1, 0))  # [kv, q]
+      if unit.queries.stop == q_ref.shape[1]:
+        if kept_ref is not None:
+          dvs[key] *= kept_ref[0, unit.head, :, chunk]
+        if unit.last:
+          for ref, found in ((dk_ref, dks), (dv_ref, dvs)):
+            of_chunk = [
+              found.pop(k) for k in sorted(found) if k[1] == chunk.start
+            ]
+            grads = jnp.concatenate(of_chunk, axis=0).astype(dtype)
+            ref[0, chunk, unit.lanes] = grads.T
+      yield
+    dqs.append(dq)
+    if unit.last:
+      dq_ref[0, unit.queries, unit.lanes] = (
+        jnp.concatenate(dqs, axis=0).astype(dtype).T
+      )
+      dqs.clear()
+
+  units = _units(q_ref.shape[1], q_ref.shape[2], head_dim, size)
+  _pipelined(units, first, second)
 
 
 def _block_specs(q, k, v, bias, mask, kept, head_dim: int):
@@ -380,7 +626,7 @@ def _block_specs(q, k, v, bias, mask, kept, head_dim: int):
   # Imported here because it is slow to import.
   from jax.experimental import pallas as pl
 
-  n = group(q.shape[2] // head_dim, head_dim)
+  n = _tiling_of(q, k, mask, head_dim).heads
 
   def of_row(x):
     return pl.BlockSpec((1, x.shape[1], n * head_dim), lambda h, b: (b, 0, h))
@@ -398,7 +644,14 @@ def _block_specs(q, k, v, bias, mask, kept, head_dim: int):
   return inputs, of_heads(q.shape[1])
 
 
-def _call(name, kernel, inputs, more, head_dim, in_specs, out, products):
+def _tiling_of(q, k, mask, head_dim: int) -> Tiling:
+  heads = q.shape[2] // head_dim
+  found = tiling(q.shape[1], k.shape[1], heads, head_dim, mask.shape[1] > 1)
+  assert found is not None, (q.shape, k.shape)  # `fused.fits` has asked.
+  return found
+
+
+def _call(name, kernel, inputs, more, head_dim, in_specs, out, kept, products):
   """Calls a kernel on one device.
 
   Args:
@@ -409,16 +662,18 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, products):
     head_dim: Size of a head.
     in_specs: Blocks of all inputs.
     out: Blocks, shape and type of each output.
+    kept: Types of the arrays [k, q] that the kernel keeps of each of two units.
     products: Number of matrix products per head.
   """
   q, k, _, _, mask, _ = inputs
   from jax.experimental import pallas as pl
+  from jax.experimental.pallas import tpu as pltpu
 
   heads = q.shape[2] // head_dim
-  size = block_size(q.shape[1], k.shape[1], heads, head_dim, mask.shape[1] > 1)
+  n, size = _tiling_of(q, k, mask, head_dim)
   weights = q.shape[0] * heads * q.shape[1] * k.shape[1]
   lengths = q.shape[1], k.shape[1]
-  taken = _vmem_bytes(*lengths, heads, head_dim, mask.shape[1] > 1, size)
+  taken = _vmem_bytes(*lengths, n * head_dim, n, mask.shape[1] > 1, size)
   if len(out) > 3:  # The gradient of the bias.
     taken += 2 * 4 * math.prod(in_specs[3].block_shape)
   out_specs = [spec for spec, *_ in out]
@@ -428,9 +683,10 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, products):
     in_specs=in_specs,
     out_specs=out_specs,
     out_shape=shapes,
+    scratch_shapes=[pltpu.VMEM((2, k.shape[1], size), kind) for kind in kept],
     name=name,
     **call_settings(
-      (heads // group(heads, head_dim), q.shape[0]),
+      (heads // n, q.shape[0]),
       ('parallel', 'arbitrary'),
       max(1.25 * taken, 16 * 2**20),
       (*inputs, *more, *shapes),
@@ -496,6 +752,7 @@ def _call_forward(*inputs, head_dim):
     head_dim,
     in_specs=specs,
     out=[(specs[0], q.shape, q.dtype), (sums, totals, jnp.float32)],
+    kept=(jnp.float32,),
     products=2,
   )
 
@@ -504,6 +761,7 @@ def _call_backward(*arrays, head_dim, wants_bias):
   """Calls the kernel on one device: gradients of q, k, v, and bias or None."""
   *inputs, log_sum, dy = arrays
   specs, sums = _block_specs(*inputs, head_dim)
+  q = inputs[0]
   asked = 4 if wants_bias else 3
   found = _call(
     BACKWARD,
@@ -516,6 +774,8 @@ def _call_backward(*arrays, head_dim, wants_bias):
       (spec, x.shape, x.dtype)
       for spec, x in zip(specs[:asked], inputs[:asked], strict=True)
     ],
+    # The gradient of a bias is summed over all rows.
+    kept=(q.dtype, jnp.float32 if wants_bias else narrow(q.dtype)),
     products=5,
   )
   return tuple(found) if wants_bias else (*found, None)

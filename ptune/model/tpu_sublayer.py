@@ -105,11 +105,7 @@ def tile_size(embed: int, units: int, products: int) -> int:
 
 def _rate() -> float:
   """Multiplications that the matrix units of a device make in a cycle."""
-  if tpu_attention.platform() != 'tpu':
-    return 4 * 128**2
-  from jax.experimental.pallas import tpu as pltpu
-
-  return 4 * pltpu.get_tpu_info().mxu_column_size ** 2
+  return 4 * tpu_attention.matrix_unit() ** 2
 
 
 def _resident(embed: int, units: int, products: int) -> bool:
