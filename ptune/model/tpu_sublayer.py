@@ -373,15 +373,32 @@ def _backward_kernel(
   size: int,
   tiles: int,
 ):
-  if weights.wo is None:
-    dbefore = [ref[0] for ref in before_refs]
-  else:
-    dbefore = _dbefore(
-      dy_ref, before_refs, weights, dy_kept_ref, settings, size
-    )
-  part = 0.0
-  for given, w_ref in zip(dbefore, weights.wi, strict=True):
-    part += dot(given, _tile(w_ref, 1, size), (1, 1))
+  def dbefore(chunk: slice) -> list[jax.Array]:
+    if weights.wo is None:
+      return [ref[0, :, chunk] for ref in before_refs]
+    wo = _tile(weights.wo, 0, size, chunk)
+    return _dbefore(chunk, before_refs, wo, weights.kept, dy_kept_ref, settings)
+
+  if weights.wo is not None:
+
+    @_at_first_tile
+    def _():
+      dy = dy_ref[0]
+      if weights.kept_out is not None:
+        dy = (dy.astype(jnp.float32) * weights.kept_out[0]).astype(dy.dtype)
+      dy_kept_ref[...] = dy
+
+  pieces = _chunks(x_ref.shape[2])
+  sums = [0.0 for _ in pieces]
+  chunks = _chunks(size) if weights.wo is not None else [slice(0, size)]
+  coming = dbefore(chunks[0])
+  for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+    # The next chunk's activations are written before this one's products.
+    given, coming = coming, following and dbefore(following)
+    for i, piece in enumerate(pieces):
+      for d, w_ref in zip(given, weights.wi, strict=True):
+        sums[i] += dot(d, _tile(w_ref, 1, size, chunk, piece), (1, 1))
+  part = jnp.concatenate(sums, axis=1)
 
   def finish(dh):
     x, dh = x_ref[0].astype(jnp.float32), dh * weights.scale[...]
@@ -395,31 +412,35 @@ def _backward_kernel(
   _add_up(part, sum_ref, tiles, finish)
 
 
-def _dbefore(dy_ref, before_refs, weights, dy_kept_ref, settings, size):
-  """The gradients of what comes before an MLP's activations."""
-  _, _, wo_ref, kept_ref, kept_out_ref = weights
+def _chunks(length: int) -> list[slice]:
+  """Parts whose products can run beside the activations of others.
 
-  @_at_first_tile
-  def _():
-    dy = dy_ref[0]
-    if kept_out_ref is not None:
-      dy = (dy.astype(jnp.float32) * kept_out_ref[0]).astype(dy.dtype)
-    dy_kept_ref[...] = dy
+  Only large matrix units are so fast that it saves time.
+  """
+  size = tpu_attention.matrix_unit()
+  size = size if size > LANES else length
+  return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
-  dhidden = dot(dy_kept_ref[...], _tile(wo_ref, 0, size), (1, 1))
+
+def _dbefore(chunk, before_refs, wo, kept_ref, dy_kept_ref, settings):
+  """The gradients of what comes before an MLP's activations, for a chunk."""
+  dhidden = dot(dy_kept_ref[...], wo, (1, 1))
   if kept_ref is not None:
-    dhidden *= kept_ref[0]
+    dhidden *= kept_ref[0, :, chunk]
   # From here on in the type of dy: in bfloat16, a register holds twice as much.
-  dhidden = dhidden.astype(dy_ref.dtype)
+  dhidden = dhidden.astype(dy_kept_ref.dtype)
   found = [
-    _value_and_slope(activation, ref[0])
+    _value_and_slope(activation, ref[0, :, chunk])
     for activation, ref in zip(settings.activations, before_refs, strict=True)
   ]
-  for i in range(len(found)):
-    factors = [x[i == j] for j, x in enumerate(found)]
-    yield functools.reduce(
-      jnp.multiply, [x for x in factors if x is not None], dhidden
+  return [
+    functools.reduce(
+      jnp.multiply,
+      [x[i == j] for j, x in enumerate(found) if x[i == j] is not None],
+      dhidden,
     )
+    for i in range(len(found))
+  ]
 
 
 def _value_and_slope(activation, x):
@@ -431,14 +452,23 @@ def _value_and_slope(activation, x):
   return tuple(a.astype(x.dtype) for a in found)
 
 
-def _tile(ref, axis: int, size: int):
-  """The current tile of a kernel, which may be in VMEM as a whole."""
+def _tile(ref, axis: int, size: int, chunk=None, others=slice(None)):
+  """The current tile of a kernel, which may be in VMEM as a whole.
+
+  Args:
+    ref: Reference to the kernel.
+    axis: That of the units.
+    size: Units in a tile.
+    chunk: A part of the tile, or None.
+    others: A part of the other axis.
+  """
   from jax.experimental import pallas as pl
 
-  if ref.shape[axis] == size:
-    return ref[...]
-  start = pl.multiple_of(pl.program_id(2) * size, size)
-  return ref[:, pl.ds(start, size)] if axis else ref[pl.ds(start, size), :]
+  units: Any = chunk or slice(0, size)
+  if ref.shape[axis] != size:
+    start = pl.program_id(2) * size + units.start
+    units = pl.ds(pl.multiple_of(start, LANES), units.stop - units.start)
+  return ref[others, units] if axis else ref[units, others]
 
 
 def _at_first_tile(function: Callable[[], None]) -> None:
