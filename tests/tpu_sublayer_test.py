@@ -30,11 +30,14 @@ ACTIVATIONS = {
   'silu, gated': (nn.silu, activations.identity),
   'relu': (nn.relu,),
 }
-PROJECTIONS = 'projections'
+PROJECTIONS, OUTPUT = 'projections', 'output'
 
 
 def draw(kind='gelu, gated', dropout=True):
-  """x, the weights and settings, and what the output is multiplied with."""
+  """x, the weights and settings, and what the output is multiplied with.
+
+  What `output` gets as hidden is behind x.
+  """
   rng = np.random.default_rng(0)
   make = lambda *shape: rng.standard_normal(shape).astype(np.float32)
 
@@ -49,6 +52,11 @@ def draw(kind='gelu, gated', dropout=True):
     wi = tuple(kernel(EMBED, UNITS) for _ in range(3))
     weights = tpu_sublayer.Weights(scale, wi)
     width = EMBED + 3 * UNITS
+  elif kind == OUTPUT:
+    kept_out = keep(EMBED)
+    x = np.concatenate([x, make(ROWS, LENGTH, UNITS)], axis=-1)
+    weights = tpu_sublayer.Weights(wo=kernel(UNITS, EMBED), kept_out=kept_out)
+    width = EMBED
   else:
     wi = tuple(kernel(EMBED, UNITS) for _ in activations)
     wo = kernel(UNITS, EMBED)
@@ -60,14 +68,24 @@ def draw(kind='gelu, gated', dropout=True):
 
 def kernel(x, weights, settings):
   """The function of the module; what projections return is concatenated."""
+  if not weights.wi:
+    return tpu_sublayer.output(*parts(x), weights, settings)
   if weights.wo is not None:
     return tpu_sublayer.mlp(x, weights, settings)
   x, y = tpu_sublayer.project(x, weights, settings)
   return jnp.concatenate([x, *y], axis=-1)
 
 
+def parts(x):
+  return x[..., :EMBED], x[..., EMBED:]
+
+
 def formula(x, weights, settings):
   """The same, written as in the paper."""
+  if not weights.wi:
+    x, hidden = parts(x)
+    y = jnp.einsum('bti,io->bto', hidden, weights.wo)
+    return x + (y if weights.kept_out is None else y * weights.kept_out)
   unit = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
   h = unit * weights.scale[None, None]
   before = [jnp.einsum('bti,io->bto', h, w) for w in weights.wi]
@@ -99,7 +117,7 @@ def small_tiles(monkeypatch):
 
 
 KINDS = [(kind, dropout) for kind in ACTIVATIONS for dropout in (False, True)]
-KINDS += [(PROJECTIONS, False)]
+KINDS += [(PROJECTIONS, False), (OUTPUT, False), (OUTPUT, True)]
 
 
 @pytest.mark.parametrize(('kind', 'dropout'), KINDS)
@@ -122,7 +140,7 @@ def test_values_and_derivatives_are_those_of_the_formula(
   np.testing.assert_allclose(y, want[0], atol=1e-5)
 
 
-@pytest.mark.parametrize('kind', ['gelu, gated', PROJECTIONS])
+@pytest.mark.parametrize('kind', ['gelu, gated', PROJECTIONS, OUTPUT])
 def test_in_bfloat16_it_is_as_exact_as_bfloat16(kind):
   x, weights, settings, dy = draw(kind)
   narrow = jnp.asarray(x, jnp.bfloat16)
@@ -132,7 +150,7 @@ def test_in_bfloat16_it_is_as_exact_as_bfloat16(kind):
   assert_as_exact_as_bfloat16(got, want)
 
 
-@pytest.mark.parametrize('kind', ['gelu, gated', PROJECTIONS])
+@pytest.mark.parametrize('kind', ['gelu, gated', PROJECTIONS, OUTPUT])
 @pytest.mark.parametrize('axes', [('data', 'model'), ('data', None)])
 def test_on_a_mesh_each_device_has_its_rows_and_units(axes, kind):
   mesh = partitioning.make_mesh(3, jax.devices()[:6])
@@ -170,6 +188,7 @@ def calls(function, *arguments):
     ('gelu, gated', 'wo', 1),
     (PROJECTIONS, 'scale', 3),
     (PROJECTIONS, 'wi', 3),
+    (OUTPUT, 'wo', 1),
   ],
 )
 def test_trained_weights_have_their_gradients_without_a_kernel(
@@ -186,7 +205,7 @@ def test_trained_weights_have_their_gradients_without_a_kernel(
     return jnp.sum(kernel(x, weights._replace(**trained), settings))
 
   assert calls(jax.grad(loss, (0, 1)), x, trained) == []
-  assert calls(jax.grad(loss), x, trained) == [3, 1]
+  assert calls(jax.grad(loss), x, trained) == [1 if kind == OUTPUT else 3, 1]
   assert calls(loss, x, trained) == [kept]
 
 
@@ -203,6 +222,10 @@ CONFIG = sizes.T5Config(
   dtype='bfloat16',
   dropout_rate=0.25,
 )
+
+
+# The functions that an encoder layer calls.
+ALL = {'mlp', 'project', 'output'}
 
 
 @contextlib.contextmanager
@@ -224,6 +247,7 @@ def on_tpu():
     mock.patch.object(jax, 'device_count', lambda: 1),
     tell('mlp'),
     tell('project'),
+    tell('output'),
   ):
     yield called
 
@@ -256,7 +280,7 @@ def test_a_layer_drops_the_same_with_them_and_is_as_exact(activations):
   exact, by_xla = run('float32'), run('bfloat16')
   with on_tpu() as called:
     got = run('bfloat16')
-  assert called == {'mlp', 'project'}
+  assert called == ALL
   for one, other, want in zip(got, by_xla, exact, strict=True):
     error, usual = (np.linalg.norm(a - want) for a in (one, other))
     assert 0 < error < 1.1 * usual < 0.1 * np.linalg.norm(want)
@@ -274,8 +298,8 @@ def used(placement=None, prepare=lambda params: params, sizes=(), **changes):
 
 
 def test_they_are_used_where_they_fit():
-  assert used() == {'mlp', 'project'}
-  assert used(fused_mlp=False) == {'project'}
+  assert used() == ALL
+  assert used(fused_mlp=False) == ALL - {'mlp'}
   assert used(fused_attention=False) == {'mlp'}
   assert not used(dtype='float32')
   assert not used(sizes=(100, EMBED))
@@ -286,13 +310,13 @@ def test_they_are_used_where_they_fit():
 @pytest.mark.parametrize(
   ('site', 'axis', 'others'),
   [
-    ('mlp/wi_1', 'mlp', {'project'}),
-    ('mlp/hidden', 'mlp', {'project'}),
-    ('mlp/wo', 'embed', {'project'}),
-    ('mlp', 'embed', {'project'}),
+    ('mlp/wi_1', 'mlp', ALL - {'mlp'}),
+    ('mlp/hidden', 'mlp', ALL - {'mlp'}),
+    ('mlp/wo', 'embed', ALL - {'mlp'}),
+    ('mlp', 'embed', ALL - {'mlp'}),
     ('attention', 'embed', {'mlp'}),
-    ('attention/out', 'embed', {'mlp', 'project'}),
-    ('input', 'embed', {'mlp', 'project'}),
+    ('attention/out', 'embed', ALL - {'output'}),
+    ('input', 'embed', ALL),
   ],
 )
 def test_an_adapter_has_its_site(site, axis, others):
@@ -308,7 +332,11 @@ def test_adapters_of_projections_have_their_sites(site):
 
 @pytest.mark.parametrize(
   ('module', 'name', 'others'),
-  [('mlp', 'wo', {'project'}), ('attention', 'key', {'mlp'})],
+  [
+    ('mlp', 'wo', ALL - {'mlp'}),
+    ('attention', 'key', {'mlp'}),
+    ('attention', 'out', ALL - {'output'}),
+  ],
 )
 def test_int8_kernels_are_left_to_xla(module, name, others):
   def prepare(params):

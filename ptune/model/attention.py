@@ -322,10 +322,14 @@ class Attention(nn.Module):
     return (
       untouched(self, self.placements, PROJECTIONS, sites)
       and fused.fits(self.fused, q, q, bias, mask)
-      and fused.fits_sublayer(
-        *(self.fused, self.dtype, x.shape, self.num_heads * self.head_dim),
-        *(len(PROJECTIONS), 'joined_kv'),
-      )
+      and self._fits(x, len(PROJECTIONS))
+    )
+
+  def _fits(self, x: jax.Array, matrices: int) -> bool:
+    """Whether a kernel can compute so many of the sublayer's products."""
+    width = self.num_heads * self.head_dim
+    return fused.fits_sublayer(
+      self.fused, self.dtype, x.shape, width, matrices, 'joined_kv'
     )
 
   def _sublayer(self, x, mask, bias, enable_dropout, scale, kept_out):
@@ -339,6 +343,12 @@ class Attention(nn.Module):
     )
     kept = self._kept(v, enable_dropout)
     y = fused.attend(q, k, v, bias, mask, kept)
+    if untouched(self, self.placements, ('out',), ('out',)) and self._fits(
+      x, 1
+    ):
+      wo = self.variables['params']['out']['kernel']
+      weights = tpu_sublayer.Weights(wo=wo, kept_out=kept_out)
+      return fused.output(x, y.reshape(*x.shape[:2], -1), weights)
     y = project_out(self, self.placements, y, x.shape[-1], self.dtype)
     return x + (y if kept_out is None else (y * kept_out).astype(y.dtype))
 

@@ -106,14 +106,14 @@ def fits_sublayer(
   products: int,
   axis: str,
 ) -> bool:
-  """Whether `mlp` or `project` supports these sizes, and should be used.
+  """Whether `mlp`, `project` or `output` supports these sizes.
 
   Args:
     wanted: FUSED_MLP or FUSED_ATTENTION; None follows `DEFAULT`.
     dtype: Type of the activations.
     shape: [batch, length, embed].
-    units: Width of what the kernels after the norm give.
-    products: Number of all kernels.
+    units: Width of what the matrices after the norm give, or of `hidden`.
+    products: Number of all matrices.
     axis: The logical axis of the units.
   """
   rows, length, embed = shape
@@ -208,6 +208,14 @@ def project(
   """`tpu_sublayer.project` over the mesh."""
   settings = tpu_sublayer.Settings((), epsilon, _spec('joined_kv'))
   return tpu_sublayer.project(x, weights, settings)
+
+
+def output(
+  x: jax.Array, y: jax.Array, weights: tpu_sublayer.Weights
+) -> jax.Array:
+  """`tpu_sublayer.output` of attention, over the mesh."""
+  settings = tpu_sublayer.Settings(axes=_spec('joined_kv'))
+  return tpu_sublayer.output(x, y, weights, settings)
 
 
 def _cudnn(q, k, v, bias) -> jax.Array:

@@ -1,6 +1,7 @@
-"""What follows a norm on a TPU: a frozen MLP, or attention's projections.
+"""A TPU's kernels for the frozen matrices of an encoder's layer.
 
     project   before = norm(x) wi: queries, keys and values
+    output    y = x + kept_out (hidden wo): what follows attention
     mlp       before = norm(x) wi, y = x + kept_out (kept activation(before) wo)
 
 XLA computes each product by itself, and reads and writes its operands each
@@ -11,13 +12,14 @@ units with all kernels wi, and reads nothing twice:
     x, y            [batch, length, embed]
     before          [batch, length, units] for each wi; an MLP returns it for
                     the backward pass only
+    hidden          [batch, length, units]
     kept            [batch, 1, units], the dropout of an MLP's hidden units
     kept_out        [batch, 1, embed], the dropout of its output
 
 The tiles of a block are summed in float32. If all weights fit into VMEM, they
 are read once. Otherwise, each block reads them again.
 
-If the norm or a kernel is trained, XLA computes all of it.
+If the norm or a matrix is trained, XLA computes all of it.
 """
 
 import functools
@@ -47,21 +49,22 @@ USABLE = 0.85
 # Names of the kernels in a compiled program.
 MLP, MLP_BACKWARD = 't5_mlp', 't5_mlp_backward'
 PROJECT, PROJECT_BACKWARD = 't5_project', 't5_project_backward'
+OUTPUT, OUTPUT_BACKWARD = 't5_output', 't5_output_backward'
 
 
 class Weights(NamedTuple):
   """The frozen arrays, and the dropout.
 
   Attributes:
-    scale: [embed], of the norm.
-    wi: The kernels after the norm, each [embed, units].
-    wo: [units, embed], of an MLP.
+    scale: [embed], of the norm, or None.
+    wi: The matrices after the norm, each [embed, units].
+    wo: [units, embed], or None.
     kept: [batch, 1, units], multiplies the hidden units, or None.
     kept_out: [batch, 1, embed], multiplies the output, or None.
   """
 
-  scale: Any
-  wi: tuple[Any, ...]
+  scale: Any = None
+  wi: tuple[Any, ...] = ()
   wo: Any = None
   kept: Any = None
   kept_out: Any = None
@@ -139,7 +142,7 @@ def mlp(x: jax.Array, weights: Weights, settings: Settings) -> jax.Array:
   Returns:
     [batch, length, embed], in the type of x.
   """
-  return _forward(x, weights, settings, keep=False)[0]
+  return _forward(x, None, weights, settings)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -159,7 +162,25 @@ def project(
   Returns:
     x, and arrays [batch, length, units] in the type of x.
   """
-  return x, _forward(x, weights, settings, keep=True)[1]
+  return x, _forward(x, None, weights, settings, keep=True)[1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def output(
+  x: jax.Array, hidden: jax.Array, weights: Weights, settings: Settings
+) -> jax.Array:
+  """x + kept_out (hidden wo).
+
+  Args:
+    x: [batch, length, embed].
+    hidden: [batch, length, units].
+    weights: wo, and kept_out, which has no gradient.
+    settings: How to compute it.
+
+  Returns:
+    [batch, length, embed], in the type of x.
+  """
+  return _forward(x, hidden, weights, settings)[0]
 
 
 def _plain_mlp(x, weights, settings) -> jax.Array:
@@ -170,6 +191,11 @@ def _plain_mlp(x, weights, settings) -> jax.Array:
   )
   if weights.kept is not None:
     hidden = (hidden * weights.kept).astype(x.dtype)
+  return _plain_output(x, hidden, weights)
+
+
+def _plain_output(x, hidden, weights) -> jax.Array:
+  """`output` by XLA."""
   y = jnp.einsum('bti,io->bto', hidden, weights.wo.astype(x.dtype))
   if weights.kept_out is not None:
     y = (y * weights.kept_out).astype(x.dtype)
@@ -208,7 +234,7 @@ def _mlp_forward(x, weights, settings):
   x, weights, trained = _values(x, weights)
   if trained:
     return jax.vjp(functools.partial(_plain_mlp, settings=settings), x, weights)
-  y, before = _forward(x, weights, settings, keep=True)
+  y, before = _forward(x, None, weights, settings, keep=True)
   return y, (x, before, weights)
 
 
@@ -225,7 +251,7 @@ def _project_forward(x, weights, settings):
   if trained:
     call = functools.partial(_plain_project, settings=settings)
     return jax.vjp(call, x, weights)
-  _, before = _forward(x, weights, settings, keep=True)
+  _, before = _forward(x, None, weights, settings, keep=True)
   return (x, before), (x, weights)
 
 
@@ -239,6 +265,21 @@ def _project_backward(settings, saved, given):
   return dx, _nothing(weights)
 
 
+def _output_forward(x, hidden, weights, settings):
+  x, (hidden, weights, trained) = x.value, _values(hidden, weights)
+  if trained:
+    return jax.vjp(_plain_output, x, hidden, weights)
+  return _forward(x, hidden, weights, settings)[0], weights
+
+
+def _output_backward(settings, weights, dy):
+  dy = materialized(dy)
+  if not isinstance(weights, Weights):
+    return weights(dy)
+  dhidden = _backward(None, dy, None, weights, settings)
+  return dy, dhidden, _nothing(weights)
+
+
 def _nothing(weights: Weights) -> Weights:
   """No gradients."""
   return jax.tree.map(lambda _: None, weights)
@@ -246,6 +287,7 @@ def _nothing(weights: Weights) -> Weights:
 
 mlp.defvjp(_mlp_forward, _mlp_backward, symbolic_zeros=True)
 project.defvjp(_project_forward, _project_backward, symbolic_zeros=True)
+output.defvjp(_output_forward, _output_backward, symbolic_zeros=True)
 
 
 def _specs(settings: Settings):
@@ -257,37 +299,40 @@ def _specs(settings: Settings):
   return wide, middle, every
 
 
-def _forward(x, weights, settings, keep):
-  """An MLP's y or None, and, to `keep`, what the kernels wi give."""
+def _forward(x, hidden, weights, settings, keep=False):
+  """y if there is a wo, and, to `keep`, what the matrices wi give."""
   wide, middle, shardings = _specs(settings)
 
-  def call(x, weights):
-    y, before = _call(False, x, None, None, weights, settings, keep)
+  def call(x, hidden, weights):
+    given = None if hidden is None else (hidden,)
+    y, before = _call(False, x, None, given, weights, settings, keep)
     return None if y is None else _summed(x, y, settings), before
 
-  call = on_mesh(call, (wide, shardings), (wide, middle))
-  return call(x, _inputs(x, weights))
+  call = on_mesh(call, (wide, middle, shardings), (wide, middle))
+  return call(x, hidden, _inputs(x, weights))
 
 
 def _backward(x, dy, before, weights, settings):
-  """The gradient of x.
+  """The gradient of x, or of what `output` gets as hidden.
 
   Args:
-    x: The residual stream.
+    x: The residual stream; None for `output`.
     dy: The gradient of the output, which is a sum with x.
     before: What comes before an MLP's activations, or the gradients of what
-      `project` returned.
+      `project` returned; None for `output`.
     weights: The arrays.
     settings: How to compute it.
   """
   wide, middle, shardings = _specs(settings)
+  into_x = bool(weights.wi)
 
   def call(x, dy, before, weights):
-    dx, _ = _call(True, x, dy, before, weights, settings)
-    return _summed(dy, dx, settings)
+    dx, dhidden = _call(True, x, dy, before, weights, settings, not into_x)
+    return _summed(dy, dx, settings) if into_x else dhidden[0]
 
-  call = on_mesh(call, (wide, wide, middle, shardings), wide)
-  return call(x, dy, before, _inputs(x, weights))
+  inputs = (wide, wide, middle, shardings)
+  call = on_mesh(call, inputs, wide if into_x else middle)
+  return call(x, dy, before, _inputs(dy, weights))
 
 
 def _summed(x: jax.Array, y: jax.Array, settings: Settings) -> jax.Array:
@@ -303,7 +348,7 @@ def _inputs(x: jax.Array, weights: Weights) -> Weights:
   """Matrices in the type of x, and the rest in float32."""
   scale, wi, wo, kept, kept_out = weights
   return Weights(
-    scale.astype(jnp.float32)[None],
+    None if scale is None else scale.astype(jnp.float32)[None],
     tuple(w.astype(x.dtype) for w in wi),
     None if wo is None else wo.astype(x.dtype),
     None if kept is None else kept.astype(jnp.float32),
@@ -317,7 +362,7 @@ def _inputs(x: jax.Array, weights: Weights) -> Weights:
 def _forward_kernel(
   x_ref,
   _,
-  __,
+  given_refs,
   weights: Weights,
   y_ref,
   before_refs,
@@ -329,6 +374,18 @@ def _forward_kernel(
   tiles: int,
 ):
   _, wi_refs, wo_ref, kept_ref, kept_out_ref = weights
+
+  def finish(y):
+    if kept_out_ref is not None:
+      y = y * kept_out_ref[0]
+    if not settings.axes[1]:
+      y = x_ref[0].astype(jnp.float32) + y
+    y_ref[0] = y.astype(y_ref.dtype)
+
+  if not wi_refs:
+    part = dot(given_refs[0][0], _tile(wo_ref, 0, size), (1, 0))
+    _add_up(part, sum_ref, tiles, finish)
+    return
 
   @_at_first_tile
   def _():
@@ -347,14 +404,6 @@ def _forward_kernel(
   hidden = 1.0 if kept_ref is None else kept_ref[0]
   for activation, given in zip(settings.activations, before, strict=True):
     hidden *= activation(given.astype(jnp.float32))
-
-  def finish(y):
-    if kept_out_ref is not None:
-      y = y * kept_out_ref[0]
-    if not settings.axes[1]:
-      y = x_ref[0].astype(jnp.float32) + y
-    y_ref[0] = y.astype(y_ref.dtype)
-
   part = dot(hidden.astype(h.dtype), _tile(wo_ref, 0, size), (1, 0))
   _add_up(part, sum_ref, tiles, finish)
 
@@ -365,7 +414,7 @@ def _backward_kernel(
   before_refs,
   weights: Weights,
   dx_ref,
-  _,
+  dhidden_refs,
   dy_kept_ref,
   sum_ref,
   *,
@@ -388,6 +437,10 @@ def _backward_kernel(
         dy = (dy.astype(jnp.float32) * weights.kept_out[0]).astype(dy.dtype)
       dy_kept_ref[...] = dy
 
+  if not weights.wi:
+    dhidden = dot(dy_kept_ref[...], _tile(weights.wo, 0, size), (1, 1))
+    dhidden_refs[0][0] = dhidden.astype(dhidden_refs[0].dtype)
+    return
   pieces = _chunks(x_ref.shape[2])
   sums = [0.0 for _ in pieces]
   chunks = _chunks(size) if weights.wo is not None else [slice(0, size)]
@@ -511,30 +564,32 @@ def _of_given(specs, inputs):
   )
 
 
-def _call(backward, x, dy, before, weights, settings, keep=False):
+def _call(backward, x, dy, given, weights, settings, keep):
   """Calls a kernel on one device.
 
   Args:
     backward: Whether it is the backward pass.
-    x: The residual stream.
+    x: The residual stream, or None.
     dy: As for `_backward`, or None.
-    before: As for `_backward`, or None.
+    given: Arrays [batch, length, units]: `before` as for `_backward`, or hidden
+      of `output`; or None.
     weights: As `_inputs` returns them.
     settings: How to compute it.
-    keep: Whether to return what the kernels wi give.
+    keep: Whether to return such arrays.
 
   Returns:
-    An array like x, or None for projections forward; and what the kernels wi
-    give, or ().
+    An array like x, or None; and arrays [batch, length, units], or ().
   """
   # Imported here because they are slow to import.
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import tpu as pltpu
 
-  is_mlp = weights.wo is not None
-  (rows, length, embed), kernels = x.shape, len(weights.wi)
-  units = weights.wi[0].shape[1]
-  sizes = embed, units, kernels + is_mlp
+  inner, outer = len(weights.wi), weights.wo is not None
+  stream = dy if x is None else x
+  rows, length, embed = stream.shape
+  units = weights.wo.shape[0] if outer else weights.wi[0].shape[1]
+  arrays = max(inner, 1)  # Of width `units`.
+  sizes = embed, units, inner + outer
   size = tile_size(*sizes)
   tiles = units // size
   # Blocks of about the same size; the last one may end after the row.
@@ -551,19 +606,24 @@ def _call(backward, x, dy, before, weights, settings, keep=False):
     last = pl.BlockSpec((size, embed), lambda b, i, j: (j, 0))
   of_weights = Weights(
     once((1, embed), lambda b, i, j: (0, 0)),
-    (first,) * kernels,
+    (first,) * inner,
     last,
     pl.BlockSpec((1, 1, size), lambda b, i, j: (b, 0, j)),
     pl.BlockSpec((1, 1, embed), lambda b, i, j: (b, 0, 0)),
   )
-  inputs = (x, dy, before, weights)
-  specs = (wide, wide, (middle,) * kernels, of_weights)
-  sums = is_mlp or backward
+  inputs = (x, dy, given, weights)
+  specs = (wide, wide, (middle,) * arrays, of_weights)
+  sums = inner > 0 if backward else outer
   out = (
-    jax.ShapeDtypeStruct(x.shape, x.dtype) if sums else None,
-    (jax.ShapeDtypeStruct((rows, length, units), x.dtype),) * kernels * keep,
+    jax.ShapeDtypeStruct(stream.shape, stream.dtype) if sums else None,
+    (jax.ShapeDtypeStruct((rows, length, units), stream.dtype),)
+    * (arrays * keep),
   )
-  name = (MLP, MLP_BACKWARD) if is_mlp else (PROJECT, PROJECT_BACKWARD)
+  name = {
+    (True, True): (MLP, MLP_BACKWARD),
+    (True, False): (PROJECT, PROJECT_BACKWARD),
+    (False, True): (OUTPUT, OUTPUT_BACKWARD),
+  }[inner > 0, outer]
   return pl.pallas_call(
     functools.partial(
       _backward_kernel if backward else _forward_kernel,
@@ -572,10 +632,10 @@ def _call(backward, x, dy, before, weights, settings, keep=False):
       tiles=tiles,
     ),
     in_specs=_of_given(specs, inputs),
-    out_specs=(wide if sums else None, (middle,) * kernels * keep),
+    out_specs=(wide if sums else None, (middle,) * (arrays * keep)),
     out_shape=out,
     scratch_shapes=(
-      pltpu.VMEM((block, embed), x.dtype),
+      pltpu.VMEM((block, embed), stream.dtype),
       pltpu.VMEM((block, embed), jnp.float32) if sums and tiles > 1 else None,
     ),
     name=name[backward],
@@ -584,7 +644,7 @@ def _call(backward, x, dy, before, weights, settings, keep=False):
       ('parallel', 'parallel', 'arbitrary'),
       1.25 * _vmem_bytes(*sizes, size),
       jax.tree.leaves((inputs, out)),
-      rows * length * units * is_mlp,
+      rows * length * units * (inner > 0 and outer),
       2 * math.prod(sizes) * rows * length,
     ),
   )(*inputs)

@@ -100,6 +100,8 @@ RATES = {
   tpu_sublayer.MLP_BACKWARD: 0.85,
   tpu_sublayer.PROJECT: 0.8,
   tpu_sublayer.PROJECT_BACKWARD: 0.8,
+  tpu_sublayer.OUTPUT: 0.75,
+  tpu_sublayer.OUTPUT_BACKWARD: 0.75,
 }
 
 # By the names of `plan.ACCELERATORS`; libtpu calls v7x tpu7x. Peak and
@@ -112,13 +114,13 @@ CHIPS: Mapping[str, Chip] = {
   'v4': Chip(275e12, 1.228e12, 1.05e9, _CUBES, cores=2, options=_MEGACORE),
   'v5e': Chip(197e12, 0.819e12, 1.503e9, _FLAT),
   'v5p': Chip(459e12, 2.765e12, 1.75e9, _CUBES, cores=2),
-  'v6e': Chip(918e12, 1.64e12, 1.75e9, _FLAT, kernel_rate=1 / 6),
+  'v6e': Chip(918e12, 1.64e12, 1.75e9, _FLAT, kernel_rate=1 / 5),
   'v7x': Chip(
     *(2307e12 / 2, 7.38e12 / 2, 2.2e9),
     {2 * chips: shape for chips, shape in _CUBES.items()},
     per_chip=2,
     assumed_clock=True,
-    kernel_rate=1 / 6,
+    kernel_rate=1 / 5,
   ),
 }
 
@@ -186,8 +188,10 @@ PARTS = (
   ('output layer', r'/decoder/'),
 )
 REST = 'loss, optimizer and rest'
-# There are more of them in a deeper network.
+# There are more of them in a deeper network. Others are there once, and in the
+# rest are copies that no part owns.
 _IN_LAYERS = frozenset(name for name, _ in PARTS[:-2])
+_ONCE = frozenset(name for name, _ in PARTS[-2:])
 
 _COLLECTIVES = (
   'all-reduce',
@@ -307,6 +311,8 @@ class Estimate:
     """The same of a network with more layers.
 
     Unlike `deepened`, it counts once what only the first or last layer does.
+    The embedding and the output layer are those of `further`: they do not grow
+    with the depth.
 
     Args:
       further: Of a network with one layer more.
@@ -319,7 +325,9 @@ class Estimate:
     parts = collections.defaultdict(Cost)
     for estimate, times in ((self, 1 - layers), (further, layers)):
       for name, cost in estimate.parts.items():
-        parts[name].add(cost, times)
+        if name not in _ONCE:
+          parts[name].add(cost, times)
+    parts |= {name: further.parts[name] for name in _ONCE & {*further.parts}}
     collectives = {}
     for kind in {*self.collectives, *further.collectives}:
       a, b = (x.collectives.get(kind, (0.0, 0.0)) for x in (self, further))
