@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ptune.methods import prompt
-from ptune.model import layers, network, parameters, t5, tpu_attention
+from ptune.model import layers, network, parameters, t5, tpu
 from ptune.model.models import EncoderDecoderModel
 from tests.network_test import SHALLOW, make_batch, random_params
 
@@ -90,7 +90,7 @@ def test_prompt_and_inputs_together_are_rounded_up(
   multiple, platform, expected, monkeypatch
 ):
   config = dataclasses.replace(SHALLOW, length_multiple=multiple)
-  monkeypatch.setattr(tpu_attention, 'platform', lambda: platform)
+  monkeypatch.setattr(tpu, 'platform', lambda: platform)
   assert lengths_of_layers(config, monkeypatch) == ({expected}, 21)
   assert layers.fill_tiles(612, 16) == 624
 

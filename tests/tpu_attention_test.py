@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ptune.model import partitioning, tpu_attention
+from ptune.model import partitioning, tpu, tpu_attention, tpu_attention_kernels
 
 
 def plain(q, k, v, bias, mask, kept=None):
@@ -15,7 +15,7 @@ def plain(q, k, v, bias, mask, kept=None):
   logits = jnp.einsum('bqhd,bkhd->bhqk', q, k)
   if bias is not None:
     logits = logits + bias
-  weights = jax.nn.softmax(jnp.where(mask, logits, tpu_attention.MASKED))
+  weights = jax.nn.softmax(jnp.where(mask, logits, tpu.MASKED))
   return jnp.einsum('bhqk,bkhd->bqhd', weights, v)
 
 
@@ -78,7 +78,9 @@ CASES = {
 @pytest.fixture
 def unit(request, monkeypatch):
   """Rows of a matrix unit: 128, or 256 with room for summands of logits."""
-  monkeypatch.setattr(tpu_attention, 'matrix_unit', lambda: request.param)
+  monkeypatch.setattr(
+    tpu_attention_kernels, 'matrix_unit', lambda: request.param
+  )
 
 
 units = pytest.mark.parametrize('unit', [128, 256], indirect=True)
@@ -91,7 +93,7 @@ def test_values_and_derivatives_are_those_of_the_formula(
 ):
   # Two blocks of queries, and two chunks of keys.
   monkeypatch.setattr(tpu_attention, 'BLOCKS', (128,))
-  monkeypatch.setattr(tpu_attention, 'CHUNK', 64)
+  monkeypatch.setattr(tpu_attention_kernels, 'CHUNK', 64)
   shape, mask = CASES[case]
   q, k, v, bias, dy = draw(*shape)
   bias = None if 'cross' in case else bias
@@ -170,12 +172,12 @@ def test_only_a_trained_bias_has_a_gradient():
   [(16, 64, 2), (6, 64, 2), (3, 64, 3), (8, 128, 1), (4, 256, 1), (8, 32, 4)],
 )
 def test_heads_that_fill_registers_are_a_group(heads, head_dim, expected):
-  assert tpu_attention.group(heads, head_dim) == expected
+  assert tpu_attention_kernels.group(heads, head_dim) == expected
 
 
 def test_a_step_takes_as_many_heads_and_queries_as_fit(monkeypatch):
   def tiling(length, megabytes, heads=16):
-    monkeypatch.setattr(tpu_attention, 'vmem', lambda: megabytes * 2**20)
+    monkeypatch.setattr(tpu, 'vmem', lambda: megabytes * 2**20)
     return tpu_attention.tiling(length, length, heads, 64, False)
 
   assert tiling(612, 128) == (4, 640)  # v5e and v6e.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ptune.model import fused, partitioning, tpu_attention, tpu_cross_attention
+from ptune.model import fused, partitioning, tpu, tpu_cross_attention
 from tests.tpu_attention_test import (
   assert_as_exact_as_bfloat16,
   dropped,
@@ -28,7 +28,7 @@ def draw():
 
 def plain(asked, x, mask, kept=None):
   logits = jnp.einsum('bhqi,bki->bhqk', asked, x)
-  weights = jax.nn.softmax(jnp.where(mask, logits, tpu_attention.MASKED))
+  weights = jax.nn.softmax(jnp.where(mask, logits, tpu.MASKED))
   if kept is not None:
     weights = weights * kept.swapaxes(2, 3)
   return jnp.einsum('bhqk,bki->bhqi', weights, x)

@@ -17,8 +17,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from ptune.model import tpu_attention, tpu_cross_attention, tpu_sublayer
-from ptune.model.tpu_attention import MASKED
+from ptune.model import (
+  tpu,
+  tpu_attention,
+  tpu_cross_attention,
+  tpu_sublayer,
+)
+from ptune.model.tpu import MASKED
 
 # The smallest numbers of queries and keys for which kernels are used.
 LEAST = 128
@@ -32,7 +37,7 @@ _TPU_MULTIPLE = 64
 
 def platform() -> str | None:
   """The kernel for the devices of the traced program: 'cuda', 'tpu' or None."""
-  name = tpu_attention.platform()
+  name = tpu.platform()
   if name == 'gpu' and jax.default_backend() == 'gpu':
     device = jax.devices()[0]
     # GPUs before Ampere have no bfloat16.

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jax import lax
 
-from ptune.model import fused, tpu_attention, tpu_sublayer
+from ptune.model import fused, tpu, tpu_sublayer
 from ptune.model.activations import ACTIVATIONS, precisely
 from ptune.model.adapters import Placement, adapt, matches
 from ptune.model.config import ModelConfig
@@ -55,7 +55,7 @@ def fill_tiles(length: int, multiple: int | None) -> int:
     multiple: Round up to a multiple of this; None uses the tile of the device.
   """
   if multiple is None:
-    multiple = TILES.get(tpu_attention.platform(), 1)
+    multiple = TILES.get(tpu.platform(), 1)
   return -(-length // multiple) * multiple
 
 

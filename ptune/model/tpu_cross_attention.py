@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ptune.model import tpu_attention
-from ptune.model.tpu_attention import LANES, MASKED, dot, on_mesh, up
+from ptune.model import tpu
+from ptune.model.tpu import LANES, MASKED, dot, on_mesh, up
 
 # Queries that fill a register in bfloat16: heads are merged with them in place.
 SUBLANES = 16
@@ -48,7 +48,7 @@ def fits(queries: int, keys: int, heads: int, embed: int) -> bool:
   return (
     queries % SUBLANES == 0
     and embed % LANES == 0
-    and taken <= tpu_attention.USABLE * tpu_attention.vmem()
+    and taken <= tpu.USABLE * tpu.vmem()
   )
 
 
@@ -96,13 +96,13 @@ def _attend_forward(asked, x, mask, kept, axes):
   # Each argument has a value, and says whether it is differentiated. Only
   # arrays can be passed to the backward pass.
   wants_x = jnp.zeros(()) if x.perturbed else None
-  arrays = tpu_attention.values(asked, x, mask, kept)
+  arrays = tpu.values(asked, x, mask, kept)
   return _forward(*arrays, axes), (*arrays, wants_x)
 
 
 def _attend_backward(axes, saved, dseen):
   *arrays, wants_x = saved
-  dseen = tpu_attention.materialized(dseen)
+  dseen = tpu.materialized(dseen)
   heads, rows = _specs(axes)
 
   def call(*arrays):
@@ -233,7 +233,7 @@ def _call(name, kernel, inputs, more, outputs, products: int):
     out_specs=[specs[i] for i in outputs],
     out_shape=shapes,
     name=name,
-    **tpu_attention.call_settings(
+    **tpu.call_settings(
       (x.shape[0],),
       ('parallel',),
       1.25 * _vmem_bytes(heads * queries, keys, width),

@@ -32,15 +32,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from ptune.model import tpu_attention
+from ptune.model import tpu
 from ptune.model.activations import identity, precisely
-from ptune.model.tpu_attention import LANES, dot, materialized, on_mesh, up
+from ptune.model.tpu import LANES, SUBLANES, dot, materialized, on_mesh, up
 
 # Positions of a block, at most. More of them need larger programs; with fewer,
 # the matrix units wait for weights.
 POSITIONS = 320
-# Positions in a tile.
-SUBLANES = 8
 # The most cycles that the products of one step of the grid may take. The
 # program of a step has no loops, so it has about as many instructions.
 CYCLES = 40_000
@@ -94,7 +92,7 @@ def tile_size(embed: int, units: int, products: int) -> int:
   """
   if embed % LANES or units % LANES:
     return 0
-  usable = USABLE * tpu_attention.vmem()
+  usable = USABLE * tpu.vmem()
   per_unit = products * POSITIONS * embed / _rate()
   for size in range(units, 0, -LANES):
     if (
@@ -108,12 +106,12 @@ def tile_size(embed: int, units: int, products: int) -> int:
 
 def _rate() -> float:
   """Multiplications that the matrix units of a device make in a cycle."""
-  return 4 * tpu_attention.matrix_unit() ** 2
+  return 4 * tpu.matrix_unit() ** 2
 
 
 def _resident(embed: int, units: int, products: int) -> bool:
   """Whether all weights stay in VMEM."""
-  return 2 * products * embed * units <= 0.6 * tpu_attention.vmem()
+  return 2 * products * embed * units <= 0.6 * tpu.vmem()
 
 
 def _vmem_bytes(embed: int, units: int, products: int, size: int) -> int:
@@ -470,7 +468,7 @@ def _chunks(length: int) -> list[slice]:
 
   Only large matrix units are so fast that it saves time.
   """
-  size = tpu_attention.matrix_unit()
+  size = tpu.matrix_unit()
   size = size if size > LANES else length
   return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
@@ -639,7 +637,7 @@ def _call(backward, x, dy, given, weights, settings, keep):
       pltpu.VMEM((block, embed), jnp.float32) if sums and tiles > 1 else None,
     ),
     name=name[backward],
-    **tpu_attention.call_settings(
+    **tpu.call_settings(
       (rows, blocks, tiles),
       ('parallel', 'parallel', 'arbitrary'),
       1.25 * _vmem_bytes(*sizes, size),
