@@ -466,6 +466,21 @@ def test_every_option_compiles_for_a_tpu(compiled, name):
   assert found['aliased'] == found['donated']
 
 
+# The kernels depend on the size of a matrix unit and of VMEM.
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+  ('chip', 'devices'), [('v4', 4), ('v5p', 4), ('v6e', 4), ('v7x', 8)]
+)
+def test_a_step_compiles_for_every_chip(compiled, chip, devices):
+  found = compiled(chip=chip, devices=devices, lengths={'targets': 16})
+  assert found['kernels'] == {
+    name + way: 1
+    for name in (*EVERY, 't5_cross_attention')
+    for way in ('', '_backward')
+  }
+
+
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def config_of(network):
 def compiled(case):
   """Compiles a case; returns the program, the run and the plan."""
   config = config_of(case.get('network', {}))
-  devices = tpu_compiler.devices('v5e', 4)
+  devices = tpu_compiler.devices(case['chip'], case['devices'])
   mesh = partitioning.make_mesh(case.get('model_parallel', 2), devices)
   method = method_of(case.get('method', 'prompt'), case.get('settings', {}))
   plan = parameters.plan(config, method, mesh)
@@ -80,7 +80,7 @@ def answer(case):
   """Returns the compiler's results for a case."""
   program, run, plan = compiled(case)
   text = program.as_text()
-  found = tpu_compiler.estimate(text, 'v5e')
+  found = tpu_compiler.estimate(text, case['chip'])
   # input_output_alias={ {0}: (0, {}, may-alias), ... }
   aliases = re.findall(r'(?:may|must)-alias\)', text.partition('\n')[0])
   return {
@@ -92,7 +92,7 @@ def answer(case):
     'donated': sum(
       x.shape != (1,) for x in jax.tree.leaves(memory.state_of(run, plan))
     ),
-    'seconds': found.seconds('v5e'),
+    'seconds': found.seconds(case['chip']),
   }
 
 
@@ -102,7 +102,7 @@ def main() -> None:
   os.dup2(2, 1)
   for line in sys.stdin:
     try:
-      found = answer(json.loads(line))
+      found = answer({'chip': 'v5e', 'devices': 4, **json.loads(line)})
     except Exception:
       found = {'error': traceback.format_exc()}
     print(json.dumps(found), file=answers, flush=True)
