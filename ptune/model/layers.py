@@ -56,7 +56,7 @@ def fill_tiles(length: int, multiple: int | None) -> int:
   """
   if multiple is None:
     multiple = TILES.get(tpu.platform(), 1)
-  return -(-length // multiple) * multiple
+  return tpu.up(length, multiple)
 
 
 def pad_to(x: jax.Array, axis: int, length: int) -> jax.Array:

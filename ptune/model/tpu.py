@@ -50,6 +50,7 @@ def narrow(dtype: Any) -> Any:
 
 
 def up(n: int, multiple: int) -> int:
+  """n rounded up to a multiple."""
   return -(-n // multiple) * multiple
 
 

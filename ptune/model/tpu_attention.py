@@ -69,8 +69,8 @@ def tiling(
   n = group(heads, head_dim)
   several = queries * keys <= FEW and heads % (GROUPS * n) == 0
   for size in BLOCKS:
+    size = min(size, up(queries, LANES))
     for at_once in (GROUPS * n, n) if several else (n,):
-      size = min(size, up(queries, LANES))
       taken = _vmem_bytes(
         queries, keys, at_once * head_dim, at_once, whole_mask, size
       )

@@ -17,7 +17,7 @@ key's value in VMEM. Outside the kernel, XLA would move the values to another
 layout and back.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -144,12 +144,16 @@ class _Step:
     elif self._padding:
       self._hidden = mask_ref[0].T  # [1, k] -> [k, 1]
 
+  def once(self, key: Hashable, make: Callable[[], jax.Array]) -> jax.Array:
+    """What `make` returned when it was first called for this key."""
+    if key not in self._found:
+      self._found[key] = make()
+    return self._found[key]
+
   def turned(self, ref, rows: slice, lanes: slice) -> jax.Array:
     """[length, heads * kv] -> [heads * kv, length]."""
     key = id(ref), rows.start, lanes.start
-    if key not in self._found:
-      self._found[key] = ref[0, rows, lanes].T
-    return self._found[key]
+    return self.once(key, lambda: ref[0, rows, lanes].T)
 
   def alone(self, ref, unit: _Unit) -> jax.Array:
     """The head's queries, or dy, turned; zeros for those that share its lanes.
@@ -164,11 +168,12 @@ class _Step:
 
   def _keys(self, lanes: slice) -> jax.Array:
     """Keys, and columns that are multiplied with summands of the logits."""
-    if lanes.start not in self._found:
+
+    def make():
       k = self._k[0, :, lanes]
-      k = jnp.concatenate([k, self._columns], axis=1) if self._deep else k
-      self._found[lanes.start] = k
-    return self._found[lanes.start]
+      return jnp.concatenate([k, self._columns], axis=1) if self._deep else k
+
+    return self.once(('keys', lanes.start), make)
 
   def logits(
     self, unit: _Unit, less: jax.Array | None = None
@@ -289,24 +294,24 @@ def backward_kernel(
   step = _Step(q_ref, k_ref, bias_ref, mask_ref, head_dim)
   chunks = _blocks(k_ref.shape[1], CHUNK)
   everything = slice(0, k_ref.shape[1])
-  # By chunk, of each head that shares lanes; and of the queries of a block.
-  dks, dvs, dqs, of_lanes = {}, {}, [], {}
+  # Of each head that shares lanes: by chunk, and of the queries of a block.
+  dks, dvs, dqs = [{} for _ in chunks], [{} for _ in chunks], []
 
   def values(unit: _Unit) -> jax.Array:
     """Values times what dropout keeps."""
-    v = v_ref[0, :, unit.lanes]
-    if kept_ref is None:
-      return v
-    if unit.lanes.start not in of_lanes:
-      n = v.shape[1] // head_dim
-      first = unit.lanes.start // head_dim
+    lanes = unit.lanes
+
+    def make():
+      v = v_ref[0, :, lanes]
+      if kept_ref is None:
+        return v
       kept = [
-        jnp.broadcast_to(kept_ref[0, first + i], (head_dim, v.shape[0]))
-        for i in range(n)
+        jnp.broadcast_to(kept_ref[0, head], (head_dim, v.shape[0]))
+        for head in range(lanes.start // head_dim, lanes.stop // head_dim)
       ]
-      kept = jnp.concatenate(kept, axis=0).astype(dtype).T
-      of_lanes[unit.lanes.start] = v * kept
-    return of_lanes[unit.lanes.start]
+      return v * jnp.concatenate(kept, axis=0).astype(dtype).T
+
+    return step.once(('values', lanes.start), make)
 
   def first(unit: _Unit, place: int):
     logits = step.logits(unit, log_sum_ref[0, unit.head, :, unit.queries])
@@ -329,27 +334,25 @@ def backward_kernel(
     k = step.turned(k_ref, everything, unit.lanes)[unit.own]
     kind = dweights_ref.dtype
     mean, dq = mean.astype(kind), 0.0
-    for chunk in chunks:
+    for chunk, dk, dv in zip(chunks, dks, dvs, strict=True):
       at = place, chunk, slice(mean.shape[1])
       weights = weights_ref[at]
       dlogits = weights.astype(kind) * (dweights_ref[at] - mean)
       if dbias_ref is not None:
         dbias_ref[unit.head, chunk, unit.queries] += dlogits
       dlogits = dlogits.astype(dtype)
-      key = unit.own.start, chunk.start
-      dvs[key] = dvs.get(key, 0.0) + dot(dy, weights, (1, 1))  # [kv, k]
-      dks[key] = dks.get(key, 0.0) + dot(q, dlogits, (1, 1))
+      head = unit.head
+      dv[head] = dv.get(head, 0.0) + dot(dy, weights, (1, 1))  # [kv, k]
+      dk[head] = dk.get(head, 0.0) + dot(q, dlogits, (1, 1))
       dq += dot(k[:, chunk], dlogits, (1, 0))  # [kv, q]
       if unit.queries.stop == q_ref.shape[1]:
         if kept_ref is not None:
-          dvs[key] *= kept_ref[0, unit.head, :, chunk]
+          dv[head] *= kept_ref[0, head, :, chunk]
         if unit.last:
-          for ref, found in ((dk_ref, dks), (dv_ref, dvs)):
-            of_chunk = [
-              found.pop(k) for k in sorted(found) if k[1] == chunk.start
-            ]
-            grads = jnp.concatenate(of_chunk, axis=0).astype(dtype)
+          for ref, found in ((dk_ref, dk), (dv_ref, dv)):
+            grads = jnp.concatenate([*found.values()], axis=0).astype(dtype)
             ref[0, chunk, unit.lanes] = grads.T
+            found.clear()
       yield
     dqs.append(dq)
     if unit.last:
