@@ -19,6 +19,7 @@ from ptune.model import (
   partitioning,
   sizes,
   t5,
+  tpu,
   tpu_sublayer,
 )
 from ptune.model.adapters import Placement
@@ -361,3 +362,9 @@ def test_tiles_follow_the_chip(monkeypatch):
   monkeypatch.setattr(tpu_sublayer, '_rate', lambda: 4 * 256**2)
   assert tpu_sublayer.tile_size(1024, 2816, 3) == 2816
   assert tpu_sublayer.tile_size(2048, 5120, 3) == 5120
+  # With large matrix units, a block has more positions if all units fit.
+  assert tpu_sublayer._step(1024, 2816, 3, activations=False) == (320, 2816)
+  monkeypatch.setattr(tpu, 'matrix_unit', lambda: 256)
+  assert tpu_sublayer._step(1024, 2816, 3, activations=False) == (640, 2816)
+  assert tpu_sublayer._step(1024, 2816, 3, activations=True) == (320, 2816)
+  assert tpu_sublayer._step(2048, 5120, 3, activations=False) == (320, 5120)

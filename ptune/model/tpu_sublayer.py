@@ -36,8 +36,8 @@ from ptune.model import tpu
 from ptune.model.activations import identity, precisely
 from ptune.model.tpu import LANES, SUBLANES, dot, materialized, on_mesh, up
 
-# Positions of a block, at most. More of them need larger programs; with fewer,
-# the matrix units wait for weights.
+# Positions of a block, at most (but see `_step`). More of them need larger
+# programs; with fewer, the matrix units wait for weights.
 POSITIONS = 320
 # The most cycles that the products of one step of the grid may take. The
 # program of a step has no loops, so it has about as many instructions.
@@ -82,26 +82,53 @@ class Settings(NamedTuple):
   axes: tuple[str | None, str | None] = (None, None)
 
 
-def tile_size(embed: int, units: int, products: int) -> int:
+def tile_size(
+  embed: int, units: int, products: int, positions: int | None = None
+) -> int:
   """How many units one step of the grid computes; 0 if none fit.
 
   Args:
     embed: Width of the network.
     units: Units on one device.
     products: Number of kernels, 3 for a gated MLP.
+    positions: Those of a block, at most; `POSITIONS` if None.
   """
   if embed % LANES or units % LANES:
     return 0
+  positions = positions or POSITIONS
   usable = USABLE * tpu.vmem()
-  per_unit = products * POSITIONS * embed / _rate()
+  per_unit = products * positions * embed / _rate()
   for size in range(units, 0, -LANES):
     if (
       units % size == 0
-      and _vmem_bytes(embed, units, products, size) <= usable
+      and _vmem_bytes(embed, units, products, size, positions) <= usable
       and (size * per_unit <= CYCLES or size == LANES)
     ):
       return size
   return 0
+
+
+def _step(
+  embed: int, units: int, products: int, activations: bool
+) -> tuple[int, int]:
+  """Positions of a block, at most, and units, of one step of the grid.
+
+  Large matrix units are so fast that what comes before the first and after the
+  last product of a step weighs. There a step that has all units has twice as
+  many positions. But then the compiler would not run activations beside
+  products any more, which the backward pass of an MLP does.
+
+  Args:
+    embed: Width of the network.
+    units: Units on one device.
+    products: Number of kernels.
+    activations: Whether activations are to run beside products.
+  """
+  twice = 2 * POSITIONS
+  large = tpu.matrix_unit() > LANES and not activations
+  if large and tile_size(embed, units, products, twice) == units:
+    return twice, units
+  return POSITIONS, tile_size(embed, units, products)
 
 
 def _rate() -> float:
@@ -114,15 +141,17 @@ def _resident(embed: int, units: int, products: int) -> bool:
   return 2 * products * embed * units <= 0.6 * tpu.vmem()
 
 
-def _vmem_bytes(embed: int, units: int, products: int, size: int) -> int:
+def _vmem_bytes(
+  embed: int, units: int, products: int, size: int, positions: int
+) -> int:
   """Estimates the VMEM of the backward kernel, which needs more."""
   # Of weights that are read again, one tile is copied and one in use.
   here = units if _resident(embed, units, products) else 2 * size
   weights = 2 * products * embed * here
   # So it is with inputs and outputs.
-  arrays = 2 * 2 * POSITIONS * (3 * embed + products * size)
+  arrays = 2 * 2 * positions * (3 * embed + products * size)
   # The rest, as the TPU's compiler counts it for several sizes.
-  return weights + arrays + POSITIONS * (16 * embed + 2 * size)
+  return weights + arrays + positions * (16 * embed + 2 * size)
 
 
 # ------------------------------------------------------------------- functions
@@ -588,10 +617,11 @@ def _call(backward, x, dy, given, weights, settings, keep):
   units = weights.wo.shape[0] if outer else weights.wi[0].shape[1]
   arrays = max(inner, 1)  # Of width `units`.
   sizes = embed, units, inner + outer
-  size = tile_size(*sizes)
+  activations = backward and inner > 0 and outer
+  positions, size = _step(*sizes, activations)
   tiles = units // size
   # Blocks of about the same size; the last one may end after the row.
-  blocks = math.ceil(length / POSITIONS)
+  blocks = math.ceil(length / positions)
   block = min(up(math.ceil(length / blocks), SUBLANES), length)
   wide = pl.BlockSpec((1, block, embed), lambda b, i, j: (b, i, 0))
   middle = pl.BlockSpec((1, block, size), lambda b, i, j: (b, i, j))
@@ -640,7 +670,7 @@ def _call(backward, x, dy, given, weights, settings, keep):
     **tpu.call_settings(
       (rows, blocks, tiles),
       ('parallel', 'parallel', 'arbitrary'),
-      1.25 * _vmem_bytes(*sizes, size),
+      1.25 * _vmem_bytes(*sizes, size, positions),
       jax.tree.leaves((inputs, out)),
       rows * length * units * (inner > 0 and outer),
       2 * math.prod(sizes) * rows * length,
