@@ -222,13 +222,20 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def environment():
-  """Returns variables for a process with libtpu and without fake devices."""
-  found = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  """Returns variables for a process with libtpu and without fake devices.
+
+  ALLOW_MULTIPLE_LIBTPU_LOAD is for tests that run side by side.
+  """
+  found = {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  }
   found.pop('XLA_FLAGS', None)
   return found
 
 
-# This test is the first, because libtpu allows only one process at a time.
+# This test is the first, because it takes longest.
 @pytest.mark.slow
 @needs_libtpu
 def test_a_step_of_t5_1_1_large_stays_within_its_bounds():

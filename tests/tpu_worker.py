@@ -1,8 +1,8 @@
 """Compiles programs for an absent TPU, for `tpu_compiler_test`.
 
 It reads one program a line from stdin, as JSON. For each, it writes one line
-with the results of the compiler. One process compiles all programs, because
-libtpu allows only one process and importing it takes as long as compiling.
+with the results of the compiler. One process compiles all programs of a worker
+of pytest's, because importing libtpu takes as long as compiling.
 It is a process of its own because the tests use fake CPU devices.
 """
 
