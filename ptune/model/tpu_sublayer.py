@@ -483,8 +483,8 @@ def _backward_kernel(
   def finish(dh):
     x, dh = x_ref[0].astype(jnp.float32), dh * weights.scale[...]
     inverse = _inverse(x, settings)
-    unit = x * inverse
-    dx = inverse * (dh - unit * jnp.mean(unit * dh, axis=1, keepdims=True))
+    mean = jnp.mean(x * dh, axis=1, keepdims=True)
+    dx = inverse * dh - (inverse**3 * mean) * x
     if not settings.axes[1]:
       dx = dy_ref[0].astype(jnp.float32) + dx
     dx_ref[0] = dx.astype(dx_ref.dtype)
