@@ -190,6 +190,23 @@ def test_a_deeper_network_has_more_of_what_layers_cost():
   assert deep.parts[tpu_compiler.REST] == once.parts[tpu_compiler.REST]
 
 
+@pytest.mark.parametrize(
+  ('name', 'part'),
+  [
+    ('jit(step)/jvp()/reduce_sum', 'loss'),
+    ('jit(step)/jvp(T)/decoder/logits_dense/dot_general', 'output layer'),
+    ('jit(step)/add', tpu_compiler.REST),
+    (
+      r'frozen[\'decoder\'][\'layers_0\'][\'encoder_decoder_attention\'][\'key\']',
+      'cross-attention',
+    ),
+  ],
+)
+def test_names_tell_the_part(name, part):
+  assert tpu_compiler._part(f'%c = metadata={{op_name="{name}"}}') == part
+  assert tpu_compiler._part('%c = copy(%d)') == tpu_compiler.REST
+
+
 def test_a_network_is_continued_by_what_one_more_layer_costs():
   one = tpu_compiler.estimate(PROGRAM, 'v5e')
   more = PROGRAM.replace('estimated_cycles":"1000', 'estimated_cycles":"1500')

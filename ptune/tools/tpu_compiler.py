@@ -186,12 +186,13 @@ PARTS = (
   ('decoder norms and residuals', r'decoder/layers_'),
   ('embedding, bias and prompt', r'/encoder/|token_embedder'),
   ('output layer', r'/decoder/'),
+  ('loss', r'jvp\('),
 )
-REST = 'loss, optimizer and rest'
+REST = 'optimizer and rest'
 # There are more of them in a deeper network. Others are there once, and in the
 # rest are copies that no part owns.
-_IN_LAYERS = frozenset(name for name, _ in PARTS[:-2])
-_ONCE = frozenset(name for name, _ in PARTS[-2:])
+_IN_LAYERS = frozenset(name for name, _ in PARTS[:-3])
+_ONCE = frozenset(name for name, _ in PARTS[-3:])
 
 _COLLECTIVES = (
   'all-reduce',
@@ -311,8 +312,9 @@ class Estimate:
     """The same of a network with more layers.
 
     Unlike `deepened`, it counts once what only the first or last layer does.
-    The embedding and the output layer are those of `further`: they do not grow
-    with the depth.
+    The embedding, the output layer and the loss are those of `further`: they do
+    not grow with the depth. But where their arrays are may change: with one
+    layer, the logits stay on the chip.
 
     Args:
       further: Of a network with one layer more.
@@ -439,10 +441,9 @@ def _trips(
 
 def _part(line: str) -> str:
   found = re.search(r'op_name="([^"]*)"', line)
-  for name, pattern in PARTS:
-    if found and re.search(pattern, f'/{found[1]}'):
-      return name
-  return REST
+  # A copy may have the name of a parameter, such as frozen['decoder'].
+  path = '/' + re.sub(r"[\[\]\\']+", '/', found[1] if found else '')
+  return next((name for name, like in PARTS if re.search(like, path)), REST)
 
 
 def estimate(text: str, chip: str, schedules: str | None = None) -> Estimate:
