@@ -69,6 +69,52 @@ def test_values_and_derivatives_are_those_of_the_formula(platform):
     np.testing.assert_allclose(one, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize('keys', [5, 7])
+def test_joined_rows_attend_to_their_own_keys(keys):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+  q, k, v = draw(6, 5, 2, 8), draw(6, keys, 2, 8), draw(6, keys, 2, 8)
+  # The last row has no key: there, all its own have the same weight.
+  mask = (np.array([keys, 1, 3, 2, 4, 0])[:, None] > np.arange(keys))[
+    :, None, None
+  ]
+  arrays = q, k, v, draw(1, 2, 5, keys)
+
+  def joined(*arrays):
+    *arrays, wide = attention_lib.join_rows(3, *arrays, mask)
+    return plain(*arrays, wide).reshape(q.shape)
+
+  want, want_pull = jax.vjp(lambda *x: plain(*x, mask), *arrays)
+  got, pull = jax.vjp(joined, *arrays)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  for one, expected in zip(
+    pull(jnp.cos(want)), want_pull(jnp.cos(want)), strict=True
+  ):
+    np.testing.assert_allclose(one, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ('platform', 'shape', 'expected'),
+  [
+    ('tpu', (32, 16), 8),
+    ('tpu', (12, 16), 6),
+    ('tpu', (32, 40), 2),
+    ('tpu', (32, 64), 2),
+    ('tpu', (32, 200), 1),
+    ('cuda', (32, 16), 1),
+    (None, (32, 16), 1),
+  ],
+)
+def test_short_rows_are_joined_on_a_tpu(platform, shape, expected):
+  q = jax.ShapeDtypeStruct((*shape, 4, 64), jnp.bfloat16)
+  bias = jax.ShapeDtypeStruct((1, 4, shape[1], shape[1]), jnp.float32)
+  with on(platform):
+    assert fused.rows_joined(None, q, q, bias) == expected
+    assert fused.rows_joined(None, q, q, None) == 1
+    assert fused.rows_joined(False, q, q, bias) == 1
+    assert fused.rows_joined(None, q.update(dtype=jnp.float32), q, bias) == 1
+
+
 @functools.cache
 def program(config, platform):
   """Returns LONG's logits and the prompt's gradient, fused on a platform."""
@@ -243,3 +289,38 @@ def test_dropping_values_is_dropping_weights_key_by_key_as_t5x_does():
   np.testing.assert_allclose(got, want, atol=1e-5)
   kept = attention.apply(variables, x, x, mask)
   assert np.abs(got - kept).max() > 0.1
+
+
+def test_joined_rows_drop_the_same_keys():
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((6, 5, 16)).astype(jnp.bfloat16)
+  mask = np.tril(np.ones((5, 5), bool))[None, None]
+  bias = rng.standard_normal((1, 2, 5, 5)).astype(np.float32)
+  attention = attention_lib.Attention(2, 8, jnp.bfloat16, dropout_rate=0.5)
+  variables = attention.init(jax.random.key(0), x, x, mask, bias)
+  compute = functools.partial(
+    attention.apply, enable_dropout=True, rngs={'dropout': jax.random.key(1)}
+  )
+  want = compute(variables, x, x, mask, bias)
+  with on('tpu'):
+    assert (
+      fused.rows_joined(None, x.reshape(6, 5, 2, 8), x[..., None], bias) == 6
+    )
+    got = compute(variables, x, x, mask, bias)
+  np.testing.assert_allclose(
+    got.astype(np.float32), want.astype(np.float32), atol=2e-2
+  )
+
+
+# ----------------------------------------------------------------------- bias
+
+
+@pytest.mark.parametrize('bidirectional', [False, True])
+@pytest.mark.parametrize('length', [1, 9, 150])
+def test_a_tpu_makes_the_same_bias_without_looking_up(bidirectional, length):
+  module = attention_lib.RelativePositionBias(4, bidirectional)
+  variables = module.init(jax.random.key(0), length)
+  want = module.apply(variables, length)
+  with mock.patch.object(attention_lib.tpu, 'platform', lambda: 'tpu'):
+    got = module.apply(variables, length)
+  np.testing.assert_array_equal(got, want)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
-from ptune.model import cache, fused, tpu_sublayer
+from ptune.model import cache, fused, tpu, tpu_sublayer
 from ptune.model.adapters import Placement, adapt, placed
 from ptune.model.fused import MASKED
 from ptune.model.layers import (
@@ -134,11 +134,31 @@ class RelativePositionBias(nn.Module):
       self.num_buckets,
       self.max_distance,
     )
-    # [heads, 2 * length - 1] -> [heads, q, k]
-    by_distance = jnp.take(table.astype(jnp.float32), buckets, axis=1)
     positions = jnp.arange(length)
-    distance = positions[None, :] - positions[:, None]
-    return jnp.take(by_distance, distance + length - 1, axis=1)[None]
+    # [q, k], of which `buckets` starts with the least.
+    distance = positions[None, :] - positions[:, None] + length - 1
+    table = table.astype(jnp.float32)
+    if tpu.platform() == 'tpu':
+      return _by_product(table, buckets, distance)[None]
+    # [heads, 2 * length - 1] -> [heads, q, k]
+    return jnp.take(jnp.take(table, buckets, axis=1), distance, axis=1)[None]
+
+
+def _by_product(
+  table: jax.Array, buckets: np.ndarray, distance: jax.Array
+) -> jax.Array:
+  """table[:, buckets[distance]], exactly, without looking up.
+
+  A TPU is slow at looking up, and does not store the zeros and ones of this
+  product. Each bucket is an interval of distances.
+  """
+  members = buckets == np.arange(table.shape[1])[:, None]
+  first = np.argmax(members, axis=1)[:, None, None]
+  end = first + np.sum(members, axis=1)[:, None, None]
+  chosen = (first <= distance[None]) & (distance[None] < end)
+  return jnp.einsum(
+    'hn,nqk->hqk', table, chosen.astype(jnp.float32), precision='highest'
+  )
 
 
 def relative_bias(
@@ -152,6 +172,43 @@ def relative_bias(
     config.relative_attention_max_distance,
     name=name,
   )
+
+
+def join_rows(
+  n: int,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  bias: jax.Array,
+  mask: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Joins every n rows to one, whose queries attend to keys of their own row.
+
+  Keys of other rows have a bias of -inf, so that their weights are 0 even where
+  the mask allows no key at all.
+
+  Args:
+    n: Divides the batch.
+    q: [b, q, h, d].
+    k: [b, k, h, d].
+    v: [b, k, h, d].
+    bias: [1, h, q, k].
+    mask: Broadcasts to [b, h, q, k].
+
+  Returns:
+    The same with [b / n, n * q, ...] and [b / n, n * k, ...].
+  """
+  plane = q.shape[1], k.shape[1]
+  mask = jnp.broadcast_to(mask, (q.shape[0], mask.shape[1], *plane))
+  mask = mask.reshape(-1, n, *mask.shape[1:]).swapaxes(1, 2)
+  # [..., q, k] -> [..., n, q, n, k]
+  own = jnp.eye(n, dtype=bool)[None, None, :, None, :, None]
+  mask = mask[..., None, :] | ~own
+  bias = jnp.where(own, bias[:, :, None, :, None], -jnp.inf)
+  plane = n * plane[0], n * plane[1]
+  bias, mask = (x.reshape(*x.shape[:2], *plane) for x in (bias, mask))
+  q, k, v = (x.reshape(-1, n * x.shape[1], *x.shape[2:]) for x in (q, k, v))
+  return q, k, v, bias, mask
 
 
 def project_heads(
@@ -403,8 +460,13 @@ class Attention(nn.Module):
     kept = self._kept(v, enable_dropout)
     if cache_index is None and fused.fits(self.fused, q, k, bias, mask):
       return fused.attend(q, k, v, bias, mask, kept)
+    shape = q.shape
+    n = fused.rows_joined(self.fused, q, k, bias)
+    if n > 1:
+      assert bias is not None
+      q, k, v, bias, mask = join_rows(n, q, k, v, bias, mask)
     if kept is not None:  # Dropping the value drops the weight.
-      v = v * kept.swapaxes(1, 2)
+      v = v * kept.swapaxes(1, 2).reshape(*v.shape[:3], 1)
     # Keys first, because the backward pass of the other order needs a bfloat16
     # product that XLA's CPU backend lacks. -> [b, h, q, k]
     logits = product('bkhd,bqhd->bhqk', k, q)
@@ -412,7 +474,7 @@ class Attention(nn.Module):
     # Dividing by the sum last takes fewer divisions.
     # [b, q, h, d] / [b, q, h, 1]
     y = product('bhqk,bkhd->bqhd', weights, v) / total.swapaxes(1, 2)
-    return y.astype(self.dtype)
+    return y.astype(self.dtype).reshape(shape)
 
   def _absorbs(self, inputs_q: jax.Array, inputs_kv: jax.Array) -> bool:
     """Whether `_absorbed` is used, which computes no keys and values.

@@ -80,6 +80,32 @@ def fits(
   )
 
 
+def rows_joined(
+  wanted: bool | None, q: jax.Array, k: jax.Array, bias: jax.Array | None
+) -> int:
+  """How many rows attention should compute as one; 1 where it should not.
+
+  So many short rows fill the lanes of a TPU's registers. The products grow as
+  many times, but are small still.
+
+  Args:
+    wanted: As for `fits`.
+    q: [batch, q, heads, kv].
+    k: [batch, k, heads, kv].
+    bias: As for `attend`.
+  """
+  rows, heads = q.shape[0], q.shape[2]
+  if (
+    bias is None
+    or platform() != 'tpu'
+    or not _on_device(wanted, q.dtype, rows, heads)
+  ):
+    return 1
+  here = rows // _parts('heads')[0]
+  most = max(1, tpu.LANES // max(q.shape[1], k.shape[1]))
+  return max(n for n in range(1, most + 1) if here % n == 0)
+
+
 def fits_absorbed(
   wanted: bool | None, asked: jax.Array, x: jax.Array, mask: jax.Array
 ) -> bool:
@@ -145,8 +171,15 @@ def _on_device(
     or (mesh.empty and jax.device_count() > 1)
   ):
     return 0
-  split = [mesh.shape[over] if over else 1 for over in _spec(axis)]
+  split = _parts(axis)
   return 0 if rows % split[0] or n % split[1] else n // split[1]
+
+
+def _parts(axis: str) -> tuple[int, int]:
+  """Into how many parts rows and another axis are sharded."""
+  mesh = jax.sharding.get_abstract_mesh()
+  batch, other = (mesh.shape[over] if over else 1 for over in _spec(axis))
+  return batch, other
 
 
 def attend(
