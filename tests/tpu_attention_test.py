@@ -91,8 +91,7 @@ units = pytest.mark.parametrize('unit', [128, 256], indirect=True)
 def test_values_and_derivatives_are_those_of_the_formula(
   case, unit, monkeypatch
 ):
-  # Two blocks of queries, and two chunks of keys.
-  monkeypatch.setattr(tpu_attention, 'BLOCKS', (128,))
+  # Two chunks of keys.
   monkeypatch.setattr(tpu_attention_kernels, 'CHUNK', 64)
   shape, mask = CASES[case]
   q, k, v, bias, dy = draw(*shape)
@@ -175,14 +174,34 @@ def test_heads_that_fill_registers_are_a_group(heads, head_dim, expected):
   assert tpu_attention_kernels.group(heads, head_dim) == expected
 
 
-def test_a_step_takes_as_many_heads_and_queries_as_fit(monkeypatch):
-  def tiling(length, megabytes, heads=16):
+def test_a_step_takes_as_many_heads_as_fit(monkeypatch):
+  def at_once(length, megabytes, heads=16):
     monkeypatch.setattr(tpu, 'vmem', lambda: megabytes * 2**20)
-    return tpu_attention.tiling(length, length, heads, 64, False)
+    return tpu_attention.heads_at_once(length, length, heads, 64, False)
 
-  assert tiling(612, 128) == (4, 640)  # v5e and v6e.
-  assert tiling(612, 128, heads=6) == (2, 640)
-  assert tiling(1124, 128) == (2, 640)
-  assert tiling(612, 16) == (2, 128)  # v4.
-  assert tiling(1124, 16) is None
-  assert tiling(4096, 128) is None
+  assert at_once(612, 128) == 4  # v5e and v6e.
+  assert at_once(612, 128, heads=6) == 2
+  assert at_once(1124, 128) == 2
+  assert at_once(612, 16) == 2  # v4.
+  assert at_once(1124, 16) is None
+  assert at_once(4096, 128) is None
+
+
+@pytest.mark.parametrize('unit', [128, 256], indirect=True)
+@pytest.mark.parametrize('queries', [128, 200, 256, 640])
+def test_units_cover_the_queries_of_each_head_once(queries, unit):
+  units = tpu_attention_kernels._units(queries, 4 * 64, 64)
+  found = {head: [] for head in range(4)}
+  for unit_of in units:
+    for part in unit_of.parts:
+      found[part.head] += [*range(part.queries.start, part.queries.stop)]
+      assert part.columns.stop <= tpu_attention_kernels.matrix_unit()
+  assert all(sorted(x) == [*range(queries)] for x in found.values())
+  assert sum(x.last for x in units) == 2  # Of two heads each.
+
+
+@pytest.mark.parametrize('unit', [256], indirect=True)
+def test_what_is_left_of_two_heads_fills_the_matrix_unit(unit):
+  *_, last = tpu_attention_kernels._units(640, 2 * 64, 64)
+  assert [x.head for x in last.parts] == [0, 1]
+  assert last.parts[1].columns == slice(128, 256)

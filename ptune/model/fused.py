@@ -75,7 +75,9 @@ def fits(
     and mask.ndim == 4
     and mask.shape[1] == 1
     and (bias is None or bias.shape == (1, heads, queries, keys))
-    and tpu_attention.tiling(queries, keys, here, head_dim, mask.shape[2] > 1)
+    and tpu_attention.heads_at_once(
+      queries, keys, here, head_dim, mask.shape[2] > 1
+    )
     is not None
   )
 

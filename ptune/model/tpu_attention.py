@@ -17,7 +17,6 @@ returns the gradients of q, k and v, and of the bias if that is differentiated.
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +25,13 @@ from jax.sharding import PartitionSpec
 from ptune.model import tpu
 from ptune.model.tpu import LANES, MASKED, materialized, on_mesh, up, values
 from ptune.model.tpu_attention_kernels import (
+  AHEAD,
   backward_kernel,
   forward_kernel,
   group,
+  padded,
 )
 
-# Queries whose weights are computed at a time: the first number that fits.
-# Larger blocks let the compiler do more in parallel.
-BLOCKS = (640, 384, 256, 128)
 # How many groups of heads that share registers one step computes, if the
 # weights of a head have at most so many elements. The start and the end of a
 # step, which nothing overlaps, are then a smaller part of it.
@@ -42,22 +40,10 @@ GROUPS, FEW = 2, 2**20
 FORWARD, BACKWARD = 't5_attention', 't5_attention_backward'
 
 
-class Tiling(NamedTuple):
-  """What one step of the grid computes.
-
-  Attributes:
-    heads: How many heads.
-    block: Queries whose weights are computed at a time.
-  """
-
-  heads: int
-  block: int
-
-
-def tiling(
+def heads_at_once(
   queries: int, keys: int, heads: int, head_dim: int, whole_mask: bool
-) -> Tiling | None:
-  """Chooses what one step of the grid computes; None if nothing fits into VMEM.
+) -> int | None:
+  """How many heads one step of the grid computes; None if none fit into VMEM.
 
   Args:
     queries: Length of the queries.
@@ -68,29 +54,32 @@ def tiling(
   """
   n = group(heads, head_dim)
   several = queries * keys <= FEW and heads % (GROUPS * n) == 0
-  for size in BLOCKS:
-    size = min(size, up(queries, LANES))
-    for at_once in (GROUPS * n, n) if several else (n,):
-      taken = _vmem_bytes(
-        queries, keys, at_once * head_dim, at_once, whole_mask, size
-      )
-      if taken <= tpu.USABLE * tpu.vmem():
-        # Blocks of about the same size, unlike [0, 640) and [640, 768).
-        block = math.ceil(queries / math.ceil(queries / size))
-        return Tiling(at_once, up(block, LANES))
+  for found in (GROUPS * n, n) if several else (n,):
+    taken = _vmem_bytes(queries, keys, found, head_dim, whole_mask)
+    if taken <= tpu.USABLE * tpu.vmem():
+      return found
   return None
 
 
-def _vmem_bytes(queries, keys, width, heads, whole_mask, size) -> int:
+def _vmem_bytes(queries, keys, heads, head_dim, whole_mask) -> int:
   """Estimates the VMEM of the backward kernel, which needs more."""
-  width = up(width, LANES)
+  width = up(heads * head_dim, LANES)
   keys, queries = up(keys, LANES), up(queries, LANES)
   # Inputs and outputs are there twice: one copied, one in use.
   rows = 2 * 2 * (3 * queries + 4 * keys) * width
   plane = 2 * keys * queries * (4 * heads + 2 * whole_mask)
-  # Gradients of keys and values, and the weights of two blocks in several
-  # states.
-  return rows + plane + 2 * 4 * keys * width + 8 * 4 * keys * size
+  # Gradients of keys and values, and weights in bfloat16 beside float32.
+  units = 6 * math.prod(_kept_of_units(keys))
+  return rows + plane + 2 * 4 * keys * width + units
+
+
+def _kept_of_units(keys: int) -> tuple[int, int, int]:
+  """The shape of what a kernel keeps of the weights of units.
+
+  It is a register wider than a unit. Of adjacent rows, the compiler for a v6e
+  would hold, and spill, what it has just stored.
+  """
+  return AHEAD + 1, keys, tpu.matrix_unit() + LANES
 
 
 @functools.partial(
@@ -157,13 +146,19 @@ def _mask_of(mask: jax.Array, batch: int) -> jax.Array:
   if mask.shape[1] == 1:
     return jnp.where(mask, 0.0, MASKED).astype(jnp.float32)
   # In bfloat16, because it is as large as the weights of a head.
-  return jnp.where(mask.swapaxes(1, 2), 0.0, MASKED).astype(jnp.bfloat16)
+  mask = jnp.where(mask.swapaxes(1, 2), 0.0, MASKED).astype(jnp.bfloat16)
+  return _padded(mask)
+
+
+def _padded(x: jax.Array) -> jax.Array:
+  """Rounds queries, the last axis, up to whole registers."""
+  return padded(x, up(x.shape[-1], LANES))
 
 
 def _inputs(q, k, v, bias, mask, kept):
   """The arrays in the layouts of the kernels, listed at the top."""
   if bias is not None:  # [1, heads, q, k] -> [heads, k, q]
-    bias = bias[0].swapaxes(1, 2).astype(jnp.float32)
+    bias = _padded(bias[0].swapaxes(1, 2).astype(jnp.float32))
   if kept is not None:  # [batch, heads, k, 1] -> [batch, heads, 1, k]
     kept = kept.swapaxes(2, 3).astype(jnp.float32)
   mask = _mask_of(mask, q.shape[0])
@@ -195,8 +190,9 @@ def _backward(q, k, v, bias, mask, kept, log_sum, dy, axes, wants_bias):
     *grads, dbias = _call_backward(
       *arrays, head_dim=q.shape[-1], wants_bias=wants_bias
     )
-    if wants_bias and axes[0]:
-      dbias = jax.lax.psum(dbias, axes[0])
+    if wants_bias:
+      dbias = dbias[..., : q.shape[1]]
+      dbias = jax.lax.psum(dbias, axes[0]) if axes[0] else dbias
     return *grads, dbias
 
   call = on_mesh(call, (*inputs, sums, inputs[0]), inputs[:4])
@@ -216,7 +212,7 @@ def _block_specs(q, k, v, bias, mask, kept, head_dim: int):
   # Imported here because it is slow to import.
   from jax.experimental import pallas as pl
 
-  n = _tiling_of(q, k, mask, head_dim).heads
+  n = _heads_at_once(q, k, mask, head_dim)
 
   def of_row(x):
     return pl.BlockSpec((1, x.shape[1], n * head_dim), lambda h, b: (b, 0, h))
@@ -234,9 +230,9 @@ def _block_specs(q, k, v, bias, mask, kept, head_dim: int):
   return inputs, of_heads(q.shape[1])
 
 
-def _tiling_of(q, k, mask, head_dim: int) -> Tiling:
-  heads = q.shape[2] // head_dim
-  found = tiling(q.shape[1], k.shape[1], heads, head_dim, mask.shape[1] > 1)
+def _heads_at_once(q, k, mask, head_dim: int) -> int:
+  lengths, heads = (q.shape[1], k.shape[1]), q.shape[2] // head_dim
+  found = heads_at_once(*lengths, heads, head_dim, mask.shape[1] > 1)
   assert found is not None, (q.shape, k.shape)  # `fused.fits` has asked.
   return found
 
@@ -252,7 +248,7 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, kept, products):
     head_dim: Size of a head.
     in_specs: Blocks of all inputs.
     out: Blocks, shape and type of each output.
-    kept: Types of the arrays [k, q] that the kernel keeps of each of two units.
+    kept: Types of the arrays [k, q] that the kernel keeps of some units.
     products: Number of matrix products per head.
   """
   q, k, _, _, mask, _ = inputs
@@ -260,20 +256,22 @@ def _call(name, kernel, inputs, more, head_dim, in_specs, out, kept, products):
   from jax.experimental.pallas import tpu as pltpu
 
   heads = q.shape[2] // head_dim
-  n, size = _tiling_of(q, k, mask, head_dim)
+  n = _heads_at_once(q, k, mask, head_dim)
   weights = q.shape[0] * heads * q.shape[1] * k.shape[1]
   lengths = q.shape[1], k.shape[1]
-  taken = _vmem_bytes(*lengths, n * head_dim, n, mask.shape[1] > 1, size)
+  taken = _vmem_bytes(*lengths, n, head_dim, mask.shape[1] > 1)
   if len(out) > 3:  # The gradient of the bias.
     taken += 2 * 4 * math.prod(in_specs[3].block_shape)
   out_specs = [spec for spec, *_ in out]
   shapes = [jax.ShapeDtypeStruct(*shape) for _, *shape in out]
   return pl.pallas_call(
-    functools.partial(kernel, head_dim=head_dim, size=size),
+    functools.partial(kernel, head_dim=head_dim),
     in_specs=in_specs,
     out_specs=out_specs,
     out_shape=shapes,
-    scratch_shapes=[pltpu.VMEM((2, k.shape[1], size), kind) for kind in kept],
+    scratch_shapes=[
+      pltpu.VMEM(_kept_of_units(k.shape[1]), kind) for kind in kept
+    ],
     name=name,
     **tpu.call_settings(
       (heads // n, q.shape[0]),

@@ -1,34 +1,40 @@
 """The kernels of `tpu_attention`: one step of the grid.
 
-Keys come first in the weights [k, q], so maximum and sum run over rows of
+Keys come first in the weights [k, q], so their maximum runs over rows of
 registers, and matrix products transpose only arrays [length, kv].
 
-The compiler schedules instructions only a little earlier or later than they are
-written. So the second pass over a head's weights is written in turns with the
-first pass over those of the next head (`_pipelined`): the matrix unit works for
-one while the other's exponentials are computed.
+The weights are computed in units: as many queries of a head as the matrix unit
+has columns. The compiler schedules instructions only a little earlier or later
+than they are written. So the second pass over a unit is written in turns with
+the first pass over a later one (`_pipelined`): the matrix unit works for one
+while the other's exponentials are computed.
 
 A matrix unit of 256 has room beside the depth of one register. There the mask
 of padding and the logarithm of the sum are further columns of the keys and rows
-of the queries, so that adding them to the logits takes no instruction.
+of the queries, so that adding them to the logits takes no instruction. The sum
+of the weights is a row of their product with the values and a row of ones.
 
 T5 drops a key for all queries of a head. The kernel does so by multiplying the
 key's value in VMEM. Outside the kernel, XLA would move the values to another
 layout and back.
 """
 
-from collections.abc import Callable, Generator, Hashable, Sequence
+import collections
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ptune.model.tpu import LANES, dot, matrix_unit
+from ptune.model.tpu import LANES, dot, matrix_unit, up
 
 # Rows that summands of the logits take in the depth of a product.
 SUMMANDS = 16
-# Keys of a chunk, after which the passes over two heads take turns.
+# Keys of a chunk, after which the passes over two units take turns.
 CHUNK = 256
+# How many units the first pass is ahead of the second, so that no product waits
+# for what it needs. The weights of one more are kept.
+AHEAD = 2
 
 
 def group(heads: int, head_dim: int) -> int:
@@ -49,38 +55,63 @@ def _blocks(length: int, size: int) -> list[slice]:
   ]
 
 
-class _Unit(NamedTuple):
-  """The weights of one head, for one block of queries.
+class _Part(NamedTuple):
+  """Some queries of one head.
 
   Attributes:
     head: The head's number in this step of the grid.
-    queries: The block.
-    lanes: The lanes that hold the head and those that share registers with it.
-    own: The head's lanes among them.
-    last: Whether it is the last of these heads.
+    own: Its lanes among those that it shares with other heads.
+    queries: The queries.
+    columns: Where they are among those of a unit.
   """
 
   head: int
-  queries: slice
-  lanes: slice
   own: slice
+  queries: slice
+  columns: slice
+
+
+class _Unit(NamedTuple):
+  """Weights that are computed at a time.
+
+  Attributes:
+    lanes: The lanes of heads that share registers.
+    parts: Queries of one of these heads, or those of several that are left over
+      where each head's do not fill the matrix unit.
+    last: Whether it is the last unit of these heads.
+  """
+
+  lanes: slice
+  parts: tuple[_Part, ...]
   last: bool
 
 
-def _units(queries: int, width: int, head_dim: int, size: int) -> list[_Unit]:
+def _units(queries: int, width: int, head_dim: int) -> list[_Unit]:
+  """Splits the weights of heads of a width altogether into units."""
+  size = matrix_unit()
+  # Only whole registers can stand beside each other.
+  rest = queries % size if queries % LANES == 0 else 0
   n = group(width // head_dim, head_dim)
-  return [
-    _Unit(
-      start // head_dim + i,
-      block,
-      slice(start, start + n * head_dim),
-      slice(i * head_dim, (i + 1) * head_dim),
-      i == n - 1,
-    )
-    for start in range(0, width, n * head_dim)
-    for block in _blocks(queries, size)
-    for i in range(n)
-  ]
+
+  def part(head: int, block: slice, column: int = 0) -> _Part:
+    start = head % n * head_dim
+    columns = slice(column, column + block.stop - block.start)
+    return _Part(head, slice(start, start + head_dim), block, columns)
+
+  units = []
+  for start in range(0, width // head_dim, n):
+    heads = range(start, start + n)
+    whole = _blocks(queries - rest, size)
+    parts = [(part(head, block),) for block in whole for head in heads]
+    if rest:
+      left = slice(queries - rest, queries)
+      parts += [
+        tuple(part(head, left, j * rest) for j, head in enumerate(heads[some]))
+        for some in _blocks(n, size // rest)
+      ]
+    lanes = slice(start * head_dim, (start + n) * head_dim)
+    units += [_Unit(lanes, x, x is parts[-1]) for x in parts]
+  return units
 
 
 _Pass = Generator[None, None, Any]
@@ -91,19 +122,21 @@ def _pipelined(
   first: Callable[[_Unit, int], _Pass],
   second: Callable[[_Unit, int, Any], _Pass],
 ) -> None:
-  """Writes two passes over each unit, the second beside the next unit's first.
+  """Writes two passes over each unit, the second beside a later unit's first.
 
   Args:
     units: What to compute.
-    first: Gets a unit, and 0 or 1: where to keep its weights. Yields wherever
-      the other pass may go on.
+    first: Gets a unit, and where to keep its weights: up to AHEAD. Yields
+      wherever the other pass may go on.
     second: Also gets what the first pass returned.
   """
-  before = None
+  behind = collections.deque([None] * AHEAD)
   for i, unit in enumerate(units):
-    result = _in_turns(first(unit, i % 2), before)
-    before = second(unit, i % 2, result)
-  _in_turns(before)
+    place = i % (AHEAD + 1)
+    result = _in_turns(first(unit, place), behind.popleft())
+    behind.append(second(unit, place, result))
+  for rest in behind:
+    _in_turns(rest)
 
 
 def _in_turns(one: _Pass | None, other: _Pass | None = None) -> Any:
@@ -128,10 +161,14 @@ class _Step:
     bias_ref: The bias, or None.
     mask_ref: The mask.
     head_dim: Size of a head.
+    queries: How many queries to compute, at least all.
   """
 
-  def __init__(self, q_ref, k_ref, bias_ref, mask_ref, head_dim: int):
+  def __init__(
+    self, q_ref, k_ref, bias_ref, mask_ref, head_dim: int, queries: int
+  ):
     self._q, self._k, self._bias, self._mask = q_ref, k_ref, bias_ref, mask_ref
+    self._queries = queries
     self._found = {}
     self._padding = mask_ref.shape[1] == 1
     n = group(k_ref.shape[2] // head_dim, head_dim)
@@ -150,21 +187,31 @@ class _Step:
       self._found[key] = make()
     return self._found[key]
 
-  def turned(self, ref, rows: slice, lanes: slice) -> jax.Array:
+  def turned(self, ref, lanes: slice) -> jax.Array:
     """[length, heads * kv] -> [heads * kv, length]."""
-    key = id(ref), rows.start, lanes.start
-    return self.once(key, lambda: ref[0, rows, lanes].T)
+    return self.once((id(ref), lanes.start), lambda: ref[0, :, lanes].T)
+
+  def queries(self, ref, lanes: slice) -> jax.Array:
+    """Queries, or dy, turned, and zeros for those that are too many."""
+    return self.once(
+      ('queries', id(ref), lanes.start),
+      lambda: padded(self.turned(ref, lanes), self._queries),
+    )
 
   def alone(self, ref, unit: _Unit) -> jax.Array:
-    """The head's queries, or dy, turned; zeros for those that share its lanes.
+    """The unit's queries, or dy; zeros for other heads that share its lanes.
 
-    A product of it and all lanes of keys is that of the head's lanes alone.
+    A product of it and all lanes of keys is that of each head's lanes alone.
     """
-    x = self.turned(ref, unit.queries, unit.lanes)
-    before = jnp.zeros((unit.own.start, x.shape[1]), x.dtype)
-    after = jnp.zeros((x.shape[0] - unit.own.stop, x.shape[1]), x.dtype)
-    parts = (before, x[unit.own], after)
-    return jnp.concatenate([x for x in parts if x.size], axis=0)
+
+    def of(part: _Part) -> jax.Array:
+      x = self.queries(ref, unit.lanes)[:, part.queries]
+      before = jnp.zeros((part.own.start, x.shape[1]), x.dtype)
+      after = jnp.zeros((x.shape[0] - part.own.stop, x.shape[1]), x.dtype)
+      parts = (before, x[part.own], after)
+      return jnp.concatenate([x for x in parts if x.size], axis=0)
+
+    return _beside(of(part) for part in unit.parts)
 
   def _keys(self, lanes: slice) -> jax.Array:
     """Keys, and columns that are multiplied with summands of the logits."""
@@ -184,19 +231,26 @@ class _Step:
       rows = [jnp.ones((1, q.shape[1]), jnp.float32)]
       rows += [] if less is None else _split(-less)
       q = jnp.concatenate([q, _summands(rows, q.dtype)], axis=0)
-    product = dot(self._keys(unit.lanes), q, (1, 0))
+    keys, parts = self._keys(unit.lanes), unit.parts
 
     def of(chunk: slice) -> jax.Array:
-      logits = product[chunk]
+      logits = dot(keys[chunk], q, (1, 0))
       if self._bias is not None:
-        logits += self._bias[unit.head, chunk, unit.queries]
+        logits += _beside(self._bias[x.head, chunk, x.queries] for x in parts)
       if not self._padding:
-        logits += self._mask[0, chunk, unit.queries].astype(jnp.float32)
+        mask = _beside(self._mask[0, chunk, x.queries] for x in parts)
+        logits += mask.astype(jnp.float32)
       elif not self._deep:
         logits += self._hidden[chunk]
       return logits if less is None or self._deep else logits - less
 
     return of
+
+
+def _beside(arrays: Iterable[jax.Array]) -> jax.Array:
+  """Puts the columns of a unit's parts beside each other."""
+  arrays = list(arrays)
+  return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=1)
 
 
 def _summands(rows: Sequence[jax.Array], dtype: Any) -> jax.Array:
@@ -214,6 +268,34 @@ def _split(x: jax.Array) -> list[jax.Array]:
   return parts
 
 
+def padded(x: jax.Array, length: int) -> jax.Array:
+  """Zeros behind the last axis."""
+  more = length - x.shape[-1]
+  zeros = jnp.zeros((*x.shape[:-1], more), x.dtype)
+  return jnp.concatenate([x, zeros], axis=-1) if more else x
+
+
+class _Writer:
+  """Writes what is found of heads that share registers, when all is there."""
+
+  def __init__(self, ref):
+    self._ref = ref
+    self._found = {}
+
+  def add(self, unit: _Unit, part: _Part, x: jax.Array) -> None:
+    """Takes [kv, q] of a part."""
+    found = self._found.setdefault(part.queries.start, [])
+    found.append(x)
+    width = unit.lanes.stop - unit.lanes.start
+    if len(found) * x.shape[0] < width:
+      return
+    stop = min(part.queries.stop, self._ref.shape[1])
+    rows = slice(part.queries.start, stop)
+    x = jnp.concatenate(found, axis=0).astype(self._ref.dtype).T
+    self._ref[0, rows, unit.lanes] = x[: rows.stop - rows.start]
+    found.clear()
+
+
 def forward_kernel(
   q_ref,
   k_ref,
@@ -226,12 +308,23 @@ def forward_kernel(
   logits_ref,
   *,
   head_dim: int,
-  size: int,
 ):
-  step = _Step(q_ref, k_ref, bias_ref, mask_ref, head_dim)
-  chunks = _blocks(k_ref.shape[1], CHUNK)
-  everything = slice(0, k_ref.shape[1])
-  outputs = []
+  _, queries, width = q_ref.shape
+  keys = k_ref.shape[1]
+  step = _Step(q_ref, k_ref, bias_ref, mask_ref, head_dim, queries)
+  chunks, outputs = _blocks(keys, CHUNK), _Writer(y_ref)
+
+  def values(unit: _Unit, part: _Part) -> jax.Array:
+    """[kv, k], and rows of which the first is ones."""
+
+    def make():
+      v = step.turned(v_ref, unit.lanes)[part.own]
+      if kept_ref is not None:
+        v = (v * kept_ref[0, part.head]).astype(v.dtype)
+      ones = _summands([jnp.ones((1, keys), jnp.float32)], v.dtype)
+      return jnp.concatenate([v, ones], axis=0)
+
+    return step.once(('values', part.head), make)
 
   def first(unit: _Unit, place: int):
     logits = step.logits(unit)
@@ -244,24 +337,21 @@ def forward_kernel(
     return most
 
   def second(unit: _Unit, place: int, most: jax.Array):
-    v = step.turned(v_ref, everything, unit.lanes)[unit.own]
-    if kept_ref is not None:
-      v = (v * kept_ref[0, unit.head]).astype(v.dtype)
-    total, y = 0.0, 0.0
+    sums = [0.0 for _ in unit.parts]
     for chunk in chunks:
       weights = jnp.exp(logits_ref[place, chunk, : most.shape[1]] - most)
-      total += jnp.sum(weights, axis=0, keepdims=True)
-      y += dot(v[:, chunk], weights.astype(v.dtype), (1, 0))  # [kv, q]
+      weights = weights.astype(v_ref.dtype)
+      for i, part in enumerate(unit.parts):
+        v = values(unit, part)[:, chunk]
+        sums[i] += dot(v, weights[:, part.columns], (1, 0))  # [kv and more, q]
       yield
-    log_sum_ref[0, unit.head, :, unit.queries] = most + jnp.log(total)
-    outputs.append(y / total)
-    if unit.last:
-      y = jnp.concatenate(outputs, axis=0).astype(y_ref.dtype)
-      y_ref[0, unit.queries, unit.lanes] = y.T
-      outputs.clear()
+    for found, part in zip(sums, unit.parts, strict=True):
+      y, total = found[:head_dim], found[head_dim : head_dim + 1]
+      log_sum = most[:, part.columns] + jnp.log(total)
+      log_sum_ref[0, part.head, :, part.queries] = log_sum
+      outputs.add(unit, part, y / total)
 
-  units = _units(q_ref.shape[1], q_ref.shape[2], head_dim, size)
-  _pipelined(units, first, second)
+  _pipelined(_units(queries, width, head_dim), first, second)
 
 
 def backward_kernel(
@@ -278,7 +368,6 @@ def backward_kernel(
   dv_ref,
   *refs,
   head_dim: int,
-  size: int,
 ):
   from jax.experimental import pallas as pl
 
@@ -291,11 +380,12 @@ def backward_kernel(
       dbias_ref[...] = jnp.zeros_like(dbias_ref)
 
   dtype = q_ref.dtype
-  step = _Step(q_ref, k_ref, bias_ref, mask_ref, head_dim)
+  # Those that are too many have no gradient, because their dy is zero.
+  queries = up(q_ref.shape[1], LANES)
+  step = _Step(q_ref, k_ref, bias_ref, mask_ref, head_dim, queries)
   chunks = _blocks(k_ref.shape[1], CHUNK)
-  everything = slice(0, k_ref.shape[1])
-  # Of each head that shares lanes: by chunk, and of the queries of a block.
-  dks, dvs, dqs = [{} for _ in chunks], [{} for _ in chunks], []
+  # Of each head that shares lanes, by chunk.
+  dks, dvs, dqs = [{} for _ in chunks], [{} for _ in chunks], _Writer(dq_ref)
 
   def values(unit: _Unit) -> jax.Array:
     """Values times what dropout keeps."""
@@ -314,11 +404,14 @@ def backward_kernel(
     return step.once(('values', lanes.start), make)
 
   def first(unit: _Unit, place: int):
-    logits = step.logits(unit, log_sum_ref[0, unit.head, :, unit.queries])
-    product = dot(values(unit), step.alone(dy_ref, unit), (1, 0))
+    log_sum = _beside(
+      padded(log_sum_ref[0, x.head], queries)[:, x.queries] for x in unit.parts
+    )
+    logits = step.logits(unit, log_sum)
+    v, dy = values(unit), step.alone(dy_ref, unit)
     mean = 0.0
     for chunk in chunks:
-      weights, dweights = jnp.exp(logits(chunk)), product[chunk]
+      weights, dweights = jnp.exp(logits(chunk)), dot(v[chunk], dy, (1, 0))
       mean += jnp.sum(weights * dweights, axis=0, keepdims=True)
       at = place, chunk, slice(weights.shape[1])
       weights_ref[at] = weights.astype(weights_ref.dtype)
@@ -327,39 +420,32 @@ def backward_kernel(
     return mean
 
   def second(unit: _Unit, place: int, mean: jax.Array):
-    q, dy = (
-      step.turned(x, unit.queries, unit.lanes)[unit.own]
-      for x in (q_ref, dy_ref)
-    )
-    k = step.turned(k_ref, everything, unit.lanes)[unit.own]
     kind = dweights_ref.dtype
-    mean, dq = mean.astype(kind), 0.0
+    mean, sums = mean.astype(kind), [0.0 for _ in unit.parts]
+    q, dy = (step.queries(x, unit.lanes) for x in (q_ref, dy_ref))
+    k = step.turned(k_ref, unit.lanes)
     for chunk, dk, dv in zip(chunks, dks, dvs, strict=True):
       at = place, chunk, slice(mean.shape[1])
-      weights = weights_ref[at]
-      dlogits = weights.astype(kind) * (dweights_ref[at] - mean)
-      if dbias_ref is not None:
-        dbias_ref[unit.head, chunk, unit.queries] += dlogits
-      dlogits = dlogits.astype(dtype)
-      head = unit.head
-      dv[head] = dv.get(head, 0.0) + dot(dy, weights, (1, 1))  # [kv, k]
-      dk[head] = dk.get(head, 0.0) + dot(q, dlogits, (1, 1))
-      dq += dot(k[:, chunk], dlogits, (1, 0))  # [kv, q]
-      if unit.queries.stop == q_ref.shape[1]:
+      all_weights = weights_ref[at]
+      all_dlogits = all_weights.astype(kind) * (dweights_ref[at] - mean)
+      for i, (head, own, block, columns) in enumerate(unit.parts):
+        weights, dlogits = all_weights[:, columns], all_dlogits[:, columns]
+        if dbias_ref is not None:
+          dbias_ref[head, chunk, block] += dlogits
+        dlogits = dlogits.astype(dtype)
+        dv[head] = dv.get(head, 0.0) + dot(dy[own, block], weights, (1, 1))
+        dk[head] = dk.get(head, 0.0) + dot(q[own, block], dlogits, (1, 1))
+        sums[i] += dot(k[own, chunk], dlogits, (1, 0))  # [kv, q]
+      if unit.last:
         if kept_ref is not None:
-          dv[head] *= kept_ref[0, head, :, chunk]
-        if unit.last:
-          for ref, found in ((dk_ref, dk), (dv_ref, dv)):
-            grads = jnp.concatenate([*found.values()], axis=0).astype(dtype)
-            ref[0, chunk, unit.lanes] = grads.T
-            found.clear()
+          for head in dv:
+            dv[head] *= kept_ref[0, head, :, chunk]
+        for ref, found in ((dk_ref, dk), (dv_ref, dv)):
+          grads = jnp.concatenate([*found.values()], axis=0).astype(dtype)
+          ref[0, chunk, unit.lanes] = grads.T
+          found.clear()
       yield
-    dqs.append(dq)
-    if unit.last:
-      dq_ref[0, unit.queries, unit.lanes] = (
-        jnp.concatenate(dqs, axis=0).astype(dtype).T
-      )
-      dqs.clear()
+    for dq, part in zip(sums, unit.parts, strict=True):
+      dqs.add(unit, part, dq)
 
-  units = _units(q_ref.shape[1], q_ref.shape[2], head_dim, size)
-  _pipelined(units, first, second)
+  _pipelined(_units(queries, q_ref.shape[2], head_dim), first, second)
