@@ -277,8 +277,8 @@ def test_a_step_of_t5_1_1_large_stays_within_its_bounds():
     for way in ('', '_backward')
   }
   assert found['kernels_scheduled'] and not found['collectives']
-  assert found['estimated_ms'] < 192
-  assert whole['hbm_gigabytes'] < 45.4
+  assert found['estimated_ms'] < 191
+  assert whole['hbm_gigabytes'] < 45.3
   assert whole['gflops'] < 31_800
 
 

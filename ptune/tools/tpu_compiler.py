@@ -313,8 +313,8 @@ class Estimate:
 
     Unlike `deepened`, it counts once what only the first or last layer does.
     The embedding, the output layer and the loss are those of `further`: they do
-    not grow with the depth. But where their arrays are may change: with one
-    layer, the logits stay on the chip.
+    not grow with the depth, but with one layer their arrays may stay on the
+    chip. What sums up the gradients of the encoder's output is among them.
 
     Args:
       further: Of a network with one layer more.
