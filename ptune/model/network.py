@@ -9,6 +9,7 @@ calls `adapters.adapt` at each.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -85,7 +86,9 @@ class Encoder(nn.Module):
     norm = LayerNorm(
       jnp.dtype(cfg.dtype), offset=cfg.norm_offset, name='encoder_norm'
     )
-    x = dropout(norm(x))[:, :length]
+    # Its gradient is a sum over the decoder's layers, and made once: otherwise,
+    # XLA adds them up in each pass over it that the norm's gradient takes.
+    x = jax.lax.optimization_barrier(dropout(norm(x)))[:, :length]
     return adapt(self, place, 'output', tokens, x)
 
 

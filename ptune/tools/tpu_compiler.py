@@ -192,7 +192,7 @@ REST = 'optimizer and rest'
 # There are more of them in a deeper network. Others are there once, and in the
 # rest are copies that no part owns.
 _IN_LAYERS = frozenset(name for name, _ in PARTS[:-3])
-_ONCE = frozenset(name for name, _ in PARTS[-3:])
+_ONCE = frozenset(name for name, _ in PARTS[-2:])
 
 _COLLECTIVES = (
   'all-reduce',
@@ -312,9 +312,8 @@ class Estimate:
     """The same of a network with more layers.
 
     Unlike `deepened`, it counts once what only the first or last layer does.
-    The embedding, the output layer and the loss are those of `further`: they do
-    not grow with the depth, but with one layer their arrays may stay on the
-    chip. What sums up the gradients of the encoder's output is among them.
+    The output layer and the loss are those of `further`: they do not grow with
+    the depth, but with one layer their arrays may stay on the chip.
 
     Args:
       further: Of a network with one layer more.
